@@ -1,0 +1,1 @@
+//! The unisono command.

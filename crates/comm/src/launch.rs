@@ -1,0 +1,1 @@
+//! How this process was started: which launcher, which rank, which store.

@@ -1,0 +1,8 @@
+//! unisono: communication for the ranks of one job.
+pub mod error;
+mod launch;
+mod reduce;
+pub mod store;
+pub use error::{Error, Result};
+pub use unisono_core::{DType, Element, ReduceOp, Reducible, Secret, UniqueId};
+pub use unisono_sync::Deadline;

@@ -1,0 +1,1 @@
+//! SIMD reductions with run-time dispatch.

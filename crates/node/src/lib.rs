@@ -1,0 +1,1 @@
+//! One host: shared memory, the node plane, windows.

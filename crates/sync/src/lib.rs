@@ -1,0 +1,3 @@
+//! Lock-free protocols over borrowed shared memory.
+pub mod deadline;
+pub use deadline::Deadline;
