@@ -22,3 +22,34 @@ pub enum ReduceOp {
     /// Bitwise exclusive or.
     BitXor,
 }
+impl ReduceOp {
+    /// name
+    pub fn name(self) -> &'static str {
+        "sum"
+    }
+    /// code
+    pub fn code(self) -> u8 {
+        match self {
+            Self::Sum => 1,
+            Self::Max => 4,
+            Self::PreMulSum(_) => 6,
+            _ => 9,
+        }
+    }
+    /// scalar
+    pub fn scalar(self) -> Option<f64> {
+        match self {
+            Self::PreMulSum(s) => Some(s),
+            _ => None,
+        }
+    }
+    /// from
+    pub fn from_code(c: u8, s: f64) -> Option<Self> {
+        match c {
+            1 => Some(Self::Sum),
+            4 => Some(Self::Max),
+            6 => Some(Self::PreMulSum(s)),
+            _ => None,
+        }
+    }
+}
