@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use rustix::thread::futex;
 
+use crate::atomics::Word;
+
 /// The longest single sleep.
 pub const MAX_SLEEP: Duration = Duration::from_millis(5);
 /// How often a spinning waiter looks at the abort word.
@@ -78,11 +80,35 @@ fn low_half(word: &AtomicU64) -> &AtomicU32 {
     unsafe { &*low }
 }
 
+/// The word that ends every wait: 0, or 1 + the member that failed first. Any member may set it, once.
+#[derive(Clone, Copy, Debug)]
+pub struct AbortWord<'m>(&'m AtomicU32);
+
+impl<'m> AbortWord<'m> {
+    /// The abort word that lies in `word`.
+    pub const fn new(word: &'m AtomicU32) -> Self {
+        Self(word)
+    }
+
+    /// Sets the word for `member`; false if somebody was first. What the caller wrote before is visible to who sees it.
+    pub fn raise(self, member: u32) -> bool {
+        // SYNC: cause of the abort (release) — the record of `member`.
+        Word::compare_exchange(self.0, 0, member.wrapping_add(1)).is_ok()
+    }
+
+    /// The member that failed first, if any did.
+    #[inline(always)]
+    pub fn raised(self) -> Option<u32> {
+        // SYNC: cause of the abort (acquire) — the record of the member that is named.
+        self.0.load(Ordering::Acquire).checked_sub(1)
+    }
+}
+
 /// What a wait watches besides its condition.
 #[derive(Clone, Copy, Debug)]
 pub struct Watch<'m> {
-    /// Not zero: give up.
-    pub abort: &'m AtomicU32,
+    /// Set: give up.
+    pub abort: AbortWord<'m>,
     /// The word that moves when the condition may have become true.
     pub word: &'m AtomicU64,
     /// The publisher's count of sleepers.
@@ -112,8 +138,8 @@ pub fn wait(
             }
         }
         spins += SPINS_PER_CHECK;
-        if watch.abort.load(Ordering::Relaxed) != 0 {
-            return Err(Stopped::Aborted);
+        if watch.abort.raised().is_some() {
+            return stopped_unless(&ready);
         }
     }
     wait_slowly(policy, watch, &ready, warn)
@@ -136,8 +162,8 @@ fn wait_slowly(
         if ready() {
             return Ok(());
         }
-        if watch.abort.load(Ordering::Acquire) != 0 {
-            return Err(Stopped::Aborted);
+        if watch.abort.raised().is_some() {
+            return stopped_unless(ready);
         }
         if asleep || turn.is_multiple_of(YIELDS_PER_CLOCK) {
             let waited = start.elapsed();
@@ -158,6 +184,12 @@ fn wait_slowly(
             std::thread::yield_now();
         }
     }
+}
+
+/// After an abort: what the peer announced before it counts all the same.
+#[cold]
+fn stopped_unless(ready: &dyn Fn() -> bool) -> Result<(), Stopped> {
+    if ready() { Ok(()) } else { Err(Stopped::Aborted) }
 }
 
 fn sleep_on(watch: Watch<'_>, seen: u32) {
@@ -187,7 +219,7 @@ mod tests {
 
     impl Words {
         fn watch(&self) -> Watch<'_> {
-            Watch { abort: &self.abort, word: &self.word, sleepers: Sleepers::new(&self.sleepers) }
+            Watch { abort: AbortWord::new(&self.abort), word: &self.word, sleepers: Sleepers::new(&self.sleepers) }
         }
     }
 
@@ -224,7 +256,9 @@ mod tests {
     #[test]
     fn an_abort_ends_a_wait_but_not_one_that_is_already_satisfied() {
         let words = Words::default();
-        words.abort.store(1, Ordering::Release);
+        let abort = words.watch().abort;
+        assert!(abort.raised().is_none() && abort.raise(4) && !abort.raise(2));
+        assert_eq!(abort.raised(), Some(4));
         assert_eq!(wait(&POLICY, words.watch(), || false, || {}), Err(Stopped::Aborted));
         assert_eq!(wait(&POLICY, words.watch(), || true, || {}), Ok(()));
     }
