@@ -172,12 +172,18 @@ pub enum Error {
     StoreLimit {
         /// The store.
         store: String,
-        /// `key length`, `value length` or `number of keys`.
+        /// `key length`, `value length`, `number of keys` or `total size`.
         what: &'static str,
         /// The size that came.
         got: u64,
         /// The largest allowed.
         cap: u64,
+    },
+    /// The empty key, which no store takes.
+    #[error("{store}: a key must have at least one byte")]
+    StoreKey {
+        /// The store.
+        store: String,
     },
     /// The other end of a store connection said something that is not of its protocol.
     #[error("{store}: the other end does not speak our protocol: {message}")]
