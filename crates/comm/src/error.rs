@@ -203,6 +203,69 @@ pub enum Error {
         /// What its value is.
         message: String,
     },
+    /// Nothing says that a launcher started this process.
+    #[error(
+        "this process is no rank of a job: RANK and WORLD_SIZE are not set (looked for: unisono run, torchrun, Open MPI, PMI, Slurm). Start with: unisono run -n 4 -- PROGRAM"
+    )]
+    LaunchNothing,
+    /// One of two variables that belong together is missing.
+    #[error(
+        "{set} is set but {missing} is not (looked for: unisono run, torchrun, Open MPI, PMI, Slurm). Start with: unisono run -n 4 -- PROGRAM"
+    )]
+    LaunchHalfSet {
+        /// The one that is set, as `RANK=0`.
+        set: String,
+        /// The one that is missing.
+        missing: &'static str,
+    },
+    /// A rank that is not below its world size.
+    #[error("{rank_name}={rank} does not fit {size_name}={size}: ranks go from 0 to {size_name} − 1")]
+    LaunchRank {
+        /// The variable that gives the rank.
+        rank_name: &'static str,
+        /// The rank.
+        rank: usize,
+        /// The variable that gives the number of ranks.
+        size_name: &'static str,
+        /// The number of ranks.
+        size: usize,
+    },
+    /// Ranks on several hosts, and no store that all can reach.
+    #[error(
+        "{launcher} started {world_size} ranks on several hosts and tells them no place to meet. Set UNISONO_STORE=tcp://HOST:PORT on all of them, with a host that all can reach (for example that of rank 0) and a free port"
+    )]
+    LaunchHosts {
+        /// The launcher.
+        launcher: &'static str,
+        /// The world size.
+        world_size: usize,
+    },
+    /// Several ranks, and nothing that says where they meet.
+    #[error(
+        "{launcher} says that there are {world_size} ranks, but not where they meet: neither MASTER_ADDR and MASTER_PORT nor UNISONO_STORE are set. Start with: unisono run -n {world_size} -- PROGRAM"
+    )]
+    LaunchNoStore {
+        /// The launcher.
+        launcher: &'static str,
+        /// The world size.
+        world_size: usize,
+    },
+    /// The job's secret is not where it should be. Never shows any of it.
+    #[error("the job's secret cannot be read from {from}: {message}")]
+    SecretSource {
+        /// Where it should be, as `UNISONO_SECRET_FD=7`.
+        from: String,
+        /// What is wrong there.
+        message: String,
+    },
+    /// The private directory for the files of a job cannot be used.
+    #[error("the job directory {path} {message}")]
+    JobDirectory {
+        /// Its path.
+        path: String,
+        /// What is wrong with it.
+        message: String,
+    },
 }
 
 /// `0, 1, 5` for messages.

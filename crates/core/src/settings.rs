@@ -1,1 +1,354 @@
-//! (being written)
+//! The `UNISONO_*` settings: one table that the parser, the documentation and the diagnosis are made from.
+//!
+//! [`SETTINGS`] names every variable, what it means, what its values look like and what holds without it.
+//! [`Settings::from_lookup`] reads them through a function, because this crate never touches the environment. Settings
+//! that change an algorithm must be equal on all ranks: [`Settings::agreement_bytes`] is what their hash is taken of.
+
+use std::time::Duration;
+
+use crate::error::{Error, Result};
+
+mod names;
+mod values;
+
+pub use names::unknown_names;
+pub use values::{parse_duration, parse_duration_or_never, parse_size};
+
+/// What the values of a setting look like.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ValueKind {
+    /// `30s`, `500ms`, `2m`, `1h`; a plain number is seconds.
+    Duration,
+    /// A duration, or `never` (also `off`).
+    DurationOrNever,
+    /// A duration, or `auto`.
+    DurationOrAuto,
+    /// One of these words; the second field lists them for messages.
+    Choice(&'static [&'static str], &'static str),
+    /// Free text; the string says what it stands for.
+    Text(&'static str),
+}
+
+impl ValueKind {
+    /// What a value should look like, for messages and documentation.
+    pub const fn expected(self) -> &'static str {
+        match self {
+            Self::Duration => "a duration such as 30s, 500ms, 2m or 1h",
+            Self::DurationOrNever => "a duration such as 30s, 500ms, 2m or 1h, or never",
+            Self::DurationOrAuto => "a duration such as 50us or 1ms, or auto",
+            Self::Choice(_, words) => words,
+            Self::Text(what) => what,
+        }
+    }
+}
+
+/// One row of the table.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Setting {
+    /// The variable, as `UNISONO_TIMEOUT`.
+    pub name: &'static str,
+    /// What it does, in one sentence.
+    pub meaning: &'static str,
+    /// What its values look like.
+    pub kind: ValueKind,
+    /// What holds without it, in the same notation.
+    pub default: &'static str,
+    /// True if it changes an algorithm, so that all ranks must have the same value.
+    pub agreed: bool,
+    /// True if launchers set it for their children, and people rarely do.
+    pub internal: bool,
+}
+
+const ALGORITHMS: ValueKind =
+    ValueKind::Choice(&["auto", "one-shot", "two-shot", "direct"], "auto, one-shot, two-shot or direct");
+const ORDERS: ValueKind = ValueKind::Choice(&["fixed", "rank"], "fixed or rank");
+const REQUIREMENTS: ValueKind = ValueKind::Choice(&["none", "auth"], "none or auth");
+
+const fn setting(
+    name: &'static str,
+    kind: ValueKind,
+    default: &'static str,
+    meaning: &'static str,
+) -> Setting {
+    Setting { name, meaning, kind, default, agreed: false, internal: false }
+}
+
+const fn agreed(row: Setting) -> Setting {
+    Setting { agreed: true, ..row }
+}
+
+const fn internal(name: &'static str, what: &'static str, meaning: &'static str) -> Setting {
+    Setting { internal: true, ..setting(name, ValueKind::Text(what), "", meaning) }
+}
+
+/// Every setting.
+pub const SETTINGS: &[Setting] = &[
+    setting(
+        "UNISONO_LOG",
+        ValueKind::Text("a level (error, warn, info, debug, trace) or a filter such as warn,unisono=debug"),
+        "warn",
+        "What is logged.",
+    ),
+    setting(
+        "UNISONO_TIMEOUT",
+        ValueKind::DurationOrNever,
+        "600s",
+        "Patience: how long an operation waits for a rank that lives but has not arrived.",
+    ),
+    setting(
+        "UNISONO_INIT_TIMEOUT",
+        ValueKind::Duration,
+        "30s",
+        "How long the ranks have to meet before those that came say who is missing.",
+    ),
+    setting(
+        "UNISONO_LIVENESS",
+        ValueKind::Duration,
+        "3s",
+        "After how long without an answer to its heartbeat a rank is suspected to be dead.",
+    ),
+    setting(
+        "UNISONO_WARN_AFTER",
+        ValueKind::DurationOrNever,
+        "10s",
+        "After how long a waiting operation logs a warning that names the ranks it waits for.",
+    ),
+    agreed(setting(
+        "UNISONO_ALGORITHM",
+        ALGORITHMS,
+        "auto",
+        "The algorithm of collectives where several are possible.",
+    )),
+    agreed(setting(
+        "UNISONO_ORDER",
+        ORDERS,
+        "fixed",
+        "The order of sums: fixed is the same in every run; rank is strictly 0 to n − 1, whatever the algorithm.",
+    )),
+    setting(
+        "UNISONO_REQUIRE",
+        REQUIREMENTS,
+        "none",
+        "What to refuse to run without: auth wants every peer to prove that it knows the job's secret.",
+    ),
+    setting(
+        "UNISONO_STORE",
+        ValueKind::Text("tcp://HOST:PORT, torch://HOST:PORT or file:///PATH"),
+        "",
+        "Where the ranks meet; without it the launcher decides.",
+    ),
+    setting(
+        "UNISONO_INTERFACE",
+        ValueKind::Text("the name of a network interface, such as eth0"),
+        "",
+        "The network interface to listen on; without it the one that reaches the store.",
+    ),
+    setting(
+        "UNISONO_SPIN",
+        ValueKind::DurationOrAuto,
+        "auto",
+        "How long a wait spins before it sleeps; auto depends on cores and ranks of the host.",
+    ),
+    internal(
+        "UNISONO_SECRET_FD",
+        "the number of an inherited descriptor",
+        "A descriptor that holds the job's secret.",
+    ),
+    internal(
+        "UNISONO_SECRET_FILE",
+        "the path of a file of mode 0600",
+        "A file that holds the job's secret: 32 bytes, or 64 hex digits.",
+    ),
+    internal("UNISONO_JOB", "a name", "The name of the job, the same on all ranks."),
+    internal(
+        "UNISONO_GENERATION",
+        "a whole number from 0",
+        "Which start of the job this is; ranks of an older one are refused.",
+    ),
+];
+
+/// The row of `name`, or `None`.
+pub fn find(name: &str) -> Option<&'static Setting> {
+    SETTINGS.iter().find(|row| row.name == name)
+}
+
+/// The table as Markdown, without the internal rows.
+pub fn markdown() -> String {
+    let mut text = String::from("| name | values | default | meaning |\n| --- | --- | --- | --- |\n");
+    for row in SETTINGS.iter().filter(|row| !row.internal) {
+        let default = if row.default.is_empty() { "–".to_owned() } else { format!("`{}`", row.default) };
+        let agreed = if row.agreed { " The same on all ranks." } else { "" };
+        text +=
+            &format!("| `{}` | {} | {default} | {}{agreed} |\n", row.name, row.kind.expected(), row.meaning);
+    }
+    text
+}
+
+/// Which algorithm collectives use where several are possible.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum AlgorithmChoice {
+    /// The one that measures best for the call.
+    #[default]
+    Auto,
+    /// Everything to everybody, reduced locally.
+    OneShot,
+    /// A shard to each owner, results back.
+    TwoShot,
+    /// Straight between the users' buffers.
+    Direct,
+}
+
+/// The order in which a reduction adds.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum Order {
+    /// The same in every run of the same world with the same options.
+    #[default]
+    Fixed,
+    /// Strictly from rank 0 to the last, whatever the algorithm, device and placement.
+    Rank,
+}
+
+/// What to refuse to run without.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum Require {
+    /// Nothing; a missing secret is one warning.
+    #[default]
+    None,
+    /// Every peer proves that it knows the job's secret.
+    Auth,
+}
+
+/// How long a wait spins before it sleeps.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum Spin {
+    /// Chosen from the cores of the host and the ranks on it.
+    #[default]
+    Auto,
+    /// This long; zero sleeps at once.
+    For(Duration),
+}
+
+/// All settings, read and checked.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Settings {
+    /// The log filter.
+    pub log: String,
+    /// Patience with ranks that live but have not arrived; `None` is forever.
+    pub timeout: Option<Duration>,
+    /// How long the ranks have to meet.
+    pub init_timeout: Duration,
+    /// After how long without a heartbeat a rank is suspected.
+    pub liveness: Duration,
+    /// After how long a waiting operation warns; `None` is never.
+    pub warn_after: Option<Duration>,
+    /// The algorithm. Equal on all ranks.
+    pub algorithm: AlgorithmChoice,
+    /// The order of sums. Equal on all ranks.
+    pub order: Order,
+    /// What to refuse to run without.
+    pub require: Require,
+    /// Where the ranks meet, as written.
+    pub store: Option<String>,
+    /// The network interface to listen on.
+    pub interface: Option<String>,
+    /// How long a wait spins.
+    pub spin: Spin,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            log: "warn".to_owned(),
+            timeout: Some(Duration::from_secs(600)),
+            init_timeout: Duration::from_secs(30),
+            liveness: Duration::from_secs(3),
+            warn_after: Some(Duration::from_secs(10)),
+            algorithm: AlgorithmChoice::Auto,
+            order: Order::Fixed,
+            require: Require::None,
+            store: None,
+            interface: None,
+            spin: Spin::Auto,
+        }
+    }
+}
+
+impl Settings {
+    /// Reads every setting through `lookup`, which gets a name and answers its value. An unset or empty variable
+    /// leaves the default. The first value that cannot be read is [`Error::Setting`].
+    pub fn from_lookup(lookup: &dyn Fn(&str) -> Option<String>) -> Result<Self> {
+        let read = Reader { lookup };
+        let default = Self::default();
+        Ok(Self {
+            log: read.text("UNISONO_LOG").unwrap_or(default.log),
+            timeout: read.parsed("UNISONO_TIMEOUT", default.timeout, parse_duration_or_never)?,
+            init_timeout: read.parsed("UNISONO_INIT_TIMEOUT", default.init_timeout, values::positive)?,
+            liveness: read.parsed("UNISONO_LIVENESS", default.liveness, values::positive)?,
+            warn_after: read.parsed("UNISONO_WARN_AFTER", default.warn_after, parse_duration_or_never)?,
+            algorithm: read.parsed("UNISONO_ALGORITHM", default.algorithm, |word| match word {
+                "auto" => Some(AlgorithmChoice::Auto),
+                "one-shot" => Some(AlgorithmChoice::OneShot),
+                "two-shot" => Some(AlgorithmChoice::TwoShot),
+                "direct" => Some(AlgorithmChoice::Direct),
+                _ => None,
+            })?,
+            order: read.parsed("UNISONO_ORDER", default.order, |word| match word {
+                "fixed" => Some(Order::Fixed),
+                "rank" => Some(Order::Rank),
+                _ => None,
+            })?,
+            require: read.parsed("UNISONO_REQUIRE", default.require, |word| match word {
+                "none" => Some(Require::None),
+                "auth" => Some(Require::Auth),
+                _ => None,
+            })?,
+            store: read.text("UNISONO_STORE"),
+            interface: read.text("UNISONO_INTERFACE"),
+            spin: read.parsed("UNISONO_SPIN", default.spin, |word| match word {
+                "auto" => Some(Spin::Auto),
+                "off" => Some(Spin::For(Duration::ZERO)),
+                word => parse_duration(word).map(Spin::For),
+            })?,
+        })
+    }
+
+    /// A stable encoding of the settings that change an algorithm, for the hash in the hello. Two ranks whose bytes
+    /// differ must not work together.
+    pub fn agreement_bytes(&self) -> Vec<u8> {
+        let algorithm = match self.algorithm {
+            AlgorithmChoice::Auto => "auto",
+            AlgorithmChoice::OneShot => "one-shot",
+            AlgorithmChoice::TwoShot => "two-shot",
+            AlgorithmChoice::Direct => "direct",
+        };
+        let order = match self.order {
+            Order::Fixed => "fixed",
+            Order::Rank => "rank",
+        };
+        format!("algorithm={algorithm}\norder={order}\n").into_bytes()
+    }
+}
+
+/// Reads values by name and says what was expected when one does not parse.
+struct Reader<'l> {
+    lookup: &'l dyn Fn(&str) -> Option<String>,
+}
+
+impl Reader<'_> {
+    fn text(&self, name: &str) -> Option<String> {
+        debug_assert!(find(name).is_some(), "{name} is not in the table");
+        (self.lookup)(name).map(|value| value.trim().to_owned()).filter(|value| !value.is_empty())
+    }
+
+    fn parsed<T>(&self, name: &str, default: T, parse: impl FnOnce(&str) -> Option<T>) -> Result<T> {
+        let Some(value) = self.text(name) else { return Ok(default) };
+        parse(&value.to_ascii_lowercase()).ok_or_else(|| {
+            let expected = find(name).map_or("a known setting", |row| row.kind.expected());
+            Error::Setting { name: name.to_owned(), value, expected }
+        })
+    }
+}
+
+#[cfg(test)]
+#[path = "settings/tests.rs"]
+mod tests;
