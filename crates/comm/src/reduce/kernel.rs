@@ -22,6 +22,9 @@ const BLOCK: usize = 64;
 /// Elements of the blocks between the large ones and the last single elements.
 const SMALL: usize = 4;
 
+/// Below so many elements, types whose rows are converted by instructions go in small blocks, which start sooner.
+const SHORT: usize = 32;
+
 /// Elements of a tile.
 const TILE: usize = 256;
 
@@ -80,7 +83,7 @@ unsafe fn reduce<S: Storage, O: Operator<S::Number>>(
     unsafe {
         match *sources {
             [] => {}
-            _ if S::CONVERTED => tiles::<S, O>(sources, scalars, dst, count),
+            _ if S::CONVERTED && !(S::ROWS && count < SHORT) => tiles::<S, O>(sources, scalars, dst, count),
             [a, b] => blocks::<S, O>(&[a, b], scalars, dst, count),
             _ => blocks::<S, O>(sources, scalars, dst, count),
         }
@@ -129,11 +132,17 @@ unsafe fn block<S: Storage, O: Operator<S::Number>, const N: usize>(
 ) {
     let load = |rank: usize| {
         let source = sources[rank].cast::<S::Stored>();
-        // SAFETY: the elements lie in the source; they are copied once, unaligned, and any bits are valid.
-        let stored = unsafe { source.add(at).cast::<[S::Stored; N]>().read_unaligned() };
         let mut numbers = [S::Number::ZERO; N];
-        for i in 0..N {
-            numbers[i] = scaled::<S, O>(S::decode(stored[i]), scalars, rank);
+        // SAFETY: the elements lie in the source; they are copied once, unaligned, and any bits are valid.
+        unsafe {
+            if S::ROWS {
+                S::decode_row(source.add(at), numbers.as_mut_ptr(), N);
+            } else {
+                numbers = source.add(at).cast::<[S::Stored; N]>().read_unaligned().map(S::decode);
+            }
+        }
+        if O::SCALED {
+            numbers = numbers.map(|number| number.scale(scalars[rank]));
         }
         numbers
     };
@@ -145,9 +154,16 @@ unsafe fn block<S: Storage, O: Operator<S::Number>, const N: usize>(
         }
     }
     let divisor = S::Number::divisor(sources.len());
-    let stored = accumulator.map(|number| S::encode(finished::<S, O>(number, divisor)));
+    let numbers = accumulator.map(|number| finished::<S, O>(number, divisor));
     // SAFETY: the elements lie in the destination.
-    unsafe { dst.cast::<S::Stored>().add(at).cast::<[S::Stored; N]>().write_unaligned(stored) };
+    unsafe {
+        let dst = dst.cast::<S::Stored>().add(at);
+        if S::ROWS {
+            S::encode_row(numbers.as_ptr(), dst, N);
+        } else {
+            dst.cast::<[S::Stored; N]>().write_unaligned(numbers.map(S::encode));
+        }
+    }
 }
 
 /// # Safety
