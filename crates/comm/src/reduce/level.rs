@@ -17,6 +17,7 @@ pub(super) enum Level {
 impl Level {
     /// The levels that this machine can run, the best one last.
     pub(super) fn available() -> Vec<Self> {
+        #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
         let mut levels = vec![Self::Portable];
         #[cfg(target_arch = "x86_64")]
         {
