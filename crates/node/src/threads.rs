@@ -13,13 +13,13 @@ use crate::memory::SharedMemory;
 /// Where threads of one world hand memory to each other.
 #[derive(Debug, Default)]
 pub struct ThreadHub {
-    offered: Mutex<HashMap<u64, (Arc<SharedMemory>, usize)>>,
+    offered: Mutex<HashMap<u64, (Result<Arc<SharedMemory>>, usize)>>,
     changed: Condvar,
 }
 
 impl ThreadHub {
-    /// Offers `memory` under `tag` to `takers` other ranks.
-    pub fn offer(&self, tag: u64, memory: Arc<SharedMemory>, takers: usize) {
+    /// Offers `memory`, or the reason why there is none, under `tag` to `takers` other ranks.
+    pub fn offer(&self, tag: u64, memory: Result<Arc<SharedMemory>>, takers: usize) {
         if takers > 0 {
             self.offered.lock().unwrap_or_else(PoisonError::into_inner).insert(tag, (memory, takers));
             self.changed.notify_all();
@@ -43,7 +43,7 @@ impl ThreadHub {
                 if *takers == 0 {
                     offered.remove(&tag);
                 }
-                return Ok(memory);
+                return memory;
             }
             if is_aborted() {
                 return Err(Error::Aborted);
@@ -73,7 +73,7 @@ mod tests {
                 })
             })
             .collect();
-        hub.offer(5, memory.clone(), 2);
+        hub.offer(5, Ok(memory.clone()), 2);
         for taker in takers {
             assert!(Arc::ptr_eq(&taker.join().unwrap().unwrap(), &memory));
         }

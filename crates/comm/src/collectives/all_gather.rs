@@ -68,9 +68,9 @@ impl Engine {
         self.arrive(header, &mine[..words]);
         self.inline[self.rank] = mine;
         for peer in self.peers() {
-            let slots = self.hear(peer)?.slots;
+            self.hear(peer)?;
             for at in 0..words {
-                self.inline[peer][at] = slots.read(self.epoch, SLOT_DATA + at);
+                self.inline[peer][at] = self.control.rank(peer).slots.read(self.epoch, SLOT_DATA + at);
             }
         }
         self.heard_all();

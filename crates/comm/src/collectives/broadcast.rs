@@ -63,9 +63,9 @@ impl Engine {
             return Ok(0);
         }
         self.arrive(header, &[]);
-        let slots = self.hear(root)?.slots;
+        self.hear(root)?;
         for at in 0..words {
-            self.inline[root][at] = slots.read(self.epoch, SLOT_DATA + at);
+            self.inline[root][at] = self.control.rank(root).slots.read(self.epoch, SLOT_DATA + at);
         }
         // SAFETY: our own copy of the data, into a target that is valid for `bytes`.
         unsafe { copy(self.inline_sources[root], plan.target, bytes) };
@@ -96,7 +96,8 @@ impl Engine {
         self.arrive(header, &[source_at as u64, target_at as u64]);
         let mut places = vec![(source_at, target_at); self.world_size];
         for peer in self.peers() {
-            let slots = self.hear(peer)?.slots;
+            self.hear(peer)?;
+            let slots = self.control.rank(peer).slots;
             let offset = |at| slots.read(self.epoch, SLOT_DATA + at) as usize;
             places[peer] = (offset(0), offset(1));
         }

@@ -206,7 +206,7 @@ impl Engine {
 
     /// Waits for the slot of `peer` and compares chains: from here on its data of this call can be read.
     #[inline]
-    pub(super) fn hear(&self, peer: usize) -> Result<&RankWords<'_>> {
+    pub(super) fn hear(&self, peer: usize) -> Result<()> {
         let theirs = self.control.rank(peer);
         let (slots, epoch) = (theirs.slots, self.epoch);
         if !slots.is_published(epoch) {
@@ -217,7 +217,7 @@ impl Engine {
         if slots.read(epoch, SLOT_CHAIN) != self.chain {
             return Err(self.mismatch(peer, epoch));
         }
-        Ok(theirs)
+        Ok(())
     }
 
     /// After every peer was heard: all are done with the calls before this one.
@@ -238,7 +238,7 @@ impl Engine {
     pub(super) fn wait_for(
         &self,
         peer: usize,
-        flag: impl Fn(&RankWords<'static>) -> EpochFlag<'static>,
+        flag: impl for<'m> Fn(&RankWords<'m>) -> EpochFlag<'m>,
         value: u64,
     ) -> Result<()> {
         let theirs = self.control.rank(peer);
@@ -253,7 +253,7 @@ impl Engine {
 
     /// Moves one of our own flags to `value` and wakes who sleeps on it.
     #[inline]
-    pub(super) fn announce(&self, flag: impl Fn(&RankWords<'static>) -> EpochFlag<'static>, value: u64) {
+    pub(super) fn announce(&self, flag: impl for<'m> Fn(&RankWords<'m>) -> EpochFlag<'m>, value: u64) {
         let mine = self.control.rank(self.rank);
         let flag = flag(mine);
         flag.publish(value);
@@ -332,6 +332,11 @@ impl Engine {
         let result = self.check().and_then(|()| self.execute(&Plan { header, ..Plan::bare(header.kind) }));
         self.policy.patience = usual;
         result
+    }
+
+    /// The algorithm that was asked for.
+    pub(crate) const fn forced(&self) -> Option<Algorithm> {
+        self.forced
     }
 
     /// The id that the next window gets, equal on all ranks because windows are made in the same order.

@@ -8,8 +8,8 @@
 //!
 //! Every call has an *epoch*: each rank publishes a slot with the chain of all calls so far, the call's header and up
 //! to 48 bytes of data. Whoever reads a rank's data compares chains first. Larger data is staged in chunks; every chunk
-//! is a *step*, counted for ever and equally on all ranks. A rank may be ahead of its slowest peer by [`CALL_SLOTS`]
-//! calls and [`CHUNKS`] steps (its *credit*): hearing of epoch e from a peer proves that it is done with e − 1, and
+//! is a *step*, counted for ever and equally on all ranks. A rank may be ahead of its slowest peer by [`CALL_SLOTS`](unisono_core::layout::CALL_SLOTS)
+//! calls and [`CHUNKS`](unisono_core::layout::CHUNKS) steps (its *credit*): hearing of epoch e from a peer proves that it is done with e − 1, and
 //! where nothing is heard (a broadcast's root) the peers' trail and consumed counts are read.
 
 mod all_gather;
@@ -21,4 +21,3 @@ mod plan;
 
 pub(crate) use engine::{Engine, EngineConfig};
 pub(crate) use plan::WindowPlace;
-pub(crate) use unisono_core::layout::{CALL_SLOTS, CHUNK_BYTES, CHUNKS};
