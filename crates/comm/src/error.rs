@@ -37,12 +37,18 @@ pub enum Error {
     StoreLimit {
         /// The store.
         store: String,
-        /// `key length`, `value length` or `number of keys`.
+        /// `key length`, `value length`, `number of keys` or `total size`.
         what: &'static str,
         /// The size that came.
         got: u64,
         /// The largest allowed.
         cap: u64,
+    },
+    /// The empty key, which no store takes.
+    #[error("{store}: a key must have at least one byte")]
+    StoreKey {
+        /// The store.
+        store: String,
     },
     /// The other end of a store connection said something that is not of its protocol.
     #[error("{store}: the other end does not speak our protocol: {message}")]
@@ -61,5 +67,13 @@ pub enum Error {
         key: String,
         /// What its value is.
         message: String,
+    },
+    /// An address on which a store must not listen.
+    #[error("a store cannot listen on {address}: {reason}")]
+    StoreAddress {
+        /// The address asked for.
+        address: std::net::SocketAddr,
+        /// Why not, and what to do instead.
+        reason: &'static str,
     },
 }
