@@ -271,4 +271,12 @@ pub enum Error {
 /// `0, 1, 5` for messages.
 fn list(ranks: &[usize]) -> String {
     ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
+    /// An address on which a store must not listen.
+    #[error("a store cannot listen on {address}: {reason}")]
+    StoreAddress {
+        /// The address asked for.
+        address: std::net::SocketAddr,
+        /// Why not, and what to do instead.
+        reason: &'static str,
+    },
 }

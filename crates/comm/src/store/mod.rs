@@ -4,6 +4,7 @@ mod file;
 mod memory;
 mod prefix;
 mod table;
+mod tcp;
 mod torch;
 
 use std::fmt;
@@ -16,6 +17,7 @@ pub use self::file::FileStore;
 pub use self::memory::MemoryStore;
 pub use self::prefix::PrefixStore;
 pub use self::torch::{TorchStore, TorchStoreServer};
+pub use self::tcp::{StoreServer, StoreServerConfig, TcpStore};
 
 /// A small key-value store that all ranks of a job can reach.
 ///
