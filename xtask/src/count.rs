@@ -86,7 +86,7 @@ mod tests {
                     1 timed out, 0 skipped";
         assert_eq!(nextest(line), Count { passed: 4, failed: 5 });
         assert_eq!(
-            read("     Summary [   0.1s] 1 test run: 1 passed, 0 skipped"),
+            nextest("     Summary [   0.1s] 1 test run: 1 passed, 0 skipped"),
             Count { passed: 1, failed: 0 }
         );
     }

@@ -87,7 +87,7 @@ fn set_and_append_are_followed_by_a_ping() {
 }
 
 #[test]
-fn get_waits_and_then_gets() {
+fn a_get_waits_and_then_gets() {
     let value = act(
         |script| {
             script.expect(b"\x06\x01\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\0/a");
