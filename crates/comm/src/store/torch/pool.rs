@@ -34,12 +34,14 @@ struct Counts {
     open: usize,
     /// How many wait slots are taken.
     waiting: usize,
+    /// The process that opened them.
+    process: u32,
 }
 
 impl Pool {
     /// A pool that begins with `connection` to `address`.
     pub(super) fn new(connection: Connection, address: SocketAddr) -> Self {
-        let counts = Counts { idle: vec![connection], open: 1, waiting: 0 };
+        let counts = Counts { idle: vec![connection], open: 1, waiting: 0, process: std::process::id() };
         Self { address, counts: Mutex::new(counts), freed: Condvar::new() }
     }
 
@@ -78,7 +80,13 @@ impl Pool {
 
     // Counts and connections are put right in single steps, so a poisoned lock is still good.
     fn counts(&self) -> MutexGuard<'_, Counts> {
-        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let process = std::process::id();
+        if counts.process != process {
+            // After a fork the connections, and the threads that use them, are the parent's. The child begins anew.
+            *counts = Counts { idle: Vec::new(), open: 0, waiting: 0, process };
+        }
+        counts
     }
 }
 
@@ -104,7 +112,7 @@ impl Lease<'_> {
             // What broke one connection, a server that is gone, has most likely broken the idle ones too.
             Err(Failure::Broken(_)) => {
                 let mut counts = self.pool.counts();
-                counts.open -= counts.idle.len();
+                counts.open = counts.open.saturating_sub(counts.idle.len());
                 counts.idle.clear();
             }
             Err(_) => {}
@@ -118,7 +126,7 @@ impl Drop for Lease<'_> {
         let mut counts = self.pool.counts();
         match self.connection.take() {
             Some(connection) => counts.idle.push(connection),
-            None => counts.open -= 1,
+            None => counts.open = counts.open.saturating_sub(1),
         }
         drop(counts);
         self.pool.freed.notify_one();
@@ -133,6 +141,7 @@ pub(super) struct WaitSlot<'a> {
 
 impl Drop for WaitSlot<'_> {
     fn drop(&mut self) {
-        self.pool.counts().waiting -= 1;
+        let mut counts = self.pool.counts();
+        counts.waiting = counts.waiting.saturating_sub(1);
     }
 }
