@@ -266,11 +266,6 @@ pub enum Error {
         /// What is wrong with it.
         message: String,
     },
-}
-
-/// `0, 1, 5` for messages.
-fn list(ranks: &[usize]) -> String {
-    ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
     /// An address on which a store must not listen.
     #[error("a store cannot listen on {address}: {reason}")]
     StoreAddress {
@@ -279,4 +274,9 @@ fn list(ranks: &[usize]) -> String {
         /// Why not, and what to do instead.
         reason: &'static str,
     },
+}
+
+/// `0, 1, 5` for messages.
+fn list(ranks: &[usize]) -> String {
+    ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
 }
