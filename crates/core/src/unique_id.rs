@@ -84,7 +84,7 @@ impl UniqueId {
         if address.port() == 0 {
             return Err(wrong("port", "1 to 65535", "0"));
         }
-        if address.ip().is_unspecified() {
+        if address.ip().to_canonical().is_unspecified() {
             return Err(wrong("address", "one that can be connected to", address.ip()));
         }
         Ok(Self { address: SocketAddr::new(address.ip(), address.port()), job, secret })
@@ -304,6 +304,7 @@ mod tests {
         );
         assert_eq!(field_of(new("0.0.0.0:80")), "address");
         assert_eq!(field_of(new("[::]:80")), "address");
+        assert_eq!(field_of(new("[::ffff:0.0.0.0]:80")), "address");
     }
 
     #[test]
@@ -342,7 +343,7 @@ mod tests {
         #[test]
         fn any_id_comes_back(ip: [u8; 16], v4: bool, port in 1u16.., job: [u8; 16], secret: [u8; 32]) {
             let ip = if v4 { IpAddr::from(field::<4>(&ip, 0)) } else { IpAddr::from(ip) };
-            prop_assume!(!ip.is_unspecified());
+            prop_assume!(!ip.to_canonical().is_unspecified());
             let id = UniqueId::new(SocketAddr::new(ip, port), job, Secret::new(secret)).unwrap();
             prop_assert_eq!(&UniqueId::from_bytes(&id.to_bytes()).unwrap(), &id);
             prop_assert_eq!(&UniqueId::from_text(&id.to_text()).unwrap(), &id);

@@ -72,6 +72,11 @@ impl TcpStore {
         Self::connect(id.address(), id.secret(), deadline)
     }
 
+    #[cfg(test)]
+    pub(super) fn pretend_forked(&self) {
+        self.pool.lock().unwrap().process = 0;
+    }
+
     /// A connection that is idle and alive.
     fn idle(&self) -> Option<Link> {
         let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);

@@ -39,6 +39,10 @@ struct Proving {
     have: usize,
 }
 
+/// What a connection costs besides itself until its peer has proved itself.
+#[cfg(test)]
+pub(super) const PROVING_BYTES: usize = size_of::<Proving>();
+
 /// How reading ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Filled {

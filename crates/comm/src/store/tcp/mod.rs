@@ -15,3 +15,6 @@ mod service;
 
 pub use self::client::TcpStore;
 pub use self::server::{StoreServer, StoreServerConfig};
+
+#[cfg(test)]
+mod tests;

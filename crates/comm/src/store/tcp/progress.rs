@@ -171,13 +171,16 @@ impl Progress {
     /// Reads from a connection and executes what it asks.
     fn serve(&mut self, token: usize) {
         let Some(connection) = self.connections.get_mut(&token) else { return };
-        let filled = match connection.fill(&mut self.scratch) {
+        let before = connection.pending();
+        let filled = connection.fill(&mut self.scratch);
+        let (after, is_open, input) = (connection.pending(), connection.is_open(), connection.take_input());
+        self.book(token, before, after);
+        let filled = match filled {
             Ok(filled) => filled,
             Err(broken) => return self.close(token, Some(broken)),
         };
-        if connection.is_open() {
+        if is_open {
             self.unproved.remove(&token);
-            let input = connection.take_input();
             match self.execute(token, &input) {
                 Ok(used) => {
                     if let Some(connection) = self.connections.get_mut(&token) {
@@ -235,13 +238,18 @@ impl Progress {
         let before = connection.pending();
         let result = act(connection);
         let after = connection.pending();
-        self.pending_bytes = self.pending_bytes - before + after;
+        self.book(token, before, after);
         if let Err(broken) = result {
             return self.close(token, Some(broken));
         }
         if after > self.config.max_pending_bytes {
-            return self.close(token, Some(slow("it asks for more than it reads")));
+            self.close(token, Some(slow("it asks for more than it reads")));
         }
+    }
+
+    /// Notes that the output of a connection went from `before` to `after` bytes.
+    fn book(&mut self, token: usize, before: usize, after: usize) {
+        self.pending_bytes = self.pending_bytes - before + after;
         if after == 0 {
             self.writing.remove(&token);
         } else if after < before || before == 0 {

@@ -136,7 +136,7 @@ impl StoreServer {
     /// [`Error::StoreAddress`] for the unspecified address, [`Error::StoreIo`] if the system refuses.
     pub fn start_with(config: StoreServerConfig) -> Result<Self> {
         let asked = config.address;
-        if asked.ip().is_unspecified() {
+        if asked.ip().to_canonical().is_unspecified() {
             return Err(Error::StoreAddress {
                 address: asked,
                 reason: "it would listen on every network of this host; name the address of one interface, or 127.0.0.1",
@@ -157,6 +157,11 @@ impl StoreServer {
             .spawn(move || progress.run())
             .map_err(|error| failed("start a thread", error.to_string()))?;
         Ok(Self { unique_id, waker: Arc::new(waker), thread: Some(thread), process: std::process::id() })
+    }
+
+    #[cfg(test)]
+    pub(super) fn pretend_forked_and_drop(mut self) {
+        self.process = 0;
     }
 
     /// Where it listens.
