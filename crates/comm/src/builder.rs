@@ -19,7 +19,9 @@ use crate::error::{Error, Result};
 use crate::launch::{JobDirectory, Launch, StoreAddress, read_secret};
 use crate::neighbours::Neighbours;
 use crate::rendezvous::Rendezvous;
-use crate::store::{FileStore, Store, StoreServer, StoreServerConfig, TcpStore, TorchStore, TorchStoreServer};
+use crate::store::{
+    FileStore, Store, StoreServer, StoreServerConfig, TcpStore, TorchStore, TorchStoreServer,
+};
 
 /// Makes a [`Communicator`]. Rank, world size and a store (or unique id) are needed; the rest has defaults.
 ///
@@ -283,15 +285,19 @@ impl Connected {
 }
 
 /// Connects to the store that the launcher names, serving it first where that is this rank's part.
-fn connect(launch: &Launch, secret: Option<Secret>, deadline: Deadline) -> Result<(Connected, Option<Secret>)> {
+fn connect(
+    launch: &Launch,
+    secret: Option<Secret>,
+    deadline: Deadline,
+) -> Result<(Connected, Option<Secret>)> {
     match &launch.store {
         StoreAddress::Tcp { host, port } => {
             let text = format!("tcp://{host}:{port}");
             let secret = secret.ok_or(Error::NoSecret { store: text.clone() })?;
             let address = resolve(host, *port, &text)?;
-            let server = launch.serves_store().then(|| {
-                StoreServer::start_with(StoreServerConfig::new(secret.clone()).address(address))
-            });
+            let server = launch
+                .serves_store()
+                .then(|| StoreServer::start_with(StoreServerConfig::new(secret.clone()).address(address)));
             let store = TcpStore::connect(address, &secret, deadline)?;
             let connected = Connected {
                 server: server.and_then(Result::ok).map(Server::Tcp),

@@ -87,7 +87,9 @@ impl Communicator {
         let hub = Arc::new(ThreadHub::default());
         let parts = |rank| Parts {
             rank,
-            names: (0..world_size).map(|rank| format!("rank {rank} (thread of pid {})", std::process::id())).collect(),
+            names: (0..world_size)
+                .map(|rank| format!("rank {rank} (thread of pid {})", std::process::id()))
+                .collect(),
             topology: topology.clone(),
             neighbours: Neighbours::Threads(hub.clone()),
             memory: memory.clone(),
@@ -190,15 +192,15 @@ impl Communicator {
             Error::Core(unisono_core::Error::TooLarge { what: "window", got, cap })
         };
         let bytes = count.checked_mul(size_of::<T>()).ok_or_else(too_large)?;
-        let stride = bytes.max(1).checked_next_multiple_of(unisono_core::layout::PAGE).ok_or_else(too_large)?;
+        let stride =
+            bytes.max(1).checked_next_multiple_of(unisono_core::layout::PAGE).ok_or_else(too_large)?;
         let total = stride
             .checked_mul(self.world_size())
             .filter(|total| isize::try_from(*total).is_ok())
             .ok_or_else(too_large)?;
         let deadline = self.patience.map_or(Deadline::NEVER, Deadline::after);
         let is_aborted = || self.control.abort().raised().is_some();
-        let memory =
-            self.neighbours.share((self.rank, self.world_size()), id, total, deadline, &is_aborted);
+        let memory = self.neighbours.share((self.rank, self.world_size()), id, total, deadline, &is_aborted);
         // Either all have it or none: a rank that could not map it says so, and everybody lets go of it.
         let mut all_have_it = [u8::from(memory.is_ok())];
         engine.submit(&Call::new(

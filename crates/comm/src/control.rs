@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use unisono_core::layout::{CAUSE_BYTES, ControlLayout, Field, RankFields, SLOT_WORDS};
 use unisono_node::{Lost, PlaneEvents, SharedMemory};
 use unisono_sync::memory::{words32, words64};
-use unisono_sync::{AbortWord, EpochFlag, SlotRing, Sleepers, Word};
+use unisono_sync::{AbortWord, EpochFlag, Sleepers, SlotRing, Word};
 
 use crate::cause::Cause;
 
@@ -59,7 +59,10 @@ unsafe impl Sync for Control {}
 
 impl std::fmt::Debug for Control {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Control").field("me", &self.me).field("ranks", &self.words.len()).finish_non_exhaustive()
+        f.debug_struct("Control")
+            .field("me", &self.me)
+            .field("ranks", &self.words.len())
+            .finish_non_exhaustive()
     }
 }
 
@@ -125,15 +128,20 @@ impl Control {
     /// The first cause, if anything failed. A record that makes no sense is reported as an abort by its rank.
     pub(crate) fn cause(&self) -> Option<Cause> {
         let member = self.abort.raised()? as usize;
-        let unreadable =
-            || Cause::Aborted { rank: member as u32, reason: "its record of the cause is unreadable".to_owned() };
+        let unreadable = || Cause::Aborted {
+            rank: member as u32,
+            reason: "its record of the cause is unreadable".to_owned(),
+        };
         if member >= self.words.len() {
             return Some(unreadable());
         }
         let record = self.record(member);
         let length = (record[0].load_relaxed() as usize).min(CAUSE_BYTES - 8);
-        let mut bytes: Vec<u8> =
-            record[1..].iter().take(length.div_ceil(8)).flat_map(|word| word.load_relaxed().to_le_bytes()).collect();
+        let mut bytes: Vec<u8> = record[1..]
+            .iter()
+            .take(length.div_ceil(8))
+            .flat_map(|word| word.load_relaxed().to_le_bytes())
+            .collect();
         bytes.truncate(length);
         Some(Cause::from_bytes(&bytes).unwrap_or_else(unreadable))
     }

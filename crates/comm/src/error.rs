@@ -24,7 +24,10 @@ pub enum Error {
         right: String,
     },
     /// A rank's process is gone, stopped or silent. The communicator has failed on all ranks.
-    #[error("{who} died during {during}: {how}. This communicator cannot go on; ranks {} are left.", list(survivors))]
+    #[error(
+        "{who} died during {during}: {how}. This communicator cannot go on; ranks {} are left.",
+        list(survivors)
+    )]
     PeerDied {
         /// The rank that died.
         rank: usize,
@@ -38,7 +41,9 @@ pub enum Error {
         survivors: Vec<usize>,
     },
     /// A rank dropped its communicator while others still used theirs.
-    #[error("rank {rank} dropped its communicator before {during} was complete. Call destroy() on every rank to end together.")]
+    #[error(
+        "rank {rank} dropped its communicator before {during} was complete. Call destroy() on every rank to end together."
+    )]
     PeerLeft {
         /// The rank that left.
         rank: usize,
@@ -82,7 +87,9 @@ pub enum Error {
         got: String,
     },
     /// A buffer lies where this communicator cannot reach. Nothing was written, and the communicator still works.
-    #[error("{call} on rank {rank} got a buffer in {got}; this communicator works on {expected}. Nothing was written.")]
+    #[error(
+        "{call} on rank {rank} got a buffer in {got}; this communicator works on {expected}. Nothing was written."
+    )]
     Place {
         /// The operation.
         call: &'static str,
@@ -102,7 +109,10 @@ pub enum Error {
         cause: String,
     },
     /// Not all ranks met before the deadline.
-    #[error("{met} of {world_size} ranks met at {store} within {waited:?}; missing: {}. Were they started, and can they reach it? UNISONO_INIT_TIMEOUT=60s waits longer.", list(missing))]
+    #[error(
+        "{met} of {world_size} ranks met at {store} within {waited:?}; missing: {}. Were they started, and can they reach it? UNISONO_INIT_TIMEOUT=60s waits longer.",
+        list(missing)
+    )]
     InitTimeout {
         /// Ranks that came.
         met: usize,
@@ -116,7 +126,9 @@ pub enum Error {
         missing: Vec<usize>,
     },
     /// A process of an earlier start of the job tried to join a later one.
-    #[error("rank {rank} belongs to generation {got} of job {job}, which is already at generation {expected}: an older start of the job must not join")]
+    #[error(
+        "rank {rank} belongs to generation {got} of job {job}, which is already at generation {expected}: an older start of the job must not join"
+    )]
     StaleGeneration {
         /// The rank that was refused.
         rank: usize,
@@ -136,7 +148,9 @@ pub enum Error {
         hosts: Vec<String>,
     },
     /// `UNISONO_REQUIRE=auth` is set, but the launcher gave no secret.
-    #[error("UNISONO_REQUIRE=auth, but {store} has no secret: start with `unisono run`, or hand over UNISONO_SECRET_FILE")]
+    #[error(
+        "UNISONO_REQUIRE=auth, but {store} has no secret: start with `unisono run`, or hand over UNISONO_SECRET_FILE"
+    )]
     NoSecret {
         /// The store.
         store: String,

@@ -55,6 +55,8 @@ pub use unisono_core::element::{Bool8, f8e4m3, f8e5m2};
 pub use unisono_core::select::Algorithm;
 pub use unisono_core::settings::{Order, Require};
 pub use unisono_core::topology::{Link, Topology};
-pub use unisono_core::{Complex, DType, Element, ReduceOp, Reducible, Secret, UniqueId, half, reduce_op, settings};
+pub use unisono_core::{
+    Complex, DType, Element, ReduceOp, Reducible, Secret, UniqueId, half, reduce_op, settings,
+};
 pub use unisono_sync::Deadline;
 pub use window::{Memory, Window};

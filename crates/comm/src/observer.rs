@@ -69,7 +69,9 @@ impl Observer {
             let _ = writeln!(text, "{}: ranks {:?}, connected by shared memory", host.name, host.ranks);
         }
         let _ = match self.forced {
-            Some(algorithm) => writeln!(text, "algorithm: {algorithm} where it can serve, because it was asked for"),
+            Some(algorithm) => {
+                writeln!(text, "algorithm: {algorithm} where it can serve, because it was asked for")
+            }
             None => writeln!(text, "algorithm: chosen by size, world size and windows"),
         };
         let epoch = self.control.rank(self.rank).trail.current() >> 32;
@@ -85,9 +87,16 @@ impl Observer {
                 forced: self.forced,
             };
             let algorithm = select::algorithm(&question);
-            let how = if algorithm == Algorithm::OneShot && bytes <= INLINE_BYTES { ", inside the call slot" } else { "" };
+            let how = if algorithm == Algorithm::OneShot && bytes <= INLINE_BYTES {
+                ", inside the call slot"
+            } else {
+                ""
+            };
             let call = header.describe(epoch - 1, self.rank as u32);
-            let _ = writeln!(text, "latest: {call}: {algorithm}{how} ({bytes} bytes per rank, {world_size} ranks)");
+            let _ = writeln!(
+                text,
+                "latest: {call}: {algorithm}{how} ({bytes} bytes per rank, {world_size} ranks)"
+            );
         }
         text
     }

@@ -138,8 +138,7 @@ impl<'a> Rendezvous<'a> {
             let key = self.key(&format!("rank/{rank}"));
             self.store.check(&[&key], deadline).unwrap_or(false)
         };
-        let missing: Vec<usize> =
-            (0..world_size).filter(|rank| !is_there(rank)).take(MAX_LISTED).collect();
+        let missing: Vec<usize> = (0..world_size).filter(|rank| !is_there(rank)).take(MAX_LISTED).collect();
         let met = self.store.add(&self.key("met"), 0, deadline).map_or(1, |met| met.max(0) as usize);
         Error::InitTimeout { met, world_size, store: self.store.describe(), waited, missing }
     }

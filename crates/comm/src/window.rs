@@ -39,7 +39,13 @@ pub struct Window<T: Element> {
 unsafe impl<T: Element> Send for Window<T> {}
 
 impl<T: Element> Window<T> {
-    pub(crate) fn new(control: Arc<Control>, memory: Arc<SharedMemory>, base: *mut u8, id: u64, count: usize) -> Self {
+    pub(crate) fn new(
+        control: Arc<Control>,
+        memory: Arc<SharedMemory>,
+        base: *mut u8,
+        id: u64,
+        count: usize,
+    ) -> Self {
         Self { control, memory, base, id, count, elem: PhantomData }
     }
 

@@ -10,9 +10,10 @@ use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Trial};
 use unisono::store::{
-    FileStore, MAX_KEY_BYTES, MAX_VALUE_BYTES, MemoryStore, PrefixStore, Store, TorchStore, TorchStoreServer,
+    FileStore, MAX_KEY_BYTES, MAX_VALUE_BYTES, MemoryStore, PrefixStore, Store, StoreServer, TcpStore,
+    TorchStore, TorchStoreServer,
 };
-use unisono::{Deadline, Error};
+use unisono::{Deadline, Error, Secret};
 
 /// Yields clients of one store.
 type Make<'a> = &'a dyn Fn() -> Arc<dyn Store>;
@@ -22,8 +23,13 @@ type Property = fn(Make<'_>);
 type Implementation = fn(Property);
 
 /// One line for each implementation.
-const IMPLEMENTATIONS: [(&str, Implementation); 4] =
-    [("memory", in_memory), ("file", in_a_file), ("prefix", with_a_prefix), ("torch", over_torch)];
+const IMPLEMENTATIONS: [(&str, Implementation); 5] = [
+    ("memory", in_memory),
+    ("file", in_a_file),
+    ("prefix", with_a_prefix),
+    ("tcp", over_tcp),
+    ("torch", over_torch),
+];
 
 fn in_memory(property: Property) {
     let store = MemoryStore::new();
@@ -39,6 +45,11 @@ fn in_a_file(property: Property) {
 fn with_a_prefix(property: Property) {
     let store = MemoryStore::new();
     property(&|| Arc::new(PrefixStore::new("job/7", Arc::new(store.clone()))));
+}
+
+fn over_tcp(property: Property) {
+    let server = StoreServer::start(Secret::new([7; 32])).unwrap();
+    property(&|| Arc::new(TcpStore::from_unique_id(&server.unique_id(), soon()).unwrap()));
 }
 
 fn over_torch(property: Property) {

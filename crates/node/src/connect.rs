@@ -256,7 +256,12 @@ impl Meeting<'_> {
             pending.stage = match pending.stage {
                 Stage::Introduction => self.introduced(message)?,
                 Stage::Proof { rank, mut handshake } => {
-                    handshake.on_input(message)?;
+                    let proved = handshake.on_input(message);
+                    if let (Err(_), Some(last)) = (&proved, handshake.poll_output()) {
+                        // So that the peer learns why, too. If it does not read, it will see the connection close.
+                        let _ = socket::try_send(&pending.socket, &last, &[]);
+                    }
+                    proved?;
                     Stage::Proof { rank, handshake }
                 }
                 Stage::Welcome { rank, mut session } => {

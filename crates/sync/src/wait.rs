@@ -219,7 +219,11 @@ mod tests {
 
     impl Words {
         fn watch(&self) -> Watch<'_> {
-            Watch { abort: AbortWord::new(&self.abort), word: &self.word, sleepers: Sleepers::new(&self.sleepers) }
+            Watch {
+                abort: AbortWord::new(&self.abort),
+                word: &self.word,
+                sleepers: Sleepers::new(&self.sleepers),
+            }
         }
     }
 

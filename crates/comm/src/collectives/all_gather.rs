@@ -32,7 +32,11 @@ impl Engine {
                     let source = plan.source.add(start * blocks.size);
                     copy(source, self.control.rank(self.rank).staging_in.add(at), count * blocks.size);
                     self.announce_block(turn, header);
-                    copy(source, plan.target.add(self.rank * bytes + start * blocks.size), count * blocks.size);
+                    copy(
+                        source,
+                        plan.target.add(self.rank * bytes + start * blocks.size),
+                        count * blocks.size,
+                    );
                 }
             }
             if turn > 0 {
@@ -48,7 +52,11 @@ impl Engine {
                     // SAFETY: the peer announced this block and keeps it until we have consumed the step.
                     unsafe {
                         let staged = self.control.rank(peer).staging_in.add(chunk(step));
-                        copy(staged, plan.target.add(peer * bytes + start * blocks.size), count * blocks.size);
+                        copy(
+                            staged,
+                            plan.target.add(peer * bytes + start * blocks.size),
+                            count * blocks.size,
+                        );
                     }
                 }
                 if block == 0 {

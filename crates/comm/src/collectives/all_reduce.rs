@@ -31,11 +31,18 @@ const TILE_BYTES: usize = 8 * 1024;
 impl Engine {
     /// Returns the number of steps it took.
     #[inline]
-    pub(super) fn all_reduce(&mut self, plan: &Plan, op: ReduceOp, header: &[u64; HEADER_WORDS]) -> Result<u64> {
+    pub(super) fn all_reduce(
+        &mut self,
+        plan: &Plan,
+        op: ReduceOp,
+        header: &[u64; HEADER_WORDS],
+    ) -> Result<u64> {
         let reduction = Reduction::new(plan.dtype, op)?;
         let scaled = op.scalar().is_some();
         match plan.algorithm {
-            Algorithm::OneShot if plan.bytes() <= INLINE_BYTES => self.inline(plan, reduction, scaled, header),
+            Algorithm::OneShot if plan.bytes() <= INLINE_BYTES => {
+                self.inline(plan, reduction, scaled, header)
+            }
             Algorithm::TwoShot => self.two_shot(plan, reduction, scaled, header),
             Algorithm::Direct => self.direct(plan, reduction, scaled, header),
             _ => self.one_shot(plan, reduction, scaled, header),

@@ -14,7 +14,12 @@ use crate::error::Result;
 impl Engine {
     /// Returns the number of steps it took.
     #[inline]
-    pub(super) fn broadcast(&mut self, plan: &Plan, root: usize, header: &[u64; HEADER_WORDS]) -> Result<u64> {
+    pub(super) fn broadcast(
+        &mut self,
+        plan: &Plan,
+        root: usize,
+        header: &[u64; HEADER_WORDS],
+    ) -> Result<u64> {
         let bytes = plan.bytes();
         if plan.algorithm == Algorithm::Direct {
             return self.broadcast_direct(plan, root, header);
@@ -44,7 +49,9 @@ impl Engine {
                     self.wait_for(root, |words| words.produced, step)?;
                 }
                 // SAFETY: the root announced this block and keeps it until we have consumed the step.
-                unsafe { copy(self.control.rank(root).staging_in.add(chunk(step)), plan.target.add(at), bytes) };
+                unsafe {
+                    copy(self.control.rank(root).staging_in.add(chunk(step)), plan.target.add(at), bytes)
+                };
             }
             self.announce(|words| words.consumed, step);
         }
@@ -90,7 +97,8 @@ impl Engine {
         header: &[u64; HEADER_WORDS],
         bytes: usize,
     ) -> Result<(Vec<*mut u8>, Vec<*mut u8>)> {
-        let place = |window: Option<super::WindowPlace>| window.map_or((0, 0), |place| (place.id, place.offset));
+        let place =
+            |window: Option<super::WindowPlace>| window.map_or((0, 0), |place| (place.id, place.offset));
         let ((source_id, source_at), (target_id, target_at)) =
             (place(plan.source_window), place(plan.target_window));
         self.arrive(header, &[source_at as u64, target_at as u64]);

@@ -7,7 +7,9 @@
 use std::sync::Arc;
 
 use unisono_core::call::{CallHeader, HEADER_WORDS, Kind};
-use unisono_core::layout::{CALL_SLOTS, CHUNK_BYTES, CHUNKS, INLINE_WORDS, SLOT_CHAIN, SLOT_DATA, SLOT_HEADER};
+use unisono_core::layout::{
+    CALL_SLOTS, CHUNK_BYTES, CHUNKS, INLINE_WORDS, SLOT_CHAIN, SLOT_DATA, SLOT_HEADER,
+};
 use unisono_core::select::Algorithm;
 use unisono_node::SharedMemory;
 use unisono_sync::{EpochFlag, Stopped, WaitPolicy, Watch, wait};
@@ -120,8 +122,12 @@ impl Engine {
     pub(crate) fn submit(&mut self, call: &Call<'_>) -> Result<()> {
         self.check()?;
         let find = |id, ptr, bytes| find_window(&self.windows, self.rank, id, ptr, bytes);
-        let situation =
-            Situation { rank: self.rank, world_size: self.world_size, forced: self.forced, find_window: &find };
+        let situation = Situation {
+            rank: self.rank,
+            world_size: self.world_size,
+            forced: self.forced,
+            find_window: &find,
+        };
         let plan = Plan::new(call, &situation)?;
         self.execute(&plan)
     }
@@ -356,7 +362,13 @@ impl Engine {
     }
 
     /// The address of `bytes` at `offset` of `peer`'s copy of window `id`; offsets that a peer wrote are checked here.
-    pub(super) fn window_address(&self, peer: usize, id: u64, offset: usize, bytes: usize) -> Result<*mut u8> {
+    pub(super) fn window_address(
+        &self,
+        peer: usize,
+        id: u64,
+        offset: usize,
+        bytes: usize,
+    ) -> Result<*mut u8> {
         let window = self.windows.iter().find(|window| window.id == id);
         match window.filter(|window| offset.checked_add(bytes).is_some_and(|end| end <= window.bytes)) {
             // SAFETY: the range lies within the peer's part of the mapping, as was just checked.
@@ -430,9 +442,11 @@ impl Engine {
     fn mismatch(&self, peer: usize, epoch: u64) -> Error {
         let theirs = self.control.rank(peer).slots;
         let oldest = self.epoch.saturating_sub(CALL_SLOTS as u64 - 1).max(1);
-        let differs = |at: &u64| theirs.standing(*at) == *at && {
-            let words = std::array::from_fn(|word| theirs.read(*at, SLOT_HEADER + word));
-            CallHeader::fingerprint(&words) != CallHeader::fingerprint(&self.headers[slot_of(*at)])
+        let differs = |at: &u64| {
+            theirs.standing(*at) == *at && {
+                let words = std::array::from_fn(|word| theirs.read(*at, SLOT_HEADER + word));
+                CallHeader::fingerprint(&words) != CallHeader::fingerprint(&self.headers[slot_of(*at)])
+            }
         };
         let at = (oldest..=self.epoch).find(differs).unwrap_or(epoch);
         let describe = |words: [u64; HEADER_WORDS], rank: usize| match CallHeader::from_words(&words) {

@@ -16,8 +16,8 @@ use crate::error::{Error, Result};
 pub use self::file::FileStore;
 pub use self::memory::MemoryStore;
 pub use self::prefix::PrefixStore;
-pub use self::torch::{TorchStore, TorchStoreServer};
 pub use self::tcp::{StoreServer, StoreServerConfig, TcpStore};
+pub use self::torch::{TorchStore, TorchStoreServer};
 
 /// A small key-value store that all ranks of a job can reach.
 ///
