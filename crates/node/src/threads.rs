@@ -13,15 +13,22 @@ use crate::memory::SharedMemory;
 /// Where threads of one world hand memory to each other.
 #[derive(Debug, Default)]
 pub struct ThreadHub {
-    offered: Mutex<HashMap<u64, (Result<Arc<SharedMemory>>, usize)>>,
+    offered: Mutex<HashMap<u64, Offer>>,
     changed: Condvar,
+}
+
+/// Memory, or why there is none, and how many ranks have still to take it.
+#[derive(Debug)]
+struct Offer {
+    memory: Result<Arc<SharedMemory>>,
+    takers: usize,
 }
 
 impl ThreadHub {
     /// Offers `memory`, or the reason why there is none, under `tag` to `takers` other ranks.
     pub fn offer(&self, tag: u64, memory: Result<Arc<SharedMemory>>, takers: usize) {
         if takers > 0 {
-            self.offered.lock().unwrap_or_else(PoisonError::into_inner).insert(tag, (memory, takers));
+            self.offered.lock().unwrap_or_else(PoisonError::into_inner).insert(tag, Offer { memory, takers });
             self.changed.notify_all();
         }
     }
@@ -37,10 +44,10 @@ impl ThreadHub {
         let start = std::time::Instant::now();
         let mut offered = self.offered.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
-            if let Some((memory, takers)) = offered.get_mut(&tag) {
-                let memory = memory.clone();
-                *takers -= 1;
-                if *takers == 0 {
+            if let Some(offer) = offered.get_mut(&tag) {
+                let memory = offer.memory.clone();
+                offer.takers -= 1;
+                if offer.takers == 0 {
                     offered.remove(&tag);
                 }
                 return memory;
