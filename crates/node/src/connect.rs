@@ -257,7 +257,9 @@ impl Meeting<'_> {
                 Stage::Introduction => self.introduced(message)?,
                 Stage::Proof { rank, mut handshake } => {
                     let proved = handshake.on_input(message);
-                    if let (Err(_), Some(last)) = (&proved, handshake.poll_output()) {
+                    if proved.is_err()
+                        && let Some(last) = handshake.poll_output()
+                    {
                         // So that the peer learns why, too. If it does not read, it will see the connection close.
                         let _ = socket::try_send(&pending.socket, &last, &[]);
                     }
