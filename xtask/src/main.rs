@@ -1,2 +1,44 @@
-//! Tasks of the repository.
-fn main() {}
+//! Tasks of the repository: `cargo xtask test` runs everything that must pass, `cargo xtask tidy` the house rules.
+//!
+//! Plain programs over `cargo`, with no framework. They can be called from any directory below the root.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program that reports to the terminal")]
+
+mod arrows;
+mod count;
+mod lex;
+mod rules;
+mod test;
+mod tidy;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+Usage: cargo xtask TASK
+
+  test   tidy, the test suite, doc tests, the build without features, loom models, documentation
+  tidy   the house rules alone";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let passed = match words.as_slice() {
+        ["test"] => test::run(&root()),
+        ["tidy"] => tidy::run(&root()),
+        ["help" | "-h" | "--help"] => {
+            println!("{USAGE}");
+            true
+        }
+        _ => {
+            eprintln!("expected one task, got `{}`\n\n{USAGE}", words.join(" "));
+            return ExitCode::from(2);
+        }
+    };
+    if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// The root of the repository.
+fn root() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here).to_owned()
+}

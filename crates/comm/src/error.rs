@@ -12,6 +12,155 @@ pub enum Error {
     /// Words, numbers or bytes that the pure logic refused.
     #[error(transparent)]
     Core(#[from] unisono_core::Error),
+    /// The node plane or shared memory of this host refused something.
+    #[error(transparent)]
+    Node(#[from] unisono_node::Error),
+    /// Two ranks made different calls. The communicator has failed on all ranks.
+    #[error("{left} met {right}. All ranks must make the same calls in the same order.")]
+    Mismatch {
+        /// The call of the rank that found the difference.
+        left: String,
+        /// The call it met.
+        right: String,
+    },
+    /// A rank's process is gone, stopped or silent. The communicator has failed on all ranks.
+    #[error(
+        "{who} died during {during}: {how}. This communicator cannot go on; ranks {} are left.",
+        list(survivors)
+    )]
+    PeerDied {
+        /// The rank that died.
+        rank: usize,
+        /// The same with host and process: `rank 3 (host gpu07, pid 4121)`.
+        who: String,
+        /// What this rank was doing.
+        during: String,
+        /// How it is known.
+        how: String,
+        /// The other ranks.
+        survivors: Vec<usize>,
+    },
+    /// A rank dropped its communicator while others still used theirs.
+    #[error(
+        "rank {rank} dropped its communicator before {during} was complete. Call destroy() on every rank to end together."
+    )]
+    PeerLeft {
+        /// The rank that left.
+        rank: usize,
+        /// What this rank was doing.
+        during: String,
+    },
+    /// Live ranks did not make a call in time. The communicator has failed on all ranks.
+    #[error("rank {rank} waited {:.1} s in {call} for {}, which did not make the call. UNISONO_TIMEOUT or Builder::timeout waits longer.", *waited_ms as f64 / 1e3, missing.join(", "))]
+    Timeout {
+        /// The rank that gave up.
+        rank: usize,
+        /// The call it waited in.
+        call: String,
+        /// How long it waited, in milliseconds.
+        waited_ms: u64,
+        /// The ranks that did not come, with host and process.
+        missing: Vec<String>,
+    },
+    /// Somebody aborted the communicator.
+    #[error("rank {rank} aborted the communicator during our {during}: {reason}")]
+    Aborted {
+        /// The rank on which `abort` was called.
+        rank: usize,
+        /// What this rank was doing.
+        during: String,
+        /// The reason it gave.
+        reason: String,
+    },
+    /// An argument of this rank does not fit. Nothing was sent or written, and the communicator still works.
+    #[error("{call} on rank {rank}: {what} should be {expected}, got {got}. Nothing was written.")]
+    Argument {
+        /// The operation.
+        call: &'static str,
+        /// The rank that was called.
+        rank: usize,
+        /// Which argument.
+        what: &'static str,
+        /// What it should be.
+        expected: String,
+        /// What it is.
+        got: String,
+    },
+    /// A buffer lies where this communicator cannot reach. Nothing was written, and the communicator still works.
+    #[error(
+        "{call} on rank {rank} got a buffer in {got}; this communicator works on {expected}. Nothing was written."
+    )]
+    Place {
+        /// The operation.
+        call: &'static str,
+        /// The rank that was called.
+        rank: usize,
+        /// The places it can reach.
+        expected: String,
+        /// Where the buffer lies.
+        got: String,
+    },
+    /// A window whose communicator failed: peers may still have been writing, so its content is not lent.
+    #[error("window {id} is poisoned: its communicator failed while peers could touch it ({cause})")]
+    Poisoned {
+        /// The window.
+        id: u64,
+        /// Why the communicator failed.
+        cause: String,
+    },
+    /// Not all ranks met before the deadline.
+    #[error(
+        "{met} of {world_size} ranks met at {store} within {waited:?}; missing: {}. Were they started, and can they reach it? UNISONO_INIT_TIMEOUT=60s waits longer.",
+        list(missing)
+    )]
+    InitTimeout {
+        /// Ranks that came.
+        met: usize,
+        /// Ranks expected.
+        world_size: usize,
+        /// The store.
+        store: String,
+        /// How long was waited.
+        waited: Duration,
+        /// The first ranks that did not come (at most 64).
+        missing: Vec<usize>,
+    },
+    /// A process of an earlier start of the job tried to join a later one.
+    #[error(
+        "rank {rank} belongs to generation {got} of job {job}, which is already at generation {expected}: an older start of the job must not join"
+    )]
+    StaleGeneration {
+        /// The rank that was refused.
+        rank: usize,
+        /// The job.
+        job: String,
+        /// The generation that the store has seen.
+        expected: u32,
+        /// Ours.
+        got: u32,
+    },
+    /// The world spans hosts, which this release does not reach.
+    #[error("the {world_size} ranks lie on {} hosts ({}); this release connects the ranks of one host", hosts.len(), hosts.join(", "))]
+    SeveralHosts {
+        /// The world size.
+        world_size: usize,
+        /// The hosts' names.
+        hosts: Vec<String>,
+    },
+    /// `UNISONO_REQUIRE=auth` is set, but the launcher gave no secret.
+    #[error(
+        "UNISONO_REQUIRE=auth, but {store} has no secret: start with `unisono run`, or hand over UNISONO_SECRET_FILE"
+    )]
+    NoSecret {
+        /// The store.
+        store: String,
+    },
+    /// The builder lacks something.
+    #[error("the communicator cannot be built: {problem}")]
+    Builder {
+        /// What is missing or contradictory.
+        problem: &'static str,
+    },
     /// A key did not appear in the store before the deadline.
     #[error("{store} has no `{key}` after {waited:?}. Was every rank started, and can it reach the store?")]
     StoreTimeout {
@@ -37,12 +186,18 @@ pub enum Error {
     StoreLimit {
         /// The store.
         store: String,
-        /// `key length`, `value length` or `number of keys`.
+        /// `key length`, `value length`, `number of keys` or `total size`.
         what: &'static str,
         /// The size that came.
         got: u64,
         /// The largest allowed.
         cap: u64,
+    },
+    /// The empty key, which no store takes.
+    #[error("{store}: a key must have at least one byte")]
+    StoreKey {
+        /// The store.
+        store: String,
     },
     /// The other end of a store connection said something that is not of its protocol.
     #[error("{store}: the other end does not speak our protocol: {message}")]
@@ -125,4 +280,17 @@ pub enum Error {
         /// What is wrong with it.
         message: String,
     },
+    /// An address on which a store must not listen.
+    #[error("a store cannot listen on {address}: {reason}")]
+    StoreAddress {
+        /// The address asked for.
+        address: std::net::SocketAddr,
+        /// Why not, and what to do instead.
+        reason: &'static str,
+    },
+}
+
+/// `0, 1, 5` for messages.
+fn list(ranks: &[usize]) -> String {
+    ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
 }

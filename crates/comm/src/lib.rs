@@ -1,9 +1,62 @@
 //! unisono: communication for the ranks of one job.
+//!
+//! Ranks are processes or threads of one host. They meet through a store, share memory, and move and reduce data
+//! together: deterministically, and without ever waiting for ever. Every public operation works without a GPU.
+//!
+//! ```
+//! use unisono::{Communicator, Operations, ReduceOp};
+//!
+//! // Four ranks as threads of this process; `Communicator::from_env()` makes one of a process that was started by
+//! // `unisono run`, `torchrun`, `mpirun` or `srun`.
+//! let threads: Vec<_> = Communicator::threads(4)?
+//!     .into_iter()
+//!     .map(|rank| {
+//!         std::thread::spawn(move || {
+//!             let mut gradient = vec![rank.rank() as f32; 1000];
+//!             rank.all_reduce(&mut gradient, ReduceOp::Sum)?;
+//!             assert!(gradient.iter().all(|value| *value == 6.0));
+//!             rank.destroy()
+//!         })
+//!     })
+//!     .collect();
+//! for thread in threads {
+//!     thread.join().unwrap()?;
+//! }
+//! # Ok::<(), unisono::Error>(())
+//! ```
+
+pub mod buffer;
+pub mod builder;
+pub mod call;
+mod cause;
+mod collectives;
+pub mod communicator;
+mod control;
 pub mod error;
 pub mod launch;
+mod neighbours;
+pub mod observer;
+pub mod operations;
 mod reduce;
+mod rendezvous;
 pub mod store;
+pub mod stream;
+pub mod window;
+
+pub use buffer::{Buf, BufMut, Place, RawBuffer};
+pub use builder::Builder;
+pub use call::{Call, Kind};
+pub use communicator::Communicator;
 pub use error::{Error, Result};
-pub use unisono_core::settings;
-pub use unisono_core::{DType, Element, ReduceOp, Reducible, Secret, UniqueId};
+pub use observer::{Observer, State};
+pub use operations::Operations;
+pub use stream::{OnStream, Stream};
+pub use unisono_core::element::{Bool8, f8e4m3, f8e5m2};
+pub use unisono_core::select::Algorithm;
+pub use unisono_core::settings::{Order, Require};
+pub use unisono_core::topology::{Link, Topology};
+pub use unisono_core::{
+    Complex, DType, Element, ReduceOp, Reducible, Secret, UniqueId, half, reduce_op, settings,
+};
 pub use unisono_sync::Deadline;
+pub use window::{Memory, Window};

@@ -1,1 +1,264 @@
-//! (being written)
+//! A call as it is told to peers: what every rank must agree on, packed into eight words, and its fingerprint.
+//!
+//! Ranks publish the header of every call. Peers compare a 64-bit *chain*, the fingerprint of all calls so far, which
+//! costs one comparison; only when it differs do they read both headers to name the two calls.
+
+use std::fmt;
+
+use crate::dtype::DType;
+use crate::reduce_op::ReduceOp;
+
+/// Words in a header.
+pub const HEADER_WORDS: usize = 8;
+
+/// What a collective does, with what only this kind has.
+#[derive(Clone, Copy, PartialEq, Debug)]
+#[non_exhaustive]
+pub enum Kind {
+    /// Nothing is moved; nobody leaves before all have entered.
+    Barrier,
+    /// Every rank gets the reduction of all inputs.
+    AllReduce {
+        /// How elements are combined.
+        op: ReduceOp,
+    },
+    /// Every rank gets the root's buffer.
+    Broadcast {
+        /// The rank that has the data.
+        root: u32,
+    },
+    /// Every rank gets the inputs of all, in rank order.
+    AllGather,
+    /// The collective end of a communicator.
+    Destroy,
+    /// Collective creation of a window.
+    Window,
+    /// Collective end of a window.
+    CloseWindow,
+}
+
+impl Kind {
+    /// The field's name of the operation.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Barrier => "barrier",
+            Self::AllReduce { .. } => "all_reduce",
+            Self::Broadcast { .. } => "broadcast",
+            Self::AllGather => "all_gather",
+            Self::Destroy => "destroy",
+            Self::Window => "window",
+            Self::CloseWindow => "close window",
+        }
+    }
+
+    const fn code(self) -> u8 {
+        match self {
+            Self::Barrier => 1,
+            Self::AllReduce { .. } => 2,
+            Self::Broadcast { .. } => 3,
+            Self::AllGather => 4,
+            Self::Destroy => 5,
+            Self::Window => 6,
+            Self::CloseWindow => 7,
+        }
+    }
+}
+
+/// Everything that must be equal on all ranks for one call.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct CallHeader {
+    /// The operation.
+    pub kind: Kind,
+    /// Element type; `None` where nothing is moved.
+    pub dtype: Option<DType>,
+    /// Elements per rank, as the operation counts them.
+    pub count: u64,
+    /// The window that holds the input, 0 if none.
+    pub source_window: u64,
+    /// The window that holds the output, 0 if none.
+    pub target_window: u64,
+}
+
+impl CallHeader {
+    /// A call that moves nothing.
+    pub const fn bare(kind: Kind) -> Self {
+        Self { kind, dtype: None, count: 0, source_window: 0, target_window: 0 }
+    }
+
+    /// The words that are published. Word 5 is the rank's own scalar (of a pre-multiplied sum): told, not compared.
+    #[inline]
+    pub fn to_words(&self) -> [u64; HEADER_WORDS] {
+        let (op, root, scalar) = match self.kind {
+            Kind::AllReduce { op } => (op.code(), 0, op.scalar().unwrap_or(0.0)),
+            Kind::Broadcast { root } => (0, root, 0.0),
+            _ => (0, 0, 0.0),
+        };
+        let dtype = self.dtype.map_or(0, |dtype| dtype.code() + 1);
+        let first =
+            u64::from(self.kind.code()) | u64::from(dtype) << 8 | u64::from(op) << 16 | u64::from(root) << 32;
+        [first, self.count, self.source_window, self.target_window, 0, scalar.to_bits(), 0, 0]
+    }
+
+    /// The fingerprint of what must agree.
+    #[inline]
+    pub fn fingerprint(words: &[u64; HEADER_WORDS]) -> u64 {
+        let mut hash = words[0].wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ words[1];
+        hash = mix(hash);
+        if words[2] | words[3] != 0 {
+            hash = mix(hash ^ words[2]);
+            hash = mix(hash ^ words[3].rotate_left(32));
+        }
+        hash
+    }
+
+    /// The chain after this call: equal on two ranks if, and up to a chance of 2⁻⁶⁴ only if, all their calls so far were.
+    #[inline]
+    pub fn chain(before: u64, fingerprint: u64) -> u64 {
+        mix(before.rotate_left(7) ^ fingerprint)
+    }
+
+    /// Reads words that a peer published; `None` if they are no call of ours.
+    pub fn from_words(words: &[u64; HEADER_WORDS]) -> Option<Self> {
+        let [kind, dtype, op, ..] = words[0].to_le_bytes();
+        let root = (words[0] >> 32) as u32;
+        let scalar = f64::from_bits(words[5]);
+        let kind = match kind {
+            1 => Kind::Barrier,
+            2 => Kind::AllReduce { op: ReduceOp::from_code(op, scalar)? },
+            3 => Kind::Broadcast { root },
+            4 => Kind::AllGather,
+            5 => Kind::Destroy,
+            6 => Kind::Window,
+            7 => Kind::CloseWindow,
+            _ => return None,
+        };
+        let dtype = match dtype {
+            0 => None,
+            code => Some(DType::from_code(code - 1)?),
+        };
+        Some(Self { kind, dtype, count: words[1], source_window: words[2], target_window: words[3] })
+    }
+
+    /// `all_reduce #812 on rank 2 (bf16, 4096, sum)`.
+    pub fn describe(&self, number: u64, rank: u32) -> String {
+        let arguments = self.to_string();
+        let name = self.kind.name();
+        if arguments.is_empty() {
+            format!("{name} #{number} on rank {rank}")
+        } else {
+            format!("{name} #{number} on rank {rank} ({arguments})")
+        }
+    }
+}
+
+/// The arguments alone: `bf16, 4096, sum`.
+impl fmt::Display for CallHeader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(dtype) = self.dtype else { return Ok(()) };
+        write!(f, "{dtype}, {}", self.count)?;
+        match self.kind {
+            Kind::AllReduce { op } => write!(f, ", {}", op.name())?,
+            Kind::Broadcast { root } => write!(f, ", root {root}")?,
+            _ => {}
+        }
+        match (self.source_window, self.target_window) {
+            (0, 0) => Ok(()),
+            (source, target) if source == target => write!(f, ", window {target}"),
+            (source, target) => write!(f, ", windows {source} to {target}"),
+        }
+    }
+}
+
+/// A cheap full-avalanche mix (multiply, fold, multiply).
+#[inline]
+fn mix(value: u64) -> u64 {
+    let value = (value ^ value >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93);
+    let value = (value ^ value >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93);
+    value ^ value >> 32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Vec<CallHeader> {
+        let mut all = vec![CallHeader::bare(Kind::Barrier), CallHeader::bare(Kind::Destroy)];
+        for dtype in DType::ALL {
+            for count in [0, 1, 4096] {
+                for kind in [
+                    Kind::AllReduce { op: ReduceOp::Sum },
+                    Kind::AllReduce { op: ReduceOp::Max },
+                    Kind::Broadcast { root: 0 },
+                    Kind::Broadcast { root: 3 },
+                    Kind::AllGather,
+                ] {
+                    for (source_window, target_window) in [(0, 0), (1, 1), (1, 2), (0, 2)] {
+                        all.push(CallHeader {
+                            kind,
+                            dtype: Some(dtype),
+                            count,
+                            source_window,
+                            target_window,
+                        });
+                    }
+                }
+            }
+        }
+        all
+    }
+
+    #[test]
+    fn headers_round_trip_and_differ_in_their_fingerprints() {
+        let mut seen = std::collections::HashMap::new();
+        for header in sample() {
+            let words = header.to_words();
+            assert_eq!(CallHeader::from_words(&words), Some(header));
+            assert_eq!(seen.insert(CallHeader::fingerprint(&words), header), None, "{header:?}");
+        }
+    }
+
+    #[test]
+    fn the_scalar_is_told_but_not_compared() {
+        let of = |scalar| CallHeader {
+            kind: Kind::AllReduce { op: ReduceOp::PreMulSum(scalar) },
+            dtype: Some(DType::F32),
+            count: 3,
+            source_window: 0,
+            target_window: 0,
+        };
+        let (left, right) = (of(1.5).to_words(), of(-2.0).to_words());
+        assert_eq!(CallHeader::fingerprint(&left), CallHeader::fingerprint(&right));
+        assert_eq!(CallHeader::from_words(&right), Some(of(-2.0)));
+    }
+
+    #[test]
+    fn the_chain_remembers_every_call_and_its_place() {
+        let prints: Vec<u64> =
+            sample().iter().map(|header| CallHeader::fingerprint(&header.to_words())).collect();
+        let chain = |order: &[u64]| order.iter().fold(0, |chain, print| CallHeader::chain(chain, *print));
+        assert_ne!(chain(&[prints[0], prints[5], prints[9]]), chain(&[prints[0], prints[9], prints[5]]));
+        assert_ne!(chain(&[prints[1], prints[5]]), chain(&[prints[2], prints[5]]));
+    }
+
+    #[test]
+    fn words_from_nowhere_are_no_call() {
+        assert_eq!(CallHeader::from_words(&[0; 8]), None);
+        assert_eq!(CallHeader::from_words(&[u64::MAX; 8]), None);
+    }
+
+    #[test]
+    fn a_call_is_described_in_the_words_of_its_caller() {
+        let header = CallHeader {
+            kind: Kind::AllReduce { op: ReduceOp::Sum },
+            dtype: Some(DType::BF16),
+            count: 4096,
+            source_window: 0,
+            target_window: 0,
+        };
+        assert_eq!(header.describe(812, 2), "all_reduce #812 on rank 2 (bf16, 4096, sum)");
+        let header =
+            CallHeader { kind: Kind::Broadcast { root: 0 }, target_window: 4, source_window: 4, ..header };
+        assert_eq!(header.describe(812, 0), "broadcast #812 on rank 0 (bf16, 4096, root 0, window 4)");
+        assert_eq!(CallHeader::bare(Kind::Barrier).describe(1, 1), "barrier #1 on rank 1");
+    }
+}

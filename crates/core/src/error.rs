@@ -39,6 +39,20 @@ pub enum Error {
         /// The reductions it has, as a list.
         supported: String,
     },
+    /// The buffers of a reduction do not fit together; nothing was written.
+    #[error("{op} of {dtype}: {what} should be {expected}, got {got}")]
+    Reduction {
+        /// The reduction asked for.
+        op: &'static str,
+        /// The data type.
+        dtype: DType,
+        /// What does not fit, for example `the length of input 1 in bytes`.
+        what: String,
+        /// What it should be.
+        expected: String,
+        /// What it is.
+        got: u64,
+    },
     /// The bytes are no unique id.
     #[error("this is no unisono unique id: {what} should be {expected}, got {got}")]
     UniqueId {

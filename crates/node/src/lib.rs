@@ -1,1 +1,21 @@
-//! One host: shared memory, the node plane, windows.
+//! One host: the memory that its ranks share, and the plane on which they pass descriptors and watch each other live.
+//!
+//! What is in here: sealed anonymous memory ([`SharedMemory`]), the identity of this machine ([`identity`]), the sockets
+//! between the processes of a host ([`NodePlane`]) and their counterpart for threads of one process
+//! ([`ThreadHub`]). Nothing of it has a name in a file system, so nothing is left behind by a kill.
+//!
+//! What never will be: a collective, a store, or any idea of what the memory is for.
+
+pub mod connect;
+pub mod error;
+pub mod identity;
+pub mod memory;
+pub mod plane;
+pub mod socket;
+pub mod threads;
+
+pub use connect::{Endpoint, PeerAddress, PlaneConfig};
+pub use error::{Error, Lost, Result};
+pub use memory::SharedMemory;
+pub use plane::{NodePlane, PlaneEvents};
+pub use threads::ThreadHub;

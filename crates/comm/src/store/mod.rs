@@ -1,10 +1,23 @@
 //! Stores: where the ranks of a job meet. One trait, a file per implementation, one conformance suite for all.
 
+mod file;
+mod memory;
+mod prefix;
+mod table;
+mod tcp;
+mod torch;
+
 use std::fmt;
 
 use unisono_sync::Deadline;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
+
+pub use self::file::FileStore;
+pub use self::memory::MemoryStore;
+pub use self::prefix::PrefixStore;
+pub use self::tcp::{StoreServer, StoreServerConfig, TcpStore};
+pub use self::torch::{TorchStore, TorchStoreServer};
 
 /// A small key-value store that all ranks of a job can reach.
 ///
@@ -55,3 +68,45 @@ pub const MAX_KEY_BYTES: usize = 8 * 1024;
 pub const MAX_VALUE_BYTES: usize = 8 * 1024 * 1024;
 /// The most keys that a store of ours holds.
 pub const MAX_KEYS: usize = 131_072;
+
+/// Refuses a key that no store takes: an empty one, or one above [`MAX_KEY_BYTES`].
+pub(crate) fn admit_key(store: &str, key: &str) -> Result<()> {
+    if key.is_empty() {
+        return Err(Error::StoreKey { store: store.to_owned() });
+    }
+    if key.len() > MAX_KEY_BYTES {
+        return Err(Error::StoreLimit {
+            store: store.to_owned(),
+            what: "key length",
+            got: key.len() as u64,
+            cap: MAX_KEY_BYTES as u64,
+        });
+    }
+    Ok(())
+}
+
+/// [`admit_key`] for many; at most [`MAX_KEYS`] of them.
+pub(crate) fn admit_keys(store: &str, keys: &[&str]) -> Result<()> {
+    if keys.len() > MAX_KEYS {
+        return Err(Error::StoreLimit {
+            store: store.to_owned(),
+            what: "number of keys",
+            got: keys.len() as u64,
+            cap: MAX_KEYS as u64,
+        });
+    }
+    keys.iter().try_for_each(|key| admit_key(store, key))
+}
+
+/// Refuses a value above [`MAX_VALUE_BYTES`].
+pub(crate) fn admit_value(store: &str, value: &[u8]) -> Result<()> {
+    if value.len() > MAX_VALUE_BYTES {
+        return Err(Error::StoreLimit {
+            store: store.to_owned(),
+            what: "value length",
+            got: value.len() as u64,
+            cap: MAX_VALUE_BYTES as u64,
+        });
+    }
+    Ok(())
+}

@@ -1,0 +1,94 @@
+//! Why a communicator failed, as it is told to all its ranks: the first cause floods, and every survivor reports it.
+
+use serde::{Deserialize, Serialize};
+use unisono_node::Lost;
+
+use crate::error::Error;
+
+/// The first cause of a failure. Recorded in shared memory by the rank that found it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) enum Cause {
+    /// A rank's process is gone, or does not answer.
+    Died { rank: u32, who: String, how: String },
+    /// Two ranks made different calls.
+    Mismatch { left: String, right: String },
+    /// Live ranks did not make the call in time.
+    TimedOut { rank: u32, call: String, waited_ms: u64, missing: Vec<String> },
+    /// Somebody called `Observer::abort`.
+    Aborted { rank: u32, reason: String },
+    /// A rank dropped its communicator without `destroy`.
+    Dropped { rank: u32 },
+}
+
+impl Cause {
+    pub(crate) fn died(rank: usize, who: String, lost: Lost) -> Self {
+        Self::Died { rank: rank as u32, who, how: lost.to_string() }
+    }
+
+    /// Bytes for the shared record, at most `cap`: long texts are cut rather than lost.
+    pub(crate) fn to_bytes(&self, cap: usize) -> Vec<u8> {
+        match postcard::to_stdvec(self) {
+            Ok(bytes) if bytes.len() <= cap => bytes,
+            _ => postcard::to_stdvec(&self.shortened(cap / 8)).unwrap_or_default(),
+        }
+    }
+
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        postcard::from_bytes(bytes).ok()
+    }
+
+    fn shortened(&self, chars: usize) -> Self {
+        let cut = |text: &String| text.chars().take(chars / 4).collect::<String>();
+        match self {
+            Self::Died { rank, who, how } => Self::Died { rank: *rank, who: cut(who), how: cut(how) },
+            Self::Mismatch { left, right } => Self::Mismatch { left: cut(left), right: cut(right) },
+            Self::TimedOut { rank, call, waited_ms, missing } => Self::TimedOut {
+                rank: *rank,
+                call: cut(call),
+                waited_ms: *waited_ms,
+                missing: missing.iter().take(4).map(cut).collect(),
+            },
+            Self::Aborted { rank, reason } => Self::Aborted { rank: *rank, reason: cut(reason) },
+            Self::Dropped { rank } => Self::Dropped { rank: *rank },
+        }
+    }
+
+    /// The error that a rank reports which was `during` a call (`all_reduce #812`).
+    pub(crate) fn into_error(self, during: &str, world_size: usize) -> Error {
+        let during = during.to_owned();
+        match self {
+            Self::Died { rank, who, how } => {
+                let rank = rank as usize;
+                let survivors = (0..world_size).filter(|other| *other != rank).collect();
+                Error::PeerDied { rank, who, during, how, survivors }
+            }
+            Self::Mismatch { left, right } => Error::Mismatch { left, right },
+            Self::TimedOut { rank, call, waited_ms, missing } => {
+                Error::Timeout { rank: rank as usize, call, waited_ms, missing }
+            }
+            Self::Aborted { rank, reason } => Error::Aborted { rank: rank as usize, during, reason },
+            Self::Dropped { rank } => Error::PeerLeft { rank: rank as usize, during },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_round_trip_and_long_ones_are_cut_to_fit() {
+        let cause = Cause::Aborted { rank: 3, reason: "because".into() };
+        assert_eq!(Cause::from_bytes(&cause.to_bytes(2000)), Some(cause));
+        let long = Cause::TimedOut {
+            rank: 1,
+            call: "é".repeat(5000),
+            waited_ms: 5,
+            missing: vec!["x".repeat(9000); 50],
+        };
+        let bytes = long.to_bytes(2000);
+        assert!(bytes.len() <= 2000, "{}", bytes.len());
+        assert!(matches!(Cause::from_bytes(&bytes), Some(Cause::TimedOut { rank: 1, .. })));
+        assert_eq!(Cause::from_bytes(&[0xff; 40]), None);
+    }
+}

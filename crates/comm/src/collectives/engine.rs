@@ -1,0 +1,478 @@
+//! The engine: epochs, chains, credits and waits; what every collective is made of.
+//!
+//! One call goes: check the buffers, take credit for the slot, publish it (with the first data), hear the peers it
+//! reads from, move on. The fast path of an 8-byte all-reduce is one published line, one polled line per peer and some
+//! tens of nanoseconds of bookkeeping: no lock, no allocation, no system call.
+
+use std::sync::Arc;
+
+use unisono_core::call::{CallHeader, HEADER_WORDS, Kind};
+use unisono_core::layout::{
+    CALL_SLOTS, CHUNK_BYTES, CHUNKS, INLINE_WORDS, SLOT_CHAIN, SLOT_DATA, SLOT_HEADER,
+};
+use unisono_core::select::Algorithm;
+use unisono_node::SharedMemory;
+use unisono_sync::{EpochFlag, Stopped, WaitPolicy, Watch, wait};
+
+use super::plan::{Plan, Situation, WindowPlace};
+use crate::call::Call;
+use crate::cause::Cause;
+use crate::control::{Control, RankWords};
+use crate::error::{Error, Result};
+
+/// Calls whose chain is remembered, to compare with what peers' trails say: more than any peer can be behind.
+const HISTORY: u64 = 4 * CALL_SLOTS as u64;
+
+/// How an engine is made.
+pub(crate) struct EngineConfig {
+    pub(crate) control: Arc<Control>,
+    pub(crate) rank: usize,
+    pub(crate) policy: WaitPolicy,
+    pub(crate) forced: Option<Algorithm>,
+}
+
+/// What is known of a peer without looking.
+#[derive(Clone, Copy, Default)]
+struct Known {
+    epoch: u64,
+    step: u64,
+}
+
+/// A window that peers map too: `stride` bytes per rank.
+#[derive(Clone, Debug)]
+pub(super) struct OpenWindow {
+    id: u64,
+    memory: Arc<SharedMemory>,
+    stride: usize,
+    bytes: usize,
+}
+
+/// One rank's side of all collectives of one communicator. Used by one thread at a time.
+pub(crate) struct Engine {
+    pub(super) control: Arc<Control>,
+    pub(super) rank: usize,
+    pub(super) world_size: usize,
+    policy: WaitPolicy,
+    forced: Option<Algorithm>,
+    /// Calls begun; the current one, while one runs.
+    pub(super) epoch: u64,
+    chain: u64,
+    /// Steps of all calls before the current one.
+    pub(super) step: u64,
+    known: Vec<Known>,
+    /// The least of what is known of all peers.
+    credit: Known,
+    chains: [u32; HISTORY as usize],
+    /// The headers that our call slots hold.
+    headers: [[u64; HEADER_WORDS]; CALL_SLOTS],
+    kind: Kind,
+    failed: Option<Error>,
+    windows: Vec<OpenWindow>,
+    next_window: u64,
+    /// Inline data of all ranks in the current call; `inline_sources[r]` points to `inline[r]`.
+    pub(super) inline: Box<[[u64; INLINE_WORDS]]>,
+    pub(super) inline_sources: Box<[*const u8]>,
+    /// Where the data of each rank lies in the current step.
+    pub(super) sources: Vec<*const u8>,
+    /// The scalars of a pre-multiplied sum.
+    pub(super) scalars: Vec<f64>,
+}
+
+// SAFETY: the raw pointers point into the engine's own boxes, into the shared mapping that `control` keeps, or are
+// rewritten before each use; none of them is tied to a thread.
+unsafe impl Send for Engine {}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine").field("rank", &self.rank).field("epoch", &self.epoch).finish_non_exhaustive()
+    }
+}
+
+impl Engine {
+    pub(crate) fn new(config: EngineConfig) -> Self {
+        let world_size = config.control.world_size();
+        let inline = vec![[0; INLINE_WORDS]; world_size].into_boxed_slice();
+        let inline_sources = inline.iter().map(|data| data.as_ptr().cast()).collect();
+        Self {
+            control: config.control,
+            rank: config.rank,
+            world_size,
+            policy: config.policy,
+            forced: config.forced,
+            epoch: 0,
+            chain: 0,
+            step: 0,
+            known: vec![Known::default(); world_size],
+            credit: Known::default(),
+            chains: [0; HISTORY as usize],
+            headers: [[0; HEADER_WORDS]; CALL_SLOTS],
+            kind: Kind::Barrier,
+            failed: None,
+            windows: Vec::new(),
+            next_window: 1,
+            inline,
+            inline_sources,
+            sources: Vec::with_capacity(world_size),
+            scalars: Vec::with_capacity(world_size),
+        }
+    }
+
+    /// Carries out one call. After a failure every call returns the first cause.
+    #[inline]
+    pub(crate) fn submit(&mut self, call: &Call<'_>) -> Result<()> {
+        self.check()?;
+        let find = |id, ptr, bytes| find_window(&self.windows, self.rank, id, ptr, bytes);
+        let situation = Situation {
+            rank: self.rank,
+            world_size: self.world_size,
+            forced: self.forced,
+            find_window: &find,
+        };
+        let plan = Plan::new(call, &situation)?;
+        self.execute(&plan)
+    }
+
+    /// Ok, or the first cause why this communicator failed. Costs a load.
+    #[inline]
+    pub(crate) fn check(&mut self) -> Result<()> {
+        if self.control.abort().raised().is_none() && self.failed.is_none() {
+            return Ok(());
+        }
+        self.check_slowly()
+    }
+
+    #[cold]
+    fn check_slowly(&mut self) -> Result<()> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        match self.control.cause() {
+            // Whoever left may have done all its part of what comes; the wait that misses it will say so.
+            None | Some(Cause::Dropped { .. }) => Ok(()),
+            Some(cause) => {
+                let error = cause.into_error("an earlier call", self.world_size);
+                self.failed = Some(error.clone());
+                Err(error)
+            }
+        }
+    }
+
+    #[inline]
+    pub(crate) fn execute(&mut self, plan: &Plan) -> Result<()> {
+        let result = self.begin(plan).and_then(|words| match plan.kind {
+            Kind::AllReduce { op } => self.all_reduce(plan, op, &words),
+            Kind::Broadcast { root } => self.broadcast(plan, root as usize, &words),
+            Kind::AllGather => self.all_gather(plan, &words),
+            _ => self.barrier(&words),
+        });
+        match result {
+            Ok(steps) => {
+                self.finish(steps);
+                Ok(())
+            }
+            Err(error) => {
+                self.failed = Some(error.clone());
+                Err(error)
+            }
+        }
+    }
+
+    /// Moves the epoch and the chain on, and takes credit for the slot.
+    #[inline]
+    fn begin(&mut self, plan: &Plan) -> Result<[u64; HEADER_WORDS]> {
+        let words = plan.header.to_words();
+        self.epoch += 1;
+        self.kind = plan.kind;
+        self.chain = CallHeader::chain(self.chain, CallHeader::fingerprint(&words));
+        self.chains[(self.epoch % HISTORY) as usize] = self.chain as u32;
+        if self.epoch > self.credit.epoch + CALL_SLOTS as u64 {
+            self.wait_for_epoch(self.epoch - CALL_SLOTS as u64)?;
+        }
+        Ok(words)
+    }
+
+    /// Publishes the slot of this call with `data`; what was staged before is announced with it.
+    #[inline]
+    pub(super) fn arrive(&mut self, header: &[u64; HEADER_WORDS], data: &[u64]) {
+        let mine = self.control.rank(self.rank);
+        let slot = (self.epoch % CALL_SLOTS as u64) as usize;
+        if self.headers[slot] != *header {
+            self.headers[slot] = *header;
+            for (at, word) in header.iter().enumerate() {
+                mine.slots.write(self.epoch, SLOT_HEADER + at, *word);
+            }
+        }
+        for (at, word) in data.iter().enumerate() {
+            mine.slots.write(self.epoch, SLOT_DATA + at, *word);
+        }
+        mine.slots.write(self.epoch, SLOT_CHAIN, self.chain);
+        mine.slots.publish(self.epoch);
+        mine.sleepers.wake(mine.slots.word(self.epoch));
+    }
+
+    /// Waits for the slot of `peer` and compares chains: from here on its data of this call can be read.
+    #[inline]
+    pub(super) fn hear(&self, peer: usize) -> Result<()> {
+        let theirs = self.control.rank(peer);
+        let (slots, epoch) = (theirs.slots, self.epoch);
+        if !slots.is_published(epoch) {
+            let watch = self.watch(theirs, EpochFlag::new(slots.word(epoch)));
+            wait(&self.policy, watch, || slots.is_published(epoch), || self.warn(peer))
+                .map_err(|stopped| self.stopped(peer, stopped))?;
+        }
+        if slots.read(epoch, SLOT_CHAIN) != self.chain {
+            return Err(self.mismatch(peer, epoch));
+        }
+        Ok(())
+    }
+
+    /// After every peer was heard: all are done with the calls before this one.
+    #[inline]
+    pub(super) fn heard_all(&mut self) {
+        self.credit = Known { epoch: self.epoch - 1, step: self.credit.step.max(self.step) };
+    }
+
+    /// All ranks but ours, starting behind us, so that not all read from the same one at once.
+    #[inline]
+    pub(super) fn peers(&self) -> impl Iterator<Item = usize> + use<> {
+        let (rank, world_size) = (self.rank, self.world_size);
+        (rank + 1..world_size).chain(0..rank)
+    }
+
+    /// Waits until `flag` of `peer` reaches `value`.
+    #[inline]
+    pub(super) fn wait_for(
+        &self,
+        peer: usize,
+        flag: impl for<'m> Fn(&RankWords<'m>) -> EpochFlag<'m>,
+        value: u64,
+    ) -> Result<()> {
+        let theirs = self.control.rank(peer);
+        let flag = flag(theirs);
+        if flag.has_reached(value) {
+            return Ok(());
+        }
+        let watch = self.watch(theirs, flag);
+        wait(&self.policy, watch, || flag.has_reached(value), || self.warn(peer))
+            .map_err(|stopped| self.stopped(peer, stopped))
+    }
+
+    /// Moves one of our own flags to `value` and wakes who sleeps on it.
+    #[inline]
+    pub(super) fn announce(&self, flag: impl for<'m> Fn(&RankWords<'m>) -> EpochFlag<'m>, value: u64) {
+        let mine = self.control.rank(self.rank);
+        let flag = flag(mine);
+        flag.publish(value);
+        mine.sleepers.wake(flag.word());
+    }
+
+    /// Takes credit for the staging chunk of `step` and returns its offset within staging.
+    #[inline]
+    pub(super) fn reserve(&mut self, step: u64) -> Result<usize> {
+        if step > self.credit.step + CHUNKS as u64 {
+            let needed = step - CHUNKS as u64;
+            for peer in self.peers() {
+                if self.known[peer].step < needed {
+                    self.wait_for(peer, |words| words.consumed, needed)?;
+                    self.known[peer].step = self.control.rank(peer).consumed.current().min(step);
+                }
+            }
+            self.credit.step = self.peers().map(|peer| self.known[peer].step).min().unwrap_or(u64::MAX / 2);
+        }
+        Ok(chunk(step))
+    }
+
+    /// Waits until every peer has completed call `needed`, and compares trails.
+    #[cold]
+    fn wait_for_epoch(&mut self, needed: u64) -> Result<()> {
+        for peer in self.peers() {
+            let trail = self.control.rank(peer).trail;
+            let known = self.known[peer].epoch;
+            // The high half counts calls modulo 2³²; a peer only moves forward, and never by that much unseen.
+            let completed = |trail: u64| known + u64::from(((trail >> 32) as u32).wrapping_sub(known as u32));
+            if completed(trail.current()) < needed {
+                let watch = self.watch(self.control.rank(peer), trail);
+                wait(&self.policy, watch, || completed(trail.current()) >= needed, || self.warn(peer))
+                    .map_err(|stopped| self.stopped(peer, stopped))?;
+            }
+            let seen = trail.current();
+            let epoch = completed(seen);
+            if epoch < self.epoch
+                && epoch + HISTORY > self.epoch
+                && epoch > 0
+                && self.chains[(epoch % HISTORY) as usize] != seen as u32
+            {
+                return Err(self.mismatch(peer, epoch));
+            }
+            self.known[peer].epoch = epoch.min(self.epoch);
+        }
+        self.credit.epoch = self.peers().map(|peer| self.known[peer].epoch).min().unwrap_or(u64::MAX / 2);
+        Ok(())
+    }
+
+    /// Tells the peers that this call, which took `steps` steps, is done.
+    #[inline]
+    fn finish(&mut self, steps: u64) {
+        let mine = self.control.rank(self.rank);
+        if steps > 0 {
+            self.step += steps;
+            mine.consumed.publish(self.step);
+            mine.sleepers.wake(mine.consumed.word());
+        }
+        mine.trail.publish(self.epoch << 32 | u64::from(self.chain as u32));
+        mine.sleepers.wake(mine.trail.word());
+    }
+
+    fn barrier(&mut self, header: &[u64; HEADER_WORDS]) -> Result<u64> {
+        self.arrive(header, &[]);
+        for peer in self.peers() {
+            self.hear(peer)?;
+        }
+        self.heard_all();
+        Ok(0)
+    }
+
+    /// A barrier of its own kind, with other patience: for the beginning and the end.
+    pub(crate) fn meet(&mut self, header: CallHeader, patience: Option<std::time::Duration>) -> Result<()> {
+        let usual = std::mem::replace(&mut self.policy.patience, patience);
+        let result = self.check().and_then(|()| self.execute(&Plan { header, ..Plan::bare(header.kind) }));
+        self.policy.patience = usual;
+        result
+    }
+
+    /// The algorithm that was asked for.
+    pub(crate) const fn forced(&self) -> Option<Algorithm> {
+        self.forced
+    }
+
+    /// The id that the next window gets, equal on all ranks because windows are made in the same order.
+    pub(crate) fn next_window_id(&mut self) -> u64 {
+        self.next_window += 1;
+        self.next_window - 1
+    }
+
+    /// From now on, buffers in `memory` are known to lie in window `id`, of which each rank has `bytes`, `stride` apart.
+    pub(crate) fn open_window(&mut self, id: u64, memory: Arc<SharedMemory>, stride: usize, bytes: usize) {
+        self.windows.push(OpenWindow { id, memory, stride, bytes });
+    }
+
+    /// Forgets window `id`.
+    pub(crate) fn close_window(&mut self, id: u64) {
+        self.windows.retain(|window| window.id != id);
+    }
+
+    /// The address of `bytes` at `offset` of `peer`'s copy of window `id`; offsets that a peer wrote are checked here.
+    pub(super) fn window_address(
+        &self,
+        peer: usize,
+        id: u64,
+        offset: usize,
+        bytes: usize,
+    ) -> Result<*mut u8> {
+        let window = self.windows.iter().find(|window| window.id == id);
+        match window.filter(|window| offset.checked_add(bytes).is_some_and(|end| end <= window.bytes)) {
+            // SAFETY: the range lies within the peer's part of the mapping, as was just checked.
+            Some(window) => Ok(unsafe { window.memory.as_ptr().add(peer * window.stride + offset) }),
+            None => Err(self.abort_with(Cause::Mismatch {
+                left: self.during(),
+                right: format!("an offset of {offset} outside window {id} on {}", self.control.name(peer)),
+            })),
+        }
+    }
+
+    fn watch<'m>(&'m self, theirs: &RankWords<'m>, flag: EpochFlag<'m>) -> Watch<'m> {
+        Watch { abort: self.control.abort(), word: flag.word(), sleepers: theirs.sleepers }
+    }
+
+    /// `all_reduce #812`; the meeting at the beginning is number 0.
+    fn during(&self) -> String {
+        format!("{} #{}", self.kind.name(), self.epoch - 1)
+    }
+
+    /// The ranks that have not begun this call; if all have, the one that is waited for.
+    fn missing(&self, waited_for: usize) -> Vec<String> {
+        let late = |peer: &usize| {
+            let standing = self.control.rank(*peer).slots.standing(self.epoch);
+            standing < self.epoch
+        };
+        let mut missing: Vec<String> =
+            self.peers().filter(late).map(|peer| self.control.name(peer).to_owned()).collect();
+        missing.sort();
+        if missing.is_empty() { vec![self.control.name(waited_for).to_owned()] } else { missing }
+    }
+
+    #[cold]
+    fn warn(&self, peer: usize) {
+        let waited = self.policy.warn_after.unwrap_or_default();
+        tracing::warn!(
+            "rank {} has waited {waited:?} in {} for {}",
+            self.rank,
+            self.during(),
+            self.missing(peer).join(", ")
+        );
+    }
+
+    #[cold]
+    fn stopped(&self, peer: usize, stopped: Stopped) -> Error {
+        if let Stopped::TimedOut { waited } = stopped {
+            return self.abort_with(Cause::TimedOut {
+                rank: self.rank as u32,
+                call: self.during(),
+                waited_ms: waited.as_millis() as u64,
+                missing: self.missing(peer),
+            });
+        }
+        self.first_cause()
+    }
+
+    /// Fails the communicator for everybody, unless it has failed already; the error of the first cause.
+    #[cold]
+    fn abort_with(&self, cause: Cause) -> Error {
+        self.control.fail(&cause);
+        self.first_cause()
+    }
+
+    fn first_cause(&self) -> Error {
+        let unknown = || Cause::Aborted { rank: self.rank as u32, reason: "unknown".to_owned() };
+        self.control.cause().unwrap_or_else(unknown).into_error(&self.during(), self.world_size)
+    }
+
+    /// Names the first call in which `peer` and we differ, as far back as both still have it, and fails everybody.
+    #[cold]
+    fn mismatch(&self, peer: usize, epoch: u64) -> Error {
+        let theirs = self.control.rank(peer).slots;
+        let oldest = self.epoch.saturating_sub(CALL_SLOTS as u64 - 1).max(1);
+        let differs = |at: &u64| {
+            theirs.standing(*at) == *at && {
+                let words = std::array::from_fn(|word| theirs.read(*at, SLOT_HEADER + word));
+                CallHeader::fingerprint(&words) != CallHeader::fingerprint(&self.headers[slot_of(*at)])
+            }
+        };
+        let at = (oldest..=self.epoch).find(differs).unwrap_or(epoch);
+        let describe = |words: [u64; HEADER_WORDS], rank: usize| match CallHeader::from_words(&words) {
+            Some(header) => header.describe(at - 1, rank as u32),
+            None => format!("an unknown call #{} on rank {rank}", at - 1),
+        };
+        self.abort_with(Cause::Mismatch {
+            left: describe(self.headers[slot_of(at)], self.rank),
+            right: describe(std::array::from_fn(|word| theirs.read(at, SLOT_HEADER + word)), peer),
+        })
+    }
+}
+
+fn slot_of(epoch: u64) -> usize {
+    (epoch % CALL_SLOTS as u64) as usize
+}
+
+/// Offset of a step's chunk within staging.
+#[inline]
+pub(super) const fn chunk(step: u64) -> usize {
+    (step % CHUNKS as u64) as usize * CHUNK_BYTES
+}
+
+fn find_window(windows: &[OpenWindow], rank: usize, id: u64, ptr: u64, bytes: usize) -> Option<WindowPlace> {
+    let window = windows.iter().find(|window| window.id == id)?;
+    let base = window.memory.as_ptr().expose_provenance() + rank * window.stride;
+    let offset = (ptr as usize).checked_sub(base)?;
+    (offset.checked_add(bytes)? <= window.bytes).then_some(WindowPlace { id, offset })
+}

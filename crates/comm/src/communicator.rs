@@ -1,0 +1,290 @@
+//! The communicator: one rank's end of a world, from meeting to farewell.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+use std::time::Duration;
+
+use unisono_core::call::CallHeader;
+use unisono_core::select::Algorithm;
+use unisono_core::settings::{AlgorithmChoice, Settings, Spin};
+use unisono_core::topology::Topology;
+use unisono_core::{Element, ReduceOp};
+use unisono_node::{SharedMemory, ThreadHub};
+use unisono_sync::{Deadline, WaitPolicy};
+
+use crate::builder::Builder;
+use crate::call::{Call, Kind};
+use crate::cause::Cause;
+use crate::collectives::{Engine, EngineConfig};
+use crate::control::Control;
+use crate::error::{Error, Result};
+use crate::neighbours::Neighbours;
+use crate::observer::Observer;
+use crate::operations::Operations;
+use crate::stream::{OnStream, Stream};
+use crate::window::{Memory, Window};
+
+/// Tag under which the control memory is handed over; windows use their ids, which start at 1.
+const CONTROL_TAG: u64 = 0;
+/// The longest that the collective end may take, whatever the patience.
+const DESTROY_PATIENCE: Duration = Duration::from_secs(30);
+
+/// One rank of a world. It may move between threads, but one thread operates it at a time (`Send`, not `Sync`); other
+/// threads use an [`Observer`].
+///
+/// Dropping it without [`Communicator::destroy`] tells the others that this rank left; their next wait for it is an
+/// error. Dropping never blocks and never panics.
+#[derive(Debug)]
+pub struct Communicator {
+    engine: RefCell<Engine>,
+    control: Arc<Control>,
+    neighbours: Neighbours,
+    topology: Arc<Topology>,
+    rank: usize,
+    patience: Option<Duration>,
+    destroyed: bool,
+}
+
+/// What a communicator is assembled from.
+pub(crate) struct Parts {
+    pub(crate) rank: usize,
+    /// How messages call each rank.
+    pub(crate) names: Vec<String>,
+    pub(crate) topology: Arc<Topology>,
+    pub(crate) neighbours: Neighbours,
+    pub(crate) memory: Arc<SharedMemory>,
+}
+
+impl Communicator {
+    /// Joins the world that the launcher of this process describes: `unisono run`, `torchrun`, `mpirun` (Open MPI,
+    /// MPICH), `srun`, or plain `RANK` / `WORLD_SIZE` / `MASTER_ADDR` / `MASTER_PORT`. Every rank calls it.
+    ///
+    /// # Errors
+    /// No launcher was found, or it said only half; and those of [`Builder::build`].
+    pub fn from_env() -> Result<Self> {
+        Builder::from_env()?.build()
+    }
+
+    /// A communicator from a store or a unique id.
+    pub fn builder() -> Builder {
+        Builder::new()
+    }
+
+    /// A world whose ranks are threads of this process: one communicator per rank, to be moved to its thread. They
+    /// share one mapping.
+    ///
+    /// # Errors
+    /// A world size of 0 or above 65,536; memory that cannot be had; `UNISONO_*` settings that cannot be read.
+    pub fn threads(world_size: usize) -> Result<Vec<Self>> {
+        Self::threads_with(world_size, &crate::builder::environment_settings()?)
+    }
+
+    pub(crate) fn threads_with(world_size: usize, settings: &Settings) -> Result<Vec<Self>> {
+        unisono_core::Member::new(0, world_size)?;
+        let host = unisono_node::identity::host();
+        let topology = Arc::new(Topology::one_host(&host.name, world_size));
+        let memory = Arc::new(SharedMemory::create(Control::bytes(world_size))?);
+        let hub = Arc::new(ThreadHub::default());
+        let parts = |rank| Parts {
+            rank,
+            names: (0..world_size)
+                .map(|rank| format!("rank {rank} (thread of pid {})", std::process::id()))
+                .collect(),
+            topology: topology.clone(),
+            neighbours: Neighbours::Threads(hub.clone()),
+            memory: memory.clone(),
+        };
+        Ok((0..world_size).map(|rank| Self::assemble(parts(rank), settings)).collect())
+    }
+
+    pub(crate) fn assemble(parts: Parts, settings: &Settings) -> Self {
+        let world_size = parts.names.len();
+        let control = Arc::new(Control::new(parts.memory, parts.rank, parts.names));
+        if let Neighbours::Processes(plane) = &parts.neighbours {
+            plane.watch(control.clone());
+        }
+        let engine = Engine::new(EngineConfig {
+            control: control.clone(),
+            rank: parts.rank,
+            policy: wait_policy(settings, world_size),
+            forced: forced_algorithm(settings.algorithm),
+        });
+        Self {
+            engine: RefCell::new(engine),
+            control,
+            neighbours: parts.neighbours,
+            topology: parts.topology,
+            rank: parts.rank,
+            patience: settings.timeout,
+            destroyed: false,
+        }
+    }
+
+    /// The control memory of a world of processes. Collective.
+    pub(crate) fn share_control(
+        neighbours: &Neighbours,
+        rank: usize,
+        world_size: usize,
+        deadline: Deadline,
+    ) -> Result<Arc<SharedMemory>> {
+        neighbours.share((rank, world_size), CONTROL_TAG, Control::bytes(world_size), deadline, &|| false)
+    }
+
+    /// The first meeting in shared memory: when it returns, every rank has arrived.
+    pub(crate) fn meet(&self, patience: Duration) -> Result<()> {
+        self.engine.borrow_mut().meet(CallHeader::bare(Kind::Barrier), Some(patience))
+    }
+
+    /// This rank, from 0.
+    pub const fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// The number of ranks.
+    pub fn world_size(&self) -> usize {
+        self.control.world_size()
+    }
+
+    /// This rank's number among the ranks of its host.
+    pub fn local_rank(&self) -> usize {
+        self.topology.local_rank(self.rank)
+    }
+
+    /// Who reaches whom, and how.
+    pub fn topology(&self) -> &Topology {
+        &self.topology
+    }
+
+    /// A handle for other threads: it can abort and inspect this communicator at any time.
+    pub fn observer(&self) -> Observer {
+        let forced = self.engine.borrow().forced();
+        Observer::new(self.control.clone(), self.topology.clone(), self.rank, forced)
+    }
+
+    /// The same operations in the order of `stream`. On [`Stream::host`] they are complete on return.
+    pub fn on<'c>(&'c self, stream: &'c Stream) -> OnStream<'c> {
+        OnStream::new(self, stream)
+    }
+
+    /// Ok, or the first cause why this communicator failed. Waits for nobody.
+    ///
+    /// # Errors
+    /// The first cause.
+    pub fn check(&self) -> Result<()> {
+        self.engine.borrow_mut().check()
+    }
+
+    /// Memory of `count` elements on every rank, zeroed, that all ranks map: collectives on it need no staging.
+    /// Collective: every rank calls it, with the same type and count.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if the counts differ; [`Error::Node`] on every rank if any of them cannot have the memory
+    /// (then the communicator still works).
+    pub fn window<T: Element>(&self, count: usize, memory: Memory) -> Result<Window<T>> {
+        let Memory::Host = memory;
+        let mut engine = self.engine.borrow_mut();
+        let header =
+            CallHeader { dtype: Some(T::DTYPE), count: count as u64, ..CallHeader::bare(Kind::Window) };
+        engine.meet(header, self.patience)?;
+        let id = engine.next_window_id();
+        let too_large = || {
+            let (got, cap) = (count as u64, (isize::MAX as usize / size_of::<T>()) as u64);
+            Error::Core(unisono_core::Error::TooLarge { what: "window", got, cap })
+        };
+        let bytes = count.checked_mul(size_of::<T>()).ok_or_else(too_large)?;
+        let stride =
+            bytes.max(1).checked_next_multiple_of(unisono_core::layout::PAGE).ok_or_else(too_large)?;
+        let total = stride
+            .checked_mul(self.world_size())
+            .filter(|total| isize::try_from(*total).is_ok())
+            .ok_or_else(too_large)?;
+        let deadline = self.patience.map_or(Deadline::NEVER, Deadline::after);
+        let is_aborted = || self.control.abort().raised().is_some();
+        let memory = self.neighbours.share((self.rank, self.world_size()), id, total, deadline, &is_aborted);
+        // Either all have it or none: a rank that could not map it says so, and everybody lets go of it.
+        let mut all_have_it = [u8::from(memory.is_ok())];
+        engine.submit(&Call::new(
+            Kind::AllReduce { op: ReduceOp::Min },
+            &[crate::BufMut::from(&mut all_have_it).raw()],
+        ))?;
+        let memory = memory?;
+        if all_have_it[0] == 0 {
+            let message = "another rank of this host could not map it".to_owned();
+            return Err(Error::Node(unisono_node::Error::Memory { bytes: total, action: "window", message }));
+        }
+        engine.open_window(id, memory.clone(), stride, bytes);
+        // SAFETY: our own part lies within the mapping: `rank` strides from its start.
+        let base = unsafe { memory.as_ptr().add(self.rank * stride) };
+        Ok(Window::new(self.control.clone(), memory, base, id, count))
+    }
+
+    /// Ends `window` on all ranks. Collective.
+    ///
+    /// # Errors
+    /// Those of a failed communicator.
+    pub(crate) fn close_window(&self, id: u64) -> Result<()> {
+        let mut engine = self.engine.borrow_mut();
+        let header = CallHeader { target_window: id, ..CallHeader::bare(Kind::CloseWindow) };
+        engine.meet(header, self.patience)?;
+        engine.close_window(id);
+        Ok(())
+    }
+
+    /// Ends this communicator together with all other ranks: returns when every rank has called it, at the latest after
+    /// 30 s (or the timeout, if that is shorter).
+    ///
+    /// # Errors
+    /// The first cause of a failure, or [`Error::Timeout`] naming the ranks that did not come.
+    pub fn destroy(mut self) -> Result<()> {
+        let patience = self.patience.map_or(DESTROY_PATIENCE, |patience| patience.min(DESTROY_PATIENCE));
+        let result = self.engine.borrow_mut().meet(CallHeader::bare(Kind::Destroy), Some(patience));
+        self.destroyed = true;
+        result
+    }
+}
+
+impl<'b> Operations<'b> for Communicator {
+    type Done = ();
+
+    #[inline]
+    fn submit(&self, call: Call<'b>) -> Result<()> {
+        self.engine.borrow_mut().submit(&call)
+    }
+}
+
+impl Drop for Communicator {
+    fn drop(&mut self) {
+        if !self.destroyed && self.control.world_size() > 1 {
+            self.control.fail(&Cause::Dropped { rank: self.rank as u32 });
+        }
+    }
+}
+
+/// How this world waits. Where each rank has a core to itself, spinning for some tens of microseconds pays; where
+/// ranks share cores, whoever spins keeps the one it waits for from running.
+fn wait_policy(settings: &Settings, local_ranks: usize) -> WaitPolicy {
+    /// A pause and a poll, roughly; the exact figure does not matter.
+    const SPIN_NS: u128 = 12;
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let spin_for = match settings.spin {
+        Spin::For(time) => time,
+        Spin::Auto if local_ranks <= cores => Duration::from_micros(100),
+        Spin::Auto => Duration::ZERO,
+    };
+    let yield_for = if spin_for.is_zero() { Duration::from_millis(2) } else { Duration::from_micros(500) };
+    WaitPolicy {
+        spins: u32::try_from(spin_for.as_nanos() / SPIN_NS).unwrap_or(u32::MAX / 2),
+        yield_for,
+        patience: settings.timeout,
+        warn_after: settings.warn_after,
+    }
+}
+
+fn forced_algorithm(choice: AlgorithmChoice) -> Option<Algorithm> {
+    match choice {
+        AlgorithmChoice::Auto => None,
+        AlgorithmChoice::OneShot => Some(Algorithm::OneShot),
+        AlgorithmChoice::TwoShot => Some(Algorithm::TwoShot),
+        AlgorithmChoice::Direct => Some(Algorithm::Direct),
+    }
+}

@@ -1,0 +1,221 @@
+//! The shared memory that a communicator works in, as words and addresses: the only place that turns the layout of
+//! `unisono_core::layout` into references.
+//!
+//! It also keeps the first cause of a failure: whoever finds one writes it into its own record, then sets the abort
+//! word, which ends every wait of every rank. Control words of peers are only ever copied and compared.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use unisono_core::layout::{CAUSE_BYTES, ControlLayout, Field, RankFields, SLOT_WORDS};
+use unisono_node::{Lost, PlaneEvents, SharedMemory};
+use unisono_sync::memory::{words32, words64};
+use unisono_sync::{AbortWord, EpochFlag, Sleepers, SlotRing, Word};
+
+use crate::cause::Cause;
+
+/// The words of one rank.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RankWords<'m> {
+    /// Steps whose input chunk is staged.
+    pub(crate) produced: EpochFlag<'m>,
+    /// Steps whose reduced chunk is staged.
+    pub(crate) reduced: EpochFlag<'m>,
+    /// Calls completed in the high half, the chain's low half in the low half: one word, so that both fit together.
+    pub(crate) trail: EpochFlag<'m>,
+    /// Steps for which this rank has read all peers' chunks.
+    pub(crate) consumed: EpochFlag<'m>,
+    /// Its heartbeat.
+    pub(crate) heartbeat: EpochFlag<'m>,
+    /// Who sleeps on its words.
+    pub(crate) sleepers: Sleepers<'m>,
+    /// Its call slots.
+    pub(crate) slots: SlotRing<'m>,
+    /// First byte of its staged input.
+    pub(crate) staging_in: *mut u8,
+    /// First byte of its staged results.
+    pub(crate) staging_out: *mut u8,
+}
+
+/// The shared memory of all ranks of a communicator on this host.
+pub(crate) struct Control {
+    words: Vec<RankWords<'static>>,
+    abort: AbortWord<'static>,
+    layout: ControlLayout,
+    /// Our own rank here: where we record causes.
+    me: usize,
+    /// Names of the ranks, for causes.
+    names: Vec<String>,
+    /// Held while our record is written: the operating thread, the plane's and observers' may all find a cause.
+    recording: Mutex<()>,
+    /// Declared last, so that it is unmapped after everything above is gone.
+    memory: Arc<SharedMemory>,
+}
+
+// SAFETY: the raw pointers in `words` point into `memory`, which is `Send` and `Sync`; what they point to is accessed
+// through atomics, or (staging) by the one operating thread under the order that the flags give.
+unsafe impl Send for Control {}
+// SAFETY: as above.
+unsafe impl Sync for Control {}
+
+impl std::fmt::Debug for Control {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Control")
+            .field("me", &self.me)
+            .field("ranks", &self.words.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Control {
+    /// Bytes of shared memory for this many ranks.
+    pub(crate) fn bytes(ranks: usize) -> usize {
+        ControlLayout::new(ranks).total_bytes()
+    }
+
+    /// The control region in `memory`, seen by rank `me`; `names[r]` is how messages call rank r.
+    ///
+    /// # Panics
+    /// If `memory` is shorter than the layout: it was created or checked with that very length.
+    pub(crate) fn new(memory: Arc<SharedMemory>, me: usize, names: Vec<String>) -> Self {
+        let layout = ControlLayout::new(names.len());
+        assert!(memory.bytes() >= layout.total_bytes(), "{} < {}", memory.bytes(), layout.total_bytes());
+        let base = memory.as_ptr();
+        let words = (0..names.len()).map(|rank| rank_words(base, &layout.rank(rank))).collect();
+        // SAFETY: the abort word lies in the mapping, which is kept alive by `memory` beside it.
+        let abort = AbortWord::new(unsafe { &words32(base.add(layout.abort().offset), 1)[0] });
+        Self { words, abort, layout, me, names, recording: Mutex::new(()), memory }
+    }
+
+    /// The words of `rank`.
+    #[inline(always)]
+    pub(crate) fn rank(&self, rank: usize) -> &RankWords<'_> {
+        &self.words[rank]
+    }
+
+    /// Number of ranks.
+    pub(crate) fn world_size(&self) -> usize {
+        self.words.len()
+    }
+
+    /// How messages call `rank`.
+    pub(crate) fn name(&self, rank: usize) -> &str {
+        &self.names[rank]
+    }
+
+    /// The word that ends all waits.
+    #[inline(always)]
+    pub(crate) fn abort(&self) -> AbortWord<'_> {
+        self.abort
+    }
+
+    /// Records `cause` and ends all waits of all ranks, unless somebody was first.
+    pub(crate) fn fail(&self, cause: &Cause) {
+        let _guard = self.recording.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.abort.raised().is_some() {
+            return;
+        }
+        let record = self.record(self.me);
+        let bytes = cause.to_bytes(CAUSE_BYTES - 8);
+        record[0].store_relaxed(bytes.len() as u64);
+        for (word, chunk) in record[1..].iter().zip(bytes.chunks(8)) {
+            let mut value = [0; 8];
+            value[..chunk.len()].copy_from_slice(chunk);
+            word.store_relaxed(u64::from_le_bytes(value));
+        }
+        self.abort.raise(self.me as u32);
+    }
+
+    /// The first cause, if anything failed. A record that makes no sense is reported as an abort by its rank.
+    pub(crate) fn cause(&self) -> Option<Cause> {
+        let member = self.abort.raised()? as usize;
+        let unreadable = || Cause::Aborted {
+            rank: member as u32,
+            reason: "its record of the cause is unreadable".to_owned(),
+        };
+        if member >= self.words.len() {
+            return Some(unreadable());
+        }
+        let record = self.record(member);
+        let length = (record[0].load_relaxed() as usize).min(CAUSE_BYTES - 8);
+        let mut bytes: Vec<u8> = record[1..]
+            .iter()
+            .take(length.div_ceil(8))
+            .flat_map(|word| word.load_relaxed().to_le_bytes())
+            .collect();
+        bytes.truncate(length);
+        Some(Cause::from_bytes(&bytes).unwrap_or_else(unreadable))
+    }
+
+    fn record(&self, rank: usize) -> &[impl Word<u64>] {
+        let field = self.layout.rank(rank).cause;
+        // SAFETY: the field lies in the mapping, aligned to a line, and is accessed as 64-bit atomics only.
+        unsafe { words64(self.memory.as_ptr().add(field.offset), field.bytes / 8) }
+    }
+}
+
+impl PlaneEvents for Control {
+    fn beat(&self) {
+        let heartbeat = self.words[self.me].heartbeat;
+        heartbeat.publish(heartbeat.current() + 1);
+    }
+
+    fn heartbeat_of(&self, rank: usize) -> u64 {
+        self.words[rank].heartbeat.current()
+    }
+
+    fn on_lost(&self, rank: usize, _pid: u32, lost: Lost) {
+        self.fail(&Cause::died(rank, self.names[rank].clone(), lost));
+    }
+}
+
+fn rank_words(base: *mut u8, fields: &RankFields) -> RankWords<'static> {
+    // SAFETY: all fields lie in the mapping that `Control` owns beside these words, and are aligned to lines; the
+    // references never leave `Control` with a longer life than its own.
+    let words = |field: Field| unsafe { words64(base.add(field.offset), field.bytes / 8) };
+    let flag = |field: Field, at: usize| EpochFlag::new(&words(field)[at]);
+    // SAFETY: as above; the count of sleepers has a 64-byte half line of its own.
+    let sleepers = unsafe { &words32(base.add(fields.liveness.offset + 64), 1)[0] };
+    // SAFETY: staging lies in the mapping.
+    let at = |field: Field| unsafe { base.add(field.offset) };
+    RankWords {
+        produced: flag(fields.produced, 0),
+        reduced: flag(fields.reduced, 0),
+        trail: flag(fields.consumed, 0),
+        consumed: flag(fields.consumed, 1),
+        heartbeat: flag(fields.liveness, 0),
+        sleepers: Sleepers::new(sleepers),
+        slots: SlotRing::new(words(fields.slots), SLOT_WORDS),
+        staging_in: at(fields.staging_in),
+        staging_out: at(fields.staging_out),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn control(me: usize) -> Control {
+        let memory = SharedMemory::create(Control::bytes(2)).unwrap();
+        Control::new(Arc::new(memory), me, vec!["rank 0".into(), "rank 1".into()])
+    }
+
+    #[test]
+    fn the_first_cause_stands() {
+        let control = control(1);
+        assert_eq!(control.cause(), None);
+        control.on_lost(0, 5, Lost::SocketClosed);
+        control.fail(&Cause::Dropped { rank: 1 });
+        let expected = Cause::Died { rank: 0, who: "rank 0".into(), how: "its socket closed".into() };
+        assert_eq!(control.cause(), Some(expected));
+    }
+
+    #[test]
+    fn an_abort_word_or_record_from_nowhere_is_still_a_cause() {
+        let control = control(0);
+        assert!(control.abort().raise(1));
+        assert!(matches!(control.cause(), Some(Cause::Aborted { rank: 1, .. })));
+        let other = self::control(0);
+        assert!(other.abort().raise(77));
+        assert!(matches!(other.cause(), Some(Cause::Aborted { rank: 77, .. })));
+    }
+}

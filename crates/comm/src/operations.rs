@@ -1,0 +1,114 @@
+//! The list of operations, once, for every way to submit them.
+
+use unisono_core::{Element, ReduceOp, Reducible};
+
+use crate::buffer::{Buf, BufMut};
+use crate::call::{Call, Kind};
+use crate::error::Result;
+
+/// What ranks can do together. All ranks of a communicator must make the same calls in the same order, with the same
+/// element type, count, reduction and root; ranks that differ get [`crate::Error::Mismatch`], which names both calls.
+///
+/// Implemented by [`crate::Communicator`] (blocks until complete) and [`crate::OnStream`] (in the order of a stream).
+/// Counts may be anything from 0; buffers need no alignment beyond that of their type.
+pub trait Operations<'b> {
+    /// What a submitted operation gives back: `()` where it is complete on return.
+    type Done;
+
+    /// Submits an operation.
+    ///
+    /// # Errors
+    /// See the methods below; those of the buffers are reported before anything is sent or written.
+    fn submit(&self, call: Call<'b>) -> Result<Self::Done>;
+
+    /// Replaces `x` on every rank by the reduction of the `x` of all ranks, element by element. Equal counts.
+    ///
+    /// ```
+    /// # use unisono::{Communicator, Operations, ReduceOp};
+    /// # let ranks = Communicator::threads(2)?;
+    /// # let ranks: Vec<_> = ranks.into_iter().map(|rank| std::thread::spawn(move || {
+    /// let mut x = [rank.rank() as f32 + 1.0, 10.0];
+    /// rank.all_reduce(&mut x, ReduceOp::Sum)?;
+    /// assert_eq!(x, [3.0, 20.0]);
+    /// # rank.destroy() })).collect();
+    /// # for rank in ranks { rank.join().unwrap()?; }
+    /// # Ok::<(), unisono::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`crate::Error::Core`] if the dtype has no such reduction; those of a failed communicator.
+    fn all_reduce<T: Reducible>(&self, x: impl Into<BufMut<'b, T>>, op: ReduceOp) -> Result<Self::Done> {
+        self.submit(Call::new(Kind::AllReduce { op }, &[x.into().raw()]))
+    }
+
+    /// Writes the reduction of all ranks' `src` to `dst` on every rank. Both have the same count; they may be the same
+    /// memory, but must not overlap otherwise.
+    ///
+    /// # Errors
+    /// [`crate::Error::Argument`] if the counts differ, else as [`Operations::all_reduce`].
+    fn all_reduce_into<T: Reducible>(
+        &self,
+        src: impl Into<Buf<'b, T>>,
+        dst: impl Into<BufMut<'b, T>>,
+        op: ReduceOp,
+    ) -> Result<Self::Done> {
+        self.submit(Call::new(Kind::AllReduce { op }, &[src.into().raw(), dst.into().raw()]))
+    }
+
+    /// Replaces `x` on every rank by the `x` of `root`. Equal counts.
+    ///
+    /// # Errors
+    /// [`crate::Error::Argument`] if `root` is no rank; those of a failed communicator.
+    fn broadcast<T: Element>(&self, x: impl Into<BufMut<'b, T>>, root: usize) -> Result<Self::Done> {
+        self.submit(Call::new(Kind::Broadcast { root: clamp(root) }, &[x.into().raw()]))
+    }
+
+    /// Writes `src` of `root` to `dst` on every rank, the root's own included. Equal counts; `src` is read on the root
+    /// only.
+    ///
+    /// # Errors
+    /// [`crate::Error::Argument`] if `root` is no rank or the counts differ; those of a failed communicator.
+    fn broadcast_into<T: Element>(
+        &self,
+        src: impl Into<Buf<'b, T>>,
+        dst: impl Into<BufMut<'b, T>>,
+        root: usize,
+    ) -> Result<Self::Done> {
+        self.submit(Call::new(Kind::Broadcast { root: clamp(root) }, &[src.into().raw(), dst.into().raw()]))
+    }
+
+    /// Gathers the parts of all ranks in rank order: `all` has `count × world size` elements on every rank, and mine
+    /// already lies at `rank × count`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Argument`] if the ranks do not divide the count; those of a failed communicator.
+    fn all_gather<T: Element>(&self, all: impl Into<BufMut<'b, T>>) -> Result<Self::Done> {
+        self.submit(Call::new(Kind::AllGather, &[all.into().raw()]))
+    }
+
+    /// Gathers `mine` of all ranks into `all`, in rank order, on every rank. `all` has `mine.count × world size`
+    /// elements; `mine` may lie at its own place in `all`, but must not overlap it otherwise.
+    ///
+    /// # Errors
+    /// [`crate::Error::Argument`] if the counts do not fit; those of a failed communicator.
+    fn all_gather_into<T: Element>(
+        &self,
+        mine: impl Into<Buf<'b, T>>,
+        all: impl Into<BufMut<'b, T>>,
+    ) -> Result<Self::Done> {
+        self.submit(Call::new(Kind::AllGather, &[mine.into().raw(), all.into().raw()]))
+    }
+
+    /// Returns when every rank has entered it.
+    ///
+    /// # Errors
+    /// Those of a failed communicator.
+    fn barrier(&self) -> Result<Self::Done> {
+        self.submit(Call::new(Kind::Barrier, &[]))
+    }
+}
+
+/// A root as it is told to peers; one beyond the wire's range stays out of range.
+fn clamp(root: usize) -> u32 {
+    u32::try_from(root).unwrap_or(u32::MAX)
+}

@@ -1,0 +1,133 @@
+//! Windows: memory that every rank of a host has, and all map. Collectives on them read peers' memory in place.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::sync::Arc;
+
+use unisono_core::Element;
+use unisono_node::SharedMemory;
+
+use crate::buffer::{Buf, BufMut, Place, RawBuffer};
+use crate::communicator::Communicator;
+use crate::control::Control;
+use crate::error::{Error, Result};
+
+/// Where the memory of a window lies.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
+pub enum Memory {
+    /// Host memory, anonymous and shared.
+    #[default]
+    Host,
+}
+
+/// This rank's copy of a window of `T`. Peers touch it only between our entry to and exit from a collective on it, so
+/// it can be lent as a slice in between. Made by [`Communicator::window`].
+///
+/// Dropping it without [`Window::close`] keeps its memory until the communicator is gone.
+#[derive(Debug)]
+pub struct Window<T: Element> {
+    control: Arc<Control>,
+    memory: Arc<SharedMemory>,
+    base: *mut u8,
+    id: u64,
+    count: usize,
+    elem: PhantomData<T>,
+}
+
+// SAFETY: `base` points into `memory`, which any thread may use; `lend` takes `&mut self`, so one at a time.
+unsafe impl<T: Element> Send for Window<T> {}
+
+impl<T: Element> Window<T> {
+    pub(crate) fn new(
+        control: Arc<Control>,
+        memory: Arc<SharedMemory>,
+        base: *mut u8,
+        id: u64,
+        count: usize,
+    ) -> Self {
+        Self { control, memory, base, id, count, elem: PhantomData }
+    }
+
+    /// Elements of this rank's copy.
+    pub const fn len(&self) -> usize {
+        self.count
+    }
+
+    /// True if there are none.
+    pub const fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// Its id, equal on all ranks.
+    pub const fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// This rank's copy, until the next collective on it.
+    ///
+    /// # Errors
+    /// [`Error::Poisoned`] once the communicator failed: a peer may have been writing.
+    pub fn lend(&mut self) -> Result<&mut [T]> {
+        if let Some(cause) = self.control.cause() {
+            let cause = cause.into_error("a collective", self.control.world_size()).to_string();
+            return Err(Error::Poisoned { id: self.id, cause });
+        }
+        debug_assert!((self.base as usize) < self.memory.as_ptr() as usize + self.memory.bytes());
+        // SAFETY: `base` is page-aligned, `count` elements long, lives as long as `memory`, and every bit pattern is a
+        // valid `T`. Peers read and write it only while we are inside a collective, which needs this borrow to be over.
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.base.cast(), self.count) })
+    }
+
+    /// The elements of `range` as an input.
+    ///
+    /// # Panics
+    /// If the range does not lie inside, as for slices.
+    pub fn range(&self, range: Range<usize>) -> Buf<'_, T> {
+        Buf::new(self.raw(range))
+    }
+
+    /// The elements of `range` as an output, or input and output.
+    ///
+    /// # Panics
+    /// If the range does not lie inside, as for slices.
+    pub fn range_mut(&mut self, range: Range<usize>) -> BufMut<'_, T> {
+        BufMut::new(self.raw(range))
+    }
+
+    /// Ends the window on all ranks and frees its memory. Collective.
+    ///
+    /// # Errors
+    /// Those of a failed communicator; the memory is freed in any case.
+    pub fn close(self, communicator: &Communicator) -> Result<()> {
+        communicator.close_window(self.id)
+    }
+
+    fn raw(&self, range: Range<usize>) -> RawBuffer {
+        assert!(
+            range.start <= range.end && range.end <= self.count,
+            "range {range:?} of a window of {} elements",
+            self.count
+        );
+        let address = self.base.expose_provenance() + range.start * size_of::<T>();
+        RawBuffer {
+            ptr: address as u64,
+            count: range.len(),
+            dtype: T::DTYPE,
+            place: Place::Window { id: self.id },
+        }
+    }
+}
+
+impl<'w, T: Element> From<&'w Window<T>> for Buf<'w, T> {
+    fn from(window: &'w Window<T>) -> Self {
+        window.range(0..window.count)
+    }
+}
+
+impl<'w, T: Element> From<&'w mut Window<T>> for BufMut<'w, T> {
+    fn from(window: &'w mut Window<T>) -> Self {
+        let all = 0..window.count;
+        window.range_mut(all)
+    }
+}

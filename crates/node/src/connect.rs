@@ -1,0 +1,349 @@
+//! How the processes of one host find each other and prove who they are.
+//!
+//! Every rank binds an abstract socket with a random name and tells the name in its hello. It then connects to every
+//! lower rank and accepts every higher one, all at once: one loop over all pending connections, so that a silent
+//! stranger delays nobody. A connection is taken when its user is ours, both sides proved the job's secret, and each
+//! handed the other a descriptor of its own process.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
+use rustix::net::SocketFlags;
+use rustix::process::{PidfdFlags, getpid, getuid, pidfd_open};
+use unisono_core::Secret;
+use unisono_core::auth::{Handshake, Opened, Role, Session};
+use unisono_sync::Deadline;
+
+use crate::error::{Error, Lost, Result};
+use crate::socket::{self, MAX_MESSAGE_BYTES, Received};
+
+/// First bytes of an introduction: who connects, to whom.
+const MAGIC: [u8; 4] = *b"uni1";
+const INTRODUCTION_BYTES: usize = 12;
+/// Frame kind of the message that carries the sender's process descriptor.
+const WELCOME: u16 = 1;
+/// How long a connection may take to prove itself.
+const PROOF_TIME: Duration = Duration::from_secs(2);
+/// Pending connections at once; more are refused.
+const MAX_PENDING: usize = 256;
+
+/// Where a rank listens for the others of its host.
+#[derive(Debug)]
+pub struct Endpoint {
+    listener: OwnedFd,
+    name: [u8; 16],
+}
+
+impl Endpoint {
+    /// Binds a socket with a random abstract name.
+    pub fn bind() -> Result<Self> {
+        let mut name = [0; 16];
+        fill_random(&mut name)?;
+        let listener = socket::new_socket()?;
+        rustix::net::bind(&listener, &socket::address(name)?).map_err(Error::socket("bind"))?;
+        rustix::net::listen(&listener, 1024).map_err(Error::socket("listen"))?;
+        Ok(Self { listener, name })
+    }
+
+    /// The random part of its name, for the hello.
+    pub const fn name(&self) -> [u8; 16] {
+        self.name
+    }
+}
+
+fn fill_random(bytes: &mut [u8]) -> Result<()> {
+    getrandom::fill(bytes)
+        .map_err(|error| Error::Socket { action: "random bytes", message: error.to_string() })
+}
+
+/// Another rank of this host.
+#[derive(Clone, Debug)]
+pub struct PeerAddress {
+    /// Its rank in the world.
+    pub rank: usize,
+    /// Its process, as it says.
+    pub pid: u32,
+    /// The random part of its endpoint's name.
+    pub endpoint: [u8; 16],
+}
+
+/// What a rank needs to meet the others of its host.
+#[derive(Clone, Debug)]
+pub struct PlaneConfig {
+    /// Binds the handshakes to this job and generation.
+    pub context: String,
+    /// Our rank in the world.
+    pub rank: usize,
+    /// The others.
+    pub peers: Vec<PeerAddress>,
+    /// The job's secret.
+    pub secret: Secret,
+    /// After this long without a heartbeat a peer is suspected; `None`: never.
+    pub liveness: Option<Duration>,
+}
+
+/// An authenticated connection to one peer.
+#[derive(Debug)]
+pub(crate) struct Link {
+    pub(crate) rank: usize,
+    pub(crate) pid: u32,
+    pub(crate) socket: OwnedFd,
+    pub(crate) pidfd: Option<OwnedFd>,
+    pub(crate) session: Session,
+}
+
+/// Connects to all peers of `config`; links in no particular order.
+pub(crate) fn connect_all(
+    endpoint: &Endpoint,
+    config: &PlaneConfig,
+    deadline: Deadline,
+) -> Result<Vec<Link>> {
+    let start = Instant::now();
+    let mut meeting = Meeting { config, links: Vec::new(), pending: Vec::new() };
+    let mut to_dial: Vec<&PeerAddress> = config.peers.iter().filter(|peer| peer.rank < config.rank).collect();
+    let mut buffer = vec![0; MAX_MESSAGE_BYTES];
+    while meeting.links.len() < config.peers.len() {
+        let mut still_to_dial = Vec::new();
+        for peer in to_dial {
+            match meeting.dial(peer)? {
+                Some(pending) => meeting.pending.push(pending),
+                None => still_to_dial.push(peer),
+            }
+        }
+        to_dial = still_to_dial;
+        let slice = if to_dial.is_empty() { Duration::from_millis(100) } else { Duration::from_millis(2) };
+        meeting.wait(endpoint, deadline.remaining_up_to(slice))?;
+        meeting.accept(endpoint)?;
+        meeting.advance(&mut buffer)?;
+        if deadline.is_over() && meeting.links.len() < config.peers.len() {
+            return Err(meeting.missing(start.elapsed()));
+        }
+    }
+    Ok(meeting.links)
+}
+
+/// A connection on its way to being a [`Link`].
+struct Pending {
+    socket: OwnedFd,
+    since: Instant,
+    pid: u32,
+    stage: Stage,
+    /// The peer we dialled; a failure of such a connection is ours to report.
+    dialled: bool,
+}
+
+enum Stage {
+    /// Accepted, waiting for who it is.
+    Introduction,
+    /// Proving the secret.
+    Proof { rank: usize, handshake: Box<Handshake> },
+    /// Waiting for the peer's process descriptor.
+    Welcome { rank: usize, session: Box<Session> },
+}
+
+struct Meeting<'a> {
+    config: &'a PlaneConfig,
+    links: Vec<Link>,
+    pending: Vec<Pending>,
+}
+
+impl Meeting<'_> {
+    fn missing(&self, waited: Duration) -> Error {
+        let here = |rank| self.links.iter().any(|link| link.rank == rank);
+        let missing = self.config.peers.iter().map(|peer| peer.rank).filter(|rank| !here(*rank)).collect();
+        Error::Missing { rank: self.config.rank, missing, waited }
+    }
+
+    /// Connects to `peer` and introduces us; `None` if its queue is full just now.
+    fn dial(&self, peer: &PeerAddress) -> Result<Option<Pending>> {
+        let socket = socket::new_socket()?;
+        match rustix::net::connect(&socket, &socket::address(peer.endpoint)?) {
+            Ok(()) => {}
+            Err(Errno::AGAIN | Errno::INTR | Errno::INPROGRESS) => return Ok(None),
+            Err(Errno::CONNREFUSED) => {
+                return Err(Error::PeerLost { rank: peer.rank, pid: peer.pid, lost: Lost::SocketClosed });
+            }
+            Err(errno) => return Err(Error::socket("connect")(errno)),
+        }
+        let pid = check_user(&socket)?;
+        let mut introduction = [0; INTRODUCTION_BYTES];
+        introduction[..4].copy_from_slice(&MAGIC);
+        introduction[4..8].copy_from_slice(&(self.config.rank as u32).to_le_bytes());
+        introduction[8..].copy_from_slice(&(peer.rank as u32).to_le_bytes());
+        socket::send(&socket, &introduction, &[], Deadline::after(PROOF_TIME))?;
+        let handshake = self.handshake(Role::Initiator, self.config.rank, peer.rank)?;
+        let mut pending = Pending {
+            socket,
+            since: Instant::now(),
+            pid,
+            stage: Stage::Proof { rank: peer.rank, handshake: Box::new(handshake) },
+            dialled: true,
+        };
+        pending.flush()?;
+        Ok(Some(pending))
+    }
+
+    fn handshake(&self, role: Role, initiator: usize, responder: usize) -> Result<Handshake> {
+        let mut nonce = [0; 32];
+        fill_random(&mut nonce)?;
+        let context = format!("unisono node plane {} {initiator} {responder}", self.config.context);
+        Ok(Handshake::new(role, &self.config.secret, context.as_bytes(), nonce))
+    }
+
+    fn wait(&self, endpoint: &Endpoint, timeout: Duration) -> Result<()> {
+        let mut fds = vec![PollFd::from_borrowed_fd(endpoint.listener.as_fd(), PollFlags::IN)];
+        for pending in &self.pending {
+            fds.push(PollFd::from_borrowed_fd(pending.socket.as_fd(), PollFlags::IN));
+        }
+        socket::wait_for(&mut fds, timeout).map(|_| ())
+    }
+
+    /// Takes what waits on the listener; strangers are turned away with a warning.
+    fn accept(&mut self, endpoint: &Endpoint) -> Result<()> {
+        while self.pending.len() < MAX_PENDING {
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            let socket = match rustix::net::accept_with(&endpoint.listener, flags) {
+                Ok(socket) => socket,
+                Err(Errno::AGAIN) => break,
+                Err(Errno::INTR | Errno::CONNABORTED) => continue,
+                Err(errno) => return Err(Error::socket("accept")(errno)),
+            };
+            match check_user(&socket) {
+                Ok(pid) => self.pending.push(Pending {
+                    socket,
+                    since: Instant::now(),
+                    pid,
+                    stage: Stage::Introduction,
+                    dialled: false,
+                }),
+                Err(error) => tracing::warn!("rank {}: {error}; refused", self.config.rank),
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves every pending connection on as far as what arrived allows.
+    fn advance(&mut self, buffer: &mut [u8]) -> Result<()> {
+        let mut waiting = Vec::new();
+        for pending in std::mem::take(&mut self.pending) {
+            let (dialled, pid) = (pending.dialled, pending.pid);
+            match self.advance_one(pending, buffer) {
+                Ok(Progress::Waiting(pending)) => waiting.push(pending),
+                Ok(Progress::Linked(link)) => self.links.push(*link),
+                Err(error) if dialled => return Err(error),
+                Err(error) => tracing::warn!("rank {}: process {pid} was refused: {error}", self.config.rank),
+            }
+        }
+        self.pending = waiting;
+        Ok(())
+    }
+
+    fn advance_one(&self, mut pending: Pending, buffer: &mut [u8]) -> Result<Progress> {
+        loop {
+            let (length, fds) = match socket::receive(&pending.socket, buffer)? {
+                Received::Nothing if !pending.dialled && pending.since.elapsed() > PROOF_TIME => {
+                    return Err(
+                        unisono_core::Error::Auth { reason: "it said nothing for two seconds" }.into()
+                    );
+                }
+                Received::Nothing => return Ok(Progress::Waiting(pending)),
+                Received::EndOfFile => return Err(pending.lost()),
+                Received::Message(length, fds) => (length, fds),
+            };
+            let message = &buffer[..length];
+            pending.stage = match pending.stage {
+                Stage::Introduction => self.introduced(message)?,
+                Stage::Proof { rank, mut handshake } => {
+                    let proved = handshake.on_input(message);
+                    if proved.is_err()
+                        && let Some(last) = handshake.poll_output()
+                    {
+                        // So that the peer learns why, too. If it does not read, it will see the connection close.
+                        let _ = socket::try_send(&pending.socket, &last, &[]);
+                    }
+                    proved?;
+                    Stage::Proof { rank, handshake }
+                }
+                Stage::Welcome { rank, mut session } => {
+                    check_welcome(&mut session, message)?;
+                    let (pid, socket) = (pending.pid, pending.socket);
+                    let link = Link { rank, pid, socket, pidfd: fds.into_iter().next(), session: *session };
+                    return Ok(Progress::Linked(Box::new(link)));
+                }
+            };
+            pending.flush()?;
+        }
+    }
+
+    fn introduced(&self, message: &[u8]) -> Result<Stage> {
+        let number = |at: usize| {
+            let bytes = message.get(at..at + 4)?;
+            Some(u32::from_le_bytes(bytes.try_into().ok()?) as usize)
+        };
+        let (Some(rank), Some(target)) = (number(4), number(8)) else {
+            return Err(unisono_core::Error::Auth { reason: "its introduction is too short" }.into());
+        };
+        let known = rank > self.config.rank && self.config.peers.iter().any(|peer| peer.rank == rank);
+        let linked = self.links.iter().any(|link| link.rank == rank);
+        if !message.starts_with(&MAGIC) || target != self.config.rank || !known || linked {
+            return Err(
+                unisono_core::Error::Auth { reason: "it claims a rank that is not expected here" }.into()
+            );
+        }
+        Ok(Stage::Proof { rank, handshake: Box::new(self.handshake(Role::Responder, rank, target)?) })
+    }
+}
+
+enum Progress {
+    Waiting(Pending),
+    Linked(Box<Link>),
+}
+
+impl Pending {
+    /// Sends what the handshake has to say; once it is done, sends our process descriptor.
+    fn flush(&mut self) -> Result<()> {
+        let Stage::Proof { rank, handshake } = &mut self.stage else { return Ok(()) };
+        while let Some(bytes) = handshake.poll_output() {
+            socket::send(&self.socket, &bytes, &[], Deadline::after(PROOF_TIME))?;
+        }
+        if let Some(mut session) = handshake.finish() {
+            let mut frame = Vec::new();
+            session.sealer.seal(WELCOME, &[], &mut frame)?;
+            // Without a descriptor (an old kernel, or a filter) end-of-file alone tells of our death.
+            let pidfd = pidfd_open(getpid(), PidfdFlags::empty()).ok();
+            let fds: Vec<BorrowedFd<'_>> = pidfd.iter().map(AsFd::as_fd).collect();
+            socket::send(&self.socket, &frame, &fds, Deadline::after(PROOF_TIME))?;
+            self.stage = Stage::Welcome { rank: *rank, session: Box::new(session) };
+        }
+        Ok(())
+    }
+
+    fn lost(&self) -> Error {
+        match &self.stage {
+            Stage::Introduction => unisono_core::Error::Auth { reason: "it left without a word" }.into(),
+            Stage::Proof { rank, .. } | Stage::Welcome { rank, .. } => {
+                Error::PeerLost { rank: *rank, pid: self.pid, lost: Lost::SocketClosed }
+            }
+        }
+    }
+}
+
+fn check_welcome(session: &mut Session, message: &[u8]) -> Result<()> {
+    match session.opener.open(message)? {
+        Opened::Frame { kind: WELCOME, consumed, .. } if consumed == message.len() => Ok(()),
+        _ => Err(unisono_core::Error::Auth { reason: "its first sealed message is no welcome" }.into()),
+    }
+}
+
+/// Refuses processes of other users; the pid of the other end (0 if it lies outside our view).
+fn check_user(socket: &OwnedFd) -> Result<u32> {
+    let credentials =
+        rustix::net::sockopt::socket_peercred(socket).map_err(Error::socket("peer credentials"))?;
+    let (expected, got) = (getuid().as_raw(), credentials.uid.as_raw());
+    if expected != got {
+        return Err(Error::ForeignUser { expected, got });
+    }
+    Ok(credentials.pid.as_raw_nonzero().get() as u32)
+}
