@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::net::IpAddr;
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, waitid};
 use unisono::launch::{Launch, Launcher, StoreAddress, read_secret};
+use unisono::store::{Store, TcpStore};
+use unisono::{Deadline, Secret};
 
 /// No test hangs: a job that does not end by itself ends with code 124, which no test expects by accident.
 const GUARD: &str = "--timeout=60s";
@@ -112,20 +115,31 @@ fn every_rank_gets_its_variables_and_none_of_other_launchers() {
 
 /// Runs itself as the ranks: what they detect and read is what `run` meant.
 #[test]
-fn ranks_detect_the_launch_and_read_the_same_secret() {
+fn ranks_detect_the_launch_and_meet_in_the_store_with_the_same_secret() {
     let lookup = |name: &str| std::env::var(name).ok();
     if lookup("TEST_IS_RANK").is_some() {
         let launch = Launch::from_env().unwrap();
         assert_eq!(launch.launcher, Launcher::UnisonoRun);
-        assert!(matches!(launch.store, StoreAddress::Tcp { .. }) && !launch.serves_store());
+        assert!(!launch.serves_store());
+        let StoreAddress::Tcp { host, port } = &launch.store else { panic!("{}", launch.store) };
         let secret = read_secret(&lookup).unwrap().unwrap();
         assert_eq!(read_secret(&lookup).unwrap().unwrap().expose(), secret.expose());
+        let deadline = Deadline::after(Duration::from_secs(30));
+        let address = (host.parse::<IpAddr>().unwrap(), *port).into();
+        let store = TcpStore::connect(address, &secret, deadline).unwrap();
         let (rank, world_size) = (launch.member.rank(), launch.member.world_size());
+        let name = |rank: u32| format!("rank {rank}");
+        store.set(&name(rank), &[rank as u8], deadline).unwrap();
+        for peer in 0..world_size {
+            assert_eq!(store.get(&name(peer), deadline).unwrap(), [peer as u8]);
+        }
+        let stranger = TcpStore::connect(address, &Secret::new([0; 32]), deadline).unwrap_err();
+        assert!(matches!(stranger, unisono::Error::Core(_)), "{stranger}");
         writeln!(std::io::stdout(), "rank-{rank}-of-{world_size} {:?}", secret.expose()).unwrap();
         return;
     }
     let myself = std::env::current_exe().unwrap();
-    let name = "ranks_detect_the_launch_and_read_the_same_secret";
+    let name = "ranks_detect_the_launch_and_meet_in_the_store_with_the_same_secret";
     let program = [myself.to_str().unwrap(), "--exact", name, "--nocapture"];
     let output = job(4, &[], &program).env("TEST_IS_RANK", "1").output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{}{}", text(&output.stdout), text(&output.stderr));

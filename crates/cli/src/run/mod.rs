@@ -15,13 +15,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::Signal;
 use unisono::settings;
+use unisono::store::StoreServer;
 
 use crate::output::Target;
 use crate::{Common, Failure};
 use policy::{Action, Ended, OnFailure, Policy, Rules};
 use signals::Signals;
 use spawn::{Job, Rank};
-use store::RunningStore;
 use writer::Writer;
 
 mod lines;
@@ -30,7 +30,6 @@ mod report;
 mod secret;
 mod signals;
 mod spawn;
-mod store;
 mod writer;
 
 /// The most ranks that one `unisono run` starts.
@@ -90,7 +89,8 @@ pub(crate) fn execute(arguments: Arguments, common: &Common) -> Result<u8, Failu
         on_failure: arguments.on_failure,
     };
     let secret = secret::random()?;
-    let store = RunningStore::start(&secret)?;
+    let store = StoreServer::start(secret.clone())
+        .map_err(|error| Failure::new(format!("the store of the job cannot be started: {error}")))?;
     let job = Job {
         name: job_name()?,
         world_size: arguments.ranks,
