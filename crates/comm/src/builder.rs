@@ -21,6 +21,7 @@ use crate::neighbours::Neighbours;
 use crate::rendezvous::Rendezvous;
 use crate::store::{
     FileStore, Store, StoreServer, StoreServerConfig, TcpStore, TorchStore, TorchStoreServer,
+    interface_address,
 };
 
 /// Makes a [`Communicator`]. Rank, world size and a store (or unique id) are needed; the rest has defaults.
@@ -190,7 +191,9 @@ impl Builder {
                 let store = TcpStore::from_unique_id(&id, deadline)?;
                 (Connected::to(Arc::new(store)), Some(id.secret().clone()))
             }
-            Meeting::Launch(launch) => connect(&launch, self.secret, deadline)?,
+            Meeting::Launch(launch) => {
+                connect(&launch, self.secret, settings.interface.as_deref(), deadline)?
+            }
         };
         let hello = Hello {
             version: PROTOCOL_VERSION,
@@ -288,6 +291,7 @@ impl Connected {
 fn connect(
     launch: &Launch,
     secret: Option<Secret>,
+    interface: Option<&str>,
     deadline: Deadline,
 ) -> Result<(Connected, Option<Secret>)> {
     match &launch.store {
@@ -295,21 +299,24 @@ fn connect(
             let text = format!("tcp://{host}:{port}");
             let secret = secret.ok_or(Error::NoSecret { store: text.clone() })?;
             let address = resolve(host, *port, &text)?;
-            let server = launch
-                .serves_store()
-                .then(|| StoreServer::start_with(StoreServerConfig::new(secret.clone()).address(address)));
-            let store = TcpStore::connect(address, &secret, deadline)?;
-            let connected = Connected {
-                server: server.and_then(Result::ok).map(Server::Tcp),
-                ..Connected::to(Arc::new(store))
+            let server = match launch.serves_store() {
+                // An address that is taken, or is not ours, means that a store is there already.
+                true => {
+                    let config =
+                        StoreServerConfig::new(secret.clone()).address(listen_at(address, interface)?);
+                    StoreServer::start_with(config).ok()
+                }
+                false => None,
             };
+            let store = TcpStore::connect(address, &secret, deadline)?;
+            let connected = Connected { server: server.map(Server::Tcp), ..Connected::to(Arc::new(store)) };
             Ok((connected, Some(secret)))
         }
         StoreAddress::TorchAgent { host, port } | StoreAddress::TorchHosted { host, port } => {
             let text = format!("torch://{host}:{port}");
             let server = match launch.serves_store() {
                 // An address that is taken, or is not ours, means that a store is there already.
-                true => TorchStoreServer::bind(resolve(host, *port, &text)?).ok(),
+                true => TorchStoreServer::bind(listen_at(resolve(host, *port, &text)?, interface)?).ok(),
                 false => None,
             };
             let store = TorchStore::connect(format!("{host}:{port}"), deadline)?;
@@ -341,6 +348,14 @@ fn resolve(host: &str, port: u16, store: &str) -> Result<SocketAddr> {
     let failed = |message: String| Error::StoreIo { store: store.to_owned(), action: "resolve", message };
     let mut addresses = (host, port).to_socket_addrs().map_err(|error| failed(error.to_string()))?;
     addresses.next().ok_or_else(|| failed(format!("{host} has no address")))
+}
+
+/// Where rank 0 listens: at `address`, or at its port on the interface that was named.
+fn listen_at(mut address: SocketAddr, interface: Option<&str>) -> Result<SocketAddr> {
+    if let Some(name) = interface {
+        address.set_ip(interface_address(name)?);
+    }
+    Ok(address)
 }
 
 fn is_loopback(host: &str) -> bool {

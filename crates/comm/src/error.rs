@@ -280,6 +280,14 @@ pub enum Error {
         /// What is wrong with it.
         message: String,
     },
+    /// A network interface that is not there.
+    #[error("this host has no network interface {name} with an address; there are: {there_are}")]
+    Interface {
+        /// The name that was given.
+        name: String,
+        /// The interfaces there are.
+        there_are: String,
+    },
     /// An address on which a store must not listen.
     #[error("a store cannot listen on {address}: {reason}")]
     StoreAddress {
