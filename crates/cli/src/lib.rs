@@ -10,6 +10,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
+mod bench;
 mod logging;
 mod output;
 mod run;
@@ -42,6 +43,8 @@ struct Common {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Measure and verify collectives on this host, with ranks of its own
+    Bench(bench::Arguments),
     /// Start a program several times on this host, as the ranks of one job
     Run(run::Arguments),
 }
@@ -62,6 +65,7 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     };
     logging::start(&cli.common);
     let done = match cli.command {
+        Command::Bench(arguments) => bench::execute(&arguments, &cli.common),
         Command::Run(arguments) => run::execute(arguments, &cli.common),
     };
     done.map_or_else(
@@ -107,7 +111,7 @@ mod tests {
             let line = [&["unisono", "run", "-n", "2"][..], separator, &["prog", "-v", "--json", "-n", "9"]]
                 .concat();
             let cli = Cli::try_parse_from(line).unwrap();
-            let Command::Run(arguments) = cli.command;
+            let Command::Run(arguments) = cli.command else { panic!("{separator:?}") };
             assert_eq!(arguments.program, ["prog", "-v", "--json", "-n", "9"]);
             assert_eq!((cli.common.verbose, cli.common.json.is_none()), (0, true));
         }

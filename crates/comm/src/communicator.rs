@@ -260,21 +260,21 @@ impl Drop for Communicator {
     }
 }
 
-/// How this world waits. Where each rank has a core to itself, spinning for some tens of microseconds pays; where
-/// ranks share cores, whoever spins keeps the one it waits for from running.
+/// How this world waits. A peer on another core answers within a microsecond, so a few are spun; from then on every
+/// poll offers the core to others, because the scheduler may have put the peer on ours. Where ranks outnumber cores,
+/// spinning keeps the peer from running.
 fn wait_policy(settings: &Settings, local_ranks: usize) -> WaitPolicy {
     /// A pause and a poll, roughly; the exact figure does not matter.
     const SPIN_NS: u128 = 12;
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let spin_for = match settings.spin {
         Spin::For(time) => time,
-        Spin::Auto if local_ranks <= cores => Duration::from_micros(100),
+        Spin::Auto if local_ranks <= cores => Duration::from_micros(5),
         Spin::Auto => Duration::ZERO,
     };
-    let yield_for = if spin_for.is_zero() { Duration::from_millis(2) } else { Duration::from_micros(500) };
     WaitPolicy {
         spins: u32::try_from(spin_for.as_nanos() / SPIN_NS).unwrap_or(u32::MAX / 2),
-        yield_for,
+        yield_for: Duration::from_millis(2),
         patience: settings.timeout,
         warn_after: settings.warn_after,
     }

@@ -79,26 +79,24 @@ impl Observer {
             && let Some(dtype) = header.dtype
         {
             let bytes = (header.count as usize).saturating_mul(dtype.size());
-            let question = select::Question {
-                kind: header.kind,
-                bytes,
-                world_size,
-                in_windows: header.source_window != 0 && header.target_window != 0,
-                forced: self.forced,
-            };
-            let algorithm = select::algorithm(&question);
-            let how = if algorithm == Algorithm::OneShot && bytes <= INLINE_BYTES {
-                ", inside the call slot"
-            } else {
-                ""
-            };
+            let in_windows = header.source_window != 0 && header.target_window != 0;
+            let algorithm = self.algorithm(header.kind, bytes, in_windows);
             let call = header.describe(epoch - 1, self.rank as u32);
-            let _ = writeln!(
-                text,
-                "latest: {call}: {algorithm}{how} ({bytes} bytes per rank, {world_size} ranks)"
-            );
+            let _ =
+                writeln!(text, "latest: {call}: {algorithm} ({bytes} bytes per rank, {world_size} ranks)");
         }
         text
+    }
+
+    /// The algorithm that a call takes: of `kind`, with `bytes` per rank, its buffers in windows or not. `inline` is
+    /// one-shot with the data inside the call slot.
+    pub fn algorithm(&self, kind: Kind, bytes: usize, in_windows: bool) -> String {
+        let world_size = self.control.world_size();
+        let question = select::Question { kind, bytes, world_size, in_windows, forced: self.forced };
+        match select::algorithm(&question) {
+            Algorithm::OneShot if bytes <= INLINE_BYTES => "inline".to_owned(),
+            algorithm => algorithm.to_string(),
+        }
     }
 
     fn describe(&self, epoch: u64) -> Option<String> {

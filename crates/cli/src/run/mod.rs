@@ -6,7 +6,6 @@
 
 use std::ffi::OsString;
 use std::io;
-use std::net::{Ipv4Addr, TcpListener};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -20,8 +19,8 @@ use crate::output::Target;
 use crate::{Common, Failure};
 use policy::{Action, Ended, OnFailure, Policy, Rules};
 use signals::Signals;
-use spawn::{Job, Rank};
-use store::RunningStore;
+pub(crate) use spawn::{Job, Rank};
+
 use writer::Writer;
 
 mod lines;
@@ -30,7 +29,6 @@ mod report;
 mod secret;
 mod signals;
 mod spawn;
-mod store;
 mod writer;
 
 /// The most ranks that one `unisono run` starts.
@@ -89,18 +87,8 @@ pub(crate) fn execute(arguments: Arguments, common: &Common) -> Result<u8, Failu
         timeout: arguments.timeout,
         on_failure: arguments.on_failure,
     };
-    let secret = secret::random()?;
-    let store = RunningStore::start(&secret)?;
-    let job = Job {
-        name: job_name()?,
-        world_size: arguments.ranks,
-        store: store.address(),
-        master_port: free_port()?,
-        secret: secret::memory_file(&secret)?,
-        program: arguments.program,
-        mask: signals.mask_before(),
-    };
-    tracing::info!(job = job.name, store = %store.address(), ranks = job.world_size, "starting");
+    let job = Job::new(arguments.ranks, arguments.program, Some(signals.mask_before()))?;
+    tracing::info!(job = job.name, store = %job.store.address(), ranks = job.world_size, "starting");
 
     let started = Instant::now();
     let (ranks, sources) = start_all(&job)?;
@@ -149,17 +137,6 @@ fn kill_all(ranks: Vec<Rank>) {
         let _ = rustix::process::kill_process_group(rank.pid, Signal::KILL);
         let _ = rank.child.wait();
     }
-}
-
-fn job_name() -> Result<String, Failure> {
-    Ok(format!("run-{:016x}", u64::from_ne_bytes(secret::random_bytes()?)))
-}
-
-/// A port of the loopback interface that nobody uses at this moment.
-fn free_port() -> Result<u16, Failure> {
-    let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|listener| listener.local_addr());
-    port.map(|address| address.port())
-        .map_err(|error| Failure::new(format!("no free port on the loopback interface: {error}")))
 }
 
 struct Supervisor {

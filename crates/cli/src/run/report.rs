@@ -39,6 +39,9 @@ pub(super) fn announcement(note: Note, policy: &Policy, pids: &[i32]) -> String 
                     let go = if alive.len() == 1 { "goes" } else { "go" };
                     format!("{failed} {} {go} on (--on-failure=continue).", subject(&alive))
                 }
+                OnFailure::Stop if policy.rules().grace.is_zero() => {
+                    format!("{failed} Ending {}.", ranks(&alive))
+                }
                 OnFailure::Stop => {
                     let have = if alive.len() == 1 { "has" } else { "have" };
                     format!("{failed} {} {have} {} to end.", subject(&alive), seconds(policy.rules().grace))
@@ -171,13 +174,13 @@ fn ranks(list: &[usize]) -> String {
     format!("rank{} {}", if list.len() == 1 { "" } else { "s" }, text.join(", "))
 }
 
-/// `0.4 s`, `12 s`, `5 s`.
+/// `30 ms`, `0.4 s`, `5 s`, `12 s`.
 fn seconds(span: Duration) -> String {
     let tenths = (span.as_millis() + 50) / 100;
-    if tenths >= 100 || tenths.is_multiple_of(10) {
-        format!("{} s", (tenths + 5 * u128::from(tenths >= 100)) / 10)
-    } else {
-        format!("{}.{} s", tenths / 10, tenths % 10)
+    match tenths {
+        0 => format!("{} ms", span.as_millis()),
+        1..100 if !tenths.is_multiple_of(10) => format!("{}.{} s", tenths / 10, tenths % 10),
+        _ => format!("{} s", (span.as_millis() + 500) / 1000),
     }
 }
 

@@ -117,8 +117,15 @@ fn a_rank_that_the_kernel_does_not_let_go_is_named() {
 #[test]
 fn times_are_as_exact_as_a_reader_needs() {
     let text = |millis| seconds(Duration::from_millis(millis));
-    let expected =
-        [(0, "0 s"), (40, "0 s"), (50, "0.1 s"), (1_000, "1 s"), (1_250, "1.3 s"), (9_940, "9.9 s")];
+    let expected = [
+        (0, "0 ms"),
+        (49, "49 ms"),
+        (50, "0.1 s"),
+        (1_000, "1 s"),
+        (1_250, "1.3 s"),
+        (1_960, "2 s"),
+        (9_940, "9.9 s"),
+    ];
     for (millis, expected) in
         expected.into_iter().chain([(9_960, "10 s"), (12_340, "12 s"), (12_600, "13 s")])
     {

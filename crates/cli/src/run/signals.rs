@@ -20,7 +20,7 @@ pub(super) struct Signals {
 
 /// A set of blocked signals.
 #[derive(Clone, Copy)]
-pub(super) struct SignalMask(libc::sigset_t);
+pub(crate) struct SignalMask(libc::sigset_t);
 
 impl SignalMask {
     /// Makes this the mask of the calling thread. Async-signal-safe.

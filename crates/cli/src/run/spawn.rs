@@ -2,34 +2,36 @@
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal as _};
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
 use rustix::io::FdFlags;
 use rustix::process::{Pid, PidfdFlags, Signal};
+use unisono::store::StoreServer;
 
+use super::secret;
 use super::signals::SignalMask;
 use super::writer::{Source, Stream};
 use crate::Failure;
 
-/// What all ranks of a job have in common.
-pub(super) struct Job {
+/// What all ranks of a job have in common, and the store in which they meet.
+pub(crate) struct Job {
     pub(super) name: String,
     pub(super) world_size: usize,
-    pub(super) store: SocketAddr,
+    pub(super) store: StoreServer,
     /// A port that was free, for the program's own use.
-    pub(super) master_port: u16,
-    pub(super) secret: OwnedFd,
-    pub(super) program: Vec<OsString>,
-    pub(super) mask: SignalMask,
+    master_port: u16,
+    secret: OwnedFd,
+    program: Vec<OsString>,
+    mask: Option<SignalMask>,
 }
 
 /// A started rank.
 #[derive(Debug)]
-pub(super) struct Rank {
-    pub(super) child: Child,
+pub(crate) struct Rank {
+    pub(crate) child: Child,
     pub(super) pid: Pid,
     /// Readable once the process has ended.
     pub(super) pidfd: OwnedFd,
@@ -60,8 +62,29 @@ fn is_foreign(name: &str) -> bool {
 }
 
 impl Job {
-    /// Starts `rank` and gives the pipes of its output.
-    pub(super) fn start(&self, rank: usize) -> Result<(Rank, [Source; 2]), Failure> {
+    /// A job of `world_size` ranks of `program`, with a store and a secret of its own. The ranks block the signals of
+    /// `mask`; without one, those that we block.
+    pub(crate) fn new(
+        world_size: usize,
+        program: Vec<OsString>,
+        mask: Option<SignalMask>,
+    ) -> Result<Self, Failure> {
+        let secret = secret::random()?;
+        let store = StoreServer::start(secret.clone())
+            .map_err(|error| Failure::new(format!("the store of the job cannot be started: {error}")))?;
+        Ok(Self {
+            name: format!("run-{:016x}", u64::from_ne_bytes(secret::random_bytes()?)),
+            world_size,
+            store,
+            master_port: free_port()?,
+            secret: secret::memory_file(&secret)?,
+            program,
+            mask,
+        })
+    }
+
+    /// Starts `rank` and gives the pipes of its output: standard output and standard error.
+    pub(crate) fn start(&self, rank: usize) -> Result<(Rank, [Source; 2]), Failure> {
         let mut command = self.command(rank);
         let mut child = command.spawn().map_err(|error| self.cannot_start(rank, &error))?;
         let pipes = child.stdout.take().zip(child.stderr.take());
@@ -99,9 +122,9 @@ impl Job {
             .env("LOCAL_RANK", rank.to_string())
             .env("WORLD_SIZE", self.world_size.to_string())
             .env("LOCAL_WORLD_SIZE", self.world_size.to_string())
-            .env("MASTER_ADDR", self.store.ip().to_string())
+            .env("MASTER_ADDR", self.store.address().ip().to_string())
             .env("MASTER_PORT", self.master_port.to_string())
-            .env("UNISONO_STORE", format!("tcp://{}", self.store))
+            .env("UNISONO_STORE", format!("tcp://{}", self.store.address()))
             .env("UNISONO_JOB", &self.name)
             .env("UNISONO_SECRET_FD", secret.to_string())
             .stdout(Stdio::piped())
@@ -111,7 +134,9 @@ impl Job {
             .process_group(0);
         let (mask, parent) = (self.mask, rustix::process::getpid());
         let prepare = move || {
-            mask.restore()?;
+            if let Some(mask) = mask {
+                mask.restore()?;
+            }
             rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
             // We may have died before that call.
             if rustix::process::getppid() != Some(parent) {
@@ -160,6 +185,13 @@ impl Job {
 /// group), read nothing.
 fn input(rank: usize) -> Stdio {
     if rank == 0 && !io::stdin().is_terminal() { Stdio::inherit() } else { Stdio::null() }
+}
+
+/// A port of the loopback interface that nobody uses at this moment.
+fn free_port() -> Result<u16, Failure> {
+    let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|listener| listener.local_addr());
+    port.map(|address| address.port())
+        .map_err(|error| Failure::new(format!("no free port on the loopback interface: {error}")))
 }
 
 #[cfg(test)]

@@ -23,17 +23,17 @@ const MAX_DRAIN_BYTES: usize = 2 << 20;
 
 /// Standard output or standard error.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Stream {
+pub(crate) enum Stream {
     Out,
     Err,
 }
 
 /// The reading end of a pipe from a rank.
 #[derive(Debug)]
-pub(super) struct Source {
+pub(crate) struct Source {
     pub(super) rank: usize,
     pub(super) stream: Stream,
-    pub(super) pipe: OwnedFd,
+    pub(crate) pipe: OwnedFd,
 }
 
 enum Message {

@@ -1,0 +1,119 @@
+//! Inputs whose results are known: each rank's elements repeat with a prime period, so the expected result is computed
+//! once for a period, by the scalar reference, and every element of every size is compared with it.
+
+use unisono::{DType, ReduceOp, half, reduce_op};
+
+/// Elements after which the input repeats; prime, so that a shift by a block or a piece never looks right.
+const PERIOD: usize = 4093;
+
+/// The inputs of all ranks for one dtype, a period each, as bytes.
+pub(crate) struct Patterns {
+    size: usize,
+    inputs: Vec<Vec<u8>>,
+}
+
+impl Patterns {
+    pub(crate) fn new(dtype: DType, world_size: usize, seed: u64) -> Self {
+        let inputs = (0..world_size).map(|rank| input(dtype, seed ^ (rank as u64 + 1) << 32)).collect();
+        Self { size: dtype.size(), inputs }
+    }
+
+    /// Fills `target` with the input of `rank`.
+    pub(crate) fn fill(&self, rank: usize, target: &mut [u8]) {
+        fill(&self.inputs[rank], target);
+    }
+
+    /// A period of what a reduction of all inputs gives.
+    pub(crate) fn reduced(&self, dtype: DType, op: ReduceOp) -> Result<Vec<u8>, unisono::Error> {
+        let inputs: Vec<&[u8]> = self.inputs.iter().map(Vec::as_slice).collect();
+        let scalars = vec![op.scalar().unwrap_or(1.0); inputs.len()];
+        let mut output = vec![0; PERIOD * self.size];
+        reduce_op::reference(dtype, op, &inputs, &scalars, &mut output)?;
+        Ok(output)
+    }
+
+    /// A period of the input of `rank`.
+    pub(crate) fn input(&self, rank: usize) -> &[u8] {
+        &self.inputs[rank]
+    }
+
+    /// Elements of `got` that differ from `expected`, which repeats.
+    pub(crate) fn wrong(&self, expected: &[u8], got: &[u8]) -> u64 {
+        let differing = |(expected, got): (&[u8], &[u8])| {
+            let pairs = expected.chunks(self.size).zip(got.chunks(self.size));
+            pairs.filter(|(expected, got)| expected != got).count() as u64
+        };
+        let blocks = got.chunks(expected.len()).map(|got| (&expected[..got.len()], got));
+        blocks.filter(|(expected, got)| expected != got).map(differing).sum()
+    }
+}
+
+fn fill(period: &[u8], target: &mut [u8]) {
+    for block in target.chunks_mut(period.len()) {
+        block.copy_from_slice(&period[..block.len()]);
+    }
+}
+
+/// A period of random numbers of moderate size, so that sums of many ranks stay finite in every float type.
+fn input(dtype: DType, seed: u64) -> Vec<u8> {
+    let mut state = seed;
+    let mut next = move || {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (state ^ state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ mixed >> 31
+    };
+    let float = |bits: u64| (bits >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
+    let mut bytes = Vec::with_capacity(PERIOD * dtype.size());
+    for _ in 0..PERIOD {
+        let bits = next();
+        match dtype {
+            DType::F16 => bytes.extend(half::f16::from_f32(float(bits)).to_le_bytes()),
+            DType::BF16 => bytes.extend(half::bf16::from_f32(float(bits)).to_le_bytes()),
+            DType::F32 => bytes.extend(float(bits).to_le_bytes()),
+            DType::F64 => bytes.extend(f64::from(float(bits)).to_le_bytes()),
+            DType::F8E4M3 => bytes.push(unisono::f8e4m3::from_f32(float(bits)).0),
+            DType::F8E5M2 => bytes.push(unisono::f8e5m2::from_f32(float(bits)).0),
+            DType::Complex64 => {
+                bytes.extend(float(bits).to_le_bytes());
+                bytes.extend(float(next()).to_le_bytes());
+            }
+            DType::Complex128 => {
+                bytes.extend(f64::from(float(bits)).to_le_bytes());
+                bytes.extend(f64::from(float(next())).to_le_bytes());
+            }
+            integer => bytes.extend(&bits.to_le_bytes()[..integer.size()]),
+        }
+    }
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_single_wrong_element_is_counted_wherever_it_is() {
+        let patterns = Patterns::new(DType::F32, 2, 9);
+        let expected = patterns.reduced(DType::F32, ReduceOp::Sum).unwrap();
+        let mut got = vec![0; 3 * expected.len() + 40];
+        fill(&expected, &mut got);
+        assert_eq!(patterns.wrong(&expected, &got), 0);
+        for at in [0, expected.len() + 5, got.len() - 1] {
+            let mut broken = got.clone();
+            broken[at] ^= 1;
+            assert_eq!(patterns.wrong(&expected, &broken), 1);
+        }
+        got.rotate_left(4);
+        assert!(patterns.wrong(&expected, &got) > 10_000);
+    }
+
+    #[test]
+    fn every_dtype_has_an_input_that_differs_from_rank_to_rank() {
+        for dtype in DType::ALL {
+            let patterns = Patterns::new(dtype, 2, 1);
+            assert_eq!(patterns.input(0).len(), PERIOD * dtype.size());
+            assert_ne!(patterns.input(0), patterns.input(1), "{dtype}");
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! One rank of a benchmark: runs every size of every operation, verifies every element, times batches of calls.
+//!
+//! A batch is timed from after a barrier to the last call's return. What counts of each batch is the slowest rank's
+//! time; percentiles are taken over batches. Batches are 1,000 calls below 4 KiB, where a clock reading would weigh.
+
+use std::io::Write as _;
+use std::time::{Duration, Instant};
+
+use unisono::{
+    Call, Communicator, DType, Element, Kind, Memory, Operations, Place, RawBuffer, ReduceOp, Window,
+};
+
+use super::pattern::Patterns;
+use super::record::{Line, Measured};
+use super::{Operation, Workload};
+
+type Result<T, E = unisono::Error> = std::result::Result<T, E>;
+
+/// Runs the workload as the rank that the environment says; rank 0 writes lines to standard output.
+pub(super) fn run(workload: &Workload) -> Result<(), String> {
+    let communicator = Communicator::from_env().map_err(|error| error.to_string())?;
+    let rank = Rank {
+        workload,
+        patterns: Patterns::new(workload.dtype, communicator.world_size(), 11),
+        communicator,
+    };
+    rank.measure_all().map_err(|error| error.to_string())?;
+    rank.communicator.destroy().map_err(|error| error.to_string())
+}
+
+struct Rank<'a> {
+    workload: &'a Workload,
+    patterns: Patterns,
+    communicator: Communicator,
+}
+
+/// The memory of one size: what goes in, what comes out. In place they are one.
+enum Buffers {
+    Plain { source: Vec<u8>, target: Vec<u8> },
+    Windows { source: Window<u8>, target: Window<u8> },
+}
+
+impl Rank<'_> {
+    fn measure_all(&self) -> Result<()> {
+        let sizes = |operation: &Operation| {
+            if *operation == Operation::Barrier { 1 } else { self.workload.sizes.len() }
+        };
+        self.tell(&Line::Ready { sizes: self.workload.operations.iter().map(sizes).sum::<usize>() as u64 });
+        for operation in &self.workload.operations {
+            for bytes in self.workload.sizes.iter().take(sizes(operation)) {
+                let bytes = if *operation == Operation::Barrier { 0 } else { *bytes };
+                let measured = self.measure(*operation, bytes)?;
+                self.tell(&Line::Size(measured));
+            }
+        }
+        Ok(())
+    }
+
+    fn tell(&self, line: &Line) {
+        if self.communicator.rank() == 0
+            && let Ok(text) = serde_json::to_string(line)
+        {
+            // If the parent is gone, so is the reason to go on; the next write of the runtime tells.
+            let _ = writeln!(std::io::stdout(), "{text}");
+        }
+    }
+
+    fn measure(&self, operation: Operation, bytes: usize) -> Result<Measured> {
+        let count = bytes / self.workload.dtype.size();
+        let mut buffers = self.buffers(operation, count)?;
+        let mut wrong = self.verify(operation, count, &mut buffers, true)?;
+        let batch = if self.workload.synchronised || bytes >= 4096 { 1 } else { 1000 };
+        let rounds = self.rounds(operation, count, &mut buffers, batch)?;
+        let mut times = vec![0f64; rounds];
+        for time in &mut times {
+            self.communicator.barrier()?;
+            let start = Instant::now();
+            for _ in 0..batch {
+                self.call(operation, count, &mut buffers)?;
+            }
+            *time = start.elapsed().as_secs_f64() * 1e6 / batch as f64;
+        }
+        wrong += self.verify(operation, count, &mut buffers, false)?;
+        self.communicator.all_reduce(&mut times, ReduceOp::Max)?;
+        times.sort_by(f64::total_cmp);
+        let mut total_wrong = [wrong];
+        self.communicator.all_reduce(&mut total_wrong, ReduceOp::Sum)?;
+        if let Buffers::Windows { source, target } = buffers {
+            source.close(&self.communicator)?;
+            target.close(&self.communicator)?;
+        }
+        let p50_us = times[rounds / 2];
+        let (algbw, busbw) = self.bandwidth(operation, bytes, p50_us);
+        Ok(Measured {
+            operation: operation.name().to_owned(),
+            bytes: bytes as u64,
+            algorithm: self.algorithm(operation, count),
+            calls: (rounds * batch) as u64,
+            batch: batch as u64,
+            p50_us,
+            p99_us: times[(rounds * 99 / 100).min(rounds - 1)],
+            min_us: times[0],
+            algbw,
+            busbw,
+            wrong: total_wrong[0],
+        })
+    }
+
+    /// How many batches fit into the time per size: measured on a few, agreed by all ranks. Warms up, too.
+    fn rounds(
+        &self,
+        operation: Operation,
+        count: usize,
+        buffers: &mut Buffers,
+        batch: usize,
+    ) -> Result<usize> {
+        let warm_up = if count * self.workload.dtype.size() >= 1 << 20 { 3 } else { 20 };
+        let mut slowest = [Duration::ZERO.as_secs_f64()];
+        for _ in 0..warm_up {
+            self.communicator.barrier()?;
+            let start = Instant::now();
+            for _ in 0..batch {
+                self.call(operation, count, buffers)?;
+            }
+            slowest[0] = start.elapsed().as_secs_f64();
+        }
+        self.communicator.all_reduce(&mut slowest, ReduceOp::Max)?;
+        let rounds = self.workload.time_per_size.as_secs_f64() / slowest[0].max(1e-9);
+        Ok((rounds as usize).clamp(self.workload.least_batches, 20_000))
+    }
+
+    fn buffers(&self, operation: Operation, count: usize) -> Result<Buffers> {
+        let size = self.workload.dtype.size();
+        let parts = if operation == Operation::AllGather { self.communicator.world_size() } else { 1 };
+        let (input, output) = (count * size, count * size * parts);
+        let mut buffers = if self.workload.windows {
+            let source = self.communicator.window(input, Memory::Host)?;
+            Buffers::Windows { source, target: self.communicator.window(output, Memory::Host)? }
+        } else {
+            Buffers::Plain { source: vec![0; input], target: vec![0; output] }
+        };
+        self.patterns.fill(self.communicator.rank(), buffers.source()?);
+        Ok(buffers)
+    }
+
+    /// Runs (or only looks at) the result and counts the elements of ours that are wrong.
+    fn verify(&self, operation: Operation, count: usize, buffers: &mut Buffers, fresh: bool) -> Result<u64> {
+        if operation == Operation::Barrier {
+            return self.communicator.barrier().map(|()| 0);
+        }
+        if fresh || self.workload.in_place {
+            let rank = self.communicator.rank();
+            let part = count * self.workload.dtype.size();
+            buffers.target()?.fill(0xa5);
+            if self.workload.in_place {
+                let start = if operation == Operation::AllGather { rank * part } else { 0 };
+                self.patterns.fill(rank, &mut buffers.target()?[start..start + part]);
+            }
+            self.call(operation, count, buffers)?;
+        }
+        let target = buffers.target()?;
+        match operation {
+            Operation::AllReduce => {
+                let expected = self.patterns.reduced(self.workload.dtype, self.workload.op)?;
+                Ok(self.patterns.wrong(&expected, target))
+            }
+            Operation::Broadcast => Ok(self.patterns.wrong(self.patterns.input(0), target)),
+            Operation::AllGather | Operation::Barrier => {
+                let part = (target.len() / self.communicator.world_size()).max(1);
+                let parts = target.chunks(part).enumerate();
+                Ok(parts.map(|(rank, part)| self.patterns.wrong(self.patterns.input(rank), part)).sum())
+            }
+        }
+    }
+
+    fn call(&self, operation: Operation, count: usize, buffers: &mut Buffers) -> Result<()> {
+        let kind = match operation {
+            Operation::Barrier => return self.communicator.barrier(),
+            Operation::AllReduce => Kind::AllReduce { op: self.workload.op },
+            Operation::Broadcast => Kind::Broadcast { root: 0 },
+            Operation::AllGather => Kind::AllGather,
+        };
+        let (source, target) = buffers.raw(self.workload.dtype, count);
+        let both = [source, target];
+        let used = if self.workload.in_place { &both[1..] } else { &both[..] };
+        // SAFETY: both buffers belong to `buffers`, which is borrowed mutably over this call, and are as long as `count`
+        // elements (times the world size for the result of an all-gather); the host call is complete on return.
+        let call = unsafe { Call::from_raw(kind, used) };
+        self.communicator.submit(call)
+    }
+
+    fn algorithm(&self, operation: Operation, count: usize) -> String {
+        let kind = match operation {
+            Operation::AllReduce => Kind::AllReduce { op: self.workload.op },
+            Operation::Broadcast => Kind::Broadcast { root: 0 },
+            Operation::AllGather => Kind::AllGather,
+            Operation::Barrier => return "flags".to_owned(),
+        };
+        let bytes = count * self.workload.dtype.size();
+        self.communicator.observer().algorithm(kind, bytes, self.workload.windows)
+    }
+
+    /// GB/s as nccl-tests counts: of the operation, and over the bus.
+    fn bandwidth(&self, operation: Operation, bytes: usize, us: f64) -> (f64, f64) {
+        let ranks = self.communicator.world_size() as f64;
+        let per_rank = bytes as f64 / us / 1e3;
+        match operation {
+            Operation::Barrier => (0.0, 0.0),
+            Operation::AllReduce => (per_rank, per_rank * 2.0 * (ranks - 1.0) / ranks),
+            Operation::Broadcast => (per_rank, per_rank),
+            Operation::AllGather => (per_rank * ranks, per_rank * (ranks - 1.0)),
+        }
+    }
+}
+
+impl Buffers {
+    fn source(&mut self) -> Result<&mut [u8]> {
+        match self {
+            Self::Plain { source, .. } => Ok(source),
+            Self::Windows { source, .. } => source.lend(),
+        }
+    }
+
+    fn target(&mut self) -> Result<&mut [u8]> {
+        match self {
+            Self::Plain { target, .. } => Ok(target),
+            Self::Windows { target, .. } => target.lend(),
+        }
+    }
+
+    /// Both as buffers of `dtype`: `count` elements in, as many as there is room for out.
+    fn raw(&mut self, dtype: DType, count: usize) -> (RawBuffer, RawBuffer) {
+        let view = |raw: RawBuffer, count: usize| RawBuffer { dtype, count, ..raw };
+        let (source, target) = match self {
+            Self::Plain { source, target } => (plain(source), plain(target)),
+            Self::Windows { source, target } => {
+                let (inputs, outputs) = (source.len(), target.len());
+                (source.range_mut(0..inputs).raw(), target.range_mut(0..outputs).raw())
+            }
+        };
+        let outputs = target.count / dtype.size();
+        (view(source, count), view(target, outputs))
+    }
+}
+
+fn plain(bytes: &mut [u8]) -> RawBuffer {
+    let ptr = bytes.as_mut_ptr().expose_provenance() as u64;
+    RawBuffer { ptr, count: bytes.len(), dtype: u8::DTYPE, place: Place::Host }
+}

@@ -1,0 +1,71 @@
+//! What is measured, as data: the lines that rank 0 writes for the parent, and the JSON that people keep.
+
+use serde::{Deserialize, Serialize};
+
+/// One measured size of one operation.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub(crate) struct Measured {
+    /// Operation, as `all_reduce`.
+    pub(crate) operation: String,
+    /// Bytes that each rank contributes.
+    pub(crate) bytes: u64,
+    /// Algorithm that ran, with `inline` where the data travels in the call slot.
+    pub(crate) algorithm: String,
+    /// Timed calls, and calls per timed batch.
+    pub(crate) calls: u64,
+    pub(crate) batch: u64,
+    /// Microseconds per call: percentiles over batches of the slowest rank.
+    pub(crate) p50_us: f64,
+    pub(crate) p99_us: f64,
+    pub(crate) min_us: f64,
+    /// GB/s: bytes of the operation over p50, and the same as if every byte crossed a bus once (as nccl-tests counts).
+    pub(crate) algbw: f64,
+    pub(crate) busbw: f64,
+    /// Elements that were wrong, over all ranks.
+    pub(crate) wrong: u64,
+}
+
+/// A line from rank 0.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Line {
+    /// The ranks have met; so many sizes will follow.
+    Ready { sizes: u64 },
+    /// A size is done.
+    Size(Measured),
+}
+
+/// The whole run.
+#[derive(Debug, Serialize)]
+pub(crate) struct Run {
+    pub(crate) command: String,
+    pub(crate) version: &'static str,
+    pub(crate) unix_time: u64,
+    pub(crate) machine: Machine,
+    pub(crate) ranks: usize,
+    pub(crate) place: String,
+    pub(crate) dtype: String,
+    pub(crate) op: String,
+    pub(crate) in_place: bool,
+    pub(crate) synchronised: bool,
+    pub(crate) results: Vec<Measured>,
+}
+
+/// Where it was measured.
+#[derive(Debug, Serialize)]
+pub(crate) struct Machine {
+    pub(crate) processor: String,
+    pub(crate) cores: usize,
+    pub(crate) kernel: String,
+}
+
+impl Machine {
+    pub(crate) fn here() -> Self {
+        let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+        Self {
+            processor: model.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.to_owned()),
+            cores: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
+        }
+    }
+}

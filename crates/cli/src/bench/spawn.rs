@@ -1,0 +1,86 @@
+//! The ranks of a benchmark, as processes of this program.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::Read as _;
+use std::thread::JoinHandle;
+
+use crate::Failure;
+use crate::run::{Job, Rank};
+
+/// The most that is kept of what a rank says on standard error.
+const MAX_COMPLAINT_BYTES: u64 = 64 * 1024;
+
+/// Running ranks. Dropping it ends those that still run.
+pub(super) struct Ranks {
+    ranks: Vec<Rank>,
+    output: Option<File>,
+    complaints: Vec<JoinHandle<String>>,
+    /// The store lives as long as the ranks.
+    _job: Job,
+}
+
+impl Ranks {
+    /// Starts `count` ranks of `program`.
+    pub(super) fn start(count: usize, program: Vec<OsString>) -> Result<Self, Failure> {
+        let job = Job::new(count, program, None)?;
+        let mut started = Self { ranks: Vec::new(), output: None, complaints: Vec::new(), _job: job };
+        for index in 0..count {
+            let (rank, [output, errors]) = started._job.start(index)?;
+            started.ranks.push(rank);
+            let output = File::from(output.pipe);
+            if index == 0 {
+                started.output = Some(output);
+            } else {
+                started.complaints.push(collect(output));
+            }
+            started.complaints.push(collect(File::from(errors.pipe)));
+        }
+        Ok(started)
+    }
+
+    /// Standard output of rank 0.
+    pub(super) fn take_output(&mut self) -> Result<File, Failure> {
+        self.output.take().ok_or_else(|| Failure::new("no rank was started"))
+    }
+
+    /// Waits for all ranks; if any failed, what they said.
+    pub(super) fn wait(mut self) -> Option<String> {
+        let mut failed = Vec::new();
+        for (index, rank) in self.ranks.iter_mut().enumerate() {
+            match rank.child.wait() {
+                Ok(status) if status.success() => {}
+                Ok(status) => failed.push(format!("rank {index}: {status}")),
+                Err(error) => failed.push(format!("rank {index}: {error}")),
+            }
+        }
+        self.ranks.clear();
+        let complaints = self.complaints.drain(..).filter_map(|thread| thread.join().ok());
+        let said: String = complaints.collect();
+        if failed.is_empty() {
+            return None;
+        }
+        Some(format!("the benchmark failed ({})\n{}", failed.join(", "), said.trim_end()))
+    }
+}
+
+impl Drop for Ranks {
+    fn drop(&mut self) {
+        for rank in &mut self.ranks {
+            // One that has ended by itself needs no killing.
+            let _ = rank.child.kill();
+            let _ = rank.child.wait();
+        }
+    }
+}
+
+/// Reads all that comes from `pipe` and keeps the beginning.
+fn collect(mut pipe: File) -> JoinHandle<String> {
+    std::thread::spawn(move || {
+        let mut kept = Vec::new();
+        // What cannot be read any more is not missed: the exit status tells the rest.
+        let _ = pipe.by_ref().take(MAX_COMPLAINT_BYTES).read_to_end(&mut kept);
+        let _ = std::io::copy(&mut pipe, &mut std::io::sink());
+        String::from_utf8_lossy(&kept).into_owned()
+    })
+}
