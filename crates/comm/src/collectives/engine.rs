@@ -332,6 +332,13 @@ impl Engine {
         Ok(0)
     }
 
+    /// Stands for the meeting at the beginning, where ranks need none: threads of a process exist together. Calls are
+    /// then numbered from 1 everywhere.
+    pub(crate) fn have_met(&mut self) {
+        self.epoch = 1;
+        self.finish(0);
+    }
+
     /// A barrier of its own kind, with other patience: for the beginning and the end.
     pub(crate) fn meet(&mut self, header: CallHeader, patience: Option<std::time::Duration>) -> Result<()> {
         let usual = std::mem::replace(&mut self.policy.patience, patience);
