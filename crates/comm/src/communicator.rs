@@ -277,7 +277,8 @@ impl Drop for Communicator {
 fn wait_policy(settings: &Settings, local_ranks: usize) -> WaitPolicy {
     /// A pause and a poll, roughly; the exact figure does not matter.
     const SPIN_NS: u128 = 12;
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    // Not those that this rank is bound to: its peers are bound to others.
+    let cores = unisono_node::identity::processors();
     let spin_for = match settings.spin {
         Spin::For(time) => time,
         Spin::Auto if local_ranks <= cores => Duration::from_micros(5),

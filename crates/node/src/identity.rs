@@ -14,6 +14,20 @@ pub fn host() -> HostIdentity {
     HostIdentity { name, boot_id, network_namespace }
 }
 
+/// Processors of this machine that are online, whether we are bound to some of them or not.
+pub fn processors() -> usize {
+    let online = std::fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
+    let range = |part: &str| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last) = (first.parse::<usize>().ok()?, last.parse::<usize>().ok()?);
+        Some((last + 1).saturating_sub(first))
+    };
+    match online.trim().split(',').filter_map(range).sum() {
+        0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+        processors => processors,
+    }
+}
+
 /// Our process id.
 pub fn pid() -> u32 {
     std::process::id()
@@ -36,6 +50,7 @@ mod tests {
         let host = host();
         assert!(!host.name.is_empty() && !host.boot_id.is_empty());
         assert!(host.is_same_host(&super::host()));
+        assert!(processors() >= std::thread::available_parallelism().unwrap().get());
         assert_eq!(is_stopped(pid()), Some(false));
         assert_eq!(is_stopped(u32::MAX), None);
     }

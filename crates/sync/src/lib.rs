@@ -28,4 +28,4 @@ pub use epoch_flag::EpochFlag;
 pub use local::{Counter, Flag};
 pub use signal_pad::SignalPad;
 pub use slot_ring::SlotRing;
-pub use wait::{AbortWord, Sleepers, Stopped, WaitPolicy, Watch, wait};
+pub use wait::{AbortWord, Sleepers, SpinBudget, Stopped, WaitPolicy, Watch, wait};

@@ -6,6 +6,7 @@
 //! which also bounds how late an abort or the deadline is noticed.
 
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use rustix::thread::futex;
@@ -16,13 +17,15 @@ use crate::atomics::Word;
 pub const MAX_SLEEP: Duration = Duration::from_millis(5);
 /// How often a spinning waiter looks at the abort word.
 const SPINS_PER_CHECK: u32 = 32;
+/// How many waits go between two that spin as long as they may.
+const PROBE_EVERY: u32 = 32;
 /// How many yields go between two looks at the clock.
 const YIELDS_PER_CLOCK: u32 = 16;
 
 /// How long to wait, and in which manner.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct WaitPolicy {
-    /// Polls before the first yield; 0 when ranks outnumber cores.
+    /// The most polls before the first yield; 0 when ranks outnumber cores.
     pub spins: u32,
     /// How long to yield before the first sleep.
     pub yield_for: Duration,
@@ -113,6 +116,31 @@ pub struct Watch<'m> {
     pub word: &'m AtomicU64,
     /// The publisher's count of sleepers.
     pub sleepers: Sleepers<'m>,
+    /// What this waiter learned about spinning.
+    pub budget: &'m SpinBudget,
+}
+
+/// How many polls a waiter spends before it yields: all that the policy allows while that succeeds, halved each time it
+/// does not, all again every [`PROBE_EVERY`] waits. So a peer on another core is found by spinning, and one on our own
+/// core costs little of it.
+#[derive(Debug, Default)]
+pub struct SpinBudget {
+    polls: Cell<u32>,
+    waits: Cell<u32>,
+}
+
+impl SpinBudget {
+    /// Starts with all that `policy` allows.
+    pub const fn new(policy: &WaitPolicy) -> Self {
+        Self { polls: Cell::new(policy.spins), waits: Cell::new(0) }
+    }
+
+    fn next(&self, policy: &WaitPolicy) -> u32 {
+        let waits = self.waits.get().wrapping_add(1);
+        self.waits.set(waits);
+        let polls = if waits.is_multiple_of(PROBE_EVERY) { policy.spins } else { self.polls.get() };
+        polls.max(SPINS_PER_CHECK).min(policy.spins)
+    }
 }
 
 /// Waits until `ready`, which must become true only by a change of `watch.word`.
@@ -129,11 +157,13 @@ pub fn wait(
     if ready() {
         return Ok(());
     }
+    let budget = watch.budget.next(policy);
     let mut spins = 0;
-    while spins < policy.spins {
+    while spins < budget {
         for _ in 0..SPINS_PER_CHECK {
             core::hint::spin_loop();
             if ready() {
+                watch.budget.polls.set(policy.spins);
                 return Ok(());
             }
         }
@@ -142,6 +172,7 @@ pub fn wait(
             return stopped_unless(&ready);
         }
     }
+    watch.budget.polls.set(watch.budget.polls.get() / 2);
     wait_slowly(policy, watch, &ready, warn)
 }
 
@@ -218,8 +249,9 @@ mod tests {
     }
 
     impl Words {
-        fn watch(&self) -> Watch<'_> {
+        fn watch<'m>(&'m self, budget: &'m SpinBudget) -> Watch<'m> {
             Watch {
+                budget,
                 abort: AbortWord::new(&self.abort),
                 word: &self.word,
                 sleepers: Sleepers::new(&self.sleepers),
@@ -236,11 +268,29 @@ mod tests {
                 thread::yield_now();
             }
             publisher.word.store(7, Ordering::Release);
-            publisher.watch().sleepers.wake(&publisher.word);
+            Sleepers::new(&publisher.sleepers).wake(&publisher.word);
         });
-        wait(&POLICY, words.watch(), || words.word.load(Ordering::Acquire) == 7, || {}).unwrap();
+        let budget = SpinBudget::new(&POLICY);
+        wait(&POLICY, words.watch(&budget), || words.word.load(Ordering::Acquire) == 7, || {}).unwrap();
         thread.join().unwrap();
         assert_eq!(words.sleepers.load(Ordering::Acquire), 0);
+    }
+
+    #[test]
+    fn spinning_that_does_not_pay_is_given_up_but_tried_again() {
+        let policy = WaitPolicy { spins: 1024, patience: Some(Duration::ZERO), ..POLICY };
+        let (words, budget) = (Words::default(), SpinBudget::new(&policy));
+        let polls = |until: u32| {
+            let polled = Cell::new(0);
+            let ready = || polled.replace(polled.get() + 1) >= until;
+            let _ = wait(&policy, words.watch(&budget), ready, || {});
+            polled.get()
+        };
+        assert!(polls(u32::MAX) > 1024);
+        let reduced: Vec<u32> = (2..PROBE_EVERY).map(|_| polls(u32::MAX)).collect();
+        assert!(reduced[0] < 600 && reduced[reduced.len() - 1] < 64, "{reduced:?}");
+        assert!(polls(500) > 500, "a probe that succeeds");
+        assert_eq!(budget.polls.get(), 1024);
     }
 
     #[test]
@@ -251,8 +301,10 @@ mod tests {
             warn_after: Some(Duration::from_millis(10)),
             ..POLICY
         };
-        let warned = std::cell::Cell::new(0);
-        let stopped = wait(&policy, words.watch(), || false, || warned.set(warned.get() + 1)).unwrap_err();
+        let warned = Cell::new(0);
+        let budget = SpinBudget::new(&policy);
+        let stopped =
+            wait(&policy, words.watch(&budget), || false, || warned.set(warned.get() + 1)).unwrap_err();
         assert!(matches!(stopped, Stopped::TimedOut { waited } if waited >= Duration::from_millis(30)));
         assert_eq!(warned.get(), 1);
     }
@@ -260,10 +312,11 @@ mod tests {
     #[test]
     fn an_abort_ends_a_wait_but_not_one_that_is_already_satisfied() {
         let words = Words::default();
-        let abort = words.watch().abort;
+        let budget = SpinBudget::new(&POLICY);
+        let abort = words.watch(&budget).abort;
         assert!(abort.raised().is_none() && abort.raise(4) && !abort.raise(2));
         assert_eq!(abort.raised(), Some(4));
-        assert_eq!(wait(&POLICY, words.watch(), || false, || {}), Err(Stopped::Aborted));
-        assert_eq!(wait(&POLICY, words.watch(), || true, || {}), Ok(()));
+        assert_eq!(wait(&POLICY, words.watch(&budget), || false, || {}), Err(Stopped::Aborted));
+        assert_eq!(wait(&POLICY, words.watch(&budget), || true, || {}), Ok(()));
     }
 }

@@ -80,6 +80,9 @@ pub(crate) struct Arguments {
     /// How long to measure each size
     #[arg(long, value_name = "DURATION", default_value = "250ms", value_parser = duration)]
     time: Duration,
+    /// Leave it to the system on which processors the ranks run; otherwise each is bound to its own, if there are enough
+    #[arg(long)]
+    no_bind: bool,
     /// Be a rank of a benchmark: how the command calls itself
     #[arg(long, hide = true)]
     as_rank: bool,
@@ -162,8 +165,8 @@ pub(crate) fn execute(arguments: &Arguments, common: &Common) -> Result<u8, Fail
     if arguments.as_rank {
         return rank::run(&workload).map(|()| 0).map_err(Failure::new);
     }
-    let mut ranks = spawn::Ranks::start(arguments.ranks, own_arguments()?)?;
-    let mut report = Report::new(arguments, common);
+    let mut ranks = spawn::Ranks::start(arguments.ranks, own_arguments()?, !arguments.no_bind)?;
+    let mut report = Report::new(arguments, common, ranks.is_bound());
     for line in BufReader::new(ranks.take_output()?).lines() {
         let line = line.map_err(|error| Failure::new(format!("rank 0 cannot be read: {error}")))?;
         match serde_json::from_str(&line) {
@@ -197,15 +200,16 @@ fn own_arguments() -> Result<Vec<OsString>, Failure> {
 struct Report<'a> {
     arguments: &'a Arguments,
     quiet: bool,
+    is_bound: bool,
     bar: ProgressBar,
     results: Vec<Measured>,
 }
 
 impl<'a> Report<'a> {
-    fn new(arguments: &'a Arguments, common: &Common) -> Self {
+    fn new(arguments: &'a Arguments, common: &Common, is_bound: bool) -> Self {
         // With JSON on standard output, the table would spoil it.
         let quiet = common.quiet || matches!(common.json, Some(crate::output::Target::Stdout));
-        Self { arguments, quiet, bar: ProgressBar::hidden(), results: Vec::new() }
+        Self { arguments, quiet, is_bound, bar: ProgressBar::hidden(), results: Vec::new() }
     }
 
     fn begin(&mut self, sizes: u64) {
@@ -239,6 +243,9 @@ impl<'a> Report<'a> {
         let noun = if self.arguments.ranks == 1 { "process" } else { "processes" };
         let memory = if self.arguments.windows { "shared memory, windows" } else { "shared memory" };
         let mut title = format!("{what} · {} {noun} · {memory}", self.arguments.ranks);
+        if self.is_bound && self.arguments.ranks > 1 {
+            title += ", a core each";
+        }
         if self.arguments.in_place {
             title += " · in place";
         }
@@ -276,6 +283,7 @@ impl<'a> Report<'a> {
             place: if arguments.windows { "windows" } else { "plain" }.to_owned(),
             dtype: arguments.dtype.to_string(),
             op: arguments.op.to_string(),
+            bound: self.is_bound,
             in_place: arguments.in_place,
             synchronised: arguments.synchronised,
             results: self.results.clone(),

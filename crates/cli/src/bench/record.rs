@@ -45,6 +45,7 @@ pub(crate) struct Run {
     pub(crate) place: String,
     pub(crate) dtype: String,
     pub(crate) op: String,
+    pub(crate) bound: bool,
     pub(crate) in_place: bool,
     pub(crate) synchronised: bool,
     pub(crate) results: Vec<Measured>,

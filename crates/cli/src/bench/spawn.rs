@@ -15,16 +15,19 @@ const MAX_COMPLAINT_BYTES: u64 = 64 * 1024;
 pub(super) struct Ranks {
     ranks: Vec<Rank>,
     output: Option<File>,
+    is_bound: bool,
     complaints: Vec<JoinHandle<String>>,
     /// The store lives as long as the ranks.
     _job: Job,
 }
 
 impl Ranks {
-    /// Starts `count` ranks of `program`.
-    pub(super) fn start(count: usize, program: Vec<OsString>) -> Result<Self, Failure> {
-        let job = Job::new(count, program, None)?;
-        let mut started = Self { ranks: Vec::new(), output: None, complaints: Vec::new(), _job: job };
+    /// Starts `count` ranks of `program`, each on a processor of its own if `bind` and there are enough.
+    pub(super) fn start(count: usize, program: Vec<OsString>, bind: bool) -> Result<Self, Failure> {
+        let mut job = Job::new(count, program, None)?;
+        let is_bound = bind && job.bind();
+        let mut started =
+            Self { is_bound, ranks: Vec::new(), output: None, complaints: Vec::new(), _job: job };
         for index in 0..count {
             let (rank, [output, errors]) = started._job.start(index)?;
             started.ranks.push(rank);
@@ -37,6 +40,11 @@ impl Ranks {
             started.complaints.push(collect(File::from(errors.pipe)));
         }
         Ok(started)
+    }
+
+    /// Whether each rank has a processor of its own.
+    pub(super) const fn is_bound(&self) -> bool {
+        self.is_bound
     }
 
     /// Standard output of rank 0.

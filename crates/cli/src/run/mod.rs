@@ -59,6 +59,9 @@ pub(crate) struct Arguments {
     /// How long the others have to report and end by themselves after a failure, before they get SIGTERM
     #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "5s")]
     grace: Duration,
+    /// Bind each rank to a processor of its own, if there are enough
+    #[arg(long)]
+    bind: bool,
     /// The program and its arguments
     #[arg(required = true, trailing_var_arg = true, value_name = "PROGRAM")]
     pub(crate) program: Vec<OsString>,
@@ -87,7 +90,10 @@ pub(crate) fn execute(arguments: Arguments, common: &Common) -> Result<u8, Failu
         timeout: arguments.timeout,
         on_failure: arguments.on_failure,
     };
-    let job = Job::new(arguments.ranks, arguments.program, Some(signals.mask_before()))?;
+    let mut job = Job::new(arguments.ranks, arguments.program, Some(signals.mask_before()))?;
+    if arguments.bind && !job.bind() {
+        tracing::warn!("there are fewer processors than ranks; none is bound");
+    }
     tracing::info!(job = job.name, store = %job.store.address(), ranks = job.world_size, "starting");
 
     let started = Instant::now();

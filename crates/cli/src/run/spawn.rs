@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 
 use rustix::io::FdFlags;
 use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::thread::CpuSet;
 use unisono::store::StoreServer;
 
 use super::secret;
@@ -26,6 +27,8 @@ pub(crate) struct Job {
     secret: OwnedFd,
     program: Vec<OsString>,
     mask: Option<SignalMask>,
+    /// The processors that we may use, if each rank is to be bound to one.
+    processors: Option<Vec<usize>>,
 }
 
 /// A started rank.
@@ -80,7 +83,17 @@ impl Job {
             secret: secret::memory_file(&secret)?,
             program,
             mask,
+            processors: None,
         })
+    }
+
+    /// From now on binds each rank to a processor of its own, if there are enough; whether there are.
+    pub(crate) fn bind(&mut self) -> bool {
+        let allowed = rustix::thread::sched_getaffinity(None).unwrap_or_else(|_| CpuSet::new());
+        let processors: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)).collect();
+        let enough = processors.len() >= self.world_size;
+        self.processors = enough.then_some(processors);
+        enough
     }
 
     /// Starts `rank` and gives the pipes of its output: standard output and standard error.
@@ -133,6 +146,11 @@ impl Job {
             // A group of its own, so that a signal reaches what the rank has started too, and Ctrl-C only once.
             .process_group(0);
         let (mask, parent) = (self.mask, rustix::process::getpid());
+        let processor = self.processors.as_ref().map(|processors| {
+            let mut set = CpuSet::new();
+            set.set(processors[rank]);
+            set
+        });
         let prepare = move || {
             if let Some(mask) = mask {
                 mask.restore()?;
@@ -142,13 +160,16 @@ impl Job {
             if rustix::process::getppid() != Some(parent) {
                 return Err(io::Error::from_raw_os_error(libc::ESRCH));
             }
+            if let Some(set) = &processor {
+                rustix::thread::sched_setaffinity(None, set)?;
+            }
             // SAFETY: the descriptor is open in the parent, which keeps it in `Job` until all ranks are started, and
             // the forked child has a copy under the same number.
             let secret = unsafe { BorrowedFd::borrow_raw(secret) };
             rustix::io::fcntl_setfd(secret, FdFlags::empty())?;
             Ok(())
         };
-        // SAFETY: `prepare` runs between fork and exec: it makes four system calls, allocates nothing (an error of the
+        // SAFETY: `prepare` runs between fork and exec: it makes at most five system calls, allocates nothing (an error of the
         // system is a number), takes no lock, and touches only values that were copied into it.
         unsafe { command.pre_exec(prepare) };
         command

@@ -12,7 +12,7 @@ use unisono_core::layout::{
 };
 use unisono_core::select::Algorithm;
 use unisono_node::SharedMemory;
-use unisono_sync::{EpochFlag, Stopped, WaitPolicy, Watch, wait};
+use unisono_sync::{EpochFlag, SpinBudget, Stopped, WaitPolicy, Watch, wait};
 
 use super::plan::{Plan, Situation, WindowPlace};
 use crate::call::Call;
@@ -53,6 +53,7 @@ pub(crate) struct Engine {
     pub(super) rank: usize,
     pub(super) world_size: usize,
     policy: WaitPolicy,
+    budget: SpinBudget,
     forced: Option<Algorithm>,
     /// Calls begun; the current one, while one runs.
     pub(super) epoch: u64,
@@ -98,6 +99,7 @@ impl Engine {
             rank: config.rank,
             world_size,
             policy: config.policy,
+            budget: SpinBudget::new(&config.policy),
             forced: config.forced,
             epoch: 0,
             chain: 0,
@@ -388,7 +390,12 @@ impl Engine {
     }
 
     fn watch<'m>(&'m self, theirs: &RankWords<'m>, flag: EpochFlag<'m>) -> Watch<'m> {
-        Watch { abort: self.control.abort(), word: flag.word(), sleepers: theirs.sleepers }
+        Watch {
+            abort: self.control.abort(),
+            word: flag.word(),
+            sleepers: theirs.sleepers,
+            budget: &self.budget,
+        }
     }
 
     /// `all_reduce #812`; the meeting at the beginning is number 0.
