@@ -50,10 +50,9 @@ fn counts_of_input_and_output_must_fit() {
 
 #[test]
 fn a_root_must_be_a_rank() {
-    is_refused(
-        "broadcast on rank 1: root should be below 3, got 3. Nothing was written.",
-        |communicator| communicator.broadcast(&mut [0u8], 3),
-    );
+    is_refused("broadcast on rank 1: root should be below 3, got 3. Nothing was written.", |communicator| {
+        communicator.broadcast(&mut [0u8], 3)
+    });
     is_refused(
         "broadcast on rank 1: root should be below 3, got 4294967295. Nothing was written.",
         |communicator| communicator.broadcast(&mut [0u8], usize::MAX),
@@ -62,10 +61,9 @@ fn a_root_must_be_a_rank() {
 
 #[test]
 fn a_reduction_must_exist_for_the_dtype() {
-    is_refused(
-        "sum is not defined for bool; bool has: min, max, bit_and, bit_or, bit_xor",
-        |communicator| communicator.all_reduce(&mut [unisono::Bool8(1)], ReduceOp::Sum),
-    );
+    is_refused("sum is not defined for bool; bool has: min, max, bit_and, bit_or, bit_xor", |communicator| {
+        communicator.all_reduce(&mut [unisono::Bool8(1)], ReduceOp::Sum)
+    });
     for dtype in DType::ALL {
         for op in ReduceOp::ALL {
             if unisono::reduce_op::is_supported(dtype, op) {
@@ -87,7 +85,8 @@ fn a_reduction_must_exist_for_the_dtype() {
 
 #[test]
 fn buffers_must_be_the_same_or_disjoint() {
-    let refused = "should be the input itself or disjoint from it, got a partial overlap. Nothing was written.";
+    let refused =
+        "should be the input itself or disjoint from it, got a partial overlap. Nothing was written.";
     let all_reduce = "all_reduce on rank 1: memory of the output ";
     let all_gather = "all_gather on rank 1: memory of the output ";
     for (start, expected) in [(4, all_reduce), (12, all_reduce)] {

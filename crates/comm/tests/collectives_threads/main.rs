@@ -7,8 +7,8 @@
 mod support;
 
 mod arguments;
-mod determinism;
 mod departures;
+mod determinism;
 mod mismatches;
 mod observers;
 mod windows;
@@ -70,12 +70,9 @@ fn threads_that_meet_as_processes_do_get_the_same_bits_with_every_algorithm() {
     let seed = random::seed();
     let workload = Workload { small: 200, borders_ms: 200, sequence: 100, huge: false };
     let mut all = Vec::new();
-    for algorithm in [
-        AlgorithmChoice::Auto,
-        AlgorithmChoice::OneShot,
-        AlgorithmChoice::TwoShot,
-        AlgorithmChoice::Direct,
-    ] {
+    for algorithm in
+        [AlgorithmChoice::Auto, AlgorithmChoice::OneShot, AlgorithmChoice::TwoShot, AlgorithmChoice::Direct]
+    {
         all.extend(on_built(
             3,
             move |builder| with_algorithm(builder, algorithm),

@@ -12,7 +12,11 @@ struct Attempt {
     arguments: &'static str,
 }
 
-const fn attempt(name: &'static str, arguments: &'static str, call: fn(&Communicator) -> Result<()>) -> Attempt {
+const fn attempt(
+    name: &'static str,
+    arguments: &'static str,
+    call: fn(&Communicator) -> Result<()>,
+) -> Attempt {
     Attempt { call, name, arguments }
 }
 
@@ -119,7 +123,10 @@ fn two_roots_that_only_send_are_found_within_sixteen_calls() {
         assert!(calls <= 17, "found at call {calls}");
         names_both(
             &error,
-            ["broadcast #1 on rank 0 (u8, 1, root 0)".into(), "broadcast #1 on rank 1 (u8, 1, root 1)".into()],
+            [
+                "broadcast #1 on rank 0 (u8, 1, root 0)".into(),
+                "broadcast #1 on rank 1 (u8, 1, root 1)".into(),
+            ],
         );
     }
 }
@@ -133,7 +140,10 @@ fn a_difference_between_roots_is_found_by_destroy() {
     for error in errors {
         names_both(
             &error,
-            ["broadcast #1 on rank 0 (u8, 1, root 0)".into(), "broadcast #1 on rank 1 (u8, 1, root 1)".into()],
+            [
+                "broadcast #1 on rank 0 (u8, 1, root 0)".into(),
+                "broadcast #1 on rank 1 (u8, 1, root 1)".into(),
+            ],
         );
     }
 }

@@ -36,7 +36,10 @@ fn ranges_of_windows_are_inputs_and_outputs() {
         assert!(result[1..20_001].iter().all(|value| *value == 6));
         communicator.all_gather_into(from.range(0..10_000), &mut to).unwrap();
         let result = to.lend().unwrap();
-        assert!((0..3).all(|part| result[part * 10_000..(part + 1) * 10_000].iter().all(|v| *v == part as u32 + 1)));
+        assert!(
+            (0..3)
+                .all(|part| result[part * 10_000..(part + 1) * 10_000].iter().all(|v| *v == part as u32 + 1))
+        );
         communicator.broadcast_into(&from, &mut to, 2).unwrap();
         assert!(to.lend().unwrap().iter().all(|value| *value == 3));
         assert!(from.lend().unwrap().iter().all(|value| *value == rank as u32 + 1), "an input was written");
