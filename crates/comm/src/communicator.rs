@@ -94,7 +94,9 @@ impl Communicator {
             neighbours: Neighbours::Threads(hub.clone()),
             memory: memory.clone(),
         };
-        Ok((0..world_size).map(|rank| Self::assemble(parts(rank), settings)).collect())
+        let ranks: Vec<_> = (0..world_size).map(|rank| Self::assemble(parts(rank), settings)).collect();
+        ranks.iter().for_each(|rank| rank.engine.borrow_mut().have_met());
+        Ok(ranks)
     }
 
     pub(crate) fn assemble(parts: Parts, settings: &Settings) -> Self {
@@ -218,11 +220,20 @@ impl Communicator {
         Ok(Window::new(self.control.clone(), memory, base, id, count))
     }
 
-    /// Ends `window` on all ranks. Collective.
+    /// Ends window `id`, made by the communicator of `owner`, on all ranks. Collective.
     ///
     /// # Errors
-    /// Those of a failed communicator.
-    pub(crate) fn close_window(&self, id: u64) -> Result<()> {
+    /// [`Error::Argument`] if that is another communicator; those of a failed one.
+    pub(crate) fn close_window(&self, id: u64, owner: &Arc<Control>) -> Result<()> {
+        if !Arc::ptr_eq(owner, &self.control) {
+            return Err(Error::Argument {
+                call: Kind::CloseWindow.name(),
+                rank: self.rank,
+                what: "window",
+                expected: "a window of this communicator".to_owned(),
+                got: format!("window {id} of another one"),
+            });
+        }
         let mut engine = self.engine.borrow_mut();
         let header = CallHeader { target_window: id, ..CallHeader::bare(Kind::CloseWindow) };
         engine.meet(header, self.patience)?;

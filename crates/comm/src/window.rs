@@ -98,9 +98,10 @@ impl<T: Element> Window<T> {
     /// Ends the window on all ranks and frees its memory. Collective.
     ///
     /// # Errors
-    /// Those of a failed communicator; the memory is freed in any case.
+    /// [`Error::Argument`] if `communicator` did not make this window; those of a failed communicator. This rank's hold
+    /// on the memory ends in any case.
     pub fn close(self, communicator: &Communicator) -> Result<()> {
-        communicator.close_window(self.id)
+        communicator.close_window(self.id, &self.control)
     }
 
     fn raw(&self, range: Range<usize>) -> RawBuffer {

@@ -12,7 +12,7 @@ use unisono_core::layout::{
 };
 use unisono_core::select::Algorithm;
 use unisono_node::SharedMemory;
-use unisono_sync::{EpochFlag, SpinBudget, Stopped, WaitPolicy, Watch, wait};
+use unisono_sync::{EpochFlag, SpinBudget, WaitPolicy, Watch};
 
 use super::plan::{Plan, Situation, WindowPlace};
 use crate::call::Call;
@@ -21,7 +21,7 @@ use crate::control::{Control, RankWords};
 use crate::error::{Error, Result};
 
 /// Calls whose chain is remembered, to compare with what peers' trails say: more than any peer can be behind.
-const HISTORY: u64 = 4 * CALL_SLOTS as u64;
+pub(super) const HISTORY: u64 = 4 * CALL_SLOTS as u64;
 
 /// How an engine is made.
 pub(crate) struct EngineConfig {
@@ -33,8 +33,8 @@ pub(crate) struct EngineConfig {
 
 /// What is known of a peer without looking.
 #[derive(Clone, Copy, Default)]
-struct Known {
-    epoch: u64,
+pub(super) struct Known {
+    pub(super) epoch: u64,
     step: u64,
 }
 
@@ -52,21 +52,23 @@ pub(crate) struct Engine {
     pub(super) control: Arc<Control>,
     pub(super) rank: usize,
     pub(super) world_size: usize,
-    policy: WaitPolicy,
+    pub(super) policy: WaitPolicy,
     budget: SpinBudget,
     forced: Option<Algorithm>,
     /// Calls begun; the current one, while one runs.
     pub(super) epoch: u64,
-    chain: u64,
+    pub(super) chain: u64,
     /// Steps of all calls before the current one.
     pub(super) step: u64,
-    known: Vec<Known>,
+    pub(super) known: Vec<Known>,
     /// The least of what is known of all peers.
     credit: Known,
-    chains: [u32; HISTORY as usize],
+    pub(super) chains: [u32; HISTORY as usize],
     /// The headers that our call slots hold.
-    headers: [[u64; HEADER_WORDS]; CALL_SLOTS],
+    pub(super) headers: [[u64; HEADER_WORDS]; CALL_SLOTS],
     kind: Kind,
+    /// The header of the current call, which may not have been published yet.
+    pub(super) current: [u64; HEADER_WORDS],
     failed: Option<Error>,
     windows: Vec<OpenWindow>,
     next_window: u64,
@@ -109,6 +111,7 @@ impl Engine {
             chains: [0; HISTORY as usize],
             headers: [[0; HEADER_WORDS]; CALL_SLOTS],
             kind: Kind::Barrier,
+            current: [0; HEADER_WORDS],
             failed: None,
             windows: Vec::new(),
             next_window: 1,
@@ -185,6 +188,7 @@ impl Engine {
         let words = plan.header.to_words();
         self.epoch += 1;
         self.kind = plan.kind;
+        self.current = words;
         self.chain = CallHeader::chain(self.chain, CallHeader::fingerprint(&words));
         self.chains[(self.epoch % HISTORY) as usize] = self.chain as u32;
         if self.epoch > self.credit.epoch + CALL_SLOTS as u64 {
@@ -219,8 +223,7 @@ impl Engine {
         let (slots, epoch) = (theirs.slots, self.epoch);
         if !slots.is_published(epoch) {
             let watch = self.watch(theirs, EpochFlag::new(slots.word(epoch)));
-            wait(&self.policy, watch, || slots.is_published(epoch), || self.warn(peer))
-                .map_err(|stopped| self.stopped(peer, stopped))?;
+            self.wait_until(peer, watch, || slots.is_published(epoch))?;
         }
         if slots.read(epoch, SLOT_CHAIN) != self.chain {
             return Err(self.mismatch(peer, epoch));
@@ -254,9 +257,7 @@ impl Engine {
         if flag.has_reached(value) {
             return Ok(());
         }
-        let watch = self.watch(theirs, flag);
-        wait(&self.policy, watch, || flag.has_reached(value), || self.warn(peer))
-            .map_err(|stopped| self.stopped(peer, stopped))
+        self.wait_until(peer, self.watch(theirs, flag), || flag.has_reached(value))
     }
 
     /// Moves one of our own flags to `value` and wakes who sleeps on it.
@@ -284,28 +285,16 @@ impl Engine {
         Ok(chunk(step))
     }
 
-    /// Waits until every peer has completed call `needed`, and compares trails.
+    /// Waits until every peer has completed call `needed`, and compares what all have done so far.
     #[cold]
     fn wait_for_epoch(&mut self, needed: u64) -> Result<()> {
         for peer in self.peers() {
-            let trail = self.control.rank(peer).trail;
-            let known = self.known[peer].epoch;
-            // The high half counts calls modulo 2³²; a peer only moves forward, and never by that much unseen.
-            let completed = |trail: u64| known + u64::from(((trail >> 32) as u32).wrapping_sub(known as u32));
-            if completed(trail.current()) < needed {
-                let watch = self.watch(self.control.rank(peer), trail);
-                wait(&self.policy, watch, || completed(trail.current()) >= needed, || self.warn(peer))
-                    .map_err(|stopped| self.stopped(peer, stopped))?;
+            let theirs = self.control.rank(peer);
+            let is_done = || self.completed(peer, theirs.trail.current()) >= needed;
+            if !is_done() {
+                self.wait_until(peer, self.watch(theirs, theirs.trail), is_done)?;
             }
-            let seen = trail.current();
-            let epoch = completed(seen);
-            if epoch < self.epoch
-                && epoch + HISTORY > self.epoch
-                && epoch > 0
-                && self.chains[(epoch % HISTORY) as usize] != seen as u32
-            {
-                return Err(self.mismatch(peer, epoch));
-            }
+            let epoch = self.compare(peer).map_err(|at| self.mismatch(peer, at))?;
             self.known[peer].epoch = epoch.min(self.epoch);
         }
         self.credit.epoch = self.peers().map(|peer| self.known[peer].epoch).min().unwrap_or(u64::MAX / 2);
@@ -332,6 +321,13 @@ impl Engine {
         }
         self.heard_all();
         Ok(0)
+    }
+
+    /// Stands for the meeting at the beginning, where ranks need none: threads of a process exist together. Calls are
+    /// then numbered from 1 everywhere.
+    pub(crate) fn have_met(&mut self) {
+        self.epoch = 1;
+        self.finish(0);
     }
 
     /// A barrier of its own kind, with other patience: for the beginning and the end.
@@ -392,12 +388,12 @@ impl Engine {
     }
 
     /// `all_reduce #812`; the meeting at the beginning is number 0.
-    fn during(&self) -> String {
+    pub(super) fn during(&self) -> String {
         format!("{} #{}", self.kind.name(), self.epoch - 1)
     }
 
     /// The ranks that have not begun this call; if all have, the one that is waited for.
-    fn missing(&self, waited_for: usize) -> Vec<String> {
+    pub(super) fn missing(&self, waited_for: usize) -> Vec<String> {
         let late = |peer: &usize| {
             let standing = self.control.rank(*peer).slots.standing(self.epoch);
             standing < self.epoch
@@ -409,7 +405,7 @@ impl Engine {
     }
 
     #[cold]
-    fn warn(&self, peer: usize) {
+    pub(super) fn warn(&self, peer: usize) {
         let waited = self.policy.warn_after.unwrap_or_default();
         tracing::warn!(
             "rank {} has waited {waited:?} in {} for {}",
@@ -419,55 +415,20 @@ impl Engine {
         );
     }
 
-    #[cold]
-    fn stopped(&self, peer: usize, stopped: Stopped) -> Error {
-        if let Stopped::TimedOut { waited } = stopped {
-            return self.abort_with(Cause::TimedOut {
-                rank: self.rank as u32,
-                call: self.during(),
-                waited_ms: waited.as_millis() as u64,
-                missing: self.missing(peer),
-            });
-        }
-        self.first_cause()
-    }
-
     /// Fails the communicator for everybody, unless it has failed already; the error of the first cause.
     #[cold]
-    fn abort_with(&self, cause: Cause) -> Error {
+    pub(super) fn abort_with(&self, cause: Cause) -> Error {
         self.control.fail(&cause);
         self.first_cause()
     }
 
-    fn first_cause(&self) -> Error {
+    pub(super) fn first_cause(&self) -> Error {
         let unknown = || Cause::Aborted { rank: self.rank as u32, reason: "unknown".to_owned() };
         self.control.cause().unwrap_or_else(unknown).into_error(&self.during(), self.world_size)
     }
-
-    /// Names the first call in which `peer` and we differ, as far back as both still have it, and fails everybody.
-    #[cold]
-    fn mismatch(&self, peer: usize, epoch: u64) -> Error {
-        let theirs = self.control.rank(peer).slots;
-        let oldest = self.epoch.saturating_sub(CALL_SLOTS as u64 - 1).max(1);
-        let differs = |at: &u64| {
-            theirs.standing(*at) == *at && {
-                let words = std::array::from_fn(|word| theirs.read(*at, SLOT_HEADER + word));
-                CallHeader::fingerprint(&words) != CallHeader::fingerprint(&self.headers[slot_of(*at)])
-            }
-        };
-        let at = (oldest..=self.epoch).find(differs).unwrap_or(epoch);
-        let describe = |words: [u64; HEADER_WORDS], rank: usize| match CallHeader::from_words(&words) {
-            Some(header) => header.describe(at - 1, rank as u32),
-            None => format!("an unknown call #{} on rank {rank}", at - 1),
-        };
-        self.abort_with(Cause::Mismatch {
-            left: describe(self.headers[slot_of(at)], self.rank),
-            right: describe(std::array::from_fn(|word| theirs.read(at, SLOT_HEADER + word)), peer),
-        })
-    }
 }
 
-fn slot_of(epoch: u64) -> usize {
+pub(super) fn slot_of(epoch: u64) -> usize {
     (epoch % CALL_SLOTS as u64) as usize
 }
 

@@ -16,6 +16,7 @@ mod all_gather;
 mod all_reduce;
 mod broadcast;
 mod copy;
+mod disagreement;
 mod engine;
 mod plan;
 

@@ -46,16 +46,21 @@ impl Plan {
     #[inline]
     pub(crate) fn new(call: &Call<'_>, situation: &Situation<'_>) -> Result<Self> {
         let (source, target) = match (call.kind, call.buffers()) {
-            (Kind::Barrier | Kind::Destroy | Kind::CloseWindow, []) => {
-                return Ok(Self::bare(call.kind));
-            }
+            (Kind::Barrier, []) => return Ok(Self::bare(call.kind)),
             (Kind::AllReduce { .. } | Kind::Broadcast { .. }, [both]) => (*both, *both),
             (Kind::AllGather, [all]) => (own_part(all, situation)?, *all),
             (Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::AllGather, [source, target]) => {
                 (*source, *target)
             }
-            (kind, buffers) => {
+            (kind @ Kind::Barrier, buffers) => {
+                return Err(argument(situation, kind, "number of buffers", 0, buffers.len()));
+            }
+            (kind @ (Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::AllGather), buffers) => {
                 return Err(argument(situation, kind, "number of buffers", "1 or 2", buffers.len()));
+            }
+            (kind, _) => {
+                let expected = "all_reduce, broadcast, all_gather or barrier";
+                return Err(argument(situation, kind, "operation", expected, kind.name()));
             }
         };
         check(call.kind, &source, &target, situation)?;

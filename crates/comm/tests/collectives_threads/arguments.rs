@@ -1,0 +1,163 @@
+//! Arguments that do not fit are told to the rank that gave them, before anything is sent or written; the communicator
+//! goes on.
+
+use unisono::{Communicator, DType, Error, Kind, Operations, Place, RawBuffer, ReduceOp, Result};
+use unisono_core::Error as CoreError;
+
+use crate::support::region::{Region, submit_raw};
+use crate::support::threads::on_threads;
+
+/// One rank of three makes `wrong`, which must be refused with `expected`; then all make a call that works.
+fn is_refused(expected: &'static str, wrong: impl Fn(&Communicator) -> Result<()> + Send + Sync + 'static) {
+    on_threads(3, move |communicator| {
+        if communicator.rank() == 1 {
+            let error = wrong(&communicator).unwrap_err();
+            assert_eq!(error.to_string(), expected);
+            communicator.check().unwrap();
+            assert_eq!(communicator.observer().state().failure, None);
+        }
+        let mut sum = [communicator.rank() as u32 + 1, 10];
+        communicator.all_reduce(&mut sum, ReduceOp::Sum).unwrap();
+        assert_eq!(sum, [6, 30]);
+        communicator.destroy().unwrap();
+    });
+}
+
+#[test]
+fn counts_of_input_and_output_must_fit() {
+    is_refused(
+        "all_reduce on rank 1: count of the output should be 3, got 4. Nothing was written.",
+        |communicator| {
+            let mut output = [7i32; 4];
+            let result = communicator.all_reduce_into(&[1, 2, 3], &mut output, ReduceOp::Sum);
+            assert_eq!(output, [7; 4]);
+            result
+        },
+    );
+    is_refused(
+        "broadcast on rank 1: count of the output should be 2, got 0. Nothing was written.",
+        |communicator| communicator.broadcast_into(&[1.5f64, 2.5], &mut Vec::new(), 1),
+    );
+    is_refused(
+        "all_gather on rank 1: count of the output should be 6, got 5. Nothing was written.",
+        |communicator| communicator.all_gather_into(&[1u8, 2], &mut [0; 5]),
+    );
+    is_refused(
+        "all_gather on rank 1: count should be a multiple of 3, got 7. Nothing was written.",
+        |communicator| communicator.all_gather(&mut [0u16; 7]),
+    );
+}
+
+#[test]
+fn a_root_must_be_a_rank() {
+    is_refused("broadcast on rank 1: root should be below 3, got 3. Nothing was written.", |communicator| {
+        communicator.broadcast(&mut [0u8], 3)
+    });
+    is_refused(
+        "broadcast on rank 1: root should be below 3, got 4294967295. Nothing was written.",
+        |communicator| communicator.broadcast(&mut [0u8], usize::MAX),
+    );
+}
+
+#[test]
+fn a_reduction_must_exist_for_the_dtype() {
+    is_refused("sum is not defined for bool; bool has: min, max, bit_and, bit_or, bit_xor", |communicator| {
+        communicator.all_reduce(&mut [unisono::Bool8(1)], ReduceOp::Sum)
+    });
+    for dtype in DType::ALL {
+        for op in ReduceOp::ALL {
+            if unisono::reduce_op::is_supported(dtype, op) {
+                continue;
+            }
+            on_threads(1, move |communicator| {
+                let region = Region::plain(dtype.size(), 0);
+                let buffer = region.raw(0, 1, dtype);
+                let error = submit_raw(&communicator, Kind::AllReduce { op }, &[buffer]).unwrap_err();
+                assert!(
+                    matches!(&error, Error::Core(CoreError::Unsupported { dtype: got, .. }) if *got == dtype),
+                    "{dtype} {op}: {error}"
+                );
+                communicator.barrier().unwrap();
+            });
+        }
+    }
+}
+
+#[test]
+fn buffers_must_be_the_same_or_disjoint() {
+    let refused =
+        "should be the input itself or disjoint from it, got a partial overlap. Nothing was written.";
+    let all_reduce = "all_reduce on rank 1: memory of the output ";
+    let all_gather = "all_gather on rank 1: memory of the output ";
+    for (start, expected) in [(4, all_reduce), (12, all_reduce)] {
+        let expected: &'static str = format!("{expected}{refused}").leak();
+        is_refused(expected, move |communicator| {
+            let region = Region::plain(64, 0);
+            let (input, output) = (region.raw(start, 4, DType::F32), region.raw(8, 4, DType::F32));
+            submit_raw(communicator, Kind::AllReduce { op: ReduceOp::Sum }, &[input, output])
+        });
+    }
+    let expected: &'static str = format!("{all_gather}{refused}").leak();
+    is_refused(expected, |communicator| {
+        // The place of rank 0, not ours.
+        let region = Region::plain(48, 0);
+        let buffers = [region.raw(0, 4, DType::F32), region.raw(0, 12, DType::F32)];
+        submit_raw(communicator, Kind::AllGather, &buffers)
+    });
+}
+
+#[test]
+fn buffers_must_have_one_dtype_and_come_in_the_right_number() {
+    is_refused(
+        "all_reduce on rank 1: dtype of the output should be f32, got i32. Nothing was written.",
+        |communicator| {
+            let (source, target) = (Region::plain(16, 0), Region::plain(16, 0));
+            let buffers = [source.raw(0, 4, DType::F32), target.raw(0, 4, DType::I32)];
+            submit_raw(communicator, Kind::AllReduce { op: ReduceOp::Sum }, &buffers)
+        },
+    );
+    is_refused(
+        "broadcast on rank 1: number of buffers should be 1 or 2, got 0. Nothing was written.",
+        |communicator| submit_raw(communicator, Kind::Broadcast { root: 0 }, &[]),
+    );
+    is_refused(
+        "all_gather on rank 1: number of buffers should be 1 or 2, got 3. Nothing was written.",
+        |communicator| {
+            let region = Region::plain(16, 0);
+            submit_raw(communicator, Kind::AllGather, &[region.raw(0, 4, DType::F32); 3])
+        },
+    );
+}
+
+#[test]
+fn a_barrier_takes_no_buffers() {
+    on_threads(1, |communicator| {
+        let region = Region::plain(16, 0);
+        let error = submit_raw(&communicator, Kind::Barrier, &[region.raw(0, 4, DType::F32)]).unwrap_err();
+        assert!(matches!(error, Error::Argument { call: "barrier", rank: 0, .. }), "{error}");
+        communicator.barrier().unwrap();
+    });
+}
+
+#[test]
+fn memory_of_a_gpu_is_out_of_reach() {
+    is_refused(
+        "all_gather on rank 1 got a buffer in cuda:3; this communicator works on host memory and its windows. Nothing was written.",
+        |communicator| {
+            let place = Place::Cuda { ordinal: 3 };
+            let buffer = RawBuffer { ptr: 1 << 40, count: 3, dtype: DType::BF16, place };
+            submit_raw(communicator, Kind::AllGather, &[buffer])
+        },
+    );
+}
+
+#[test]
+fn kinds_that_are_not_operations_are_refused() {
+    for kind in [Kind::Destroy, Kind::Window, Kind::CloseWindow] {
+        on_threads(1, move |communicator| {
+            let result = submit_raw(&communicator, kind, &[]);
+            assert!(matches!(result, Err(Error::Argument { .. })), "{kind:?}: {result:?}");
+            communicator.barrier().unwrap();
+        });
+    }
+}
