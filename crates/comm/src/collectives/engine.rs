@@ -152,7 +152,7 @@ impl Engine {
             // Whoever left may have done all its part of what comes; the wait that misses it will say so.
             None | Some(Cause::Dropped { .. }) => Ok(()),
             Some(cause) => {
-                let error = cause.into_error("an earlier call", self.world_size);
+                let error = cause.into_error("an earlier call", (self.rank, self.world_size));
                 self.failed = Some(error.clone());
                 Err(error)
             }
@@ -393,6 +393,9 @@ impl Engine {
 
     /// `all_reduce #812`; the meeting at the beginning is number 0.
     fn during(&self) -> String {
+        if self.epoch <= 1 {
+            return "the start of the job".to_owned();
+        }
         format!("{} #{}", self.kind.name(), self.epoch - 1)
     }
 
@@ -441,7 +444,7 @@ impl Engine {
 
     fn first_cause(&self) -> Error {
         let unknown = || Cause::Aborted { rank: self.rank as u32, reason: "unknown".to_owned() };
-        self.control.cause().unwrap_or_else(unknown).into_error(&self.during(), self.world_size)
+        self.control.cause().unwrap_or_else(unknown).into_error(&self.during(), (self.rank, self.world_size))
     }
 
     /// Names the first call in which `peer` and we differ, as far back as both still have it, and fails everybody.
