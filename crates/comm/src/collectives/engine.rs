@@ -5,6 +5,7 @@
 //! tens of nanoseconds of bookkeeping: no lock, no allocation, no system call.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use unisono_core::call::{CallHeader, HEADER_WORDS, Kind};
 use unisono_core::layout::{
@@ -22,6 +23,9 @@ use crate::error::{Error, Result};
 
 /// Calls whose chain is remembered, to compare with what peers' trails say: more than any peer can be behind.
 const HISTORY: u64 = 4 * CALL_SLOTS as u64;
+
+/// How often a wait that lasts looks at what the peers do.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// How an engine is made.
 pub(crate) struct EngineConfig {
@@ -54,6 +58,8 @@ pub(crate) struct Engine {
     pub(super) world_size: usize,
     policy: WaitPolicy,
     budget: SpinBudget,
+    /// The policy up to the first look at what the peers do.
+    first_look: WaitPolicy,
     forced: Option<Algorithm>,
     /// Calls begun; the current one, while one runs.
     pub(super) epoch: u64,
@@ -100,6 +106,7 @@ impl Engine {
             world_size,
             policy: config.policy,
             budget: SpinBudget::new(&config.policy),
+            first_look: first_look(&config.policy),
             forced: config.forced,
             epoch: 0,
             chain: 0,
@@ -219,8 +226,7 @@ impl Engine {
         let (slots, epoch) = (theirs.slots, self.epoch);
         if !slots.is_published(epoch) {
             let watch = self.watch(theirs, EpochFlag::new(slots.word(epoch)));
-            wait(&self.policy, watch, || slots.is_published(epoch), || self.warn(peer))
-                .map_err(|stopped| self.stopped(peer, stopped))?;
+            self.wait_patiently(peer, watch, || slots.is_published(epoch))?;
         }
         if slots.read(epoch, SLOT_CHAIN) != self.chain {
             return Err(self.mismatch(peer, epoch));
@@ -255,8 +261,66 @@ impl Engine {
             return Ok(());
         }
         let watch = self.watch(theirs, flag);
-        wait(&self.policy, watch, || flag.has_reached(value), || self.warn(peer))
-            .map_err(|stopped| self.stopped(peer, stopped))
+        self.wait_patiently(peer, watch, || flag.has_reached(value))
+    }
+
+    /// Waits for `peer`. A wait that lasts looks now and then whether a peer made another call than ours: a root that
+    /// waits for credit hears nobody, and the others may wait for its next call.
+    #[inline]
+    fn wait_patiently(&self, peer: usize, watch: Watch<'_>, ready: impl Fn() -> bool) -> Result<()> {
+        match wait(&self.first_look, watch, &ready, || self.warn(peer)) {
+            Ok(()) => Ok(()),
+            Err(Stopped::TimedOut { waited }) => self.wait_long(peer, watch, &ready, waited),
+            Err(Stopped::Aborted) => Err(self.first_cause()),
+        }
+    }
+
+    #[cold]
+    fn wait_long(
+        &self,
+        peer: usize,
+        watch: Watch<'_>,
+        ready: &dyn Fn() -> bool,
+        mut waited: Duration,
+    ) -> Result<()> {
+        let mut warn_after = self.policy.warn_after.filter(|after| *after > LOOK);
+        loop {
+            self.look_for_other_calls()?;
+            let left = self.policy.patience.map_or(LOOK, |patience| patience.saturating_sub(waited));
+            if left.is_zero() {
+                return Err(self.timed_out(peer, waited));
+            }
+            if warn_after.is_some_and(|after| waited >= after) {
+                warn_after = None;
+                self.warn(peer);
+            }
+            let policy = WaitPolicy {
+                spins: 0,
+                yield_for: Duration::ZERO,
+                patience: Some(left.min(LOOK)),
+                warn_after: None,
+            };
+            match wait(&policy, watch, ready, || ()) {
+                Ok(()) => return Ok(()),
+                Err(Stopped::TimedOut { waited: more }) => waited += more,
+                Err(Stopped::Aborted) => return Err(self.first_cause()),
+            }
+        }
+    }
+
+    /// Fails if a peer stands in a call of the same number as ours with another chain. A peer keeps the slot of our
+    /// current call until we have completed it.
+    fn look_for_other_calls(&self) -> Result<()> {
+        if !self.control.rank(self.rank).slots.is_published(self.epoch) {
+            return Ok(());
+        }
+        for peer in self.peers() {
+            let slots = self.control.rank(peer).slots;
+            if slots.is_published(self.epoch) && slots.read(self.epoch, SLOT_CHAIN) != self.chain {
+                return Err(self.mismatch(peer, self.epoch));
+            }
+        }
+        Ok(())
     }
 
     /// Moves one of our own flags to `value` and wakes who sleeps on it.
@@ -294,8 +358,7 @@ impl Engine {
             let completed = |trail: u64| known + u64::from(((trail >> 32) as u32).wrapping_sub(known as u32));
             if completed(trail.current()) < needed {
                 let watch = self.watch(self.control.rank(peer), trail);
-                wait(&self.policy, watch, || completed(trail.current()) >= needed, || self.warn(peer))
-                    .map_err(|stopped| self.stopped(peer, stopped))?;
+                self.wait_patiently(peer, watch, || completed(trail.current()) >= needed)?;
             }
             let seen = trail.current();
             let epoch = completed(seen);
@@ -335,10 +398,13 @@ impl Engine {
     }
 
     /// A barrier of its own kind, with other patience: for the beginning and the end.
-    pub(crate) fn meet(&mut self, header: CallHeader, patience: Option<std::time::Duration>) -> Result<()> {
-        let usual = std::mem::replace(&mut self.policy.patience, patience);
+    pub(crate) fn meet(&mut self, header: CallHeader, patience: Option<Duration>) -> Result<()> {
+        let usual = self.policy;
+        self.policy.patience = patience;
+        self.first_look = first_look(&self.policy);
         let result = self.check().and_then(|()| self.execute(&Plan { header, ..Plan::bare(header.kind) }));
-        self.policy.patience = usual;
+        self.policy = usual;
+        self.first_look = first_look(&self.policy);
         result
     }
 
@@ -423,16 +489,13 @@ impl Engine {
     }
 
     #[cold]
-    fn stopped(&self, peer: usize, stopped: Stopped) -> Error {
-        if let Stopped::TimedOut { waited } = stopped {
-            return self.abort_with(Cause::TimedOut {
-                rank: self.rank as u32,
-                call: self.during(),
-                waited_ms: waited.as_millis() as u64,
-                missing: self.missing(peer),
-            });
-        }
-        self.first_cause()
+    fn timed_out(&self, peer: usize, waited: Duration) -> Error {
+        self.abort_with(Cause::TimedOut {
+            rank: self.rank as u32,
+            call: self.during(),
+            waited_ms: waited.as_millis() as u64,
+            missing: self.missing(peer),
+        })
     }
 
     /// Fails the communicator for everybody, unless it has failed already; the error of the first cause.
@@ -442,6 +505,7 @@ impl Engine {
         self.first_cause()
     }
 
+    #[cold]
     fn first_cause(&self) -> Error {
         let unknown = || Cause::Aborted { rank: self.rank as u32, reason: "unknown".to_owned() };
         self.control.cause().unwrap_or_else(unknown).into_error(&self.during(), (self.rank, self.world_size))
@@ -467,6 +531,14 @@ impl Engine {
             left: describe(self.headers[slot_of(at)], self.rank),
             right: describe(std::array::from_fn(|word| theirs.read(at, SLOT_HEADER + word)), peer),
         })
+    }
+}
+
+fn first_look(policy: &WaitPolicy) -> WaitPolicy {
+    WaitPolicy {
+        patience: Some(policy.patience.map_or(LOOK, |patience| patience.min(LOOK))),
+        warn_after: policy.warn_after.filter(|after| *after <= LOOK),
+        ..*policy
     }
 }
 
