@@ -234,12 +234,16 @@ impl Builder {
             secret,
             liveness: Some(settings.liveness),
         };
-        let neighbours = Neighbours::Processes(NodePlane::connect(&endpoint, &config, deadline)?);
-        let memory = Communicator::share_control(&neighbours, rank, world_size, deadline)?;
+        // Before anything is closed that the others watch, they are told why.
+        let explain = |error: Error| meeting.first_cause(error, &table);
+        let plane =
+            NodePlane::connect(&endpoint, &config, deadline).map_err(|error| explain(error.into()))?;
+        let neighbours = Neighbours::Processes(plane);
+        let memory = Communicator::share_control(&neighbours, rank, world_size, deadline).map_err(explain)?;
         let names = table.hellos().iter().map(Hello::who).collect();
         let parts = Parts { rank, names, topology, neighbours, memory };
         let communicator = Communicator::assemble(parts, &settings);
-        communicator.meet(deadline.remaining_up_to(settings.init_timeout))?;
+        communicator.meet(deadline.remaining_up_to(settings.init_timeout)).map_err(explain)?;
         store.end(rank);
         Ok(communicator)
     }

@@ -92,6 +92,11 @@ impl Control {
         &self.words[rank]
     }
 
+    /// Our rank, and the number of ranks.
+    pub(crate) fn member(&self) -> (usize, usize) {
+        (self.me, self.words.len())
+    }
+
     /// Number of ranks.
     pub(crate) fn world_size(&self) -> usize {
         self.words.len()
@@ -164,6 +169,10 @@ impl PlaneEvents for Control {
     }
 
     fn on_lost(&self, rank: usize, _pid: u32, lost: Lost) {
+        // Who leaves in good order has at least met us: the meeting is the first call.
+        if lost == Lost::Left && self.words[rank].trail.current() >> 32 > 0 {
+            return;
+        }
         self.fail(&Cause::died(rank, self.names[rank].clone(), lost));
     }
 }
@@ -207,6 +216,16 @@ mod tests {
         control.fail(&Cause::Dropped { rank: 1 });
         let expected = Cause::Died { rank: 0, who: "rank 0".into(), how: "its socket closed".into() };
         assert_eq!(control.cause(), Some(expected));
+    }
+
+    #[test]
+    fn a_farewell_is_a_failure_only_before_the_first_meeting() {
+        let (early, late) = (control(0), control(0));
+        early.on_lost(1, 5, Lost::Left);
+        assert!(matches!(early.cause(), Some(Cause::Died { rank: 1, .. })));
+        late.rank(1).trail.publish(1 << 32);
+        late.on_lost(1, 5, Lost::Left);
+        assert_eq!(late.cause(), None);
     }
 
     #[test]

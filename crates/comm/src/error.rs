@@ -40,6 +40,18 @@ pub enum Error {
         /// The other ranks.
         survivors: Vec<usize>,
     },
+    /// The other ranks gave us up: this process was stopped, and runs again. The communicator has failed on all ranks.
+    #[error(
+        "the other ranks gave up rank {rank}, this process, during {during}: {how}. It runs again, but only a new communicator can join them."
+    )]
+    GivenUp {
+        /// This rank.
+        rank: usize,
+        /// What it was doing.
+        during: String,
+        /// What the others saw.
+        how: String,
+    },
     /// A rank dropped its communicator while others still used theirs.
     #[error(
         "rank {rank} dropped its communicator before {during} was complete. Call destroy() on every rank to end together."
@@ -124,6 +136,20 @@ pub enum Error {
         waited: Duration,
         /// The first ranks that did not come (at most 64).
         missing: Vec<usize>,
+    },
+    /// A rank met the others, and was not heard of again before the deadline.
+    #[error(
+        "{who} met the others but did not {what} within {waited:?}. Is it alive? UNISONO_INIT_TIMEOUT=60s waits longer."
+    )]
+    InitStalled {
+        /// The rank that is waited for.
+        rank: usize,
+        /// The same with host and process.
+        who: String,
+        /// What it should have done.
+        what: &'static str,
+        /// How long was waited.
+        waited: Duration,
     },
     /// A process of an earlier start of the job tried to join a later one.
     #[error(

@@ -56,7 +56,7 @@ impl Observer {
         let next = completed + 1;
         let current = (words.slots.standing(next) == next).then(|| self.describe(next)).flatten();
         let failure =
-            self.control.cause().map(|cause| cause.into_error("the current call", self.control.world_size()));
+            self.control.cause().map(|cause| cause.into_error("the current call", self.control.member()));
         // The meeting at the beginning is counted by the words, but it is no call of the user's.
         State { completed: completed.saturating_sub(1), current, failure }
     }

@@ -40,7 +40,7 @@ impl fmt::Display for Lost {
             }
             Self::Silent { silent_ms } => write!(f, "it did not answer for {:.1} s", *silent_ms as f64 / 1e3),
             Self::Misbehaved => write!(f, "it sent what no rank sends"),
-            Self::Left => write!(f, "it dropped its communicator"),
+            Self::Left => write!(f, "it left the job, and its own output says why"),
         }
     }
 }
@@ -99,7 +99,7 @@ pub enum Error {
         waited: Duration,
     },
     /// A peer was lost.
-    #[error("rank {rank} (pid {pid}) died: {lost}")]
+    #[error("rank {rank} (pid {pid}) is gone: {lost}")]
     PeerLost {
         /// The peer.
         rank: usize,
@@ -137,10 +137,10 @@ mod tests {
     #[test]
     fn a_lost_peer_is_named_with_the_reason() {
         let sentence = |lost| Error::PeerLost { rank: 3, pid: 4121, lost }.to_string();
-        assert_eq!(sentence(Lost::SocketClosed), "rank 3 (pid 4121) died: its socket closed");
+        assert_eq!(sentence(Lost::SocketClosed), "rank 3 (pid 4121) is gone: its socket closed");
         assert_eq!(
             sentence(Lost::Stopped { silent_ms: 3050 }),
-            "rank 3 (pid 4121) died: its process is stopped and did not answer for 3.0 s"
+            "rank 3 (pid 4121) is gone: its process is stopped and did not answer for 3.0 s"
         );
     }
 }

@@ -16,7 +16,7 @@ use unisono_sync::{Deadline, Flag};
 
 use crate::connect::{Endpoint, Link, PlaneConfig, connect_all};
 use crate::error::{Error, Lost, Result};
-use crate::socket::{self, MAX_MESSAGE_BYTES};
+use crate::socket::{self, MAX_MESSAGE_BYTES, Sent};
 use progress::PlaneThread;
 
 mod progress;
@@ -34,7 +34,8 @@ pub trait PlaneEvents: Send + Sync {
     fn beat(&self);
     /// The heartbeat of `rank`.
     fn heartbeat_of(&self, rank: usize) -> u64;
-    /// `rank` was lost. Called once per peer, from the plane's thread (or from [`NodePlane::watch`]).
+    /// `rank` was lost; [`Lost::Left`] if it said farewell. Called once per peer, from the plane's thread (or from
+    /// [`NodePlane::watch`]).
     fn on_lost(&self, rank: usize, pid: u32, lost: Lost);
 }
 
@@ -120,9 +121,7 @@ impl NodePlane {
         if self.shared.events.set(events.clone()).is_ok() {
             let lost: Vec<_> = self.shared.inbox().lost.iter().map(|(rank, lost)| (*rank, *lost)).collect();
             for (rank, lost) in lost {
-                if lost != Lost::Left {
-                    events.on_lost(rank, self.shared.pid_of(rank), lost);
-                }
+                events.on_lost(rank, self.shared.pid_of(rank), lost);
             }
             self.shared.wake_up();
         }
@@ -142,10 +141,16 @@ impl NodePlane {
         };
         let mut message = tag.to_le_bytes().to_vec();
         message.extend_from_slice(body);
-        peer.send(MESSAGE, &message, fds, deadline).map_err(|error| match self.shared.inbox().lost.get(&to) {
-            Some(lost) => Error::PeerLost { rank: to, pid: peer.pid, lost: *lost },
-            None => error,
-        })
+        match peer.send(MESSAGE, &message, fds, deadline)? {
+            Sent::Whole => Ok(()),
+            Sent::NoRoom => {
+                Err(Error::Socket { action: "send", message: format!("rank {to} does not read") })
+            }
+            Sent::Closed => {
+                let lost = self.shared.inbox().lost.get(&to).copied().unwrap_or(Lost::SocketClosed);
+                Err(Error::PeerLost { rank: to, pid: peer.pid, lost })
+            }
+        }
     }
 
     /// The next message of `from` under `tag`, waiting for it. `is_aborted` ends the wait; `what` is for the error.
@@ -195,7 +200,7 @@ impl Drop for NodePlane {
 }
 
 impl Peer {
-    fn send(&self, kind: u16, body: &[u8], fds: &[BorrowedFd<'_>], deadline: Deadline) -> Result<()> {
+    fn send(&self, kind: u16, body: &[u8], fds: &[BorrowedFd<'_>], deadline: Deadline) -> Result<Sent> {
         // The lock is held over the send: sealed frames must leave in the order of their numbers.
         let mut sealer = self.sealer.lock().unwrap_or_else(PoisonError::into_inner);
         let mut frame = Vec::with_capacity(body.len() + 64);
@@ -245,7 +250,6 @@ impl Shared {
         };
         self.arrived.notify_all();
         if is_new
-            && lost != Lost::Left
             && !self.stopping.is_raised()
             && let Some(events) = self.events.get()
         {

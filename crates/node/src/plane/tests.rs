@@ -84,6 +84,7 @@ fn a_farewell_is_no_death_but_ends_waits() {
     drop(planes.remove(1));
     let error = planes[0].receive(1, 1, "anything", soon(), &|| false).unwrap_err();
     assert!(matches!(error, Error::PeerLost { rank: 1, lost: Lost::Left, .. }), "{error:?}");
+    assert!(matches!(lost.recv(), Ok((1, _, Lost::Left))));
     assert!(lost.try_recv().is_err());
 }
 
