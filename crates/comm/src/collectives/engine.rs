@@ -311,6 +311,7 @@ impl Engine {
             mine.consumed.publish(self.step);
             mine.sleepers.wake(mine.consumed.word());
         }
+        mine.completed.publish(self.epoch);
         mine.trail.publish(self.epoch << 32 | u64::from(self.chain as u32));
         mine.sleepers.wake(mine.trail.word());
     }
