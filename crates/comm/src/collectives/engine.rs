@@ -13,8 +13,9 @@ use unisono_core::layout::{
 };
 use unisono_core::select::Algorithm;
 use unisono_node::SharedMemory;
-use unisono_sync::{EpochFlag, SpinBudget, Stopped, WaitPolicy, Watch, wait};
+use unisono_sync::{EpochFlag, SpinBudget, WaitPolicy, Watch};
 
+use super::patience::first_look;
 use super::plan::{Plan, Situation, WindowPlace};
 use crate::call::Call;
 use crate::cause::Cause;
@@ -23,9 +24,6 @@ use crate::error::{Error, Result};
 
 /// Calls whose chain is remembered, to compare with what peers' trails say: more than any peer can be behind.
 const HISTORY: u64 = 4 * CALL_SLOTS as u64;
-
-/// How often a wait that lasts looks at what the peers do.
-const LOOK: Duration = Duration::from_millis(100);
 
 /// How an engine is made.
 pub(crate) struct EngineConfig {
@@ -56,14 +54,14 @@ pub(crate) struct Engine {
     pub(super) control: Arc<Control>,
     pub(super) rank: usize,
     pub(super) world_size: usize,
-    policy: WaitPolicy,
+    pub(super) policy: WaitPolicy,
     budget: SpinBudget,
     /// The policy up to the first look at what the peers do.
-    first_look: WaitPolicy,
+    pub(super) first_look: WaitPolicy,
     forced: Option<Algorithm>,
     /// Calls begun; the current one, while one runs.
     pub(super) epoch: u64,
-    chain: u64,
+    pub(super) chain: u64,
     /// Steps of all calls before the current one.
     pub(super) step: u64,
     known: Vec<Known>,
@@ -264,65 +262,6 @@ impl Engine {
         self.wait_patiently(peer, watch, || flag.has_reached(value))
     }
 
-    /// Waits for `peer`. A wait that lasts looks now and then whether a peer made another call than ours: a root that
-    /// waits for credit hears nobody, and the others may wait for its next call.
-    #[inline]
-    fn wait_patiently(&self, peer: usize, watch: Watch<'_>, ready: impl Fn() -> bool) -> Result<()> {
-        match wait(&self.first_look, watch, &ready, || self.warn(peer)) {
-            Ok(()) => Ok(()),
-            Err(Stopped::TimedOut { waited }) => self.wait_long(peer, watch, &ready, waited),
-            Err(Stopped::Aborted) => Err(self.first_cause()),
-        }
-    }
-
-    #[cold]
-    fn wait_long(
-        &self,
-        peer: usize,
-        watch: Watch<'_>,
-        ready: &dyn Fn() -> bool,
-        mut waited: Duration,
-    ) -> Result<()> {
-        let mut warn_after = self.policy.warn_after.filter(|after| *after > LOOK);
-        loop {
-            self.look_for_other_calls()?;
-            let left = self.policy.patience.map_or(LOOK, |patience| patience.saturating_sub(waited));
-            if left.is_zero() {
-                return Err(self.timed_out(peer, waited));
-            }
-            if warn_after.is_some_and(|after| waited >= after) {
-                warn_after = None;
-                self.warn(peer);
-            }
-            let policy = WaitPolicy {
-                spins: 0,
-                yield_for: Duration::ZERO,
-                patience: Some(left.min(LOOK)),
-                warn_after: None,
-            };
-            match wait(&policy, watch, ready, || ()) {
-                Ok(()) => return Ok(()),
-                Err(Stopped::TimedOut { waited: more }) => waited += more,
-                Err(Stopped::Aborted) => return Err(self.first_cause()),
-            }
-        }
-    }
-
-    /// Fails if a peer stands in a call of the same number as ours with another chain. A peer keeps the slot of our
-    /// current call until we have completed it.
-    fn look_for_other_calls(&self) -> Result<()> {
-        if !self.control.rank(self.rank).slots.is_published(self.epoch) {
-            return Ok(());
-        }
-        for peer in self.peers() {
-            let slots = self.control.rank(peer).slots;
-            if slots.is_published(self.epoch) && slots.read(self.epoch, SLOT_CHAIN) != self.chain {
-                return Err(self.mismatch(peer, self.epoch));
-            }
-        }
-        Ok(())
-    }
-
     /// Moves one of our own flags to `value` and wakes who sleeps on it.
     #[inline]
     pub(super) fn announce(&self, flag: impl for<'m> Fn(&RankWords<'m>) -> EpochFlag<'m>, value: u64) {
@@ -458,62 +397,29 @@ impl Engine {
     }
 
     /// `all_reduce #812`; the meeting at the beginning is number 0.
-    fn during(&self) -> String {
+    pub(super) fn during(&self) -> String {
         if self.epoch <= 1 {
             return "the start of the job".to_owned();
         }
         format!("{} #{}", self.kind.name(), self.epoch - 1)
     }
 
-    /// The ranks that have not begun this call; if all have, the one that is waited for.
-    fn missing(&self, waited_for: usize) -> Vec<String> {
-        let late = |peer: &usize| {
-            let standing = self.control.rank(*peer).slots.standing(self.epoch);
-            standing < self.epoch
-        };
-        let mut missing: Vec<String> =
-            self.peers().filter(late).map(|peer| self.control.name(peer).to_owned()).collect();
-        missing.sort();
-        if missing.is_empty() { vec![self.control.name(waited_for).to_owned()] } else { missing }
-    }
-
-    #[cold]
-    fn warn(&self, peer: usize) {
-        let waited = self.policy.warn_after.unwrap_or_default();
-        tracing::warn!(
-            "rank {} has waited {waited:?} in {} for {}",
-            self.rank,
-            self.during(),
-            self.missing(peer).join(", ")
-        );
-    }
-
-    #[cold]
-    fn timed_out(&self, peer: usize, waited: Duration) -> Error {
-        self.abort_with(Cause::TimedOut {
-            rank: self.rank as u32,
-            call: self.during(),
-            waited_ms: waited.as_millis() as u64,
-            missing: self.missing(peer),
-        })
-    }
-
     /// Fails the communicator for everybody, unless it has failed already; the error of the first cause.
     #[cold]
-    fn abort_with(&self, cause: Cause) -> Error {
+    pub(super) fn abort_with(&self, cause: Cause) -> Error {
         self.control.fail(&cause);
         self.first_cause()
     }
 
     #[cold]
-    fn first_cause(&self) -> Error {
+    pub(super) fn first_cause(&self) -> Error {
         let unknown = || Cause::Aborted { rank: self.rank as u32, reason: "unknown".to_owned() };
         self.control.cause().unwrap_or_else(unknown).into_error(&self.during(), (self.rank, self.world_size))
     }
 
     /// Names the first call in which `peer` and we differ, as far back as both still have it, and fails everybody.
     #[cold]
-    fn mismatch(&self, peer: usize, epoch: u64) -> Error {
+    pub(super) fn mismatch(&self, peer: usize, epoch: u64) -> Error {
         let theirs = self.control.rank(peer).slots;
         let oldest = self.epoch.saturating_sub(CALL_SLOTS as u64 - 1).max(1);
         let differs = |at: &u64| {
@@ -531,14 +437,6 @@ impl Engine {
             left: describe(self.headers[slot_of(at)], self.rank),
             right: describe(std::array::from_fn(|word| theirs.read(at, SLOT_HEADER + word)), peer),
         })
-    }
-}
-
-fn first_look(policy: &WaitPolicy) -> WaitPolicy {
-    WaitPolicy {
-        patience: Some(policy.patience.map_or(LOOK, |patience| patience.min(LOOK))),
-        warn_after: policy.warn_after.filter(|after| *after <= LOOK),
-        ..*policy
     }
 }
 

@@ -17,6 +17,7 @@ mod all_reduce;
 mod broadcast;
 mod copy;
 mod engine;
+mod patience;
 mod plan;
 
 pub(crate) use engine::{Engine, EngineConfig};
