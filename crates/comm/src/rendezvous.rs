@@ -326,8 +326,8 @@ mod tests {
         );
         assert_eq!(
             refused(Hello { generation: 0, ..hello(1, 2, "b") }),
-            "rank 1 belongs to generation 0 of job job, which is already at generation 1: an older start of the job must \
-             not join"
+            "rank 1 belongs to generation 0 of job job, which is already at generation 1. It is left over \
+             from an older start: end it."
         );
         assert!(meet(&store, &hello(1, 2, "b"), 20_000).is_ok());
         assert!(waiting.join().unwrap().is_ok());
@@ -347,6 +347,71 @@ mod tests {
             );
             assert!(error.to_string().starts_with("2 of 4 ranks met at memory://"), "{error}");
         }
+    }
+
+    /// What `hello` does of its meeting before it dies: all up to the count, or that too.
+    fn meet_partly(store: &Arc<MemoryStore>, hello: &Hello, is_counted: bool) {
+        let deadline = Deadline::after(Duration::from_secs(9));
+        let rendezvous = Rendezvous::new(store.as_ref(), hello, deadline);
+        let bytes = wire::encode_body(hello).unwrap();
+        rendezvous.claim(&format!("rank/{}", hello.member.rank()), &bytes).unwrap();
+        rendezvous.join_host(&bytes).unwrap();
+        if is_counted {
+            store.add(&rendezvous.key("met"), 1, deadline).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_rank_that_died_before_it_was_counted_is_missing() {
+        let store = Arc::new(MemoryStore::new());
+        meet_partly(&store, &hello(1, 2, "a"), false);
+        let error = meet(&store, &hello(0, 2, "a"), 100).unwrap_err();
+        assert!(matches!(&error, Error::InitTimeout { met: 1, missing, .. } if missing == &[1]), "{error}");
+    }
+
+    #[test]
+    fn a_lowest_rank_that_died_before_it_wrote_the_table_is_named() {
+        let store = Arc::new(MemoryStore::new());
+        meet_partly(&store, &hello(0, 2, "a"), true);
+        let error = meet(&store, &hello(1, 2, "a"), 100).unwrap_err();
+        assert!(matches!(&error, Error::InitStalled { rank: 0, .. }), "{error}");
+    }
+
+    #[test]
+    fn the_first_cause_is_found_along_the_ranks_that_it_pulled_down() {
+        let store = Arc::new(MemoryStore::new());
+        let hellos: Vec<Hello> = (0..4).map(|rank| hello(rank, 4, "a")).collect();
+        let table = WorldTable::merge(hellos.clone()).unwrap();
+        let lost = |rank| {
+            let lost = unisono_node::Lost::SocketClosed;
+            Error::Node(unisono_node::Error::PeerLost { rank, pid: 100 + rank as u32, lost })
+        };
+        let first_cause = |rank: usize, error| {
+            let deadline = Deadline::after(Duration::from_secs(9));
+            Rendezvous::new(store.as_ref(), &hellos[rank], deadline).first_cause(error, &table)
+        };
+        // Rank 0 died; rank 1 saw that, rank 2 saw rank 1 go, and rank 3 waited in vain for rank 2.
+        let memory = unisono_node::Error::Missing { rank: 3, missing: vec![2], waited: Duration::ZERO };
+        for (rank, error) in [(1, lost(0)), (2, lost(1)), (3, memory.into())] {
+            let error = first_cause(rank, error);
+            assert!(
+                matches!(&error, Error::PeerDied { rank: 0, who, .. } if who == &hellos[0].who()),
+                "{error}"
+            );
+        }
+        // Rank 0 has its own reason, and tells it.
+        let store = Arc::new(MemoryStore::new());
+        let first_cause = |rank: usize, error| {
+            let deadline = Deadline::after(Duration::from_secs(9));
+            Rendezvous::new(store.as_ref(), &hellos[rank], deadline).first_cause(error, &table)
+        };
+        let problem = Error::Builder { problem: "no memory" };
+        assert_eq!(first_cause(0, problem.clone()), problem);
+        let error = first_cause(1, lost(0));
+        assert!(
+            matches!(&error, Error::Aborted { rank: 0, reason, .. } if reason.contains("no memory")),
+            "{error}"
+        );
     }
 
     #[test]

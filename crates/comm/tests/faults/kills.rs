@@ -112,6 +112,7 @@ pub(crate) fn hold_descriptors(part: &Part) -> Result<()> {
             }
             Ok(())
         };
+        #[expect(clippy::zombie_processes, reason = "it outlives us: that is the fault")]
         // SAFETY: between fork and exec the closure makes system calls only, and allocates nothing.
         let child = unsafe { command.pre_exec(keep_all_open) }.spawn().unwrap();
         println!("child {}", child.id());

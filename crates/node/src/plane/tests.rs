@@ -116,6 +116,36 @@ fn a_heart_that_stands_still_is_reported_once_and_a_beating_one_never() {
 }
 
 #[test]
+fn a_rank_that_died_before_it_dialled_is_found_long_before_the_deadline() {
+    let endpoints: Vec<_> = (0..2).map(|_| Endpoint::bind().unwrap()).collect();
+    let config = configs(&endpoints).swap_remove(0);
+    let mut endpoints = endpoints.into_iter();
+    let (left, right) = (endpoints.next().unwrap(), endpoints.next().unwrap());
+    let start = Instant::now();
+    let thread = std::thread::spawn(move || NodePlane::connect(&left, &config, soon()).unwrap_err());
+    drop(right);
+    let error = thread.join().unwrap();
+    assert_eq!(error, Error::PeerLost { rank: 1, pid: 1, lost: Lost::SocketClosed });
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn a_rank_that_only_looks_is_no_stranger_and_does_not_disturb() {
+    let endpoints: Vec<_> = (0..2).map(|_| Endpoint::bind().unwrap()).collect();
+    let mut configs = configs(&endpoints).into_iter();
+    let (first, second) = (configs.next().unwrap(), configs.next().unwrap());
+    let mut endpoints = endpoints.into_iter();
+    let (left, right) = (endpoints.next().unwrap(), endpoints.next().unwrap());
+    let thread = std::thread::spawn(move || NodePlane::connect(&left, &first, soon()));
+    // It is looked at while it takes its time, and its socket is there.
+    std::thread::sleep(Duration::from_millis(700));
+    let right = NodePlane::connect(&right, &second, soon()).unwrap();
+    let left = thread.join().unwrap().unwrap();
+    left.send(1, 1, b"hello", &[], soon()).unwrap();
+    assert_eq!(right.receive(0, 1, "hello", soon(), &|| false).unwrap().body, b"hello");
+}
+
+#[test]
 fn a_stranger_is_turned_away_and_the_ranks_still_meet() {
     let endpoints: Vec<_> = (0..2).map(|_| Endpoint::bind().unwrap()).collect();
     let stranger = socket::new_socket().unwrap();
