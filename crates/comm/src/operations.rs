@@ -99,6 +99,124 @@ pub trait Operations<'b> {
         self.submit(Call::new(Kind::AllGather, &[mine.into().raw(), all.into().raw()]))
     }
 
+    /// Replaces `x` of `root` by the reduction of the `x` of all ranks; the other ranks' `x` stays as it is. Equal counts.
+    ///
+    /// # Errors
+    /// As [`Operations::all_reduce`], and [`crate::Error::Argument`] if `root` is no rank.
+    fn reduce<T: Reducible>(
+        &self,
+        x: impl Into<BufMut<'b, T>>,
+        op: ReduceOp,
+        root: usize,
+    ) -> Result<Self::Done> {
+        self.submit(Call::new(Kind::Reduce { op, root: clamp(root) }, &[x.into().raw()]))
+    }
+
+    /// Writes the reduction of all ranks' `src` to `dst` of `root`. Equal counts; on the other ranks `dst` is not touched
+    /// and may be empty.
+    ///
+    /// # Errors
+    /// As [`Operations::reduce`].
+    fn reduce_into<T: Reducible>(
+        &self,
+        src: impl Into<Buf<'b, T>>,
+        dst: impl Into<BufMut<'b, T>>,
+        op: ReduceOp,
+        root: usize,
+    ) -> Result<Self::Done> {
+        self.submit(Call::new(Kind::Reduce { op, root: clamp(root) }, &[src.into().raw(), dst.into().raw()]))
+    }
+
+    /// Reduces `all`, which has `count × world size` elements on every rank, and leaves each rank its part of the result, at
+    /// `rank × count`. What the rest of `all` holds afterwards is what it held before.
+    ///
+    /// # Errors
+    /// As [`Operations::all_reduce`], and [`crate::Error::Argument`] if the ranks do not divide the count.
+    fn reduce_scatter<T: Reducible>(
+        &self,
+        all: impl Into<BufMut<'b, T>>,
+        op: ReduceOp,
+    ) -> Result<Self::Done> {
+        self.submit(Call::new(Kind::ReduceScatter { op }, &[all.into().raw()]))
+    }
+
+    /// Writes this rank's part of the reduction of all ranks' `all` to `mine`. `all` has `mine.count × world size` elements;
+    /// `mine` may lie at its own place in `all`, but must not overlap it otherwise.
+    ///
+    /// # Errors
+    /// As [`Operations::all_reduce`], and [`crate::Error::Argument`] if the counts do not fit.
+    fn reduce_scatter_into<T: Reducible>(
+        &self,
+        all: impl Into<Buf<'b, T>>,
+        mine: impl Into<BufMut<'b, T>>,
+        op: ReduceOp,
+    ) -> Result<Self::Done> {
+        self.submit(Call::new(Kind::ReduceScatter { op }, &[all.into().raw(), mine.into().raw()]))
+    }
+
+    /// Gathers `mine` of all ranks into `all` of `root`, in rank order. There `all` has `mine.count × world size` elements;
+    /// on the other ranks it is not touched and may be empty.
+    ///
+    /// # Errors
+    /// [`crate::Error::Argument`] if `root` is no rank or the counts do not fit; those of a failed communicator.
+    fn gather<T: Element>(
+        &self,
+        mine: impl Into<Buf<'b, T>>,
+        all: impl Into<BufMut<'b, T>>,
+        root: usize,
+    ) -> Result<Self::Done> {
+        self.submit(Call::new(Kind::Gather { root: clamp(root) }, &[mine.into().raw(), all.into().raw()]))
+    }
+
+    /// Hands every rank its part of `all` of `root`, in rank order. There `all` has `mine.count × world size` elements; on the
+    /// other ranks it is not read and may be empty.
+    ///
+    /// # Errors
+    /// As [`Operations::gather`].
+    fn scatter<T: Element>(
+        &self,
+        all: impl Into<Buf<'b, T>>,
+        mine: impl Into<BufMut<'b, T>>,
+        root: usize,
+    ) -> Result<Self::Done> {
+        self.submit(Call::new(Kind::Scatter { root: clamp(root) }, &[all.into().raw(), mine.into().raw()]))
+    }
+
+    /// Replaces part r of `x` by what rank r has as our part, for all ranks r: `x` has `count × world size` elements on every
+    /// rank.
+    ///
+    /// # Errors
+    /// [`crate::Error::Argument`] if the ranks do not divide the count; those of a failed communicator.
+    fn all_to_all<T: Element>(&self, x: impl Into<BufMut<'b, T>>) -> Result<Self::Done> {
+        self.submit(Call::new(Kind::AllToAll, &[x.into().raw()]))
+    }
+
+    /// Writes what rank r has as our part of its `src` to part r of `dst`, for all ranks r. Both have `count × world size`
+    /// elements; they may be the same memory, but must not overlap otherwise.
+    ///
+    /// ```
+    /// # use unisono::{Communicator, Operations};
+    /// # let ranks = Communicator::threads(2)?;
+    /// # let ranks: Vec<_> = ranks.into_iter().map(|rank| std::thread::spawn(move || {
+    /// let src = [10 * rank.rank() as u32, 10 * rank.rank() as u32 + 1];
+    /// let mut dst = [0; 2];
+    /// rank.all_to_all_into(&src, &mut dst)?;
+    /// assert_eq!(dst, [rank.rank() as u32, rank.rank() as u32 + 10]);
+    /// # rank.destroy() })).collect();
+    /// # for rank in ranks { rank.join().unwrap()?; }
+    /// # Ok::<(), unisono::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Operations::all_to_all`].
+    fn all_to_all_into<T: Element>(
+        &self,
+        src: impl Into<Buf<'b, T>>,
+        dst: impl Into<BufMut<'b, T>>,
+    ) -> Result<Self::Done> {
+        self.submit(Call::new(Kind::AllToAll, &[src.into().raw(), dst.into().raw()]))
+    }
+
     /// Returns when every rank has entered it.
     ///
     /// # Errors

@@ -29,6 +29,30 @@ pub enum Kind {
     },
     /// Every rank gets the inputs of all, in rank order.
     AllGather,
+    /// The root gets the reduction of all inputs.
+    Reduce {
+        /// How elements are combined.
+        op: ReduceOp,
+        /// The rank that gets the result.
+        root: u32,
+    },
+    /// Every rank gets its part of the reduction of all inputs.
+    ReduceScatter {
+        /// How elements are combined.
+        op: ReduceOp,
+    },
+    /// The root gets the inputs of all, in rank order.
+    Gather {
+        /// The rank that gets them.
+        root: u32,
+    },
+    /// Every rank gets its part of the root's input.
+    Scatter {
+        /// The rank that has the data.
+        root: u32,
+    },
+    /// Every rank gets its part of every rank's input, in rank order.
+    AllToAll,
     /// The collective end of a communicator.
     Destroy,
     /// Collective creation of a window.
@@ -45,6 +69,11 @@ impl Kind {
             Self::AllReduce { .. } => "all_reduce",
             Self::Broadcast { .. } => "broadcast",
             Self::AllGather => "all_gather",
+            Self::Reduce { .. } => "reduce",
+            Self::ReduceScatter { .. } => "reduce_scatter",
+            Self::Gather { .. } => "gather",
+            Self::Scatter { .. } => "scatter",
+            Self::AllToAll => "all_to_all",
             Self::Destroy => "destroy",
             Self::Window => "window",
             Self::CloseWindow => "close window",
@@ -60,6 +89,30 @@ impl Kind {
             Self::Destroy => 5,
             Self::Window => 6,
             Self::CloseWindow => 7,
+            Self::Reduce { .. } => 8,
+            Self::ReduceScatter { .. } => 9,
+            Self::Gather { .. } => 10,
+            Self::Scatter { .. } => 11,
+            Self::AllToAll => 12,
+        }
+    }
+
+    /// The reduction, where there is one.
+    pub const fn op(self) -> Option<ReduceOp> {
+        match self {
+            Self::AllReduce { op } | Self::Reduce { op, .. } | Self::ReduceScatter { op } => Some(op),
+            _ => None,
+        }
+    }
+
+    /// The root, where there is one.
+    pub const fn root(self) -> Option<u32> {
+        match self {
+            Self::Broadcast { root }
+            | Self::Reduce { root, .. }
+            | Self::Gather { root }
+            | Self::Scatter { root } => Some(root),
+            _ => None,
         }
     }
 }
@@ -88,11 +141,9 @@ impl CallHeader {
     /// The words that are published. Word 5 is the rank's own scalar (of a pre-multiplied sum): told, not compared.
     #[inline]
     pub fn to_words(&self) -> [u64; HEADER_WORDS] {
-        let (op, root, scalar) = match self.kind {
-            Kind::AllReduce { op } => (op.code(), 0, op.scalar().unwrap_or(0.0)),
-            Kind::Broadcast { root } => (0, root, 0.0),
-            _ => (0, 0, 0.0),
-        };
+        let op = self.kind.op().map_or(0, ReduceOp::code);
+        let scalar = self.kind.op().and_then(ReduceOp::scalar).unwrap_or(0.0);
+        let root = self.kind.root().unwrap_or(0);
         let dtype = self.dtype.map_or(0, |dtype| dtype.code() + 1);
         let first =
             u64::from(self.kind.code()) | u64::from(dtype) << 8 | u64::from(op) << 16 | u64::from(root) << 32;
@@ -125,6 +176,11 @@ impl CallHeader {
         let kind = match kind {
             1 => Kind::Barrier,
             2 => Kind::AllReduce { op: ReduceOp::from_code(op, scalar)? },
+            8 => Kind::Reduce { op: ReduceOp::from_code(op, scalar)?, root },
+            9 => Kind::ReduceScatter { op: ReduceOp::from_code(op, scalar)? },
+            10 => Kind::Gather { root },
+            11 => Kind::Scatter { root },
+            12 => Kind::AllToAll,
             3 => Kind::Broadcast { root },
             4 => Kind::AllGather,
             5 => Kind::Destroy,
@@ -156,10 +212,11 @@ impl fmt::Display for CallHeader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Some(dtype) = self.dtype else { return Ok(()) };
         write!(f, "{dtype}, {}", self.count)?;
-        match self.kind {
-            Kind::AllReduce { op } => write!(f, ", {}", op.name())?,
-            Kind::Broadcast { root } => write!(f, ", root {root}")?,
-            _ => {}
+        if let Some(op) = self.kind.op() {
+            write!(f, ", {}", op.name())?;
+        }
+        if let Some(root) = self.kind.root() {
+            write!(f, ", root {root}")?;
         }
         match (self.source_window, self.target_window) {
             (0, 0) => Ok(()),
@@ -191,6 +248,12 @@ mod tests {
                     Kind::Broadcast { root: 0 },
                     Kind::Broadcast { root: 3 },
                     Kind::AllGather,
+                    Kind::Reduce { op: ReduceOp::Max, root: 3 },
+                    Kind::Reduce { op: ReduceOp::Sum, root: 3 },
+                    Kind::ReduceScatter { op: ReduceOp::Sum },
+                    Kind::Gather { root: 0 },
+                    Kind::Scatter { root: 0 },
+                    Kind::AllToAll,
                 ] {
                     for (source_window, target_window) in [(0, 0), (1, 1), (1, 2), (0, 2)] {
                         all.push(CallHeader {

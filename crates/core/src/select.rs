@@ -73,13 +73,17 @@ const DIRECT_BYTES: usize = 16 * 1024;
 /// The algorithm for this call.
 pub fn algorithm(question: &Question) -> Algorithm {
     let reduces = matches!(question.kind, Kind::AllReduce { .. });
+    // The others have no direct form yet: their buffers are staged, in windows or not.
+    let can_be_direct =
+        matches!(question.kind, Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::AllGather);
+    let in_windows = question.in_windows && can_be_direct;
     match question.forced {
-        Some(Algorithm::Direct) if question.in_windows => return Algorithm::Direct,
+        Some(Algorithm::Direct) if in_windows => return Algorithm::Direct,
         Some(Algorithm::TwoShot) if reduces => return Algorithm::TwoShot,
         Some(Algorithm::OneShot) => return Algorithm::OneShot,
         _ => {}
     }
-    if question.in_windows && question.bytes >= DIRECT_BYTES {
+    if in_windows && question.bytes >= DIRECT_BYTES {
         return Algorithm::Direct;
     }
     // One-shot reads (n − 1)·S and two-shot about 2·S: with more ranks the border moves down.

@@ -4,9 +4,10 @@ use unisono_core::call::HEADER_WORDS;
 use unisono_core::layout::{CHUNK_BYTES, INLINE_BYTES, INLINE_WORDS, SLOT_DATA};
 use unisono_core::select::Algorithm;
 
-use super::all_reduce::Blocks;
+use super::blocks::Blocks;
 use super::copy::{copy, to_words};
-use super::engine::{Engine, chunk};
+use super::engine::Engine;
+use super::exchange::Part;
 use super::plan::Plan;
 use crate::error::Result;
 
@@ -22,50 +23,27 @@ impl Engine {
             return self.all_gather_inline(plan, header);
         }
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
-        for turn in 0..=blocks.number {
-            if turn < blocks.number {
-                let (start, count) = blocks.block(turn);
-                let at = self.reserve(self.step + 1 + turn)?;
-                // SAFETY: the block lies in our part; the chunk is ours to write, by the credit just taken; our place
-                // in the result is equal to or disjoint from our part.
-                unsafe {
-                    let source = plan.source.add(start * blocks.size);
-                    copy(source, self.control.rank(self.rank).staging_in.add(at), count * blocks.size);
-                    self.announce_block(turn, header);
-                    copy(
-                        source,
-                        plan.target.add(self.rank * bytes + start * blocks.size),
-                        count * blocks.size,
-                    );
-                }
-            }
-            if turn > 0 {
-                let block = turn - 1;
-                let step = self.step + 1 + block;
-                let (start, count) = blocks.block(block);
-                for peer in self.peers() {
-                    if block == 0 {
-                        self.hear(peer)?;
-                    } else {
-                        self.wait_for(peer, |words| words.produced, step)?;
-                    }
-                    // SAFETY: the peer announced this block and keeps it until we have consumed the step.
-                    unsafe {
-                        let staged = self.control.rank(peer).staging_in.add(chunk(step));
-                        copy(
-                            staged,
-                            plan.target.add(peer * bytes + start * blocks.size),
-                            count * blocks.size,
-                        );
-                    }
-                }
-                if block == 0 {
-                    self.heard_all();
-                }
-                self.announce(|words| words.consumed, step);
+        let stage = |block, chunk| {
+            let (at, bytes) = blocks.bytes(block);
+            // SAFETY: the block lies in our part; the chunk is ours to write.
+            unsafe { copy(plan.source.add(at), chunk, bytes) };
+        };
+        self.exchange(header, blocks.number, Part::ALL, stage, |engine, block, chunk| {
+            engine.collect(plan, &blocks, block, chunk);
+        })
+    }
+
+    /// Puts one block of every rank to its place in our target: ours from our source, the others' from staging.
+    pub(super) fn collect(&self, plan: &Plan, blocks: &Blocks, block: u64, chunk: usize) {
+        let (at, bytes) = blocks.bytes(block);
+        for rank in 0..self.world_size {
+            // SAFETY: the block lies in our source; whoever staged it keeps it until we have consumed the step; the
+            // target has room for every rank's part, and ours is equal to or disjoint from our source.
+            unsafe {
+                let source = if rank == self.rank { plan.source.add(at) } else { self.staged(rank, chunk) };
+                copy(source, plan.target.add(rank * plan.bytes() + at), bytes);
             }
         }
-        Ok(blocks.number)
     }
 
     fn all_gather_inline(&mut self, plan: &Plan, header: &[u64; HEADER_WORDS]) -> Result<u64> {

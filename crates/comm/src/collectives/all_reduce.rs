@@ -17,8 +17,10 @@ use unisono_core::call::HEADER_WORDS;
 use unisono_core::layout::{CHUNK_BYTES, INLINE_BYTES, INLINE_WORDS, SLOT_DATA, SLOT_HEADER};
 use unisono_core::select::Algorithm;
 
+use super::blocks::Blocks;
 use super::copy::{copy, to_words};
 use super::engine::{Engine, chunk};
+use super::exchange::{Part, Reads};
 use super::plan::Plan;
 use crate::error::Result;
 use crate::reduce::Reduction;
@@ -85,41 +87,43 @@ impl Engine {
         header: &[u64; HEADER_WORDS],
     ) -> Result<u64> {
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
-        for turn in 0..=blocks.number {
-            if turn < blocks.number {
-                let (start, count) = blocks.block(turn);
-                let at = self.reserve(self.step + 1 + turn)?;
-                // SAFETY: the block lies in the source; the chunk is ours to write, by the credit just taken.
-                unsafe {
-                    let staging = self.control.rank(self.rank).staging_in.add(at);
-                    copy(plan.source.add(start * blocks.size), staging, count * blocks.size);
-                }
-                self.announce_block(turn, header);
+        let stage = |block, chunk| {
+            let (at, bytes) = blocks.bytes(block);
+            // SAFETY: the block lies in the source; the chunk is ours to write.
+            unsafe { copy(plan.source.add(at), chunk, bytes) };
+        };
+        self.exchange(header, blocks.number, Part::ALL, stage, |engine, block, chunk| {
+            if block == 0 {
+                engine.read_scalars(scaled, header);
             }
-            if turn > 0 {
-                let block = turn - 1;
-                let (start, count) = blocks.block(block);
-                self.hear_block(block, scaled, header)?;
-                let at = chunk(self.step + 1 + block);
-                self.sources.clear();
-                for rank in 0..self.world_size {
-                    // SAFETY: inside that rank's staging, or inside our source.
-                    self.sources.push(unsafe {
-                        match rank == self.rank {
-                            true => plan.source.add(start * blocks.size),
-                            false => self.control.rank(rank).staging_in.add(at).cast_const(),
-                        }
-                    });
-                }
-                // SAFETY: every peer has announced this block, and none reuses its chunk before we announce that we
-                // are done with it; the target is ours, and equal to or disjoint from our source.
-                unsafe {
-                    reduction.run(&self.sources, &self.scalars, plan.target.add(start * blocks.size), count);
-                }
-                self.announce(|words| words.consumed, self.step + 1 + block);
-            }
+            let (at, _) = blocks.bytes(block);
+            // SAFETY: the block lies in our source and in our target.
+            let (source, target) = unsafe { (plan.source.add(at), plan.target.add(at)) };
+            // SAFETY: every peer has announced this block, and keeps it until we announce that we are done with it; the
+            // target is equal to or disjoint from our source.
+            unsafe { engine.reduce_staged(reduction, source, chunk, target, blocks.block(block).1) };
+        })
+    }
+
+    /// Reduces `count` elements of what every peer staged at `chunk`, and of our own `source`, into `target`.
+    ///
+    /// # Safety
+    /// The peers' chunks hold that many elements and are not written meanwhile; `source` is valid for reads and `target`
+    /// for writes of as many, and they are equal or disjoint.
+    pub(super) unsafe fn reduce_staged(
+        &mut self,
+        reduction: Reduction,
+        source: *const u8,
+        chunk: usize,
+        target: *mut u8,
+        count: usize,
+    ) {
+        self.sources.clear();
+        for rank in 0..self.world_size {
+            self.sources.push(if rank == self.rank { source } else { self.staged(rank, chunk) });
         }
-        Ok(blocks.number)
+        // SAFETY: as the caller vouches.
+        unsafe { reduction.run(&self.sources, &self.scalars, target, count) };
     }
 
     fn two_shot(
@@ -136,7 +140,10 @@ impl Engine {
                 self.announce_block(turn, header);
             }
             if (1..=blocks.number).contains(&turn) {
-                self.hear_block(turn - 1, scaled, header)?;
+                self.hear_block(turn - 1, Reads::Everybody)?;
+                if turn == 1 {
+                    self.read_scalars(scaled, header);
+                }
                 self.reduce_owned(plan, &blocks, turn - 1, reduction);
             }
             if turn >= 2 {
@@ -173,22 +180,16 @@ impl Engine {
         while done < count {
             let now = tile.min(count - done);
             let at = (start + done) * blocks.size;
-            self.sources.clear();
-            for rank in 0..self.world_size {
-                // SAFETY: inside that rank's chunk, or inside our source.
-                self.sources.push(unsafe {
-                    match rank == self.rank {
-                        true => plan.source.add(first * blocks.size + at),
-                        false => self.control.rank(rank).staging_in.add(chunk(step) + at).cast_const(),
-                    }
-                });
-            }
+            // SAFETY: the tile lies in our source, in our target and in our chunk of results.
+            let (source, target, staged) = unsafe {
+                let at = first * blocks.size + at;
+                (plan.source.add(at), plan.target.add(at), result.add(chunk(step) + done * blocks.size))
+            };
             // SAFETY: every peer has announced this block; our chunk of results is free, because all peers have
             // consumed the step that used it before (the credit of phase 1).
             unsafe {
-                let target = plan.target.add(first * blocks.size + at);
-                reduction.run(&self.sources, &self.scalars, target, now);
-                copy(target, result.add(chunk(step) + done * blocks.size), now * blocks.size);
+                self.reduce_staged(reduction, source, chunk(step) + at, target, now);
+                copy(target, staged, now * blocks.size);
             }
             done += now;
         }
@@ -256,33 +257,8 @@ impl Engine {
         Ok(blocks.number)
     }
 
-    /// Announces that our part of `block` is staged: the first with the call itself, later ones by count.
-    pub(super) fn announce_block(&mut self, block: u64, header: &[u64; HEADER_WORDS]) {
-        if block == 0 {
-            self.arrive(header, &[]);
-        } else {
-            self.announce(|words| words.produced, self.step + 1 + block);
-        }
-    }
-
-    /// Waits until every peer has staged its part of `block`.
-    fn hear_block(&mut self, block: u64, scaled: bool, header: &[u64; HEADER_WORDS]) -> Result<()> {
-        for peer in self.peers() {
-            if block == 0 {
-                self.hear(peer)?;
-            } else {
-                self.wait_for(peer, |words| words.produced, self.step + 1 + block)?;
-            }
-        }
-        if block == 0 {
-            self.heard_all();
-            self.read_scalars(scaled, header);
-        }
-        Ok(())
-    }
-
     /// The scalars of a pre-multiplied sum, by rank; none for other reductions.
-    fn read_scalars(&mut self, scaled: bool, header: &[u64; HEADER_WORDS]) {
+    pub(super) fn read_scalars(&mut self, scaled: bool, header: &[u64; HEADER_WORDS]) {
         self.scalars.clear();
         if !scaled {
             return;
@@ -293,74 +269,6 @@ impl Engine {
                 false => self.control.rank(rank).slots.read(self.epoch, SLOT_HEADER + SCALAR),
             };
             self.scalars.push(f64::from_bits(bits));
-        }
-    }
-}
-
-/// A message cut into blocks, and blocks into pieces, one per rank. Elements, not bytes.
-pub(super) struct Blocks {
-    /// Bytes per element.
-    pub(super) size: usize,
-    /// Number of blocks; one even if there is nothing, so that the call is announced.
-    pub(super) number: u64,
-    count: usize,
-    block: usize,
-}
-
-impl Blocks {
-    /// Blocks of `block` elements.
-    pub(super) fn new(plan: &Plan, block: usize) -> Self {
-        let number = plan.count.div_ceil(block).max(1) as u64;
-        Self { size: plan.dtype.size(), number, count: plan.count, block }
-    }
-
-    /// First element and number of elements of a block.
-    pub(super) fn block(&self, index: u64) -> (usize, usize) {
-        let start = index as usize * self.block;
-        (start, self.block.min(self.count - start))
-    }
-
-    /// Start within the block, and number of elements, of the piece that `owner` reduces. Pieces start on lines of 64
-    /// bytes relative to the block, so that no two ranks write the same line.
-    fn piece(&self, index: u64, owner: usize, world_size: usize) -> (usize, usize) {
-        let (_, count) = self.block(index);
-        let line = (64 / self.size).max(1);
-        let piece = count.div_ceil(world_size).next_multiple_of(line);
-        let start = (owner * piece).min(count);
-        (start, piece.min(count - start))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use unisono_core::DType;
-    use unisono_core::call::Kind;
-
-    use super::*;
-
-    #[test]
-    fn blocks_and_pieces_cover_every_element_once() {
-        for dtype in [DType::U8, DType::F32, DType::Complex128] {
-            for count in [0usize, 1, 15, 16, 17, 1000, 16_384, 65_537, 200_000] {
-                for world_size in [1, 2, 3, 7, 64] {
-                    let plan = Plan { dtype, count, ..Plan::bare(Kind::AllGather) };
-                    let blocks = Blocks::new(&plan, CHUNK_BYTES / dtype.size());
-                    let mut next = 0;
-                    for block in 0..blocks.number {
-                        let (first, length) = blocks.block(block);
-                        assert_eq!(first, next);
-                        let mut inner = 0;
-                        for owner in 0..world_size {
-                            let (start, piece) = blocks.piece(block, owner, world_size);
-                            assert!(start == inner || piece == 0, "{dtype} {count} {world_size} {owner}");
-                            inner += piece;
-                        }
-                        assert_eq!(inner, length);
-                        next += length;
-                    }
-                    assert_eq!(next, count);
-                }
-            }
         }
     }
 }

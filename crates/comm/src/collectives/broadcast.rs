@@ -5,9 +5,10 @@ use unisono_core::call::HEADER_WORDS;
 use unisono_core::layout::{CHUNK_BYTES, INLINE_BYTES, INLINE_WORDS, SLOT_DATA};
 use unisono_core::select::Algorithm;
 
-use super::all_reduce::Blocks;
+use super::blocks::Blocks;
 use super::copy::{copy, to_words};
-use super::engine::{Engine, chunk};
+use super::engine::Engine;
+use super::exchange::Part;
 use super::plan::Plan;
 use crate::error::Result;
 
@@ -28,34 +29,22 @@ impl Engine {
             return self.broadcast_inline(plan, root, header);
         }
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
-        if self.rank != root {
-            self.arrive(header, &[]);
-        }
-        for block in 0..blocks.number {
-            let step = self.step + 1 + block;
-            let (start, count) = blocks.block(block);
-            let (at, bytes) = (start * blocks.size, count * blocks.size);
-            if self.rank == root {
-                let chunk = self.reserve(step)?;
-                // SAFETY: the block lies in the source; the chunk is ours to write, by the credit just taken.
-                unsafe { copy(plan.source.add(at), self.control.rank(root).staging_in.add(chunk), bytes) };
-                self.announce_block(block, header);
-                // SAFETY: the root's own target is equal to or disjoint from its source.
-                unsafe { copy(plan.source.add(at), plan.target.add(at), bytes) };
-            } else {
-                if block == 0 {
-                    self.hear(root)?;
-                } else {
-                    self.wait_for(root, |words| words.produced, step)?;
-                }
-                // SAFETY: the root announced this block and keeps it until we have consumed the step.
-                unsafe {
-                    copy(self.control.rank(root).staging_in.add(chunk(step)), plan.target.add(at), bytes)
-                };
+        let stage = |block, chunk| {
+            let (at, bytes) = blocks.bytes(block);
+            // SAFETY: the block lies in the source; the chunk is ours to write.
+            unsafe { copy(plan.source.add(at), chunk, bytes) };
+        };
+        let part = Part::from_root(self.rank, root);
+        self.exchange(header, blocks.number, part, stage, |engine, block, chunk| {
+            let (at, bytes) = blocks.bytes(block);
+            // SAFETY: the root announced this block and keeps it until we have consumed the step; its own target is equal
+            // to or disjoint from its source.
+            unsafe {
+                let source =
+                    if engine.rank == root { plan.source.add(at) } else { engine.staged(root, chunk) };
+                copy(source, plan.target.add(at), bytes);
             }
-            self.announce(|words| words.consumed, step);
-        }
-        Ok(blocks.number)
+        })
     }
 
     fn broadcast_inline(&mut self, plan: &Plan, root: usize, header: &[u64; HEADER_WORDS]) -> Result<u64> {

@@ -169,6 +169,11 @@ impl Engine {
             Kind::AllReduce { op } => self.all_reduce(plan, op, &words),
             Kind::Broadcast { root } => self.broadcast(plan, root as usize, &words),
             Kind::AllGather => self.all_gather(plan, &words),
+            Kind::Reduce { op, root } => self.reduce(plan, op, root as usize, &words),
+            Kind::ReduceScatter { op } => self.reduce_scatter(plan, op, &words),
+            Kind::Gather { root } => self.gather(plan, root as usize, &words),
+            Kind::Scatter { root } => self.scatter(plan, root as usize, &words),
+            Kind::AllToAll => self.all_to_all(plan, &words),
             _ => self.barrier(&words),
         });
         match result {

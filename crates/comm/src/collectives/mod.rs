@@ -14,11 +14,16 @@
 
 mod all_gather;
 mod all_reduce;
+mod all_to_all;
+mod blocks;
 mod broadcast;
 mod copy;
 mod disagreement;
 mod engine;
+mod exchange;
+mod gather;
 mod plan;
+mod reduce_scatter;
 
 pub(crate) use engine::{Engine, EngineConfig};
 pub(crate) use plan::WindowPlace;

@@ -22,11 +22,11 @@ pub(crate) struct Plan {
     pub(crate) algorithm: Algorithm,
     pub(crate) header: CallHeader,
     pub(crate) dtype: DType,
-    /// Elements that each rank contributes.
+    /// Elements of one part: what each rank contributes, or gets where it contributes a part to every rank.
     pub(crate) count: usize,
-    /// Our input; for an all-gather our own part.
+    /// Our input.
     pub(crate) source: *const u8,
-    /// Our output; for an all-gather the whole result.
+    /// Our output.
     pub(crate) target: *mut u8,
     pub(crate) source_window: Option<WindowPlace>,
     pub(crate) target_window: Option<WindowPlace>,
@@ -45,38 +45,23 @@ impl Plan {
     /// Checks `call` and chooses its algorithm. Nothing was sent or written when this fails.
     #[inline]
     pub(crate) fn new(call: &Call<'_>, situation: &Situation<'_>) -> Result<Self> {
-        let (source, target) = match (call.kind, call.buffers()) {
-            (Kind::Barrier, []) => return Ok(Self::bare(call.kind)),
-            (Kind::AllReduce { .. } | Kind::Broadcast { .. }, [both]) => (*both, *both),
-            (Kind::AllGather, [all]) => (own_part(all, situation)?, *all),
-            (Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::AllGather, [source, target]) => {
-                (*source, *target)
-            }
-            (kind @ Kind::Barrier, buffers) => {
-                return Err(argument(situation, kind, "number of buffers", 0, buffers.len()));
-            }
-            (kind @ (Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::AllGather), buffers) => {
-                return Err(argument(situation, kind, "number of buffers", "1 or 2", buffers.len()));
-            }
-            (kind, _) => {
-                let expected = "all_reduce, broadcast, all_gather or barrier";
-                return Err(argument(situation, kind, "operation", expected, kind.name()));
-            }
-        };
-        check(call.kind, &source, &target, situation)?;
+        if let (Kind::Barrier | Kind::Destroy | Kind::CloseWindow, []) = (call.kind, call.buffers()) {
+            return Ok(Self::bare(call.kind));
+        }
+        let Buffers { source, target, count, dtype } = Buffers::new(call, situation)?;
         let source_window = window_of(call.kind, &source, situation)?;
         let target_window = window_of(call.kind, &target, situation)?;
         let question = select::Question {
             kind: call.kind,
-            bytes: source.bytes(),
+            bytes: count * dtype.size(),
             world_size: situation.world_size,
             in_windows: source_window.is_some() && target_window.is_some(),
             forced: situation.forced,
         };
         let header = CallHeader {
             kind: call.kind,
-            dtype: Some(source.dtype),
-            count: source.count as u64,
+            dtype: Some(dtype),
+            count: count as u64,
             source_window: source_window.map_or(0, |window| window.id),
             target_window: target_window.map_or(0, |window| window.id),
         };
@@ -84,8 +69,8 @@ impl Plan {
             kind: call.kind,
             algorithm: select::algorithm(&question),
             header,
-            dtype: source.dtype,
-            count: source.count,
+            dtype,
+            count,
             source: std::ptr::with_exposed_provenance(source.ptr as usize),
             target: std::ptr::with_exposed_provenance_mut(target.ptr as usize),
             source_window,
@@ -108,56 +93,134 @@ impl Plan {
         }
     }
 
-    /// Bytes that each rank contributes.
+    /// Bytes of one part.
     pub(crate) const fn bytes(&self) -> usize {
         self.count * self.dtype.size()
     }
 }
 
-/// Our part of an all-gather's result.
-fn own_part(all: &RawBuffer, situation: &Situation<'_>) -> Result<RawBuffer> {
+/// The input and output of a call, checked. A side that this rank has no part in is empty.
+struct Buffers {
+    source: RawBuffer,
+    target: RawBuffer,
+    /// Elements of one part.
+    count: usize,
+    dtype: DType,
+}
+
+/// How many parts of `count` elements one side of an operation has on this rank: none, one, or one for each rank.
+#[derive(Clone, Copy)]
+struct Sides {
+    source: usize,
+    target: usize,
+}
+
+impl Sides {
+    fn new(kind: Kind, rank: usize, world_size: usize) -> Option<Self> {
+        let at_root = |parts| if kind.root() == Some(rank as u32) { parts } else { 0 };
+        let (source, target) = match kind {
+            Kind::AllReduce { .. } | Kind::Broadcast { .. } => (1, 1),
+            Kind::AllGather => (1, world_size),
+            Kind::Reduce { .. } => (1, at_root(1)),
+            Kind::ReduceScatter { .. } => (world_size, 1),
+            Kind::Gather { .. } => (1, at_root(world_size)),
+            Kind::Scatter { .. } => (at_root(world_size), 1),
+            Kind::AllToAll => (world_size, world_size),
+            _ => return None,
+        };
+        Some(Self { source, target })
+    }
+}
+
+impl Buffers {
+    #[inline]
+    fn new(call: &Call<'_>, situation: &Situation<'_>) -> Result<Self> {
+        let kind = call.kind;
+        let Some(sides) = Sides::new(kind, situation.rank, situation.world_size) else {
+            return Err(argument(situation, kind, "operation", "one that moves data", kind.name()));
+        };
+        if let Some(root) = kind.root()
+            && root as usize >= situation.world_size
+        {
+            return Err(argument(situation, kind, "root", format!("below {}", situation.world_size), root));
+        }
+        let (source, target) = match (kind, call.buffers()) {
+            (Kind::AllGather, [all]) => (own_part(kind, all, situation)?, *all),
+            (Kind::ReduceScatter { .. }, [all]) => (*all, own_part(kind, all, situation)?),
+            (Kind::Gather { .. } | Kind::Scatter { .. }, [_]) | (_, [] | [_, _, _, ..]) => {
+                return Err(argument(
+                    situation,
+                    kind,
+                    "number of buffers",
+                    "source and target",
+                    call.buffers().len(),
+                ));
+            }
+            (_, [both]) => (*both, *both),
+            (_, [source, target]) => (*source, *target),
+        };
+        let (source, target) = (present(source, sides.source), present(target, sides.target));
+        let dtype = if sides.source > 0 { source.dtype } else { target.dtype };
+        if sides.source > 0 && sides.target > 0 && target.dtype != dtype {
+            return Err(argument(situation, kind, "dtype of the output", dtype, target.dtype));
+        }
+        if let Some(op) = kind.op() {
+            unisono_core::reduce_op::check(dtype, op)?;
+        }
+        // The side that is a single part tells the count; where both have parts for all, the ranks divide it.
+        let (parts, told) = match sides {
+            Sides { source: 1, .. } => (1, source.count),
+            Sides { target: 1, .. } => (1, target.count),
+            Sides { source: parts, .. } => (parts, source.count),
+        };
+        if !told.is_multiple_of(parts) {
+            return Err(argument(situation, kind, "count", format!("a multiple of {parts}"), told));
+        }
+        let count = told / parts;
+        for (what, expected, got) in [
+            ("count of the input", count * sides.source, source.count),
+            ("count of the output", count * sides.target, target.count),
+        ] {
+            if expected != got {
+                return Err(argument(situation, kind, what, expected, got));
+            }
+        }
+        let buffers = Self { source, target, count, dtype };
+        if buffers.overlap_badly(sides, situation.rank) {
+            let expected = "the input itself or disjoint from it";
+            return Err(argument(situation, kind, "memory of the output", expected, "a partial overlap"));
+        }
+        Ok(buffers)
+    }
+
+    /// One buffer may be both, and the smaller side may lie at its place in the larger one; nothing else may overlap.
+    fn overlap_badly(&self, sides: Sides, rank: usize) -> bool {
+        let (source, target) = (&self.source, &self.target);
+        let overlaps = source.ptr < target.ptr + target.bytes() as u64
+            && target.ptr < source.ptr + source.bytes() as u64;
+        let own = (rank * self.count * self.dtype.size()) as u64;
+        let (in_source, in_target) = (
+            if sides.source > sides.target { own } else { 0 },
+            if sides.target > sides.source { own } else { 0 },
+        );
+        overlaps && source.ptr + in_source != target.ptr + in_target
+    }
+}
+
+/// `buffer`, or an empty one where this rank has no part in it.
+fn present(buffer: RawBuffer, parts: usize) -> RawBuffer {
+    if parts > 0 { buffer } else { RawBuffer { count: 0, place: Place::Host, ..buffer } }
+}
+
+/// Our part of a buffer that has one for each rank.
+fn own_part(kind: Kind, all: &RawBuffer, situation: &Situation<'_>) -> Result<RawBuffer> {
     let world_size = situation.world_size;
     if !all.count.is_multiple_of(world_size) {
         let expected = format!("a multiple of {world_size}");
-        return Err(argument(situation, Kind::AllGather, "count", &expected, all.count));
+        return Err(argument(situation, kind, "count", &expected, all.count));
     }
     let count = all.count / world_size;
     Ok(RawBuffer { count, ptr: all.ptr + (situation.rank * count * all.dtype.size()) as u64, ..*all })
-}
-
-fn check(kind: Kind, source: &RawBuffer, target: &RawBuffer, situation: &Situation<'_>) -> Result<()> {
-    let parts = if matches!(kind, Kind::AllGather) { situation.world_size } else { 1 };
-    if target.count != source.count * parts {
-        return Err(argument(situation, kind, "count of the output", source.count * parts, target.count));
-    }
-    if target.dtype != source.dtype {
-        return Err(argument(situation, kind, "dtype of the output", source.dtype, target.dtype));
-    }
-    if let Kind::Broadcast { root } = kind
-        && root as usize >= situation.world_size
-    {
-        return Err(argument(situation, kind, "root", format!("below {}", situation.world_size), root));
-    }
-    if let Kind::AllReduce { op } = kind {
-        unisono_core::reduce_op::check(source.dtype, op)?;
-    }
-    // One buffer may be both, and an all-gather's input may lie at its place in the output; nothing else may overlap.
-    let at_home = match kind {
-        Kind::AllGather => target.ptr + (situation.rank * source.bytes()) as u64,
-        _ => target.ptr,
-    };
-    let overlaps =
-        source.ptr < target.ptr + target.bytes() as u64 && target.ptr < source.ptr + source.bytes() as u64;
-    if overlaps && source.ptr != at_home {
-        return Err(argument(
-            situation,
-            kind,
-            "memory of the output",
-            "the input itself or disjoint from it",
-            "a partial overlap",
-        ));
-    }
-    Ok(())
 }
 
 fn window_of(kind: Kind, buffer: &RawBuffer, situation: &Situation<'_>) -> Result<Option<WindowPlace>> {

@@ -1,0 +1,122 @@
+//! What all staged collectives share: blocks are staged by those who have data and consumed by those who need it, one
+//! block behind. A collective says who stages, who reads from whom, and what the two steps copy or reduce.
+//!
+//! ```text
+//! turn t:   stage block t (credit, copy, announce)      consume block t − 1 (wait for those we read from, copy or reduce)
+//! ```
+//! Ranks that only stage wait for nobody but their credit; ranks that only read announce themselves at once.
+
+use unisono_core::call::HEADER_WORDS;
+use unisono_core::layout::CHUNK_BYTES;
+
+use super::engine::{Engine, chunk};
+use crate::error::Result;
+
+/// From whom a rank reads.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Reads {
+    /// From every other rank.
+    Everybody,
+    /// From this rank.
+    From(usize),
+    /// From nobody.
+    Nobody,
+}
+
+/// A rank's part in a staged collective.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Part {
+    pub(super) stages: bool,
+    pub(super) reads: Reads,
+}
+
+impl Part {
+    /// Everybody stages and reads from everybody.
+    pub(super) const ALL: Self = Self { stages: true, reads: Reads::Everybody };
+
+    /// One rank stages, the others read from it.
+    pub(super) const fn from_root(rank: usize, root: usize) -> Self {
+        let is_root = rank == root;
+        Self { stages: is_root, reads: if is_root { Reads::Nobody } else { Reads::From(root) } }
+    }
+
+    /// All but one rank stage, that one reads from all.
+    pub(super) const fn to_root(rank: usize, root: usize) -> Self {
+        let is_root = rank == root;
+        Self { stages: !is_root, reads: if is_root { Reads::Everybody } else { Reads::Nobody } }
+    }
+}
+
+impl Engine {
+    /// Runs `blocks` blocks. `stage` gets a block and our chunk for it; `consume` gets a block and where its chunk lies
+    /// within the staging of every rank that we read from. Returns the number of steps.
+    pub(super) fn exchange(
+        &mut self,
+        header: &[u64; HEADER_WORDS],
+        blocks: u64,
+        part: Part,
+        stage: impl Fn(u64, *mut u8),
+        mut consume: impl FnMut(&mut Self, u64, usize),
+    ) -> Result<u64> {
+        if !part.stages {
+            self.arrive(header, &[]);
+        }
+        for turn in 0..=blocks {
+            if turn < blocks && part.stages {
+                let at = self.reserve(self.step + 1 + turn)?;
+                // SAFETY: the chunk lies inside our staging.
+                stage(turn, unsafe { self.control.rank(self.rank).staging_in.add(at) });
+                self.announce_block(turn, header);
+            }
+            if turn > 0 {
+                let block = turn - 1;
+                self.hear_block(block, part.reads)?;
+                consume(self, block, chunk(self.step + 1 + block));
+                self.announce(|words| words.consumed, self.step + 1 + block);
+            }
+        }
+        Ok(blocks)
+    }
+
+    /// The chunk at `at` of what `rank` staged.
+    pub(super) fn staged(&self, rank: usize, at: usize) -> *const u8 {
+        debug_assert!(at < unisono_core::layout::CHUNKS * CHUNK_BYTES);
+        // SAFETY: the chunk lies inside that rank's staging.
+        unsafe { self.control.rank(rank).staging_in.add(at).cast_const() }
+    }
+
+    /// Announces that our part of `block` is staged: the first with the call itself, later ones by count.
+    pub(super) fn announce_block(&mut self, block: u64, header: &[u64; HEADER_WORDS]) {
+        if block == 0 {
+            self.arrive(header, &[]);
+        } else {
+            self.announce(|words| words.produced, self.step + 1 + block);
+        }
+    }
+
+    /// Waits until those we read from have staged their part of `block`.
+    pub(super) fn hear_block(&mut self, block: u64, reads: Reads) -> Result<()> {
+        let hear = |peer| match block {
+            0 => self.hear(peer),
+            _ => self.wait_for(peer, |words| words.produced, self.step + 1 + block),
+        };
+        match reads {
+            Reads::Nobody => {}
+            Reads::From(peer) => hear(peer)?,
+            Reads::Everybody => {
+                for peer in self.peers() {
+                    hear(peer)?;
+                }
+                if block == 0 {
+                    self.heard_all();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes between the pieces of different ranks in one chunk: whole lines, so that no two ranks read the same one.
+    pub(super) const fn piece_stride(&self) -> usize {
+        (CHUNK_BYTES / self.world_size) & !63
+    }
+}

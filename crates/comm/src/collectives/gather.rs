@@ -1,0 +1,70 @@
+//! Gather and scatter: one rank collects everybody's part, or hands everybody its own.
+
+use unisono_core::call::HEADER_WORDS;
+use unisono_core::layout::CHUNK_BYTES;
+
+use super::blocks::Blocks;
+use super::copy::copy;
+use super::engine::Engine;
+use super::exchange::Part;
+use super::plan::Plan;
+use crate::error::Result;
+
+impl Engine {
+    /// Every rank but the root stages its part; the root collects. Returns the number of steps.
+    pub(super) fn gather(&mut self, plan: &Plan, root: usize, header: &[u64; HEADER_WORDS]) -> Result<u64> {
+        let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
+        let stage = |block, chunk| {
+            let (at, bytes) = blocks.bytes(block);
+            // SAFETY: the block lies in our part; the chunk is ours to write.
+            unsafe { copy(plan.source.add(at), chunk, bytes) };
+        };
+        let part = Part::to_root(self.rank, root);
+        self.exchange(header, blocks.number, part, stage, |engine, block, chunk| {
+            if engine.rank == root {
+                engine.collect(plan, &blocks, block, chunk);
+            }
+        })
+    }
+
+    /// The root stages a piece for every rank; each copies its own. Returns the number of steps.
+    pub(super) fn scatter(&mut self, plan: &Plan, root: usize, header: &[u64; HEADER_WORDS]) -> Result<u64> {
+        let blocks = self.pieces(plan);
+        let part = Part::from_root(self.rank, root);
+        let stage = self.stage_pieces(plan, &blocks);
+        self.exchange(header, blocks.number, part, stage, |engine, block, chunk| {
+            let (at, bytes) = blocks.bytes(block);
+            // SAFETY: the root announced this block and keeps it until we have consumed the step; its own part of the
+            // source is equal to or disjoint from its target.
+            unsafe {
+                let source = match engine.rank == root {
+                    true => plan.source.add(root * plan.bytes() + at),
+                    false => engine.staged(root, chunk + engine.rank * engine.piece_stride()),
+                };
+                copy(source, plan.target.add(at), bytes);
+            }
+        })
+    }
+
+    /// Blocks of which a chunk holds a piece for every rank.
+    pub(super) fn pieces(&self, plan: &Plan) -> Blocks {
+        Blocks::new(plan, self.piece_stride() / plan.dtype.size())
+    }
+
+    /// Stages, of every other rank's part of our source, one block: a piece each.
+    pub(super) fn stage_pieces<'p>(
+        &self,
+        plan: &'p Plan,
+        blocks: &'p Blocks,
+    ) -> impl Fn(u64, *mut u8) + use<'p> {
+        let (rank, world_size, stride) = (self.rank, self.world_size, self.piece_stride());
+        move |block, chunk| {
+            let (at, bytes) = blocks.bytes(block);
+            for peer in (rank + 1..world_size).chain(0..rank) {
+                // SAFETY: the block lies in the peer's part of our source; the chunk, which has room for a piece of every
+                // rank, is ours to write.
+                unsafe { copy(plan.source.add(peer * plan.bytes() + at), chunk.add(peer * stride), bytes) };
+            }
+        }
+    }
+}
