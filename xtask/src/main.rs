@@ -5,6 +5,7 @@
 
 mod arrows;
 mod count;
+mod faults;
 mod lex;
 mod rules;
 mod test;
@@ -17,7 +18,9 @@ const USAGE: &str = "\
 Usage: cargo xtask TASK
 
   test   tidy, the test suite, doc tests, the build without features, loom models, documentation
-  tidy   the house rules alone";
+  tidy   the house rules alone
+  faults [--scale N] [FILTER]
+         a campaign of the fault tests, in release, N times (10) as long as in the suite";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -25,6 +28,9 @@ fn main() -> ExitCode {
     let passed = match words.as_slice() {
         ["test"] => test::run(&root()),
         ["tidy"] => tidy::run(&root()),
+        ["faults", words @ ..] if let Some(campaign) = faults::Campaign::parse(words) => {
+            campaign.run(&root())
+        }
         ["help" | "-h" | "--help"] => {
             println!("{USAGE}");
             true

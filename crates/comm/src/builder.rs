@@ -21,6 +21,7 @@ use crate::neighbours::Neighbours;
 use crate::rendezvous::Rendezvous;
 use crate::store::{
     FileStore, Store, StoreServer, StoreServerConfig, TcpStore, TorchStore, TorchStoreServer,
+    interface_address,
 };
 
 /// Makes a [`Communicator`]. Rank, world size and a store (or unique id) are needed; the rest has defaults.
@@ -190,7 +191,9 @@ impl Builder {
                 let store = TcpStore::from_unique_id(&id, deadline)?;
                 (Connected::to(Arc::new(store)), Some(id.secret().clone()))
             }
-            Meeting::Launch(launch) => connect(&launch, self.secret, deadline)?,
+            Meeting::Launch(launch) => {
+                connect(&launch, self.secret, settings.interface.as_deref(), deadline)?
+            }
         };
         let hello = Hello {
             version: PROTOCOL_VERSION,
@@ -231,12 +234,16 @@ impl Builder {
             secret,
             liveness: Some(settings.liveness),
         };
-        let neighbours = Neighbours::Processes(NodePlane::connect(&endpoint, &config, deadline)?);
-        let memory = Communicator::share_control(&neighbours, rank, world_size, deadline)?;
+        // Before anything is closed that the others watch, they are told why.
+        let explain = |error: Error| meeting.first_cause(error, &table);
+        let plane =
+            NodePlane::connect(&endpoint, &config, deadline).map_err(|error| explain(error.into()))?;
+        let neighbours = Neighbours::Processes(plane);
+        let memory = Communicator::share_control(&neighbours, rank, world_size, deadline).map_err(explain)?;
         let names = table.hellos().iter().map(Hello::who).collect();
         let parts = Parts { rank, names, topology, neighbours, memory };
         let communicator = Communicator::assemble(parts, &settings);
-        communicator.meet(deadline.remaining_up_to(settings.init_timeout))?;
+        communicator.meet(deadline.remaining_up_to(settings.init_timeout)).map_err(explain)?;
         store.end(rank);
         Ok(communicator)
     }
@@ -288,6 +295,7 @@ impl Connected {
 fn connect(
     launch: &Launch,
     secret: Option<Secret>,
+    interface: Option<&str>,
     deadline: Deadline,
 ) -> Result<(Connected, Option<Secret>)> {
     match &launch.store {
@@ -295,21 +303,24 @@ fn connect(
             let text = format!("tcp://{host}:{port}");
             let secret = secret.ok_or(Error::NoSecret { store: text.clone() })?;
             let address = resolve(host, *port, &text)?;
-            let server = launch
-                .serves_store()
-                .then(|| StoreServer::start_with(StoreServerConfig::new(secret.clone()).address(address)));
-            let store = TcpStore::connect(address, &secret, deadline)?;
-            let connected = Connected {
-                server: server.and_then(Result::ok).map(Server::Tcp),
-                ..Connected::to(Arc::new(store))
+            let server = match launch.serves_store() {
+                // An address that is taken, or is not ours, means that a store is there already.
+                true => {
+                    let config =
+                        StoreServerConfig::new(secret.clone()).address(listen_at(address, interface)?);
+                    StoreServer::start_with(config).ok()
+                }
+                false => None,
             };
+            let store = TcpStore::connect(address, &secret, deadline)?;
+            let connected = Connected { server: server.map(Server::Tcp), ..Connected::to(Arc::new(store)) };
             Ok((connected, Some(secret)))
         }
         StoreAddress::TorchAgent { host, port } | StoreAddress::TorchHosted { host, port } => {
             let text = format!("torch://{host}:{port}");
             let server = match launch.serves_store() {
                 // An address that is taken, or is not ours, means that a store is there already.
-                true => TorchStoreServer::bind(resolve(host, *port, &text)?).ok(),
+                true => TorchStoreServer::bind(listen_at(resolve(host, *port, &text)?, interface)?).ok(),
                 false => None,
             };
             let store = TorchStore::connect(format!("{host}:{port}"), deadline)?;
@@ -341,6 +352,14 @@ fn resolve(host: &str, port: u16, store: &str) -> Result<SocketAddr> {
     let failed = |message: String| Error::StoreIo { store: store.to_owned(), action: "resolve", message };
     let mut addresses = (host, port).to_socket_addrs().map_err(|error| failed(error.to_string()))?;
     addresses.next().ok_or_else(|| failed(format!("{host} has no address")))
+}
+
+/// Where rank 0 listens: at `address`, or at its port on the interface that was named.
+fn listen_at(mut address: SocketAddr, interface: Option<&str>) -> Result<SocketAddr> {
+    if let Some(name) = interface {
+        address.set_ip(interface_address(name)?);
+    }
+    Ok(address)
 }
 
 fn is_loopback(host: &str) -> bool {

@@ -53,10 +53,12 @@ impl Cause {
         }
     }
 
-    /// The error that a rank reports which was `during` a call (`all_reduce #812`).
-    pub(crate) fn into_error(self, during: &str, world_size: usize) -> Error {
+    /// The error that rank `me` reports, which was `during` a call (`all_reduce #812`).
+    pub(crate) fn into_error(self, during: &str, (me, world_size): (usize, usize)) -> Error {
         let during = during.to_owned();
         match self {
+            // We were stopped, and run again.
+            Self::Died { rank, how, .. } if rank as usize == me => Error::GivenUp { rank: me, during, how },
             Self::Died { rank, who, how } => {
                 let rank = rank as usize;
                 let survivors = (0..world_size).filter(|other| *other != rank).collect();
@@ -75,6 +77,14 @@ impl Cause {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_rank_that_was_given_up_is_told_so_and_the_others_that_it_died() {
+        let cause = Cause::died(1, "rank 1".into(), Lost::Stopped { silent_ms: 3000 });
+        let error = |me| cause.clone().into_error("barrier #3", (me, 3));
+        assert!(matches!(error(1), Error::GivenUp { rank: 1, .. }));
+        assert!(matches!(error(2), Error::PeerDied { rank: 1, survivors, .. } if survivors == [0, 2]));
+    }
 
     #[test]
     fn causes_round_trip_and_long_ones_are_cut_to_fit() {

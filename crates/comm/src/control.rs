@@ -24,6 +24,8 @@ pub(crate) struct RankWords<'m> {
     pub(crate) trail: EpochFlag<'m>,
     /// Steps for which this rank has read all peers' chunks.
     pub(crate) consumed: EpochFlag<'m>,
+    /// Calls completed, for observers: the trail counts modulo 2³².
+    pub(crate) completed: EpochFlag<'m>,
     /// Its heartbeat.
     pub(crate) heartbeat: EpochFlag<'m>,
     /// Who sleeps on its words.
@@ -90,6 +92,11 @@ impl Control {
     #[inline(always)]
     pub(crate) fn rank(&self, rank: usize) -> &RankWords<'_> {
         &self.words[rank]
+    }
+
+    /// Our rank, and the number of ranks.
+    pub(crate) fn member(&self) -> (usize, usize) {
+        (self.me, self.words.len())
     }
 
     /// Number of ranks.
@@ -164,6 +171,10 @@ impl PlaneEvents for Control {
     }
 
     fn on_lost(&self, rank: usize, _pid: u32, lost: Lost) {
+        // Who leaves in good order has at least met us: the meeting is the first call.
+        if lost == Lost::Left && self.words[rank].completed.current() > 0 {
+            return;
+        }
         self.fail(&Cause::died(rank, self.names[rank].clone(), lost));
     }
 }
@@ -182,6 +193,7 @@ fn rank_words(base: *mut u8, fields: &RankFields) -> RankWords<'static> {
         reduced: flag(fields.reduced, 0),
         trail: flag(fields.consumed, 0),
         consumed: flag(fields.consumed, 1),
+        completed: flag(fields.consumed, 2),
         heartbeat: flag(fields.liveness, 0),
         sleepers: Sleepers::new(sleepers),
         slots: SlotRing::new(words(fields.slots), SLOT_WORDS),
@@ -207,6 +219,16 @@ mod tests {
         control.fail(&Cause::Dropped { rank: 1 });
         let expected = Cause::Died { rank: 0, who: "rank 0".into(), how: "its socket closed".into() };
         assert_eq!(control.cause(), Some(expected));
+    }
+
+    #[test]
+    fn a_farewell_is_a_failure_only_before_the_first_meeting() {
+        let (early, late) = (control(0), control(0));
+        early.on_lost(1, 5, Lost::Left);
+        assert!(matches!(early.cause(), Some(Cause::Died { rank: 1, .. })));
+        late.rank(1).completed.publish(1);
+        late.on_lost(1, 5, Lost::Left);
+        assert_eq!(late.cause(), None);
     }
 
     #[test]

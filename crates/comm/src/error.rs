@@ -25,7 +25,7 @@ pub enum Error {
     },
     /// A rank's process is gone, stopped or silent. The communicator has failed on all ranks.
     #[error(
-        "{who} died during {during}: {how}. This communicator cannot go on; ranks {} are left.",
+        "{who} died during {during}: {how}. This communicator cannot go on; ranks left: {}.",
         list(survivors)
     )]
     PeerDied {
@@ -39,6 +39,18 @@ pub enum Error {
         how: String,
         /// The other ranks.
         survivors: Vec<usize>,
+    },
+    /// The other ranks gave us up: this process was stopped, and runs again. The communicator has failed on all ranks.
+    #[error(
+        "the other ranks gave up rank {rank}, this process, during {during}: {how}. It runs again, but only a new communicator can join them."
+    )]
+    GivenUp {
+        /// This rank.
+        rank: usize,
+        /// What it was doing.
+        during: String,
+        /// What the others saw.
+        how: String,
     },
     /// A rank dropped its communicator while others still used theirs.
     #[error(
@@ -63,7 +75,7 @@ pub enum Error {
         missing: Vec<String>,
     },
     /// Somebody aborted the communicator.
-    #[error("rank {rank} aborted the communicator during our {during}: {reason}")]
+    #[error("rank {rank} aborted the communicator during {during}: {reason}")]
     Aborted {
         /// The rank on which `abort` was called.
         rank: usize,
@@ -101,7 +113,9 @@ pub enum Error {
         got: String,
     },
     /// A window whose communicator failed: peers may still have been writing, so its content is not lent.
-    #[error("window {id} is poisoned: its communicator failed while peers could touch it ({cause})")]
+    #[error(
+        "window {id} is poisoned: its communicator failed while peers could touch it ({cause}). Make a new communicator."
+    )]
     Poisoned {
         /// The window.
         id: u64,
@@ -110,7 +124,7 @@ pub enum Error {
     },
     /// Not all ranks met before the deadline.
     #[error(
-        "{met} of {world_size} ranks met at {store} within {waited:?}; missing: {}. Were they started, and can they reach it? UNISONO_INIT_TIMEOUT=60s waits longer.",
+        "{met} of {world_size} ranks met at {store} within {waited:.1?}; missing: {}. Were they started, and can they reach it? UNISONO_INIT_TIMEOUT=60s waits longer.",
         list(missing)
     )]
     InitTimeout {
@@ -125,9 +139,23 @@ pub enum Error {
         /// The first ranks that did not come (at most 64).
         missing: Vec<usize>,
     },
+    /// A rank met the others, and was not heard of again before the deadline.
+    #[error(
+        "{who} met the others but did not {what} within {waited:.1?}. Is it alive? UNISONO_INIT_TIMEOUT=60s waits longer."
+    )]
+    InitStalled {
+        /// The rank that is waited for.
+        rank: usize,
+        /// The same with host and process.
+        who: String,
+        /// What it should have done.
+        what: &'static str,
+        /// How long was waited.
+        waited: Duration,
+    },
     /// A process of an earlier start of the job tried to join a later one.
     #[error(
-        "rank {rank} belongs to generation {got} of job {job}, which is already at generation {expected}: an older start of the job must not join"
+        "rank {rank} belongs to generation {got} of job {job}, which is already at generation {expected}. It is left over from an older start: end it."
     )]
     StaleGeneration {
         /// The rank that was refused.
@@ -162,7 +190,7 @@ pub enum Error {
         problem: &'static str,
     },
     /// A key did not appear in the store before the deadline.
-    #[error("{store} has no `{key}` after {waited:?}. Was every rank started, and can it reach the store?")]
+    #[error("{store} has no `{key}` after {waited:.1?}. Was every rank started, and can it reach the store?")]
     StoreTimeout {
         /// The store, as `tcp://10.0.0.5:29500`.
         store: String,
@@ -208,7 +236,7 @@ pub enum Error {
         message: String,
     },
     /// `add` on a value that is no integer, or whose sum does not fit into 64 bits.
-    #[error("{store}: `{key}` cannot be added to: {message}")]
+    #[error("{store}: nothing can be added to `{key}`: {message}")]
     StoreValue {
         /// The store.
         store: String,
@@ -280,6 +308,14 @@ pub enum Error {
         /// What is wrong with it.
         message: String,
     },
+    /// A network interface that is not there.
+    #[error("this host has no network interface {name} with an address; there are: {there_are}")]
+    Interface {
+        /// The name that was given.
+        name: String,
+        /// The interfaces there are.
+        there_are: String,
+    },
     /// An address on which a store must not listen.
     #[error("a store cannot listen on {address}: {reason}")]
     StoreAddress {
@@ -294,3 +330,6 @@ pub enum Error {
 fn list(ranks: &[usize]) -> String {
     ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
 }
+
+#[cfg(test)]
+mod sentences;

@@ -60,3 +60,8 @@ pub use unisono_core::{
 };
 pub use unisono_sync::Deadline;
 pub use window::{Memory, Window};
+
+/// The examples of the README, as doc tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+mod readme {}

@@ -52,11 +52,11 @@ impl Observer {
     /// What this rank's communicator is doing now.
     pub fn state(&self) -> State {
         let words = self.control.rank(self.rank);
-        let completed = words.trail.current() >> 32;
+        let completed = words.completed.current();
         let next = completed + 1;
         let current = (words.slots.standing(next) == next).then(|| self.describe(next)).flatten();
         let failure =
-            self.control.cause().map(|cause| cause.into_error("the current call", self.control.world_size()));
+            self.control.cause().map(|cause| cause.into_error("the current call", self.control.member()));
         // The meeting at the beginning is counted by the words, but it is no call of the user's.
         State { completed: completed.saturating_sub(1), current, failure }
     }
@@ -74,7 +74,7 @@ impl Observer {
             }
             None => writeln!(text, "algorithm: chosen by size, world size and windows"),
         };
-        let epoch = self.control.rank(self.rank).trail.current() >> 32;
+        let epoch = self.control.rank(self.rank).completed.current();
         if let Some(header) = self.header(epoch)
             && let Some(dtype) = header.dtype
         {

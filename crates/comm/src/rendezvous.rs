@@ -4,16 +4,26 @@
 //! A rank that does not fit (another world size, a rank that is taken, other options, an older generation) is refused as
 //! soon as it says hello, with an error that names both sides; the others go on waiting for the right one. Each rank
 //! reads one list and one table, each host's lowest rank one list per host: n + h² values for n ranks on h hosts.
+//!
+//! A start that fails later pulls down rank after rank. Each leaves its cause in the store before it goes, so that the
+//! others follow the causes back to the first and all tell the same.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use unisono_core::hello::{Hello, MAX_HELLO_BYTES, WorldTable};
 use unisono_core::{Secret, wire};
 use unisono_sync::Deadline;
 
+use crate::cause::Cause;
 use crate::error::{Error, Result};
 use crate::store::Store;
 
+/// How long a rank that lost another waits for what that one may have to say. It says it before it goes.
+const HEARSAY_TIME: Duration = Duration::from_secs(1);
+/// The longest cause in the store.
+const MAX_CAUSE_BYTES: usize = 1024;
+/// What all ranks are doing here.
+const DURING: &str = "the start of the job";
 /// The most ranks that an error lists as missing.
 const MAX_LISTED: usize = 64;
 
@@ -121,9 +131,11 @@ impl<'a> Rendezvous<'a> {
     fn wait_for_all(&self, start: Instant) -> Result<()> {
         let world_size = self.hello.member.world_size() as usize;
         let all = self.key("all");
+        // Whoever dies before it has done its part here is not among those that are here.
         if self.store.add(&self.key("met"), 1, self.deadline)? == world_size as i64 {
             return self.store.set(&all, b"1", self.deadline);
         }
+        self.store.set(&self.key(&format!("here/{}", self.hello.member.rank())), b"1", self.deadline)?;
         match self.store.wait(&[&all], self.deadline) {
             Err(Error::StoreTimeout { .. }) => Err(self.missing(world_size, start)),
             other => other,
@@ -133,13 +145,14 @@ impl<'a> Rendezvous<'a> {
     /// Who did not come. The deadline is over, so this gets a second of its own.
     fn missing(&self, world_size: usize, start: Instant) -> Error {
         let waited = start.elapsed();
-        let deadline = Deadline::after(std::time::Duration::from_secs(1));
+        let deadline = Deadline::after(Duration::from_secs(1));
         let is_there = |rank: &usize| {
-            let key = self.key(&format!("rank/{rank}"));
+            let key = self.key(&format!("here/{rank}"));
             self.store.check(&[&key], deadline).unwrap_or(false)
         };
-        let missing: Vec<usize> = (0..world_size).filter(|rank| !is_there(rank)).take(MAX_LISTED).collect();
-        let met = self.store.add(&self.key("met"), 0, deadline).map_or(1, |met| met.max(0) as usize);
+        let absent: Vec<usize> = (0..world_size).filter(|rank| !is_there(rank)).collect();
+        let met = world_size - absent.len();
+        let missing = absent.into_iter().take(MAX_LISTED).collect();
         Error::InitTimeout { met, world_size, store: self.store.describe(), waited, missing }
     }
 
@@ -150,7 +163,10 @@ impl<'a> Rendezvous<'a> {
         let lowest = local.iter().map(|hello| hello.member.rank()).min();
         let key = self.key(&format!("table/{host}"));
         if lowest != Some(self.hello.member.rank()) {
-            let bytes = self.store.get(&key, self.deadline)?;
+            let bytes = match self.store.get(&key, self.deadline) {
+                Err(Error::StoreTimeout { waited, .. }) => return Err(stalled(&local, waited)),
+                other => other?,
+            };
             let merged: Result<WorldTable, String> = wire::decode_body(&bytes)?;
             let message = |message| Error::StoreProtocol { store: self.store.describe(), message };
             return Ok(merged.map_err(message)?.checked()?);
@@ -162,6 +178,38 @@ impl<'a> Rendezvous<'a> {
         let told = merged.as_ref().map_err(Error::to_string);
         self.store.set(&key, &wire::encode_body(&told)?, self.deadline)?;
         merged
+    }
+
+    /// Tells the others why our start failed, and follows what they told to the first cause.
+    pub(crate) fn first_cause(&self, error: Error, table: &WorldTable) -> Error {
+        let me = self.hello.member.rank() as usize;
+        let told = |rank: usize| self.key(&format!("failed/{rank}"));
+        let (own, mut suspects) = own_cause(&error, me, table);
+        let deadline = Deadline::after(HEARSAY_TIME);
+        // If the store cannot be reached any more, what we saw ourselves is all there is.
+        let _ = self.store.set(&told(me), &own.to_bytes(MAX_CAUSE_BYTES), deadline);
+        let mut first = None;
+        let mut seen = vec![me];
+        while let Some(rank) = suspects.pop() {
+            if seen.contains(&rank) || rank >= table.hellos().len() {
+                continue;
+            }
+            seen.push(rank);
+            let Ok(bytes) = self.store.get(&told(rank), deadline) else { continue };
+            let Some(cause) = Cause::from_bytes(&bytes) else { continue };
+            // It lives, or did: what it saw is closer to the beginning than what we did.
+            suspects.clear();
+            if let Cause::Died { rank, .. } = &cause {
+                suspects.push(*rank as usize);
+            }
+            first = Some(cause);
+        }
+        let member = (me, table.hellos().len());
+        match (first, &error) {
+            (Some(cause), _) => cause.into_error(DURING, member),
+            (None, Error::Node(unisono_node::Error::PeerLost { .. })) => own.into_error(DURING, member),
+            (None, _) => error,
+        }
     }
 
     /// The hellos of all ranks of `hosts`.
@@ -181,6 +229,37 @@ impl<'a> Rendezvous<'a> {
             }
         }
         Ok(hellos)
+    }
+}
+
+/// The lowest rank of a host did not write the table.
+fn stalled(local: &[Hello], waited: Duration) -> Error {
+    let lowest = local.iter().min_by_key(|hello| hello.member.rank());
+    Error::InitStalled {
+        rank: lowest.map_or(0, |hello| hello.member.rank() as usize),
+        who: lowest.map_or_else(String::new, Hello::who),
+        what: "write the table of ranks",
+        waited,
+    }
+}
+
+/// `error` as it is told to the others, and the ranks that may have a better explanation.
+fn own_cause(error: &Error, me: usize, table: &WorldTable) -> (Cause, Vec<usize>) {
+    match error {
+        Error::Node(unisono_node::Error::PeerLost { rank, lost, .. }) => {
+            (Cause::died(*rank, table.hello(*rank).who(), *lost), vec![*rank])
+        }
+        Error::PeerDied { rank, who, how, .. } => {
+            (Cause::Died { rank: *rank as u32, who: who.clone(), how: how.clone() }, vec![*rank])
+        }
+        other => {
+            let suspects = match other {
+                Error::Node(unisono_node::Error::Missing { missing, .. }) => missing.clone(),
+                Error::Node(unisono_node::Error::Timeout { rank, .. }) => vec![*rank],
+                _ => Vec::new(),
+            };
+            (Cause::Aborted { rank: me as u32, reason: other.to_string() }, suspects)
+        }
     }
 }
 
@@ -247,8 +326,8 @@ mod tests {
         );
         assert_eq!(
             refused(Hello { generation: 0, ..hello(1, 2, "b") }),
-            "rank 1 belongs to generation 0 of job job, which is already at generation 1: an older start of the job must \
-             not join"
+            "rank 1 belongs to generation 0 of job job, which is already at generation 1. It is left over \
+             from an older start: end it."
         );
         assert!(meet(&store, &hello(1, 2, "b"), 20_000).is_ok());
         assert!(waiting.join().unwrap().is_ok());
@@ -268,6 +347,71 @@ mod tests {
             );
             assert!(error.to_string().starts_with("2 of 4 ranks met at memory://"), "{error}");
         }
+    }
+
+    /// What `hello` does of its meeting before it dies: all up to the count, or that too.
+    fn meet_partly(store: &Arc<MemoryStore>, hello: &Hello, is_counted: bool) {
+        let deadline = Deadline::after(Duration::from_secs(9));
+        let rendezvous = Rendezvous::new(store.as_ref(), hello, deadline);
+        let bytes = wire::encode_body(hello).unwrap();
+        rendezvous.claim(&format!("rank/{}", hello.member.rank()), &bytes).unwrap();
+        rendezvous.join_host(&bytes).unwrap();
+        if is_counted {
+            store.add(&rendezvous.key("met"), 1, deadline).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_rank_that_died_before_it_was_counted_is_missing() {
+        let store = Arc::new(MemoryStore::new());
+        meet_partly(&store, &hello(1, 2, "a"), false);
+        let error = meet(&store, &hello(0, 2, "a"), 100).unwrap_err();
+        assert!(matches!(&error, Error::InitTimeout { met: 1, missing, .. } if missing == &[1]), "{error}");
+    }
+
+    #[test]
+    fn a_lowest_rank_that_died_before_it_wrote_the_table_is_named() {
+        let store = Arc::new(MemoryStore::new());
+        meet_partly(&store, &hello(0, 2, "a"), true);
+        let error = meet(&store, &hello(1, 2, "a"), 100).unwrap_err();
+        assert!(matches!(&error, Error::InitStalled { rank: 0, .. }), "{error}");
+    }
+
+    #[test]
+    fn the_first_cause_is_found_along_the_ranks_that_it_pulled_down() {
+        let store = Arc::new(MemoryStore::new());
+        let hellos: Vec<Hello> = (0..4).map(|rank| hello(rank, 4, "a")).collect();
+        let table = WorldTable::merge(hellos.clone()).unwrap();
+        let lost = |rank| {
+            let lost = unisono_node::Lost::SocketClosed;
+            Error::Node(unisono_node::Error::PeerLost { rank, pid: 100 + rank as u32, lost })
+        };
+        let first_cause = |rank: usize, error| {
+            let deadline = Deadline::after(Duration::from_secs(9));
+            Rendezvous::new(store.as_ref(), &hellos[rank], deadline).first_cause(error, &table)
+        };
+        // Rank 0 died; rank 1 saw that, rank 2 saw rank 1 go, and rank 3 waited in vain for rank 2.
+        let memory = unisono_node::Error::Missing { rank: 3, missing: vec![2], waited: Duration::ZERO };
+        for (rank, error) in [(1, lost(0)), (2, lost(1)), (3, memory.into())] {
+            let error = first_cause(rank, error);
+            assert!(
+                matches!(&error, Error::PeerDied { rank: 0, who, .. } if who == &hellos[0].who()),
+                "{error}"
+            );
+        }
+        // Rank 0 has its own reason, and tells it.
+        let store = Arc::new(MemoryStore::new());
+        let first_cause = |rank: usize, error| {
+            let deadline = Deadline::after(Duration::from_secs(9));
+            Rendezvous::new(store.as_ref(), &hellos[rank], deadline).first_cause(error, &table)
+        };
+        let problem = Error::Builder { problem: "no memory" };
+        assert_eq!(first_cause(0, problem.clone()), problem);
+        let error = first_cause(1, lost(0));
+        assert!(
+            matches!(&error, Error::Aborted { rank: 0, reason, .. } if reason.contains("no memory")),
+            "{error}"
+        );
     }
 
     #[test]

@@ -70,7 +70,7 @@ impl<T: Element> Window<T> {
     /// [`Error::Poisoned`] once the communicator failed: a peer may have been writing.
     pub fn lend(&mut self) -> Result<&mut [T]> {
         if let Some(cause) = self.control.cause() {
-            let cause = cause.into_error("a collective", self.control.world_size()).to_string();
+            let cause = cause.into_error("a collective", self.control.member()).to_string();
             return Err(Error::Poisoned { id: self.id, cause });
         }
         debug_assert!((self.base as usize) < self.memory.as_ptr() as usize + self.memory.bytes());

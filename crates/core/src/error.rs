@@ -84,7 +84,7 @@ pub enum Error {
         cap: u64,
     },
     /// The peer does not know the job's secret, or what came was not what it sent.
-    #[error("authentication failed: {reason}")]
+    #[error("authentication failed: {reason}. All ranks need the secret of the same job.")]
     Auth {
         /// Which check failed.
         reason: &'static str,
@@ -140,3 +140,6 @@ pub enum Error {
         expected: &'static str,
     },
 }
+
+#[cfg(test)]
+mod sentences;

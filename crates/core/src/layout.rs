@@ -56,7 +56,7 @@ pub struct RankFields {
     pub produced: Field,
     /// `u64`: steps whose reduced chunk is staged.
     pub reduced: Field,
-    /// `u64` × 3: calls completed, chain at that call, steps whose chunks of all peers were read.
+    /// `u64` × 3: the trail (calls completed and chain, packed), steps whose chunks of all peers were read, calls completed.
     pub consumed: Field,
     /// `u64` heartbeat; then, at byte 64, the `u32` count of sleepers, which peers write.
     pub liveness: Field,

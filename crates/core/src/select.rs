@@ -13,7 +13,7 @@ pub enum Algorithm {
     /// Each rank stages all of its input; every peer reads it and reduces for itself. One synchronisation.
     OneShot,
     /// Each rank stages the parts that others own; the owner reduces and stages the result. Two synchronisations,
-    /// 2·S·(n−1)/n bytes staged instead of reading (n−1)·S.
+    /// 2·S·(n−1)/n bytes read instead of (n−1)·S.
     TwoShot,
     /// Peers read each other's windows; nothing is staged.
     Direct,

@@ -141,7 +141,7 @@ pub const SETTINGS: &[Setting] = &[
         "UNISONO_INTERFACE",
         ValueKind::Text("the name of a network interface, such as eth0"),
         "",
-        "The network interface to listen on; without it the one that reaches the store.",
+        "The network interface on which rank 0 serves the store, where it does; without it, the address that names the store.",
     ),
     setting(
         "UNISONO_SPIN",

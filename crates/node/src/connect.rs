@@ -3,7 +3,8 @@
 //! Every rank binds an abstract socket with a random name and tells the name in its hello. It then connects to every
 //! lower rank and accepts every higher one, all at once: one loop over all pending connections, so that a silent
 //! stranger delays nobody. A connection is taken when its user is ours, both sides proved the job's secret, and each
-//! handed the other a descriptor of its own process.
+//! handed the other a descriptor of its own process. Whether a higher rank that has not dialled yet is still there is
+//! looked at every quarter of a second, by connecting to its socket and hanging up.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -17,7 +18,7 @@ use unisono_core::auth::{Handshake, Opened, Role, Session};
 use unisono_sync::Deadline;
 
 use crate::error::{Error, Lost, Result};
-use crate::socket::{self, MAX_MESSAGE_BYTES, Received};
+use crate::socket::{self, MAX_MESSAGE_BYTES, Received, Sent};
 
 /// First bytes of an introduction: who connects, to whom.
 const MAGIC: [u8; 4] = *b"uni1";
@@ -26,10 +27,13 @@ const INTRODUCTION_BYTES: usize = 12;
 const WELCOME: u16 = 1;
 /// How long a connection may take to prove itself.
 const PROOF_TIME: Duration = Duration::from_secs(2);
+/// How often the ranks that are waited for are looked at. Two looks in a row must find one gone.
+const LOOK: Duration = Duration::from_millis(250);
 /// Pending connections at once; more are refused.
 const MAX_PENDING: usize = 256;
 
-/// Where a rank listens for the others of its host.
+/// Where a rank listens for the others of its host. While they connect it stands for the rank's life: keep it until all
+/// of them are known to have connected.
 #[derive(Debug)]
 pub struct Endpoint {
     listener: OwnedFd,
@@ -101,7 +105,8 @@ pub(crate) fn connect_all(
     deadline: Deadline,
 ) -> Result<Vec<Link>> {
     let start = Instant::now();
-    let mut meeting = Meeting { config, links: Vec::new(), pending: Vec::new() };
+    let mut meeting = Meeting { config, links: Vec::new(), pending: Vec::new(), suspects: Vec::new() };
+    let mut next_look = start + LOOK;
     let mut to_dial: Vec<&PeerAddress> = config.peers.iter().filter(|peer| peer.rank < config.rank).collect();
     let mut buffer = vec![0; MAX_MESSAGE_BYTES];
     while meeting.links.len() < config.peers.len() {
@@ -117,6 +122,10 @@ pub(crate) fn connect_all(
         meeting.wait(endpoint, deadline.remaining_up_to(slice))?;
         meeting.accept(endpoint)?;
         meeting.advance(&mut buffer)?;
+        if Instant::now() >= next_look {
+            meeting.look_for_the_dead()?;
+            next_look = Instant::now() + LOOK;
+        }
         if deadline.is_over() && meeting.links.len() < config.peers.len() {
             return Err(meeting.missing(start.elapsed()));
         }
@@ -147,6 +156,8 @@ struct Meeting<'a> {
     config: &'a PlaneConfig,
     links: Vec<Link>,
     pending: Vec<Pending>,
+    /// Ranks whose socket was gone when last looked at.
+    suspects: Vec<usize>,
 }
 
 impl Meeting<'_> {
@@ -162,9 +173,7 @@ impl Meeting<'_> {
         match rustix::net::connect(&socket, &socket::address(peer.endpoint)?) {
             Ok(()) => {}
             Err(Errno::AGAIN | Errno::INTR | Errno::INPROGRESS) => return Ok(None),
-            Err(Errno::CONNREFUSED) => {
-                return Err(Error::PeerLost { rank: peer.rank, pid: peer.pid, lost: Lost::SocketClosed });
-            }
+            Err(Errno::CONNREFUSED) => return Err(peer.lost()),
             Err(errno) => return Err(Error::socket("connect")(errno)),
         }
         let pid = check_user(&socket)?;
@@ -172,7 +181,9 @@ impl Meeting<'_> {
         introduction[..4].copy_from_slice(&MAGIC);
         introduction[4..8].copy_from_slice(&(self.config.rank as u32).to_le_bytes());
         introduction[8..].copy_from_slice(&(peer.rank as u32).to_le_bytes());
-        socket::send(&socket, &introduction, &[], Deadline::after(PROOF_TIME))?;
+        if socket::send(&socket, &introduction, &[], Deadline::after(PROOF_TIME))? == Sent::Closed {
+            return Err(peer.lost());
+        }
         let handshake = self.handshake(Role::Initiator, self.config.rank, peer.rank)?;
         let mut pending = Pending {
             socket,
@@ -183,6 +194,29 @@ impl Meeting<'_> {
         };
         pending.flush()?;
         Ok(Some(pending))
+    }
+
+    /// Fails if a rank that has yet to dial us closed its socket: it died, or its own start failed.
+    fn look_for_the_dead(&mut self) -> Result<()> {
+        let is_known = |rank: usize| {
+            self.links.iter().any(|link| link.rank == rank)
+                || self.pending.iter().any(|pending| pending.stage.rank() == Some(rank))
+        };
+        let mut suspects = Vec::new();
+        for peer in
+            self.config.peers.iter().filter(|peer| peer.rank > self.config.rank && !is_known(peer.rank))
+        {
+            let probe = socket::new_socket()?;
+            if rustix::net::connect(&probe, &socket::address(peer.endpoint)?) == Err(Errno::CONNREFUSED) {
+                // What it sent before it closed may not have been read yet.
+                if self.suspects.contains(&peer.rank) {
+                    return Err(peer.lost());
+                }
+                suspects.push(peer.rank);
+            }
+        }
+        self.suspects = suspects;
+        Ok(())
     }
 
     fn handshake(&self, role: Role, initiator: usize, responder: usize) -> Result<Handshake> {
@@ -232,6 +266,7 @@ impl Meeting<'_> {
             match self.advance_one(pending, buffer) {
                 Ok(Progress::Waiting(pending)) => waiting.push(pending),
                 Ok(Progress::Linked(link)) => self.links.push(*link),
+                Ok(Progress::HungUp) => {}
                 Err(error) if dialled => return Err(error),
                 Err(error) => tracing::warn!("rank {}: process {pid} was refused: {error}", self.config.rank),
             }
@@ -249,7 +284,7 @@ impl Meeting<'_> {
                     );
                 }
                 Received::Nothing => return Ok(Progress::Waiting(pending)),
-                Received::EndOfFile => return Err(pending.lost()),
+                Received::EndOfFile => return pending.closed(),
                 Received::Message(length, fds) => (length, fds),
             };
             let message = &buffer[..length];
@@ -299,12 +334,15 @@ impl Meeting<'_> {
 enum Progress {
     Waiting(Pending),
     Linked(Box<Link>),
+    /// It left without a word: a rank that looked whether we are here.
+    HungUp,
 }
 
 impl Pending {
     /// Sends what the handshake has to say; once it is done, sends our process descriptor.
     fn flush(&mut self) -> Result<()> {
         let Stage::Proof { rank, handshake } = &mut self.stage else { return Ok(()) };
+        // Whether the peer closed is found out, and reported, by whoever reads.
         while let Some(bytes) = handshake.poll_output() {
             socket::send(&self.socket, &bytes, &[], Deadline::after(PROOF_TIME))?;
         }
@@ -320,13 +358,27 @@ impl Pending {
         Ok(())
     }
 
-    fn lost(&self) -> Error {
-        match &self.stage {
-            Stage::Introduction => unisono_core::Error::Auth { reason: "it left without a word" }.into(),
-            Stage::Proof { rank, .. } | Stage::Welcome { rank, .. } => {
-                Error::PeerLost { rank: *rank, pid: self.pid, lost: Lost::SocketClosed }
-            }
+    fn closed(&self) -> Result<Progress> {
+        match self.stage.rank() {
+            None => Ok(Progress::HungUp),
+            Some(rank) => Err(Error::PeerLost { rank, pid: self.pid, lost: Lost::SocketClosed }),
         }
+    }
+}
+
+impl Stage {
+    /// Who it is, once it said so.
+    const fn rank(&self) -> Option<usize> {
+        match self {
+            Self::Introduction => None,
+            Self::Proof { rank, .. } | Self::Welcome { rank, .. } => Some(*rank),
+        }
+    }
+}
+
+impl PeerAddress {
+    fn lost(&self) -> Error {
+        Error::PeerLost { rank: self.rank, pid: self.pid, lost: Lost::SocketClosed }
     }
 }
 

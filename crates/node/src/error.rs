@@ -40,7 +40,7 @@ impl fmt::Display for Lost {
             }
             Self::Silent { silent_ms } => write!(f, "it did not answer for {:.1} s", *silent_ms as f64 / 1e3),
             Self::Misbehaved => write!(f, "it sent what no rank sends"),
-            Self::Left => write!(f, "it dropped its communicator"),
+            Self::Left => write!(f, "it left the job, and its own output says why"),
         }
     }
 }
@@ -88,7 +88,8 @@ pub enum Error {
     },
     /// Some ranks of this host did not connect before the deadline.
     #[error(
-        "ranks {missing:?} of this host did not connect to rank {rank} within {waited:?}. Were they started, and are they alive?"
+        "no connection between rank {rank} and ranks {} of this host within {waited:.1?}. Are they alive, or stopped?",
+        list(missing)
     )]
     Missing {
         /// The rank that waited.
@@ -99,7 +100,7 @@ pub enum Error {
         waited: Duration,
     },
     /// A peer was lost.
-    #[error("rank {rank} (pid {pid}) died: {lost}")]
+    #[error("rank {rank} (pid {pid}) is gone: {lost}")]
     PeerLost {
         /// The peer.
         rank: usize,
@@ -109,7 +110,7 @@ pub enum Error {
         lost: Lost,
     },
     /// A peer did not send what was waited for.
-    #[error("rank {rank} did not send {what} within {waited:?}")]
+    #[error("rank {rank} did not send {what} within {waited:.1?}. Is it alive, or stopped?")]
     Timeout {
         /// The peer.
         rank: usize,
@@ -119,8 +120,13 @@ pub enum Error {
         waited: Duration,
     },
     /// The wait was given up because the communicator failed meanwhile.
-    #[error("given up because the communicator was aborted")]
+    #[error("given up, because the communicator failed meanwhile; its first cause says why")]
     Aborted,
+}
+
+/// `0, 1, 5` for messages.
+fn list(ranks: &[usize]) -> String {
+    ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
 }
 
 impl Error {
@@ -131,16 +137,4 @@ impl Error {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_lost_peer_is_named_with_the_reason() {
-        let sentence = |lost| Error::PeerLost { rank: 3, pid: 4121, lost }.to_string();
-        assert_eq!(sentence(Lost::SocketClosed), "rank 3 (pid 4121) died: its socket closed");
-        assert_eq!(
-            sentence(Lost::Stopped { silent_ms: 3050 }),
-            "rank 3 (pid 4121) died: its process is stopped and did not answer for 3.0 s"
-        );
-    }
-}
+mod sentences;

@@ -121,7 +121,7 @@ pub struct Watch<'m> {
 }
 
 /// How many polls a waiter spends before it yields: all that the policy allows while that succeeds, halved each time it
-/// does not, all again every [`PROBE_EVERY`] waits. So a peer on another core is found by spinning, and one on our own
+/// does not, all again every 32 waits. So a peer on another core is found by spinning, and one on our own
 /// core costs little of it.
 #[derive(Debug, Default)]
 pub struct SpinBudget {

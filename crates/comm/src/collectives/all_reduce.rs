@@ -2,7 +2,7 @@
 //!
 //! Every rank reduces in rank order from the same bytes, so all ranks get the same bits, whatever the algorithm.
 //!
-//! Larger messages go in blocks of one chunk (times the world size for two-shot's pieces on windows). The phases of
+//! Larger messages go in blocks of one chunk (of one chunk per rank for direct, which stages nothing). The phases of
 //! neighbouring blocks overlap, so that a peer has had a whole phase of time before it is waited for:
 //!
 //! ```text

@@ -5,6 +5,7 @@
 //! tens of nanoseconds of bookkeeping: no lock, no allocation, no system call.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use unisono_core::call::{CallHeader, HEADER_WORDS, Kind};
 use unisono_core::layout::{
@@ -155,7 +156,7 @@ impl Engine {
             // Whoever left may have done all its part of what comes; the wait that misses it will say so.
             None | Some(Cause::Dropped { .. }) => Ok(()),
             Some(cause) => {
-                let error = cause.into_error("an earlier call", self.world_size);
+                let error = cause.into_error("an earlier call", (self.rank, self.world_size));
                 self.failed = Some(error.clone());
                 Err(error)
             }
@@ -310,6 +311,7 @@ impl Engine {
             mine.consumed.publish(self.step);
             mine.sleepers.wake(mine.consumed.word());
         }
+        mine.completed.publish(self.epoch);
         mine.trail.publish(self.epoch << 32 | u64::from(self.chain as u32));
         mine.sleepers.wake(mine.trail.word());
     }
@@ -331,7 +333,7 @@ impl Engine {
     }
 
     /// A barrier of its own kind, with other patience: for the beginning and the end.
-    pub(crate) fn meet(&mut self, header: CallHeader, patience: Option<std::time::Duration>) -> Result<()> {
+    pub(crate) fn meet(&mut self, header: CallHeader, patience: Option<Duration>) -> Result<()> {
         let usual = std::mem::replace(&mut self.policy.patience, patience);
         let result = self.check().and_then(|()| self.execute(&Plan { header, ..Plan::bare(header.kind) }));
         self.policy.patience = usual;
@@ -389,6 +391,9 @@ impl Engine {
 
     /// `all_reduce #812`; the meeting at the beginning is number 0.
     pub(super) fn during(&self) -> String {
+        if self.epoch <= 1 {
+            return "the start of the job".to_owned();
+        }
         format!("{} #{}", self.kind.name(), self.epoch - 1)
     }
 
@@ -424,7 +429,7 @@ impl Engine {
 
     pub(super) fn first_cause(&self) -> Error {
         let unknown = || Cause::Aborted { rank: self.rank as u32, reason: "unknown".to_owned() };
-        self.control.cause().unwrap_or_else(unknown).into_error(&self.during(), self.world_size)
+        self.control.cause().unwrap_or_else(unknown).into_error(&self.during(), (self.rank, self.world_size))
     }
 }
 

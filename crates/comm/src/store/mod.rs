@@ -1,6 +1,7 @@
 //! Stores: where the ranks of a job meet. One trait, a file per implementation, one conformance suite for all.
 
 mod file;
+mod interface;
 mod memory;
 mod prefix;
 mod table;
@@ -14,6 +15,7 @@ use unisono_sync::Deadline;
 use crate::error::{Error, Result};
 
 pub use self::file::FileStore;
+pub use self::interface::interface_address;
 pub use self::memory::MemoryStore;
 pub use self::prefix::PrefixStore;
 pub use self::tcp::{StoreServer, StoreServerConfig, TcpStore};

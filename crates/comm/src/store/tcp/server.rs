@@ -11,6 +11,7 @@ use unisono_core::{Secret, UniqueId};
 use super::progress::Progress;
 use super::protocol::name;
 use crate::error::{Error, Result};
+use crate::store::interface_address;
 use crate::store::table::Limits;
 
 /// Longer settings are cut to this, so that they can be added to any time.
@@ -53,6 +54,15 @@ impl StoreServerConfig {
     pub fn address(mut self, address: SocketAddr) -> Self {
         self.address = address;
         self
+    }
+
+    /// Listens on the interface with this name, such as `eth0`, at the port of the address.
+    ///
+    /// # Errors
+    /// [`Error::Interface`] if there is none.
+    pub fn interface(mut self, name: &str) -> Result<Self> {
+        self.address.set_ip(interface_address(name)?);
+        Ok(self)
     }
 
     /// The id of the job, told in the unique id.

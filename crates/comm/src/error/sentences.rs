@@ -1,0 +1,143 @@
+//! The sentence of every error, as people read it.
+
+use std::time::Duration;
+
+use super::Error;
+
+/// One line per example: the variant, an error of it, its sentence. A variant without a line does not compile.
+macro_rules! sentences {
+    ($($variant:ident: $error:expr => $sentence:expr;)*) => {
+        #[test]
+        fn every_error_says_what_happened_and_what_to_do() {
+            $(
+                let error: Error = $error;
+                assert!(matches!(error, Error::$variant { .. }), "{error:?}");
+                assert_eq!(error.to_string(), $sentence);
+            )*
+        }
+
+        #[expect(dead_code, reason = "it is there to compile")]
+        fn has_a_sentence(error: &Error) {
+            match error {
+                $(Error::$variant { .. } => {})*
+            }
+        }
+    };
+}
+
+const WHO: &str = "rank 3 (host gpu07, pid 4121)";
+const STORE: &str = "tcp://10.0.0.5:29500";
+
+sentences! {
+    Core: Error::Core(unisono_core::Error::UnknownName { kind: "dtype", got: "float7".into() })
+        => "`float7` is not a known dtype";
+    Node: Error::Node(unisono_node::Error::PeerLost { rank: 3, pid: 4121, lost: unisono_node::Lost::SocketClosed })
+        => "rank 3 (pid 4121) is gone: its socket closed";
+    Mismatch: Error::Mismatch {
+        left: "all_reduce #812 on rank 2 (bf16, 4096, sum)".into(),
+        right: "broadcast #812 on rank 0 (bf16, 4096, root 0)".into(),
+    } => "all_reduce #812 on rank 2 (bf16, 4096, sum) met broadcast #812 on rank 0 (bf16, 4096, root 0). All ranks must \
+          make the same calls in the same order.";
+    PeerDied: Error::PeerDied {
+        rank: 3,
+        who: WHO.into(),
+        during: "all_reduce #812".into(),
+        how: "its socket closed".into(),
+        survivors: vec![0, 1, 2],
+    } => "rank 3 (host gpu07, pid 4121) died during all_reduce #812: its socket closed. This communicator cannot go on; \
+          ranks left: 0, 1, 2.";
+    GivenUp: Error::GivenUp {
+        rank: 3,
+        during: "all_reduce #812".into(),
+        how: "its process is stopped and did not answer for 3.0 s".into(),
+    } => "the other ranks gave up rank 3, this process, during all_reduce #812: its process is stopped and did not \
+          answer for 3.0 s. It runs again, but only a new communicator can join them.";
+    PeerLeft: Error::PeerLeft { rank: 3, during: "barrier #9".into() }
+        => "rank 3 dropped its communicator before barrier #9 was complete. Call destroy() on every rank to end together.";
+    Timeout: Error::Timeout {
+        rank: 0,
+        call: "all_reduce #812".into(),
+        waited_ms: 600_040,
+        missing: vec![WHO.into(), "rank 5 (host gpu07, pid 4123)".into()],
+    } => "rank 0 waited 600.0 s in all_reduce #812 for rank 3 (host gpu07, pid 4121), rank 5 (host gpu07, pid 4123), \
+          which did not make the call. UNISONO_TIMEOUT or Builder::timeout waits longer.";
+    Aborted: Error::Aborted { rank: 1, during: "barrier #9".into(), reason: "out of patience".into() }
+        => "rank 1 aborted the communicator during barrier #9: out of patience";
+    Argument: Error::Argument {
+        call: "all_gather",
+        rank: 1,
+        what: "count of the output",
+        expected: "16".into(),
+        got: "12".into(),
+    } => "all_gather on rank 1: count of the output should be 16, got 12. Nothing was written.";
+    Place: Error::Place {
+        call: "all_reduce",
+        rank: 0,
+        expected: "host memory and its windows".into(),
+        got: "cuda:1".into(),
+    } => "all_reduce on rank 0 got a buffer in cuda:1; this communicator works on host memory and its windows. Nothing was \
+          written.";
+    Poisoned: Error::Poisoned { id: 2, cause: "rank 3 died".into() }
+        => "window 2 is poisoned: its communicator failed while peers could touch it (rank 3 died). Make a new \
+            communicator.";
+    InitTimeout: Error::InitTimeout {
+        met: 6,
+        world_size: 8,
+        store: STORE.into(),
+        waited: Duration::from_millis(30_012),
+        missing: vec![3, 7],
+    } => "6 of 8 ranks met at tcp://10.0.0.5:29500 within 30.0s; missing: 3, 7. Were they started, and can they reach it? \
+          UNISONO_INIT_TIMEOUT=60s waits longer.";
+    InitStalled: Error::InitStalled {
+        rank: 3,
+        who: WHO.into(),
+        what: "write the table of ranks",
+        waited: Duration::from_secs(30),
+    } => "rank 3 (host gpu07, pid 4121) met the others but did not write the table of ranks within 30.0s. Is it alive? \
+          UNISONO_INIT_TIMEOUT=60s waits longer.";
+    StaleGeneration: Error::StaleGeneration { rank: 3, job: "train".into(), expected: 2, got: 1 }
+        => "rank 3 belongs to generation 1 of job train, which is already at generation 2. It is left over from an older \
+            start: end it.";
+    SeveralHosts: Error::SeveralHosts { world_size: 4, hosts: vec!["a".into(), "b".into()] }
+        => "the 4 ranks lie on 2 hosts (a, b); this release connects the ranks of one host";
+    NoSecret: Error::NoSecret { store: STORE.into() }
+        => "UNISONO_REQUIRE=auth, but tcp://10.0.0.5:29500 has no secret: start with `unisono run`, or hand over \
+            UNISONO_SECRET_FILE";
+    Builder: Error::Builder { problem: "rank() was not given" }
+        => "the communicator cannot be built: rank() was not given";
+    StoreTimeout: Error::StoreTimeout { store: STORE.into(), key: "model".into(), waited: Duration::from_millis(1540) }
+        => "tcp://10.0.0.5:29500 has no `model` after 1.5s. Was every rank started, and can it reach the store?";
+    StoreIo: Error::StoreIo { store: STORE.into(), action: "connect", message: "Connection refused".into() }
+        => "tcp://10.0.0.5:29500: connect failed: Connection refused";
+    StoreLimit: Error::StoreLimit { store: STORE.into(), what: "value length", got: 9_000_000, cap: 8_388_608 }
+        => "tcp://10.0.0.5:29500: value length of 9000000 is above the cap of 8388608; nothing was stored";
+    StoreKey: Error::StoreKey { store: STORE.into() } => "tcp://10.0.0.5:29500: a key must have at least one byte";
+    StoreProtocol: Error::StoreProtocol { store: STORE.into(), message: "reply 7 came for request 6".into() }
+        => "tcp://10.0.0.5:29500: the other end does not speak our protocol: reply 7 came for request 6";
+    StoreValue: Error::StoreValue { store: STORE.into(), key: "step".into(), message: "it holds 3 bytes, no number".into() }
+        => "tcp://10.0.0.5:29500: nothing can be added to `step`: it holds 3 bytes, no number";
+    LaunchNothing: Error::LaunchNothing
+        => "this process is no rank of a job: RANK and WORLD_SIZE are not set (looked for: unisono run, torchrun, Open \
+            MPI, PMI, Slurm). Start with: unisono run -n 4 -- PROGRAM";
+    LaunchHalfSet: Error::LaunchHalfSet { set: "RANK=0".into(), missing: "WORLD_SIZE" }
+        => "RANK=0 is set but WORLD_SIZE is not (looked for: unisono run, torchrun, Open MPI, PMI, Slurm). Start with: \
+            unisono run -n 4 -- PROGRAM";
+    LaunchRank: Error::LaunchRank { rank_name: "RANK", rank: 4, size_name: "WORLD_SIZE", size: 4 }
+        => "RANK=4 does not fit WORLD_SIZE=4: ranks go from 0 to WORLD_SIZE − 1";
+    LaunchHosts: Error::LaunchHosts { launcher: "srun", world_size: 16 }
+        => "srun started 16 ranks on several hosts and tells them no place to meet. Set UNISONO_STORE=tcp://HOST:PORT on \
+            all of them, with a host that all can reach (for example that of rank 0) and a free port";
+    LaunchNoStore: Error::LaunchNoStore { launcher: "the environment", world_size: 4 }
+        => "the environment says that there are 4 ranks, but not where they meet: neither MASTER_ADDR and \
+            MASTER_PORT nor UNISONO_STORE are set. Start with: unisono run -n 4 -- PROGRAM";
+    SecretSource: Error::SecretSource { from: "UNISONO_SECRET_FD=7".into(), message: "it holds 12 bytes, not 32".into() }
+        => "the job's secret cannot be read from UNISONO_SECRET_FD=7: it holds 12 bytes, not 32";
+    JobDirectory: Error::JobDirectory { path: "/run/user/1000/unisono".into(), message: "belongs to another user".into() }
+        => "the job directory /run/user/1000/unisono belongs to another user";
+    StoreAddress: Error::StoreAddress {
+        address: std::net::SocketAddr::from(([0, 0, 0, 0], 29500)),
+        reason: "name the address of one interface, or 127.0.0.1",
+    } => "a store cannot listen on 0.0.0.0:29500: name the address of one interface, or 127.0.0.1";
+    Interface: Error::Interface { name: "eth7".into(), there_are: "lo, eth0".into() }
+        => "this host has no network interface eth7 with an address; there are: lo, eth0";
+}

@@ -1,0 +1,186 @@
+//! Ranks that make different calls: an error that names both, on every rank, and never other data.
+
+use std::time::Duration;
+
+use unisono::{Communicator, Error, Memory, Operations, ReduceOp, Result};
+
+use super::parts::{Part, expect, setting};
+use super::random::Random;
+use super::world::Setup;
+use super::{scale, server};
+
+/// A call as a rank of the table makes it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Made {
+    Barrier,
+    ReduceF32(usize, ReduceOp),
+    ReduceI32(usize),
+    Broadcast(usize, usize),
+    BroadcastBytes(usize, usize),
+    Gather(usize),
+    Window(usize),
+    Destroy,
+}
+
+/// Larger than all the staging of a rank: a root cannot run ahead to the end of it.
+const HUGE: usize = 5 << 20;
+
+/// Variations of operation, dtype, count, reduction and root; sizes of every algorithm.
+const TABLE: [Made; 17] = [
+    Made::Barrier,
+    Made::ReduceF32(4, ReduceOp::Sum),
+    Made::ReduceF32(4, ReduceOp::Max),
+    Made::ReduceF32(5, ReduceOp::Sum),
+    Made::ReduceI32(4),
+    Made::ReduceF32(3000, ReduceOp::Sum),
+    Made::ReduceF32(1 << 20, ReduceOp::Sum),
+    Made::ReduceF32(0, ReduceOp::Sum),
+    Made::Broadcast(4, 0),
+    Made::Broadcast(4, 1),
+    Made::Broadcast(3000, 0),
+    Made::Broadcast(HUGE / 4, 0),
+    Made::BroadcastBytes(HUGE, 1),
+    Made::Gather(4),
+    Made::Gather(3000),
+    Made::Window(10),
+    Made::Destroy,
+];
+
+/// What a rank puts in, and what it expects out where nothing differs.
+const INPUT: f32 = 1.0;
+
+impl Made {
+    /// As errors write it, without number and rank.
+    fn described(self) -> (&'static str, String) {
+        match self {
+            Self::Barrier => ("barrier", String::new()),
+            Self::ReduceF32(count, op) => ("all_reduce", format!("(f32, {count}, {})", op.name())),
+            Self::ReduceI32(count) => ("all_reduce", format!("(i32, {count}, sum)")),
+            Self::Broadcast(count, root) => ("broadcast", format!("(f32, {count}, root {root})")),
+            Self::BroadcastBytes(count, root) => ("broadcast", format!("(u8, {count}, root {root})")),
+            Self::Gather(count) => ("all_gather", format!("(f32, {count})")),
+            Self::Window(count) => ("window", format!("(f32, {count})")),
+            Self::Destroy => ("destroy", String::new()),
+        }
+    }
+
+    /// Makes the call. Ok means that the data is right, which is checked.
+    fn make(self, communicator: Communicator) -> Result<Option<Communicator>> {
+        let size = communicator.world_size();
+        let rank = communicator.rank();
+        match self {
+            Self::Barrier => communicator.barrier()?,
+            Self::ReduceF32(count, op) => {
+                let mut x = vec![INPUT; count];
+                communicator.all_reduce(&mut x, op)?;
+                let expected = if op == ReduceOp::Max { INPUT } else { INPUT * size as f32 };
+                expect(x.iter().all(|x| *x == expected), || format!("{self:?} gave {:?}", x.first()));
+            }
+            Self::ReduceI32(count) => {
+                let mut x = vec![1i32; count];
+                communicator.all_reduce(&mut x, ReduceOp::Sum)?;
+                expect(x.iter().all(|x| *x == size as i32), || format!("{self:?} gave {x:?}"));
+            }
+            Self::Broadcast(count, root) => {
+                let mut x = vec![if rank == root { INPUT } else { f32::NAN }; count];
+                communicator.broadcast(&mut x, root)?;
+                expect(x.iter().all(|x| *x == INPUT), || format!("{self:?} gave {:?}", x.first()));
+            }
+            Self::BroadcastBytes(count, root) => {
+                let mut x = vec![if rank == root { 7u8 } else { 0xff }; count];
+                communicator.broadcast(&mut x, root)?;
+                expect(x.iter().all(|x| *x == 7), || format!("{self:?} gave {:?}", x.first()));
+            }
+            Self::Gather(count) => {
+                let mut all = vec![f32::NAN; count * size];
+                communicator.all_gather_into(&vec![INPUT; count], &mut all)?;
+                expect(all.iter().all(|x| *x == INPUT), || format!("{self:?} gave {:?}", all.first()));
+            }
+            Self::Window(count) => drop(communicator.window::<f32>(count, Memory::Host)?),
+            Self::Destroy => return communicator.destroy().map(|()| None),
+        }
+        Ok(Some(communicator))
+    }
+}
+
+/// Row 15.
+pub(crate) fn both_calls_are_named_on_every_rank() {
+    let server = server();
+    let seed = Random::fresh_seed();
+    println!("seed {seed}");
+    let setup = Setup::new("mismatches", 3, server.unique_id())
+        .with("FAULTS_SEED", seed)
+        .with("FAULTS_ROUNDS", scale())
+        .with("FAULTS_TIMEOUT_MS", 20_000);
+    let mut world = setup.start();
+    world.expect_good_end();
+    println!("{} pairs of calls", world.ranks[0].value("pairs").unwrap());
+}
+
+/// The part `mismatches`: all ordered pairs of the table, each in a world of its own, after some equal calls.
+pub(crate) fn all_pairs(part: &Part) -> Result<()> {
+    let mut random = Random::new(setting("FAULTS_SEED").unwrap_or(1));
+    let rounds: usize = setting("FAULTS_ROUNDS").unwrap_or(1);
+    let mut pairs = 0;
+    for round in 0..rounds {
+        for (at, left) in TABLE.into_iter().enumerate() {
+            for right in TABLE.into_iter().filter(|right| *right != left) {
+                pairs += 1;
+                // Rank 0 makes the left call, rank 1 the right one, rank 2 either.
+                let third = if random.below(2) == 0 { left } else { right };
+                let mine = [left, right, third][part.rank];
+                let history: Vec<Made> = (0..random.below(12))
+                    .map(|_| TABLE[random.below(TABLE.len() as u64 - 2) as usize])
+                    .collect();
+                let history: Vec<Made> = history.into_iter().filter(|made| !is_large(*made)).collect();
+                let job = format!("{} {round} {at} {pairs}", part.job);
+                let context = || format!("round {round}: {left:?}, {right:?}, {third:?} after {history:?}");
+                let error = differ(part, job, &history, mine)?;
+                let Some(error) = error else {
+                    expect(false, || format!("no error of {mine:?} in {}", context()));
+                    continue;
+                };
+                check(&error, (left, right), history.len(), &context());
+            }
+        }
+    }
+    println!("pairs {pairs}");
+    Ok(())
+}
+
+fn is_large(made: Made) -> bool {
+    matches!(made, Made::Broadcast(count, _) | Made::BroadcastBytes(count, _) | Made::ReduceF32(count, _) if count > 10_000)
+}
+
+/// Makes equal calls, then `mine`, and if that succeeds a barrier; the error of either.
+fn differ(part: &Part, job: String, history: &[Made], mine: Made) -> Result<Option<Error>> {
+    let mut communicator = part.builder().job(job).init_timeout(Duration::from_secs(30)).build()?;
+    for made in history {
+        // Who is behind may learn already here that the others differ.
+        match made.make(communicator) {
+            Err(error @ Error::Mismatch { .. }) => return Ok(Some(error)),
+            other => communicator = other?.expect("the history holds no end"),
+        }
+    }
+    match mine.make(communicator) {
+        Err(error) => Ok(Some(error)),
+        Ok(None) => Ok(None),
+        Ok(Some(communicator)) => Ok(communicator.barrier().err()),
+    }
+}
+
+/// The error names both calls, with their numbers.
+fn check(error: &Error, (left, right): (Made, Made), calls_before: usize, context: &str) {
+    let sentence = error.to_string();
+    let is_mismatch = matches!(error, Error::Mismatch { .. });
+    let names = |made: Made| {
+        let (name, arguments) = made.described();
+        let beginning = format!("{name} #{} on rank ", calls_before + 1);
+        sentence.match_indices(&beginning).any(|(at, _)| {
+            let rest = &sentence[at + beginning.len()..];
+            // Behind the rank's digit.
+            arguments.is_empty() || rest[1..].starts_with(&format!(" {arguments}"))
+        })
+    };
+    expect(is_mismatch && names(left) && names(right), || format!("`{sentence}` in {context}"));
+}

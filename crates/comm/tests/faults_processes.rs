@@ -1,0 +1,90 @@
+//! Faults of whole processes: ranks that are killed, stopped, late, of another start or of another opinion.
+//!
+//! The test starts its own program again for every rank; the environment tells it which part to play. Each test says
+//! which promise of `docs/reliability.md` it holds up. The default run takes seconds; `UNISONO_TEST_SCALE=20` repeats
+//! the repeatable ones twenty times as often (`cargo xtask faults --scale 20`).
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "ranks report to the test through their output"
+)]
+
+mod faults;
+
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Trial};
+
+fn main() -> ExitCode {
+    if let Some(part) = faults::parts::Part::from_environment() {
+        return part.play();
+    }
+    let mut arguments = Arguments::from_args();
+    // Most of these measure time, and all of them load the machine.
+    arguments.test_threads = Some(1);
+    libtest_mimic::run(&arguments, trials()).exit_code()
+}
+
+fn trials() -> Vec<Trial> {
+    type Test = fn();
+    let tests: [(&str, Test); 21] = [
+        ("kill::every_survivor_names_the_killed_rank", faults::kills::every_survivor_names_the_killed_rank),
+        ("kill::a_forked_child_does_not_hide_it", faults::kills::a_forked_child_does_not_hide_it),
+        (
+            "kill::the_store_is_not_missed_after_the_start",
+            faults::kills::the_store_is_not_missed_after_the_start,
+        ),
+        ("stop::a_stopped_rank_is_named_in_time", faults::stops::a_stopped_rank_is_named_in_time),
+        ("stop::three_seconds_by_default", faults::stops::three_seconds_by_default),
+        ("stop::a_late_rank_is_waited_for", faults::stops::a_late_rank_is_waited_for),
+        ("stop::a_timeout_names_who_did_not_come", faults::stops::a_timeout_names_who_did_not_come),
+        ("stop::sixteen_ranks_raise_no_alarm", faults::stops::sixteen_ranks_raise_no_alarm),
+        (
+            "stop::a_job_that_is_stopped_as_a_whole_goes_on",
+            faults::stops::a_job_that_is_stopped_as_a_whole_goes_on,
+        ),
+        (
+            "start::a_death_at_each_step_of_meeting_is_named",
+            faults::start::a_death_at_each_step_of_meeting_is_named,
+        ),
+        (
+            "start::a_death_while_connecting_is_named_at_once",
+            faults::start::a_death_while_connecting_is_named_at_once,
+        ),
+        (
+            "start::a_rank_that_stops_while_connecting_is_named",
+            faults::start::a_rank_that_stops_while_connecting_is_named,
+        ),
+        ("start::a_rank_that_never_comes_is_named", faults::start::a_rank_that_never_comes_is_named),
+        ("start::an_older_generation_is_refused", faults::start::an_older_generation_is_refused),
+        (
+            "start::offenders_are_refused_and_the_job_goes_on",
+            faults::start::offenders_are_refused_and_the_job_goes_on,
+        ),
+        (
+            "start::a_tampered_store_connection_never_lies",
+            faults::start::a_tampered_store_connection_never_lies,
+        ),
+        (
+            "mismatch::both_calls_are_named_on_every_rank",
+            faults::mismatches::both_calls_are_named_on_every_rank,
+        ),
+        ("leftovers::threads_give_everything_back", faults::leftovers::threads_give_everything_back),
+        ("leftovers::processes_give_everything_back", faults::leftovers::processes_give_everything_back),
+        (
+            "leftovers::a_tiny_shared_memory_file_system_is_enough",
+            faults::leftovers::a_tiny_shared_memory_file_system_is_enough,
+        ),
+        (
+            "leftovers::the_check_for_leftovers_finds_some",
+            faults::leftovers::the_check_for_leftovers_finds_some,
+        ),
+    ];
+    let trial = |(name, test): (&str, Test)| {
+        Trial::test(name, move || {
+            test();
+            Ok(())
+        })
+    };
+    tests.into_iter().map(trial).collect()
+}
