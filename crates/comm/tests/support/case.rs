@@ -60,12 +60,14 @@ pub(crate) struct Cases {
     random: Random,
     next: u64,
     world_size: usize,
+    /// Broadcasts from one root that are still to come in a row.
+    in_a_row: (u32, usize),
 }
 
 impl Cases {
     /// The cases of `topic`.
     pub(crate) fn new(seed: u64, topic: u64, world_size: usize) -> Self {
-        Self { random: Random::of(&[seed, topic]), next: topic << 32, world_size }
+        Self { random: Random::of(&[seed, topic]), next: topic << 32, world_size, in_a_row: (0, 0) }
     }
 
     /// The stream that they are drawn from.
@@ -132,9 +134,17 @@ impl Cases {
         self.case(kind, dtype, count)
     }
 
-    /// A call as programs make them: mostly small, some large.
+    /// A call as programs make them: mostly small, some large. Sometimes one root broadcasts many times in a row, as far
+    /// ahead of the others as it may.
     pub(crate) fn any(&mut self) -> Case {
-        let (kind, dtype) = self.operation();
+        let (mut kind, dtype) = self.operation();
+        if self.in_a_row.1 == 0 && self.random.once_in(60) {
+            self.in_a_row = (self.random.below(self.world_size) as u32, 20 + self.random.below(40));
+        }
+        if let (root, left @ 1..) = self.in_a_row {
+            self.in_a_row.1 = left - 1;
+            kind = Kind::Broadcast { root };
+        }
         let bytes = match self.random.below(100) {
             0..45 => self.random.below(INLINE_BYTES + 9),
             45..80 => self.random.below(2048),

@@ -114,57 +114,65 @@ impl Rank {
         format!("rank {rank} of {world_size}, {name}, {case:?}, UNISONO_TEST_SEED={}: {problem}", self.seed)
     }
 
-    fn prepare(&mut self, case: Case, used: &mut [usize; 2]) -> unisono::Result<Prepared> {
-        let (rank, world_size) = (self.rank(), self.world_size());
-        let mut own = Random::of(&[self.seed, case.number, rank as u64, 1]);
-        let (bytes, result_bytes) = (case.bytes(), case.result_bytes(world_size));
-        // Where the windows are full, and it is the same on all ranks, the call works on plain memory.
-        let both = footprint(bytes) + footprint(result_bytes);
-        let size = self.windows[0].len();
-        let memory = match case.memory {
-            Memory::OneWindow | Memory::ToWindow if used[1] + both <= size => case.memory,
-            Memory::FromWindow if used[0] + both <= size => case.memory,
-            Memory::TwoWindows if used.iter().all(|used| used + both <= size) => case.memory,
+    /// Where the buffers of `case` lie: plain where the windows, of which `used` bytes are taken, are full. Equal on all
+    /// ranks.
+    fn memory(&self, case: &Case, used: &[usize; 2]) -> Memory {
+        let both = footprint(case.bytes()) + footprint(case.result_bytes(self.world_size()));
+        let fits = |which: usize| used[which] + both <= self.windows[which].len();
+        match case.memory {
+            Memory::OneWindow | Memory::ToWindow if fits(1) => case.memory,
+            Memory::FromWindow if fits(0) => case.memory,
+            Memory::TwoWindows if fits(0) && fits(1) => case.memory,
             _ => Memory::Plain,
-        };
-        let form = match memory {
-            Memory::Plain | Memory::OneWindow => {
-                own.pick(&[Form::InPlace, Form::SameMemory, Form::OutOfPlace, Form::OutOfPlace])
-            }
-            _ => Form::OutOfPlace,
-        };
-        let door = match memory {
-            Memory::Plain if form != Form::SameMemory => own.pick(&[Door::Raw, Door::Slices, Door::Stream]),
-            _ => Door::Raw,
-        };
-        let mut shift = || if door == Door::Raw && own.once_in(2) { own.below(MAX_SHIFT + 1) } else { 0 };
-        let (source_shift, target_shift) = (shift(), shift());
-        let windows = &mut self.windows;
-        let mut region = |which: Option<usize>, bytes, shift| match which {
+        }
+    }
+
+    /// A region in window `which` behind what is used of it, or in plain memory.
+    fn region(
+        &mut self,
+        which: Option<usize>,
+        used: &[usize; 2],
+        bytes: usize,
+        shift: usize,
+    ) -> unisono::Result<Region> {
+        match which {
             None => Ok(Region::plain(bytes, shift)),
-            Some(which) => Region::in_window(&mut windows[which], used[which], bytes, shift),
-        };
-        let (source_window, target_window) = match memory {
+            Some(which) => Region::in_window(&mut self.windows[which], used[which], bytes, shift),
+        }
+    }
+
+    fn prepare(&mut self, case: Case, used: &mut [usize; 2]) -> unisono::Result<Prepared> {
+        let rank = self.rank();
+        let mut own = Random::of(&[self.seed, case.number, rank as u64, 1]);
+        let (bytes, result_bytes) = (case.bytes(), case.result_bytes(self.world_size()));
+        let (source_window, target_window) = match self.memory(&case, used) {
             Memory::Plain => (None, None),
             Memory::OneWindow => (Some(1), Some(1)),
             Memory::TwoWindows => (Some(0), Some(1)),
             Memory::FromWindow => (Some(0), None),
             Memory::ToWindow => (None, Some(1)),
         };
-        let mut target = region(target_window, result_bytes, target_shift)?;
+        let form = match source_window == target_window {
+            true => own.pick(&[Form::InPlace, Form::SameMemory, Form::OutOfPlace, Form::OutOfPlace]),
+            false => Form::OutOfPlace,
+        };
+        let is_plain = (source_window, target_window) == (None, None);
+        let door = match is_plain && form != Form::SameMemory {
+            true => own.pick(&[Door::Raw, Door::Slices, Door::Stream]),
+            false => Door::Raw,
+        };
+        let mut shift = || if door == Door::Raw && own.once_in(2) { own.below(MAX_SHIFT + 1) } else { 0 };
+        let (source_shift, target_shift) = (shift(), shift());
+        let mut target = self.region(target_window, used, result_bytes, target_shift)?;
         if let Some(which) = target_window {
             used[which] += footprint(result_bytes);
         }
-        let mut source = None;
-        if form == Form::OutOfPlace {
-            let mut region = |which: Option<usize>| match which {
-                None => Ok(Region::plain(bytes, source_shift)),
-                Some(which) => Region::in_window(&mut self.windows[which], used[which], bytes, source_shift),
-            };
-            source = Some(region(source_window)?);
-        }
+        let mut source = match form {
+            Form::OutOfPlace => Some(self.region(source_window, used, bytes, source_shift)?),
+            _ => None,
+        };
         if let Some(which) = source_window {
-            // Ranks that are in place leave the room of a source unused: offsets stay nearly, not quite, equal.
+            // Taken in any case: ranks that are in place must find as much room as the others for what comes.
             used[which] += footprint(bytes);
         }
         target.bytes().fill(own.next() as u8);

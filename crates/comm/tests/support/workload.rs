@@ -15,7 +15,7 @@ use super::rank::Rank;
 /// One byte more than this: a count that divides by nothing.
 const HUGE_BYTES: usize = 64 << 20;
 /// Most cases of a batch, which run back to back.
-const BATCH: usize = 48;
+const BATCH: usize = 100;
 /// Most bytes of the results of a batch.
 const BATCH_BYTES: usize = 8 << 20;
 
