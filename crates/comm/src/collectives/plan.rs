@@ -45,8 +45,11 @@ impl Plan {
     /// Checks `call` and chooses its algorithm. Nothing was sent or written when this fails.
     #[inline]
     pub(crate) fn new(call: &Call<'_>, situation: &Situation<'_>) -> Result<Self> {
-        if let (Kind::Barrier | Kind::Destroy | Kind::CloseWindow, []) = (call.kind, call.buffers()) {
-            return Ok(Self::bare(call.kind));
+        if call.kind == Kind::Barrier {
+            return match call.buffers().len() {
+                0 => Ok(Self::bare(call.kind)),
+                buffers => Err(argument(situation, call.kind, "number of buffers", 0, buffers)),
+            };
         }
         let Buffers { source, target, count, dtype } = Buffers::new(call, situation)?;
         let source_window = window_of(call.kind, &source, situation)?;
@@ -137,7 +140,13 @@ impl Buffers {
     fn new(call: &Call<'_>, situation: &Situation<'_>) -> Result<Self> {
         let kind = call.kind;
         let Some(sides) = Sides::new(kind, situation.rank, situation.world_size) else {
-            return Err(argument(situation, kind, "operation", "one that moves data", kind.name()));
+            return Err(argument(
+                situation,
+                kind,
+                "operation",
+                "one that moves data, or barrier",
+                kind.name(),
+            ));
         };
         if let Some(root) = kind.root()
             && root as usize >= situation.world_size
@@ -147,17 +156,14 @@ impl Buffers {
         let (source, target) = match (kind, call.buffers()) {
             (Kind::AllGather, [all]) => (own_part(kind, all, situation)?, *all),
             (Kind::ReduceScatter { .. }, [all]) => (*all, own_part(kind, all, situation)?),
-            (Kind::Gather { .. } | Kind::Scatter { .. }, [_]) | (_, [] | [_, _, _, ..]) => {
-                return Err(argument(
-                    situation,
-                    kind,
-                    "number of buffers",
-                    "source and target",
-                    call.buffers().len(),
-                ));
+            (Kind::Gather { .. } | Kind::Scatter { .. }, [_]) => {
+                return Err(argument(situation, kind, "number of buffers", 2, 1));
             }
             (_, [both]) => (*both, *both),
             (_, [source, target]) => (*source, *target),
+            (_, buffers) => {
+                return Err(argument(situation, kind, "number of buffers", "1 or 2", buffers.len()));
+            }
         };
         let (source, target) = (present(source, sides.source), present(target, sides.target));
         let dtype = if sides.source > 0 { source.dtype } else { target.dtype };
