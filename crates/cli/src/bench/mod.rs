@@ -30,17 +30,32 @@ pub(crate) enum Operation {
     AllReduce,
     Broadcast,
     AllGather,
+    ReduceScatter,
+    AllToAll,
+    Reduce,
+    Gather,
+    Scatter,
     Barrier,
 }
 
 impl Operation {
-    const ALL: [Self; 4] = [Self::AllReduce, Self::Broadcast, Self::AllGather, Self::Barrier];
+    /// What is measured when nothing is named: the operations that training and inference call most.
+    const DEFAULT: [Self; 4] = [Self::AllReduce, Self::Broadcast, Self::AllGather, Self::Barrier];
+
+    const fn reduces(self) -> bool {
+        matches!(self, Self::AllReduce | Self::ReduceScatter | Self::Reduce)
+    }
 
     const fn name(self) -> &'static str {
         match self {
             Self::AllReduce => "all_reduce",
             Self::Broadcast => "broadcast",
             Self::AllGather => "all_gather",
+            Self::ReduceScatter => "reduce_scatter",
+            Self::AllToAll => "all_to_all",
+            Self::Reduce => "reduce",
+            Self::Gather => "gather",
+            Self::Scatter => "scatter",
             Self::Barrier => "barrier",
         }
     }
@@ -49,11 +64,11 @@ impl Operation {
 /// The arguments of `unisono bench`.
 #[derive(Clone, Debug, Args)]
 #[command(
-    after_help = "Bytes are those that each rank contributes. Times are those of back-to-back calls (batches of 1000 \
+    after_help = "Bytes are those of one part: what each rank contributes, or gets where it contributes a part to every rank. Times are those of back-to-back calls (batches of 1000 \
                   below 4 KiB): percentiles over batches of the slowest rank. algbw and busbw count as nccl-tests does."
 )]
 pub(crate) struct Arguments {
-    /// Operations to measure; all if none is named
+    /// Operations to measure; all_reduce, broadcast, all_gather and barrier if none is named
     #[arg(value_name = "OPERATION")]
     operations: Vec<Operation>,
     /// Number of ranks, as processes of this host
@@ -127,7 +142,7 @@ struct Workload {
 impl Workload {
     fn new(arguments: &Arguments) -> Result<Self, Failure> {
         let operations = match arguments.operations.as_slice() {
-            [] => Operation::ALL.to_vec(),
+            [] => Operation::DEFAULT.to_vec(),
             named => named.to_vec(),
         };
         let sizes = match arguments.sizes.as_slice() {
@@ -141,7 +156,11 @@ impl Workload {
                 arguments.dtype
             )));
         }
-        if operations.contains(&Operation::AllReduce) {
+        let two_sided = |operation: &&Operation| matches!(operation, Operation::Gather | Operation::Scatter);
+        if let (true, Some(operation)) = (arguments.in_place, operations.iter().find(two_sided)) {
+            return Err(Failure::new(format!("{} has no form in place", operation.name())));
+        }
+        if operations.iter().any(|operation| operation.reduces()) {
             unisono::reduce_op::check(arguments.dtype, arguments.op)
                 .map_err(|error| Failure::new(error.to_string()))?;
         }
@@ -236,7 +255,7 @@ impl<'a> Report<'a> {
     fn title(&self, operation: &str) -> String {
         let (dtype, op) = (self.arguments.dtype, self.arguments.op);
         let what = match operation {
-            "all_reduce" => format!("{operation} {dtype} {op}"),
+            "all_reduce" | "reduce_scatter" | "reduce" => format!("{operation} {dtype} {op}"),
             "barrier" => operation.to_owned(),
             _ => format!("{operation} {dtype}"),
         };

@@ -39,12 +39,25 @@ impl Patterns {
 
     /// Elements of `got` that differ from `expected`, which repeats.
     pub(crate) fn wrong(&self, expected: &[u8], got: &[u8]) -> u64 {
-        let differing = |(expected, got): (&[u8], &[u8])| {
+        self.wrong_from(expected, 0, got)
+    }
+
+    /// The same where `got` starts at element `first` of what repeats.
+    pub(crate) fn wrong_from(&self, expected: &[u8], first: usize, got: &[u8]) -> u64 {
+        let differing = |expected: &[u8], got: &[u8]| {
             let pairs = expected.chunks(self.size).zip(got.chunks(self.size));
             pairs.filter(|(expected, got)| expected != got).count() as u64
         };
-        let blocks = got.chunks(expected.len()).map(|got| (&expected[..got.len()], got));
-        blocks.filter(|(expected, got)| expected != got).map(differing).sum()
+        let (mut at, mut rest, mut wrong) = (first % PERIOD * self.size, got, 0);
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(rest.len().min(expected.len() - at));
+            let expected = &expected[at..at + now.len()];
+            if expected != now {
+                wrong += differing(expected, now);
+            }
+            (at, rest) = (0, later);
+        }
+        wrong
     }
 }
 

@@ -131,8 +131,9 @@ impl Rank<'_> {
 
     fn buffers(&self, operation: Operation, count: usize) -> Result<Buffers> {
         let size = self.workload.dtype.size();
-        let parts = if operation == Operation::AllGather { self.communicator.world_size() } else { 1 };
-        let (input, output) = (count * size, count * size * parts);
+        let (input, output) = self.parts(operation);
+        let output = if self.workload.in_place { input.max(output) } else { output };
+        let (input, output) = (count * size * input, count * size * output);
         let mut buffers = if self.workload.windows {
             let source = self.communicator.window(input, Memory::Host)?;
             Buffers::Windows { source, target: self.communicator.window(output, Memory::Host)? }
@@ -143,44 +144,66 @@ impl Rank<'_> {
         Ok(buffers)
     }
 
+    /// Parts of the input and of the output. Sides that only the root has are there on every rank: the others leave them.
+    fn parts(&self, operation: Operation) -> (usize, usize) {
+        let ranks = self.communicator.world_size();
+        match operation {
+            Operation::AllReduce | Operation::Broadcast | Operation::Reduce | Operation::Barrier => (1, 1),
+            Operation::AllGather | Operation::Gather => (1, ranks),
+            Operation::ReduceScatter | Operation::Scatter => (ranks, 1),
+            Operation::AllToAll => (ranks, ranks),
+        }
+    }
+
     /// Runs (or only looks at) the result and counts the elements of ours that are wrong.
     fn verify(&self, operation: Operation, count: usize, buffers: &mut Buffers, fresh: bool) -> Result<u64> {
         if operation == Operation::Barrier {
             return self.communicator.barrier().map(|()| 0);
         }
         if fresh || self.workload.in_place {
-            let rank = self.communicator.rank();
-            let part = count * self.workload.dtype.size();
             buffers.target()?.fill(0xa5);
             if self.workload.in_place {
+                let rank = self.communicator.rank();
+                let part = count * self.workload.dtype.size();
                 let start = if operation == Operation::AllGather { rank * part } else { 0 };
-                self.patterns.fill(rank, &mut buffers.target()?[start..start + part]);
+                let (input, _) = self.parts(operation);
+                self.patterns.fill(rank, &mut buffers.target()?[start..start + input * part]);
             }
             self.call(operation, count, buffers)?;
         }
+        let rank = self.communicator.rank();
+        let part = (count * self.workload.dtype.size()).max(1);
         let target = buffers.target()?;
+        let of_each = |first: usize| {
+            let parts = target.chunks(part).enumerate();
+            parts.map(|(rank, got)| self.patterns.wrong_from(self.patterns.input(rank), first, got)).sum()
+        };
         match operation {
-            Operation::AllReduce => {
+            Operation::Reduce | Operation::Gather if rank != 0 => Ok(0),
+            Operation::AllReduce | Operation::Reduce => Ok(self
+                .patterns
+                .wrong(&self.patterns.reduced(self.workload.dtype, self.workload.op)?, target)),
+            Operation::ReduceScatter => {
                 let expected = self.patterns.reduced(self.workload.dtype, self.workload.op)?;
-                Ok(self.patterns.wrong(&expected, target))
+                let mine = if self.workload.in_place {
+                    &target[rank * part..(rank + 1) * part]
+                } else {
+                    &target[..]
+                };
+                Ok(self.patterns.wrong_from(&expected, rank * count, mine))
             }
+            Operation::Scatter => Ok(self.patterns.wrong_from(self.patterns.input(0), rank * count, target)),
             Operation::Broadcast => Ok(self.patterns.wrong(self.patterns.input(0), target)),
-            Operation::AllGather | Operation::Barrier => {
-                let part = (target.len() / self.communicator.world_size()).max(1);
-                let parts = target.chunks(part).enumerate();
-                Ok(parts.map(|(rank, part)| self.patterns.wrong(self.patterns.input(rank), part)).sum())
-            }
+            Operation::AllGather | Operation::Gather => Ok(of_each(0)),
+            Operation::AllToAll => Ok(of_each(rank * count)),
+            Operation::Barrier => Ok(0),
         }
     }
 
     fn call(&self, operation: Operation, count: usize, buffers: &mut Buffers) -> Result<()> {
-        let kind = match operation {
-            Operation::Barrier => return self.communicator.barrier(),
-            Operation::AllReduce => Kind::AllReduce { op: self.workload.op },
-            Operation::Broadcast => Kind::Broadcast { root: 0 },
-            Operation::AllGather => Kind::AllGather,
-        };
-        let (source, target) = buffers.raw(self.workload.dtype, count);
+        let Some(kind) = self.kind(operation) else { return self.communicator.barrier() };
+        let (input, _) = self.parts(operation);
+        let (source, target) = buffers.raw(self.workload.dtype, count * input);
         let both = [source, target];
         let used = if self.workload.in_place { &both[1..] } else { &both[..] };
         // SAFETY: both buffers belong to `buffers`, which is borrowed mutably over this call, and are as long as `count`
@@ -189,13 +212,24 @@ impl Rank<'_> {
         self.communicator.submit(call)
     }
 
-    fn algorithm(&self, operation: Operation, count: usize) -> String {
-        let kind = match operation {
-            Operation::AllReduce => Kind::AllReduce { op: self.workload.op },
+    /// The call; `None` for a barrier. The root is rank 0.
+    const fn kind(&self, operation: Operation) -> Option<Kind> {
+        let op = self.workload.op;
+        Some(match operation {
+            Operation::Barrier => return None,
+            Operation::AllReduce => Kind::AllReduce { op },
             Operation::Broadcast => Kind::Broadcast { root: 0 },
             Operation::AllGather => Kind::AllGather,
-            Operation::Barrier => return "flags".to_owned(),
-        };
+            Operation::ReduceScatter => Kind::ReduceScatter { op },
+            Operation::AllToAll => Kind::AllToAll,
+            Operation::Reduce => Kind::Reduce { op, root: 0 },
+            Operation::Gather => Kind::Gather { root: 0 },
+            Operation::Scatter => Kind::Scatter { root: 0 },
+        })
+    }
+
+    fn algorithm(&self, operation: Operation, count: usize) -> String {
+        let Some(kind) = self.kind(operation) else { return "flags".to_owned() };
         let bytes = count * self.workload.dtype.size();
         self.communicator.observer().algorithm(kind, bytes, self.workload.windows)
     }
@@ -207,8 +241,8 @@ impl Rank<'_> {
         match operation {
             Operation::Barrier => (0.0, 0.0),
             Operation::AllReduce => (per_rank, per_rank * 2.0 * (ranks - 1.0) / ranks),
-            Operation::Broadcast => (per_rank, per_rank),
-            Operation::AllGather => (per_rank * ranks, per_rank * (ranks - 1.0)),
+            Operation::Broadcast | Operation::Reduce => (per_rank, per_rank),
+            _ => (per_rank * ranks, per_rank * (ranks - 1.0)),
         }
     }
 }
