@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+"""Measures unisono beside MPI libraries in one run, alternating, and writes a table and the raw figures.
+
+    cargo build --release
+    python3 benches/peers/compare.py --rounds 5 --ranks 2 --out docs/cpu-results/NAME
+
+Needs nothing but Python; uses whichever of Open MPI and MPICH are installed (Debian: openmpi-bin libopenmpi-dev mpich).
+Every round runs each library once, in turn; a figure is the median over rounds of the p50 of each, so that drift of a
+shared machine meets all of them. The ratio is the median over rounds of the ratios within a round.
+"""
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
+OPERATIONS = ["all_reduce", "broadcast", "all_gather"]
+MPIS = {"Open MPI": ("mpicc.openmpi", "mpirun.openmpi"), "MPICH": ("mpicc.mpich", "mpirun.mpich")}
+
+
+def found(program):
+    return subprocess.run(["which", program], capture_output=True).returncode == 0
+
+
+def peers(folder, ranks):
+    """The MPI libraries that are here, each as a command that prints a JSON line per size."""
+    commands = {}
+    for name, (compiler, launcher) in MPIS.items():
+        if not (found(compiler) and found(launcher)):
+            continue
+        binary = os.path.join(folder, compiler)
+        subprocess.run([compiler, "-O2", "-o", binary, os.path.join(HERE, "mpi_collectives.c")], check=True)
+        flags = ["--allow-run-as-root", "--oversubscribe"] if name == "Open MPI" else []
+        commands[name] = [launcher, *flags, "-n", str(ranks), binary, *OPERATIONS]
+    return commands
+
+
+def measure_peer(command):
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    figures = [json.loads(line) for line in lines if line.startswith("{")]
+    return {(figure["operation"], figure["bytes"]): figure["p50_us"] for figure in figures}
+
+
+def measure_unisono(unisono, ranks, extra):
+    command = [unisono, "bench", *OPERATIONS, "-n", str(ranks), "--json", *extra]
+    run = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert all(result["wrong"] == 0 for result in run["results"])
+    return {(result["operation"], result["bytes"]): result["p50_us"] for result in run["results"]}, run
+
+
+def shown(us):
+    return f"{us:.2f} µs" if us < 10 else f"{us:.1f} µs" if us < 1000 else f"{us / 1000:.2f} ms"
+
+
+def size(count):
+    for shift, unit in ((20, "MiB"), (10, "KiB")):
+        if count >= 1 << shift:
+            return f"{count >> shift} {unit}"
+    return f"{count} B"
+
+
+def main():
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--ranks", type=int, default=2)
+    arguments.add_argument("--out", help="writes OUT.json and OUT.md")
+    arguments.add_argument("--unisono", default=os.path.join(ROOT, "target", "release", "unisono"))
+    options = arguments.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        commands = peers(folder, options.ranks)
+        rounds, run = [], None
+        for number in range(options.rounds):
+            figures = {}
+            figures["unisono"], run = measure_unisono(options.unisono, options.ranks, [])
+            figures["unisono, windows"], _ = measure_unisono(options.unisono, options.ranks, ["--windows"])
+            for name, command in commands.items():
+                figures[name] = measure_peer(command)
+            rounds.append(figures)
+            print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
+    names = ["unisono", "unisono, windows", *commands]
+    text = []
+    for operation in OPERATIONS:
+        text.append(f"\n**{operation}**, f32, {options.ranks} ranks, p50\n")
+        text.append("| bytes per rank | " + " | ".join(names) + " | unisono / best MPI (min – max over rounds) |")
+        text.append("| --- |" + " --- |" * (len(names) + 1))
+        for _, count in sorted(key for key in rounds[0]["unisono"] if key[0] == operation):
+            key = (operation, count)
+            cells = [shown(statistics.median(figures[name][key] for figures in rounds)) for name in names]
+            ratios = [
+                figures["unisono"][key] / min(figures[name][key] for name in commands) for figures in rounds if commands
+            ]
+            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})" if ratios else "–"
+            text.append(f"| {size(count)} | " + " | ".join(cells) + f" | {spread} |")
+    table = "\n".join(text)
+    print(table)
+    if options.out:
+        machine = run["machine"]
+        raw = {
+            "command": " ".join(sys.argv),
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "machine": {**machine, "system": platform.platform()},
+            "rounds": [{name: [[*key, us] for key, us in values.items()] for name, values in one.items()} for one in rounds],
+        }
+        with open(options.out + ".json", "w") as file:
+            json.dump(raw, file)
+        with open(options.out + ".md", "w") as file:
+            file.write(table.lstrip() + "\n")
+
+
+main()
