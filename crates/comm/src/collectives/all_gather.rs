@@ -1,13 +1,13 @@
 //! All-gather: every rank stages its part, every peer copies it to its place; or, in windows, reads it in place.
 
 use unisono_core::call::HEADER_WORDS;
-use unisono_core::layout::{CHUNK_BYTES, INLINE_BYTES, INLINE_WORDS, SLOT_DATA};
+use unisono_core::layout::{CHUNK_BYTES, INLINE_BYTES};
 use unisono_core::select::Algorithm;
 
 use super::blocks::Blocks;
-use super::copy::{copy, to_words};
+use super::copy::copy;
 use super::engine::Engine;
-use super::exchange::Part;
+use super::exchange::{Part, stage_source};
 use super::plan::Plan;
 use crate::error::Result;
 
@@ -23,11 +23,7 @@ impl Engine {
             return self.all_gather_inline(plan, header);
         }
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
-        let stage = |block, chunk| {
-            let (at, bytes) = blocks.bytes(block);
-            // SAFETY: the block lies in our part; the chunk is ours to write.
-            unsafe { copy(plan.source.add(at), chunk, bytes) };
-        };
+        let stage = stage_source(plan, &blocks);
         self.exchange(header, blocks.number, Part::ALL, stage, |engine, block, chunk| {
             engine.collect(plan, &blocks, block, chunk);
         })
@@ -48,18 +44,7 @@ impl Engine {
 
     fn all_gather_inline(&mut self, plan: &Plan, header: &[u64; HEADER_WORDS]) -> Result<u64> {
         let bytes = plan.bytes();
-        let words = bytes.div_ceil(8);
-        // SAFETY: our part is valid for `bytes`, at most the size of the words.
-        let mine: [u64; INLINE_WORDS] = unsafe { to_words(plan.source, bytes) };
-        self.arrive(header, &mine[..words]);
-        self.inline[self.rank] = mine;
-        for peer in self.peers() {
-            self.hear(peer)?;
-            for at in 0..words {
-                self.inline[peer][at] = self.control.rank(peer).slots.read(self.epoch, SLOT_DATA + at);
-            }
-        }
-        self.heard_all();
+        self.exchange_inline(plan, header)?;
         for (rank, data) in self.inline_sources.iter().enumerate() {
             // SAFETY: our own copies of the data; the result is valid for all parts.
             unsafe { copy(*data, plan.target.add(rank * bytes), bytes) };

@@ -14,13 +14,13 @@
 
 use unisono_core::ReduceOp;
 use unisono_core::call::HEADER_WORDS;
-use unisono_core::layout::{CHUNK_BYTES, INLINE_BYTES, INLINE_WORDS, SLOT_DATA, SLOT_HEADER};
+use unisono_core::layout::{CHUNK_BYTES, INLINE_BYTES, SLOT_HEADER};
 use unisono_core::select::Algorithm;
 
 use super::blocks::Blocks;
-use super::copy::{copy, to_words};
+use super::copy::copy;
 use super::engine::{Engine, chunk};
-use super::exchange::{Part, Reads};
+use super::exchange::{Part, Reads, stage_source};
 use super::plan::Plan;
 use crate::error::Result;
 use crate::reduce::Reduction;
@@ -40,61 +40,30 @@ impl Engine {
         header: &[u64; HEADER_WORDS],
     ) -> Result<u64> {
         let reduction = Reduction::new(plan.dtype, op)?;
-        let scaled = op.scalar().is_some();
         match plan.algorithm {
-            Algorithm::OneShot if plan.bytes() <= INLINE_BYTES => {
-                self.inline(plan, reduction, scaled, header)
-            }
-            Algorithm::TwoShot => self.two_shot(plan, reduction, scaled, header),
-            Algorithm::Direct => self.direct(plan, reduction, scaled, header),
-            _ => self.one_shot(plan, reduction, scaled, header),
+            Algorithm::OneShot if plan.bytes() <= INLINE_BYTES => self.inline(plan, reduction, header),
+            Algorithm::TwoShot => self.two_shot(plan, reduction, header),
+            Algorithm::Direct => self.direct(plan, reduction, header),
+            _ => self.one_shot(plan, reduction, header),
         }
     }
 
     /// Up to 48 bytes travel in the slot itself.
-    fn inline(
-        &mut self,
-        plan: &Plan,
-        reduction: Reduction,
-        scaled: bool,
-        header: &[u64; HEADER_WORDS],
-    ) -> Result<u64> {
-        let bytes = plan.bytes();
-        // SAFETY: the source is valid for `bytes`, at most the size of the words.
-        let mine: [u64; INLINE_WORDS] = unsafe { to_words(plan.source, bytes) };
-        let words = bytes.div_ceil(8);
-        self.arrive(header, &mine[..words]);
-        self.inline[self.rank] = mine;
-        for peer in self.peers() {
-            self.hear(peer)?;
-            for at in 0..words {
-                self.inline[peer][at] = self.control.rank(peer).slots.read(self.epoch, SLOT_DATA + at);
-            }
-        }
-        self.heard_all();
-        self.read_scalars(scaled, header);
+    fn inline(&mut self, plan: &Plan, reduction: Reduction, header: &[u64; HEADER_WORDS]) -> Result<u64> {
+        self.exchange_inline(plan, header)?;
+        self.read_scalars(reduction, header);
         // SAFETY: all sources are our own copies of `INLINE_BYTES`; the target is valid for `count` elements.
         unsafe { reduction.run(&self.inline_sources, &self.scalars, plan.target, plan.count) };
         Ok(0)
     }
 
     /// Each block: stage mine, then reduce everybody's.
-    fn one_shot(
-        &mut self,
-        plan: &Plan,
-        reduction: Reduction,
-        scaled: bool,
-        header: &[u64; HEADER_WORDS],
-    ) -> Result<u64> {
+    fn one_shot(&mut self, plan: &Plan, reduction: Reduction, header: &[u64; HEADER_WORDS]) -> Result<u64> {
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
-        let stage = |block, chunk| {
-            let (at, bytes) = blocks.bytes(block);
-            // SAFETY: the block lies in the source; the chunk is ours to write.
-            unsafe { copy(plan.source.add(at), chunk, bytes) };
-        };
+        let stage = stage_source(plan, &blocks);
         self.exchange(header, blocks.number, Part::ALL, stage, |engine, block, chunk| {
             if block == 0 {
-                engine.read_scalars(scaled, header);
+                engine.read_scalars(reduction, header);
             }
             let (at, _) = blocks.bytes(block);
             // SAFETY: the block lies in our source and in our target.
@@ -126,13 +95,7 @@ impl Engine {
         unsafe { reduction.run(&self.sources, &self.scalars, target, count) };
     }
 
-    fn two_shot(
-        &mut self,
-        plan: &Plan,
-        reduction: Reduction,
-        scaled: bool,
-        header: &[u64; HEADER_WORDS],
-    ) -> Result<u64> {
+    fn two_shot(&mut self, plan: &Plan, reduction: Reduction, header: &[u64; HEADER_WORDS]) -> Result<u64> {
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
         for turn in 0..blocks.number + 2 {
             if turn < blocks.number {
@@ -142,7 +105,7 @@ impl Engine {
             if (1..=blocks.number).contains(&turn) {
                 self.hear_block(turn - 1, Reads::Everybody)?;
                 if turn == 1 {
-                    self.read_scalars(scaled, header);
+                    self.read_scalars(reduction, header);
                 }
                 self.reduce_owned(plan, &blocks, turn - 1, reduction);
             }
@@ -219,15 +182,9 @@ impl Engine {
     ///
     /// A rank overwrites a piece of its own target (which may be its source) only after the piece's owner announced
     /// that it has read it everywhere. Nobody leaves before all have read everything.
-    fn direct(
-        &mut self,
-        plan: &Plan,
-        reduction: Reduction,
-        scaled: bool,
-        header: &[u64; HEADER_WORDS],
-    ) -> Result<u64> {
+    fn direct(&mut self, plan: &Plan, reduction: Reduction, header: &[u64; HEADER_WORDS]) -> Result<u64> {
         let (sources, targets) = self.exchange_places(plan, header, plan.bytes())?;
-        self.read_scalars(scaled, header);
+        self.read_scalars(reduction, header);
         let blocks = Blocks::new(plan, self.world_size * CHUNK_BYTES / plan.dtype.size());
         for turn in 0..=blocks.number {
             if turn < blocks.number {
@@ -258,9 +215,9 @@ impl Engine {
     }
 
     /// The scalars of a pre-multiplied sum, by rank; none for other reductions.
-    pub(super) fn read_scalars(&mut self, scaled: bool, header: &[u64; HEADER_WORDS]) {
+    pub(super) fn read_scalars(&mut self, reduction: Reduction, header: &[u64; HEADER_WORDS]) {
         self.scalars.clear();
-        if !scaled {
+        if !reduction.is_scaled() {
             return;
         }
         for rank in 0..self.world_size {

@@ -8,7 +8,7 @@ use unisono_core::select::Algorithm;
 use super::blocks::Blocks;
 use super::copy::{copy, to_words};
 use super::engine::Engine;
-use super::exchange::Part;
+use super::exchange::{Part, stage_source};
 use super::plan::Plan;
 use crate::error::Result;
 
@@ -29,11 +29,7 @@ impl Engine {
             return self.broadcast_inline(plan, root, header);
         }
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
-        let stage = |block, chunk| {
-            let (at, bytes) = blocks.bytes(block);
-            // SAFETY: the block lies in the source; the chunk is ours to write.
-            unsafe { copy(plan.source.add(at), chunk, bytes) };
-        };
+        let stage = stage_source(plan, &blocks);
         let part = Part::from_root(self.rank, root);
         self.exchange(header, blocks.number, part, stage, |engine, block, chunk| {
             let (at, bytes) = blocks.bytes(block);

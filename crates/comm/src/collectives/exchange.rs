@@ -7,9 +7,12 @@
 //! Ranks that only stage wait for nobody but their credit; ranks that only read announce themselves at once.
 
 use unisono_core::call::HEADER_WORDS;
-use unisono_core::layout::CHUNK_BYTES;
+use unisono_core::layout::{CHUNK_BYTES, INLINE_WORDS, SLOT_DATA};
 
+use super::blocks::Blocks;
+use super::copy::{copy, to_words};
 use super::engine::{Engine, chunk};
+use super::plan::Plan;
 use crate::error::Result;
 
 /// From whom a rank reads.
@@ -78,6 +81,24 @@ impl Engine {
         Ok(blocks)
     }
 
+    /// Every rank's source, of at most 48 bytes, travels in its call slot: afterwards `self.inline` holds them all.
+    #[inline]
+    pub(super) fn exchange_inline(&mut self, plan: &Plan, header: &[u64; HEADER_WORDS]) -> Result<()> {
+        let words = plan.bytes().div_ceil(8);
+        // SAFETY: the source is valid for its length, at most the size of the words.
+        let mine: [u64; INLINE_WORDS] = unsafe { to_words(plan.source, plan.bytes()) };
+        self.arrive(header, &mine[..words]);
+        self.inline[self.rank] = mine;
+        for peer in self.peers() {
+            self.hear(peer)?;
+            for at in 0..words {
+                self.inline[peer][at] = self.control.rank(peer).slots.read(self.epoch, SLOT_DATA + at);
+            }
+        }
+        self.heard_all();
+        Ok(())
+    }
+
     /// The chunk at `at` of what `rank` staged.
     pub(super) fn staged(&self, rank: usize, at: usize) -> *const u8 {
         debug_assert!(at < unisono_core::layout::CHUNKS * CHUNK_BYTES);
@@ -118,5 +139,14 @@ impl Engine {
     /// Bytes between the pieces of different ranks in one chunk: whole lines, so that no two ranks read the same one.
     pub(super) const fn piece_stride(&self) -> usize {
         (CHUNK_BYTES / self.world_size) & !63
+    }
+}
+
+/// Stages our whole source, block by block.
+pub(super) fn stage_source<'p>(plan: &'p Plan, blocks: &'p Blocks) -> impl Fn(u64, *mut u8) + use<'p> {
+    move |block, chunk| {
+        let (at, bytes) = blocks.bytes(block);
+        // SAFETY: the block lies in our source; the chunk is ours to write, by the credit taken for it.
+        unsafe { copy(plan.source.add(at), chunk, bytes) };
     }
 }

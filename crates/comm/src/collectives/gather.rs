@@ -6,7 +6,7 @@ use unisono_core::layout::CHUNK_BYTES;
 use super::blocks::Blocks;
 use super::copy::copy;
 use super::engine::Engine;
-use super::exchange::Part;
+use super::exchange::{Part, stage_source};
 use super::plan::Plan;
 use crate::error::Result;
 
@@ -14,11 +14,7 @@ impl Engine {
     /// Every rank but the root stages its part; the root collects. Returns the number of steps.
     pub(super) fn gather(&mut self, plan: &Plan, root: usize, header: &[u64; HEADER_WORDS]) -> Result<u64> {
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
-        let stage = |block, chunk| {
-            let (at, bytes) = blocks.bytes(block);
-            // SAFETY: the block lies in our part; the chunk is ours to write.
-            unsafe { copy(plan.source.add(at), chunk, bytes) };
-        };
+        let stage = stage_source(plan, &blocks);
         let part = Part::to_root(self.rank, root);
         self.exchange(header, blocks.number, part, stage, |engine, block, chunk| {
             if engine.rank == root {

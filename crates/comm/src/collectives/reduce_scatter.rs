@@ -6,9 +6,8 @@ use unisono_core::call::HEADER_WORDS;
 use unisono_core::layout::CHUNK_BYTES;
 
 use super::blocks::Blocks;
-use super::copy::copy;
 use super::engine::Engine;
-use super::exchange::Part;
+use super::exchange::{Part, stage_source};
 use super::plan::Plan;
 use crate::error::Result;
 use crate::reduce::Reduction;
@@ -23,20 +22,15 @@ impl Engine {
         header: &[u64; HEADER_WORDS],
     ) -> Result<u64> {
         let reduction = Reduction::new(plan.dtype, op)?;
-        let scaled = op.scalar().is_some();
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
-        let stage = |block, chunk| {
-            let (at, bytes) = blocks.bytes(block);
-            // SAFETY: the block lies in the source; the chunk is ours to write.
-            unsafe { copy(plan.source.add(at), chunk, bytes) };
-        };
+        let stage = stage_source(plan, &blocks);
         let part = Part::to_root(self.rank, root);
         self.exchange(header, blocks.number, part, stage, |engine, block, chunk| {
             if engine.rank != root {
                 return;
             }
             if block == 0 {
-                engine.read_scalars(scaled, header);
+                engine.read_scalars(reduction, header);
             }
             let (at, _) = blocks.bytes(block);
             // SAFETY: every peer announced this block and keeps it until we have consumed the step; source and target of
@@ -56,12 +50,11 @@ impl Engine {
         header: &[u64; HEADER_WORDS],
     ) -> Result<u64> {
         let reduction = Reduction::new(plan.dtype, op)?;
-        let scaled = op.scalar().is_some();
         let blocks = self.pieces(plan);
         let stage = self.stage_pieces(plan, &blocks);
         self.exchange(header, blocks.number, Part::ALL, stage, |engine, block, chunk| {
             if block == 0 {
-                engine.read_scalars(scaled, header);
+                engine.read_scalars(reduction, header);
             }
             let (at, _) = blocks.bytes(block);
             let mine = chunk + engine.rank * engine.piece_stride();

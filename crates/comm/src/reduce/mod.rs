@@ -50,6 +50,12 @@ impl Reduction {
         Ok(Self { kernel, parts, scaled: op.scalar().is_some() })
     }
 
+    /// Whether each source has a scalar of its own.
+    #[inline]
+    pub(crate) const fn is_scaled(&self) -> bool {
+        self.scaled
+    }
+
     /// Reduces `count` elements of every source, in rank order, into `dst`.
     ///
     /// `scalars` has one entry per source for a pre-multiplied sum, else it is not read. An average divides by the
