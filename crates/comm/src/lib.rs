@@ -38,6 +38,8 @@ mod neighbours;
 pub mod observer;
 pub mod operations;
 mod reduce;
+#[cfg(doctest)]
+mod refusals;
 mod rendezvous;
 pub mod store;
 pub mod stream;
