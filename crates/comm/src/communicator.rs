@@ -168,6 +168,14 @@ impl Communicator {
         OnStream::new(self, stream)
     }
 
+    /// Receives the next message with `tag` from whichever rank sends one, and returns that rank. Ranks are served in turn.
+    ///
+    /// # Errors
+    /// As [`Operations::recv`]; [`Error::Argument`] in a world of one rank.
+    pub fn recv_any<'b, T: Element>(&self, dst: impl Into<crate::BufMut<'b, T>>, tag: u32) -> Result<usize> {
+        self.engine.borrow_mut().receive_any(&dst.into().raw(), tag)
+    }
+
     /// Ok, or the first cause why this communicator failed. Waits for nobody.
     ///
     /// # Errors

@@ -38,6 +38,19 @@ pub(crate) struct RankWords<'m> {
     pub(crate) staging_out: *mut u8,
 }
 
+/// The channel from one rank to another.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Channel<'m> {
+    /// Bytes written so far, by the sender.
+    pub(crate) head: EpochFlag<'m>,
+    /// Bytes read so far, by the receiver.
+    pub(crate) tail: EpochFlag<'m>,
+    /// The ring.
+    pub(crate) ring: *mut u8,
+    /// Its length, a power of two.
+    pub(crate) bytes: usize,
+}
+
 /// The shared memory of all ranks of a communicator on this host.
 pub(crate) struct Control {
     words: Vec<RankWords<'static>>,
@@ -92,6 +105,21 @@ impl Control {
     #[inline(always)]
     pub(crate) fn rank(&self, rank: usize) -> &RankWords<'_> {
         &self.words[rank]
+    }
+
+    /// The channel from `sender` to `receiver`.
+    pub(crate) fn channel(&self, sender: usize, receiver: usize) -> Channel<'_> {
+        let fields = self.layout.channel(sender, receiver);
+        let base = self.memory.as_ptr();
+        // SAFETY: the fields lie in the mapping, aligned to lines; the counts are accessed as atomics only.
+        unsafe {
+            Channel {
+                head: EpochFlag::new(&words64(base.add(fields.head.offset), 1)[0]),
+                tail: EpochFlag::new(&words64(base.add(fields.tail.offset), 1)[0]),
+                ring: base.add(fields.ring.offset),
+                bytes: fields.ring.bytes,
+            }
+        }
     }
 
     /// Our rank, and the number of ranks.

@@ -217,6 +217,55 @@ pub trait Operations<'b> {
         self.submit(Call::new(Kind::AllToAll, &[src.into().raw(), dst.into().raw()]))
     }
 
+    /// Sends `src` to rank `to`, which receives it with the same type, count and `tag`. Messages of one pair of ranks keep
+    /// their order for each tag. Complete, for the sender, when `src` may be used again: a message that fits into the
+    /// channel (16 to 64 KiB) does not wait for its receiver.
+    ///
+    /// # Errors
+    /// [`crate::Error::Argument`] if `to` is not another rank; [`crate::Error::Mismatch`], on both ranks, if the receiver
+    /// expects another type or count; those of a failed communicator.
+    fn send<T: Element>(&self, src: impl Into<Buf<'b, T>>, to: usize, tag: u32) -> Result<Self::Done> {
+        self.submit(Call::new(Kind::Send { to: clamp(to), tag }, &[src.into().raw()]))
+    }
+
+    /// Receives the next message with `tag` that rank `from` sends to us. Messages with other tags wait for their turn.
+    ///
+    /// # Errors
+    /// As [`Operations::send`].
+    fn recv<T: Element>(&self, dst: impl Into<BufMut<'b, T>>, from: usize, tag: u32) -> Result<Self::Done> {
+        self.submit(Call::new(Kind::Recv { from: clamp(from), tag }, &[dst.into().raw()]))
+    }
+
+    /// Sends `src` to rank `to` and receives `dst` from rank `from`, both at once: ranks that exchange messages of any size
+    /// do not wait for each other in a circle.
+    ///
+    /// ```
+    /// # use unisono::{Communicator, Operations};
+    /// # let ranks = Communicator::threads(2)?;
+    /// # let ranks: Vec<_> = ranks.into_iter().map(|rank| std::thread::spawn(move || {
+    /// let other = 1 - rank.rank();
+    /// let mut theirs = [0; 3];
+    /// rank.send_recv(&[rank.rank() as i64; 3], other, &mut theirs, other, 7)?;
+    /// assert_eq!(theirs, [other as i64; 3]);
+    /// # rank.destroy() })).collect();
+    /// # for rank in ranks { rank.join().unwrap()?; }
+    /// # Ok::<(), unisono::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Operations::send`].
+    fn send_recv<T: Element>(
+        &self,
+        src: impl Into<Buf<'b, T>>,
+        to: usize,
+        dst: impl Into<BufMut<'b, T>>,
+        from: usize,
+        tag: u32,
+    ) -> Result<Self::Done> {
+        let kind = Kind::SendRecv { to: clamp(to), from: clamp(from), tag };
+        self.submit(Call::new(kind, &[src.into().raw(), dst.into().raw()]))
+    }
+
     /// Returns when every rank has entered it.
     ///
     /// # Errors

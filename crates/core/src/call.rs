@@ -53,6 +53,29 @@ pub enum Kind {
     },
     /// Every rank gets its part of every rank's input, in rank order.
     AllToAll,
+    /// A message to another rank. Not a collective: it has no epoch.
+    Send {
+        /// The rank that gets it.
+        to: u32,
+        /// What the receiver asks for.
+        tag: u32,
+    },
+    /// A message from another rank.
+    Recv {
+        /// The rank that sends it.
+        from: u32,
+        /// What the sender called it.
+        tag: u32,
+    },
+    /// A message to one rank and one from another, both under way at once.
+    SendRecv {
+        /// The rank that gets ours.
+        to: u32,
+        /// The rank that sends us one.
+        from: u32,
+        /// The tag of both.
+        tag: u32,
+    },
     /// The collective end of a communicator.
     Destroy,
     /// Collective creation of a window.
@@ -74,6 +97,9 @@ impl Kind {
             Self::Gather { .. } => "gather",
             Self::Scatter { .. } => "scatter",
             Self::AllToAll => "all_to_all",
+            Self::Send { .. } => "send",
+            Self::Recv { .. } => "recv",
+            Self::SendRecv { .. } => "send_recv",
             Self::Destroy => "destroy",
             Self::Window => "window",
             Self::CloseWindow => "close window",
@@ -94,6 +120,9 @@ impl Kind {
             Self::Gather { .. } => 10,
             Self::Scatter { .. } => 11,
             Self::AllToAll => 12,
+            Self::Send { .. } => 13,
+            Self::Recv { .. } => 14,
+            Self::SendRecv { .. } => 15,
         }
     }
 

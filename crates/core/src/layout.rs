@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! page 0            the job's own line: the abort word
-//! per rank          produced │ reduced │ consumed │ liveness │ cause │ call slots │ staging in │ staging out
+//! per rank          produced │ reduced │ consumed │ liveness │ cause │ call slots │ staging in │ staging out │ channels
 //! ```
 //! Lines are 128 bytes apart: processors fetch neighbouring 64-byte lines in pairs, and two writers must not share one.
 
@@ -32,6 +32,9 @@ pub const CHUNKS: usize = 8;
 /// Bytes in a chunk: what one rank stages in one step. Measured on two Zen 5 cores with 1 MiB of L2 each
 /// (`unisono bench all_reduce`): 32 KiB pays for synchronisation, 256 KiB falls out of the cache.
 pub const CHUNK_BYTES: usize = 64 * 1024;
+
+/// The largest ring of a channel: what a sender may be ahead of its receiver.
+pub const MAX_RING_BYTES: usize = 64 * 1024;
 
 /// A part of the shared memory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -68,11 +71,13 @@ pub struct RankFields {
     pub staging_in: Field,
     /// Staged results: [`CHUNKS`] × [`CHUNK_BYTES`].
     pub staging_out: Field,
+    /// Channels from every rank to this one, by sender: see [`ControlLayout::channel`].
+    pub channels: Field,
 }
 
 impl RankFields {
     /// All fields, in order.
-    pub const fn all(&self) -> [Field; 8] {
+    pub const fn all(&self) -> [Field; 9] {
         [
             self.produced,
             self.reduced,
@@ -82,8 +87,20 @@ impl RankFields {
             self.slots,
             self.staging_in,
             self.staging_out,
+            self.channels,
         ]
     }
+}
+
+/// A channel: messages from one rank to another, in order.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ChannelFields {
+    /// `u64`, written by the sender: bytes written so far.
+    pub head: Field,
+    /// `u64`, written by the receiver: bytes read so far.
+    pub tail: Field,
+    /// The bytes, a power of two of them.
+    pub ring: Field,
 }
 
 /// The shared memory of `ranks` ranks of one host.
@@ -104,22 +121,46 @@ impl ControlLayout {
     }
 
     /// Bytes of one rank's part; staging at most 16 MiB of it.
-    pub const fn rank_bytes() -> usize {
-        Self::rank_at(0).staging_out.end()
+    pub const fn rank_bytes(&self) -> usize {
+        self.rank_at(0).channels.end()
+    }
+
+    /// Bytes of the ring of one channel: together about 1 MiB per rank, however many ranks there are.
+    pub const fn ring_bytes(&self) -> usize {
+        let share = (1 << 20) / self.ranks.next_power_of_two();
+        if share > MAX_RING_BYTES {
+            MAX_RING_BYTES
+        } else if share < PAGE {
+            PAGE
+        } else {
+            share
+        }
+    }
+
+    const fn channel_bytes(&self) -> usize {
+        2 * LINE + self.ring_bytes()
+    }
+
+    /// The channel from `sender` to `receiver`, both below the number of ranks. It lies in the receiver's part.
+    pub fn channel(&self, sender: usize, receiver: usize) -> ChannelFields {
+        assert!(sender < self.ranks, "sender {sender} of {}", self.ranks);
+        let base = self.rank(receiver).channels.offset + sender * self.channel_bytes();
+        let ring = Field { offset: base + 2 * LINE, bytes: self.ring_bytes() };
+        ChannelFields { head: line(base, 0), tail: line(base, 1), ring }
     }
 
     /// Bytes of the whole mapping.
     pub const fn total_bytes(&self) -> usize {
-        PAGE + self.ranks * Self::rank_bytes()
+        PAGE + self.ranks * self.rank_bytes()
     }
 
     /// The fields of local rank `rank`, which must be below the number of ranks.
     pub fn rank(&self, rank: usize) -> RankFields {
         assert!(rank < self.ranks, "local rank {rank} of {}", self.ranks);
-        Self::rank_at(PAGE + rank * Self::rank_bytes())
+        self.rank_at(PAGE + rank * self.rank_bytes())
     }
 
-    const fn rank_at(base: usize) -> RankFields {
+    const fn rank_at(&self, base: usize) -> RankFields {
         let cause = Field { offset: base + 4 * LINE, bytes: CAUSE_BYTES };
         let slots = Field { offset: cause.end(), bytes: CALL_SLOTS * SLOT_WORDS * 8 };
         let staging_in =
@@ -134,6 +175,10 @@ impl ControlLayout {
             slots,
             staging_in,
             staging_out,
+            channels: Field {
+                offset: staging_out.end(),
+                bytes: (self.ranks * self.channel_bytes()).next_multiple_of(PAGE),
+            },
         }
     }
 }
@@ -163,8 +208,21 @@ mod tests {
                 assert!(layout.rank(rank).staging_in.offset.is_multiple_of(PAGE));
             }
             assert_eq!(end, layout.total_bytes());
+            for receiver in 0..ranks {
+                let channels = layout.rank(receiver).channels;
+                let mut end = channels.offset;
+                for sender in 0..ranks {
+                    let channel = layout.channel(sender, receiver);
+                    for field in [channel.head, channel.tail, channel.ring] {
+                        assert!(field.offset >= end && field.offset.is_multiple_of(LINE));
+                        end = field.end();
+                    }
+                    assert!(channel.ring.bytes.is_power_of_two());
+                }
+                assert!(end <= channels.end());
+            }
         }
-        assert!(ControlLayout::rank_bytes() <= 16 << 20);
+        assert!(ControlLayout::new(64).rank_bytes() <= 16 << 20);
         assert_eq!(SLOT_HEADER + crate::call::HEADER_WORDS, SLOT_WORDS - 1);
         assert_eq!((1 + SLOT_HEADER) * 8, 64, "the header starts the slot's second line");
     }

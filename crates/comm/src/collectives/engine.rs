@@ -15,6 +15,7 @@ use unisono_core::select::Algorithm;
 use unisono_node::SharedMemory;
 use unisono_sync::{EpochFlag, SpinBudget, WaitPolicy, Watch};
 
+use super::messages::Messages;
 use super::plan::{Plan, Situation, WindowPlace};
 use crate::call::Call;
 use crate::cause::Cause;
@@ -71,6 +72,7 @@ pub(crate) struct Engine {
     /// The header of the current call, which may not have been published yet.
     pub(super) current: [u64; HEADER_WORDS],
     failed: Option<Error>,
+    pub(super) messages: Messages,
     windows: Vec<OpenWindow>,
     next_window: u64,
     /// Inline data of all ranks in the current call; `inline_sources[r]` points to `inline[r]`.
@@ -114,6 +116,7 @@ impl Engine {
             kind: Kind::Barrier,
             current: [0; HEADER_WORDS],
             failed: None,
+            messages: Messages::new(world_size),
             windows: Vec::new(),
             next_window: 1,
             inline,
@@ -127,6 +130,9 @@ impl Engine {
     #[inline]
     pub(crate) fn submit(&mut self, call: &Call<'_>) -> Result<()> {
         self.check()?;
+        if matches!(call.kind, Kind::Send { .. } | Kind::Recv { .. } | Kind::SendRecv { .. }) {
+            return self.submit_message(call);
+        }
         let find = |id, ptr, bytes| find_window(&self.windows, self.rank, id, ptr, bytes);
         let situation = Situation {
             rank: self.rank,
@@ -136,6 +142,24 @@ impl Engine {
         };
         let plan = Plan::new(call, &situation)?;
         self.execute(&plan)
+    }
+
+    /// From now on, errors speak of this message.
+    pub(super) fn begin_message(&mut self, kind: Kind) {
+        self.kind = kind;
+    }
+
+    /// What is being done.
+    pub(super) const fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// A failure of a call that had begun is final.
+    pub(super) fn remember<T>(&mut self, result: Result<T>) -> Result<T> {
+        if let Err(error) = &result {
+            self.failed = Some(error.clone());
+        }
+        result
     }
 
     /// Ok, or the first cause why this communicator failed. Costs a load.
@@ -176,16 +200,9 @@ impl Engine {
             Kind::AllToAll => self.all_to_all(plan, &words),
             _ => self.barrier(&words),
         });
-        match result {
-            Ok(steps) => {
-                self.finish(steps);
-                Ok(())
-            }
-            Err(error) => {
-                self.failed = Some(error.clone());
-                Err(error)
-            }
-        }
+        let steps = self.remember(result)?;
+        self.finish(steps);
+        Ok(())
     }
 
     /// Moves the epoch and the chain on, and takes credit for the slot.
@@ -385,7 +402,7 @@ impl Engine {
         }
     }
 
-    fn watch<'m>(&'m self, theirs: &RankWords<'m>, flag: EpochFlag<'m>) -> Watch<'m> {
+    pub(super) fn watch<'m>(&'m self, theirs: &RankWords<'m>, flag: EpochFlag<'m>) -> Watch<'m> {
         Watch {
             abort: self.control.abort(),
             word: flag.word(),
@@ -396,8 +413,15 @@ impl Engine {
 
     /// `all_reduce #812`; the meeting at the beginning is number 0.
     pub(super) fn during(&self) -> String {
-        if self.epoch <= 1 {
-            return "the start of the job".to_owned();
+        match self.kind {
+            Kind::Send { to, tag } => return format!("send to rank {to} (tag {tag})"),
+            Kind::Recv { from: u32::MAX, tag } => return format!("recv from any rank (tag {tag})"),
+            Kind::Recv { from, tag } => return format!("recv from rank {from} (tag {tag})"),
+            Kind::SendRecv { to, from, tag } => {
+                return format!("send_recv to rank {to} and from rank {from} (tag {tag})");
+            }
+            _ if self.epoch <= 1 => return "the start of the job".to_owned(),
+            _ => {}
         }
         format!("{} #{}", self.kind.name(), self.epoch - 1)
     }

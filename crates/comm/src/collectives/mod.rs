@@ -22,6 +22,7 @@ mod disagreement;
 mod engine;
 mod exchange;
 mod gather;
+mod messages;
 mod plan;
 mod reduce_scatter;
 
