@@ -18,11 +18,10 @@ use super::engine::Engine;
 use crate::buffer::{Place, RawBuffer};
 use crate::call::Call;
 use crate::cause::Cause;
-use crate::control::Channel;
 use crate::error::{Error, Result};
 
 /// Length of a header, and what messages are aligned to.
-const HEADER_BYTES: usize = 32;
+pub(super) const HEADER_BYTES: usize = 32;
 /// Bytes after which the other side is told, so that it works while we do.
 const PIECE_BYTES: usize = 16 * 1024;
 
@@ -62,9 +61,9 @@ struct Early {
 #[derive(Debug, Default)]
 pub(super) struct Messages {
     /// Bytes written to each rank.
-    written: Vec<u64>,
+    pub(super) written: Vec<u64>,
     /// Bytes read from each rank.
-    read: Vec<u64>,
+    pub(super) read: Vec<u64>,
     /// Messages put aside, by sender.
     early: Vec<VecDeque<Early>>,
     /// Where the next message from anybody is looked for first.
@@ -275,36 +274,6 @@ impl Engine {
         }
     }
 
-    fn channel_to(&self, to: usize) -> Channel<'_> {
-        self.control.channel(self.rank, to)
-    }
-
-    fn channel_from(&self, from: usize) -> Channel<'_> {
-        self.control.channel(from, self.rank)
-    }
-
-    /// Free bytes of the ring to `to`; the padding of the last message may reach beyond them.
-    fn room(&self, to: usize) -> usize {
-        let channel = self.channel_to(to);
-        let ahead = self.messages.written[to].wrapping_sub(channel.tail.current());
-        channel.bytes.saturating_sub(usize::try_from(ahead).unwrap_or(usize::MAX))
-    }
-
-    fn has_room(&self, to: usize) -> bool {
-        self.room(to) >= HEADER_BYTES
-    }
-
-    /// Unread bytes of the ring from `from`, never more than it holds.
-    fn unread(&self, from: usize) -> usize {
-        let channel = self.channel_from(from);
-        let ahead = channel.head.current().wrapping_sub(self.messages.read[from]);
-        usize::try_from(ahead).unwrap_or(usize::MAX).min(channel.bytes)
-    }
-
-    fn has_news(&self, from: usize) -> bool {
-        self.unread(from) > 0
-    }
-
     /// Writes as much of the message as there is room for; whether all of it is written.
     fn push(&mut self, outgoing: &mut Outgoing) -> bool {
         let to = outgoing.to;
@@ -325,15 +294,7 @@ impl Engine {
                 outgoing.source = outgoing.source.add(now);
             }
             outgoing.left -= now;
-            let written = &mut self.messages.written[to];
-            if outgoing.left == 0 {
-                *written = written.next_multiple_of(HEADER_BYTES as u64);
-            }
-            let head = *written;
-            let channel = self.channel_to(to);
-            // SYNC: ring content (release) — everything up to `head`.
-            channel.head.publish(head);
-            self.control.rank(self.rank).sleepers.wake(channel.head.word());
+            self.announce_written(to, outgoing.left == 0);
             if outgoing.left == 0 {
                 return true;
             }
@@ -341,51 +302,6 @@ impl Engine {
                 return false;
             }
         }
-    }
-
-    /// Copies `bytes` into the ring to `to`, around its end, without telling the receiver.
-    ///
-    /// # Safety
-    /// `source` is valid for `bytes`, and the ring has room for them.
-    unsafe fn write_ring(&mut self, to: usize, source: *const u8, bytes: usize) {
-        let channel = self.channel_to(to);
-        let at = self.messages.written[to] as usize & (channel.bytes - 1);
-        let first = bytes.min(channel.bytes - at);
-        // SAFETY: both parts lie inside the ring, whose free part is ours to write.
-        unsafe {
-            copy(source, channel.ring.add(at), first);
-            copy(source.add(first), channel.ring, bytes - first);
-        }
-        self.messages.written[to] += bytes as u64;
-    }
-
-    /// Copies `bytes` out of the ring from `from`, without telling the sender.
-    ///
-    /// # Safety
-    /// `target` is valid for `bytes`, and so many are unread.
-    unsafe fn read_ring(&mut self, from: usize, target: *mut u8, bytes: usize) {
-        let channel = self.channel_from(from);
-        let at = self.messages.read[from] as usize & (channel.bytes - 1);
-        let first = bytes.min(channel.bytes - at);
-        // SAFETY: both parts lie inside the ring, whose unread part its sender does not write.
-        unsafe {
-            copy(channel.ring.add(at), target, first);
-            copy(channel.ring, target.add(first), bytes - first);
-        }
-        self.messages.read[from] += bytes as u64;
-    }
-
-    /// Tells the sender how far we have read; at the end of a message, past its padding.
-    fn free_ring(&mut self, from: usize, is_end: bool) {
-        let read = &mut self.messages.read[from];
-        if is_end {
-            *read = read.next_multiple_of(HEADER_BYTES as u64);
-        }
-        let tail = *read;
-        let channel = self.channel_from(from);
-        // SYNC: ring space (release) — everything before `tail` was copied.
-        channel.tail.publish(tail);
-        self.control.rank(self.rank).sleepers.wake(channel.tail.word());
     }
 
     /// The header of the next message of `from`, which has news, left where it is.

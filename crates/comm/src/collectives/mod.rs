@@ -17,6 +17,7 @@ mod all_reduce;
 mod all_to_all;
 mod blocks;
 mod broadcast;
+mod channel;
 mod copy;
 mod disagreement;
 mod engine;
