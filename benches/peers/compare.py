@@ -28,11 +28,11 @@ def found(program):
     return subprocess.run(["which", program], capture_output=True).returncode == 0
 
 
-def peers(folder, ranks):
-    """The MPI libraries that are here, each as a command that prints a JSON line per size."""
+def peers(folder, ranks, wanted):
+    """The MPI libraries that are here and wanted, each as a command that prints a JSON line per size."""
     commands = {}
     for name, (compiler, launcher) in MPIS.items():
-        if not (found(compiler) and found(launcher)):
+        if name not in wanted or not (found(compiler) and found(launcher)):
             continue
         binary = os.path.join(folder, compiler)
         subprocess.run([compiler, "-O2", "-o", binary, os.path.join(HERE, "mpi_collectives.c")], check=True)
@@ -71,9 +71,10 @@ def main():
     arguments.add_argument("--ranks", type=int, default=2)
     arguments.add_argument("--out", help="writes OUT.json and OUT.md")
     arguments.add_argument("--unisono", default=os.path.join(ROOT, "target", "release", "unisono"))
+    arguments.add_argument("--peers", nargs="+", default=list(MPIS), choices=list(MPIS))
     options = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        commands = peers(folder, options.ranks)
+        commands = peers(folder, options.ranks, options.peers)
         rounds, run = [], None
         for number in range(options.rounds):
             figures = {}
