@@ -86,7 +86,7 @@ fn draw(random: &mut Random, number: u64, world_size: usize) -> Case {
         Kind::AllReduce { op },
         Kind::Broadcast { root },
     ]);
-    let piece = (CHUNK_BYTES / world_size & !63) / dtype.size();
+    let piece = ((CHUNK_BYTES / world_size) & !63) / dtype.size();
     let chunk = CHUNK_BYTES / dtype.size();
     let border = random.pick(&[piece, 2 * piece, CHUNKS * piece, chunk, 3 * chunk]) + random.below(3) - 1;
     let count = match random.below(12) {
@@ -233,7 +233,7 @@ fn random_calls(world_size: usize, calls: u64) {
     let seed = std::env::var("UNISONO_TEST_SEED").ok().and_then(|text| text.parse().ok());
     let seed: u64 = seed.unwrap_or_else(|| u64::from(std::process::id()) << 24);
     on_threads(world_size, move |rank| {
-        let (mut shared, mut own) = (Random(seed), Random(seed ^ rank.rank() as u64 + 1));
+        let (mut shared, mut own) = (Random(seed), Random(seed ^ (rank.rank() as u64 + 1)));
         for number in 0..calls {
             let case = draw(&mut shared, number, rank.world_size());
             run(&rank, seed, &case, &mut own);
