@@ -1,6 +1,6 @@
 //! The communicator: one rank's end of a world, from meeting to farewell.
 
-use std::cell::RefCell;
+use std::cell::{RefCell, RefMut};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -135,6 +135,11 @@ impl Communicator {
     /// The first meeting in shared memory: when it returns, every rank has arrived.
     pub(crate) fn meet(&self, patience: Duration) -> Result<()> {
         self.engine.borrow_mut().meet(CallHeader::bare(Kind::Barrier), Some(patience))
+    }
+
+    /// The engine, for one step: nothing that is called meanwhile asks for it again.
+    pub(crate) fn engine(&self) -> RefMut<'_, Engine> {
+        self.engine.borrow_mut()
     }
 
     /// This rank, from 0.

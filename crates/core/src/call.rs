@@ -126,6 +126,11 @@ impl Kind {
         }
     }
 
+    /// Whether it is a message from rank to rank: no collective, it has no epoch.
+    pub const fn is_message(self) -> bool {
+        matches!(self, Self::Send { .. } | Self::Recv { .. } | Self::SendRecv { .. })
+    }
+
     /// The reduction, where there is one.
     pub const fn op(self) -> Option<ReduceOp> {
         match self {

@@ -6,25 +6,30 @@ use unisono_core::select::Algorithm;
 
 use super::blocks::Blocks;
 use super::copy::copy;
-use super::engine::Engine;
+use super::engine::{Engine, State};
 use super::exchange::{Part, stage_source};
 use super::plan::Plan;
-use crate::error::Result;
+use super::waiting::Step;
 
 impl Engine {
     /// Returns the number of steps it took.
     #[inline]
-    pub(super) fn all_gather(&mut self, plan: &Plan, header: &[u64; HEADER_WORDS]) -> Result<u64> {
+    pub(super) fn all_gather(
+        &mut self,
+        plan: &Plan,
+        header: &[u64; HEADER_WORDS],
+        at: &mut State,
+    ) -> Step<u64> {
         let bytes = plan.bytes();
         if plan.algorithm == Algorithm::Direct {
-            return self.all_gather_direct(plan, header);
+            return self.all_gather_direct(plan, header, at);
         }
         if bytes <= INLINE_BYTES {
-            return self.all_gather_inline(plan, header);
+            return self.all_gather_inline(plan, header, at);
         }
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
         let stage = stage_source(plan, &blocks);
-        self.exchange(header, blocks.number, Part::ALL, stage, |engine, block, chunk| {
+        self.exchange((header, at), blocks.number, Part::ALL, stage, |engine, block, chunk| {
             engine.collect(plan, &blocks, block, chunk);
         })
     }
@@ -42,9 +47,9 @@ impl Engine {
         }
     }
 
-    fn all_gather_inline(&mut self, plan: &Plan, header: &[u64; HEADER_WORDS]) -> Result<u64> {
+    fn all_gather_inline(&mut self, plan: &Plan, header: &[u64; HEADER_WORDS], at: &mut State) -> Step<u64> {
         let bytes = plan.bytes();
-        self.exchange_inline(plan, header)?;
+        self.exchange_inline(plan, header, at)?;
         for (rank, data) in self.inline_sources.iter().enumerate() {
             // SAFETY: our own copies of the data; the result is valid for all parts.
             unsafe { copy(*data, plan.target.add(rank * bytes), bytes) };
@@ -53,14 +58,15 @@ impl Engine {
     }
 
     /// Everybody's part lies in a window: it is read there. One step, for the barrier at the end.
-    fn all_gather_direct(&mut self, plan: &Plan, header: &[u64; HEADER_WORDS]) -> Result<u64> {
+    fn all_gather_direct(&mut self, plan: &Plan, header: &[u64; HEADER_WORDS], at: &mut State) -> Step<u64> {
         let bytes = plan.bytes();
-        let (sources, _) = self.exchange_places(plan, header, bytes)?;
-        for (rank, source) in sources.iter().enumerate() {
-            // SAFETY: the place of every source was checked; nobody writes a part but its owner, before it arrived.
-            unsafe { copy(source.cast_const(), plan.target.add(rank * bytes), bytes) };
+        if self.exchange_places(plan, header, bytes, at)? {
+            for (rank, (source, _)) in self.places.iter().enumerate() {
+                // SAFETY: the place of every source was checked; nobody writes a part but its owner, before it arrived.
+                unsafe { copy(source.cast_const(), plan.target.add(rank * bytes), bytes) };
+            }
         }
-        self.leave_together(1)?;
+        self.leave_together(1, at)?;
         Ok(1)
     }
 }

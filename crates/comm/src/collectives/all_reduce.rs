@@ -19,10 +19,10 @@ use unisono_core::select::Algorithm;
 
 use super::blocks::Blocks;
 use super::copy::copy;
-use super::engine::{Engine, chunk};
+use super::engine::{Engine, State, chunk};
 use super::exchange::{Part, Reads, stage_source};
 use super::plan::Plan;
-use crate::error::Result;
+use super::waiting::{On, Step};
 use crate::reduce::Reduction;
 
 /// Header word of a rank's own scalar.
@@ -38,19 +38,26 @@ impl Engine {
         plan: &Plan,
         op: ReduceOp,
         header: &[u64; HEADER_WORDS],
-    ) -> Result<u64> {
+        at: &mut State,
+    ) -> Step<u64> {
         let reduction = Reduction::new(plan.dtype, op)?;
         match plan.algorithm {
-            Algorithm::OneShot if plan.bytes() <= INLINE_BYTES => self.inline(plan, reduction, header),
-            Algorithm::TwoShot => self.two_shot(plan, reduction, header),
-            Algorithm::Direct => self.direct(plan, reduction, header),
-            _ => self.one_shot(plan, reduction, header),
+            Algorithm::OneShot if plan.bytes() <= INLINE_BYTES => self.inline(plan, reduction, header, at),
+            Algorithm::TwoShot => self.two_shot(plan, reduction, header, at),
+            Algorithm::Direct => self.direct(plan, reduction, header, at),
+            _ => self.one_shot(plan, reduction, header, at),
         }
     }
 
     /// Up to 48 bytes travel in the slot itself.
-    fn inline(&mut self, plan: &Plan, reduction: Reduction, header: &[u64; HEADER_WORDS]) -> Result<u64> {
-        self.exchange_inline(plan, header)?;
+    fn inline(
+        &mut self,
+        plan: &Plan,
+        reduction: Reduction,
+        header: &[u64; HEADER_WORDS],
+        at: &mut State,
+    ) -> Step<u64> {
+        self.exchange_inline(plan, header, at)?;
         self.read_scalars(reduction, header);
         // SAFETY: all sources are our own copies of `INLINE_BYTES`; the target is valid for `count` elements.
         unsafe { reduction.run(&self.inline_sources, &self.scalars, plan.target, plan.count) };
@@ -58,10 +65,16 @@ impl Engine {
     }
 
     /// Each block: stage mine, then reduce everybody's.
-    fn one_shot(&mut self, plan: &Plan, reduction: Reduction, header: &[u64; HEADER_WORDS]) -> Result<u64> {
+    fn one_shot(
+        &mut self,
+        plan: &Plan,
+        reduction: Reduction,
+        header: &[u64; HEADER_WORDS],
+        at: &mut State,
+    ) -> Step<u64> {
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
         let stage = stage_source(plan, &blocks);
-        self.exchange(header, blocks.number, Part::ALL, stage, |engine, block, chunk| {
+        self.exchange((header, at), blocks.number, Part::ALL, stage, |engine, block, chunk| {
             if block == 0 {
                 engine.read_scalars(reduction, header);
             }
@@ -95,29 +108,43 @@ impl Engine {
         unsafe { reduction.run(&self.sources, &self.scalars, target, count) };
     }
 
-    fn two_shot(&mut self, plan: &Plan, reduction: Reduction, header: &[u64; HEADER_WORDS]) -> Result<u64> {
+    fn two_shot(
+        &mut self,
+        plan: &Plan,
+        reduction: Reduction,
+        header: &[u64; HEADER_WORDS],
+        at: &mut State,
+    ) -> Step<u64> {
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
-        for turn in 0..blocks.number + 2 {
-            if turn < blocks.number {
-                self.stage_for_owners(plan, &blocks, turn)?;
-                self.announce_block(turn, header);
-            }
-            if (1..=blocks.number).contains(&turn) {
-                self.hear_block(turn - 1, Reads::Everybody)?;
-                if turn == 1 {
-                    self.read_scalars(reduction, header);
+        while at.turn < blocks.number + 2 {
+            let turn = at.turn;
+            if at.phase == 0 {
+                if turn < blocks.number {
+                    self.stage_for_owners(plan, &blocks, turn)?;
+                    self.announce_block(turn, header);
                 }
-                self.reduce_owned(plan, &blocks, turn - 1, reduction);
+                at.phase = 1;
+            }
+            if at.phase == 1 {
+                if (1..=blocks.number).contains(&turn) {
+                    self.hear_block(turn - 1, Reads::Everybody)?;
+                    if turn == 1 {
+                        self.read_scalars(reduction, header);
+                    }
+                    self.reduce_owned(plan, &blocks, turn - 1, reduction);
+                }
+                (at.phase, at.peers) = (2, 0);
             }
             if turn >= 2 {
-                self.copy_results(plan, &blocks, turn - 2)?;
+                self.copy_results(plan, &blocks, turn - 2, at)?;
             }
+            (at.turn, at.phase) = (turn + 1, 0);
         }
         Ok(blocks.number)
     }
 
     /// Phase 1: every piece of the block that another rank owns.
-    fn stage_for_owners(&mut self, plan: &Plan, blocks: &Blocks, block: u64) -> Result<()> {
+    fn stage_for_owners(&mut self, plan: &Plan, blocks: &Blocks, block: u64) -> Step<()> {
         let at = self.reserve(self.step + 1 + block)?;
         let staging = self.control.rank(self.rank).staging_in;
         let (first, _) = blocks.block(block);
@@ -160,19 +187,20 @@ impl Engine {
     }
 
     /// Phase 3: the pieces that others own.
-    fn copy_results(&mut self, plan: &Plan, blocks: &Blocks, block: u64) -> Result<()> {
+    fn copy_results(&mut self, plan: &Plan, blocks: &Blocks, block: u64, at: &mut State) -> Step<()> {
         let step = self.step + 1 + block;
         let (first, _) = blocks.block(block);
-        for owner in self.peers() {
+        for owner in self.peers().skip(at.peers) {
             let (start, count) = blocks.piece(block, owner, self.world_size);
             if count > 0 {
-                self.wait_for(owner, |words| words.reduced, step)?;
+                self.until(owner, On::Reduced, step)?;
             }
             // SAFETY: the owner announced this piece and keeps it until we have consumed the step.
             unsafe {
                 let result = self.control.rank(owner).staging_out.add(chunk(step));
                 copy(result, plan.target.add((first + start) * blocks.size), count * blocks.size);
             }
+            at.peers += 1;
         }
         self.announce(|words| words.consumed, step);
         Ok(())
@@ -182,36 +210,60 @@ impl Engine {
     ///
     /// A rank overwrites a piece of its own target (which may be its source) only after the piece's owner announced
     /// that it has read it everywhere. Nobody leaves before all have read everything.
-    fn direct(&mut self, plan: &Plan, reduction: Reduction, header: &[u64; HEADER_WORDS]) -> Result<u64> {
-        let (sources, targets) = self.exchange_places(plan, header, plan.bytes())?;
+    fn direct(
+        &mut self,
+        plan: &Plan,
+        reduction: Reduction,
+        header: &[u64; HEADER_WORDS],
+        at: &mut State,
+    ) -> Step<u64> {
+        self.exchange_places(plan, header, plan.bytes(), at)?;
         self.read_scalars(reduction, header);
         let blocks = Blocks::new(plan, self.world_size * CHUNK_BYTES / plan.dtype.size());
-        for turn in 0..=blocks.number {
-            if turn < blocks.number {
-                let (first, _) = blocks.block(turn);
-                let (start, count) = blocks.piece(turn, self.rank, self.world_size);
-                let at = (first + start) * blocks.size;
-                self.sources.clear();
-                // SAFETY: the piece lies in every rank's source, whose place was checked.
-                self.sources.extend(sources.iter().map(|source| unsafe { source.add(at).cast_const() }));
-                // SAFETY: no peer writes this piece of any source: it is ours to reduce.
-                unsafe { reduction.run(&self.sources, &self.scalars, plan.target.add(at), count) };
-                self.announce(|words| words.reduced, self.step + 1 + turn);
-            }
-            if turn > 0 {
-                let block = turn - 1;
-                let (first, _) = blocks.block(block);
-                for owner in self.peers() {
-                    self.wait_for(owner, |words| words.reduced, self.step + 1 + block)?;
-                    let (start, count) = blocks.piece(block, owner, self.world_size);
-                    let at = (first + start) * blocks.size;
-                    // SAFETY: the owner announced its result, and nobody reads this piece of our buffers any more.
-                    unsafe { copy(targets[owner].add(at), plan.target.add(at), count * blocks.size) };
+        // Twice a turn: even ones reduce, odd ones copy what was reduced one turn before.
+        while at.turn < 2 * (blocks.number + 1) {
+            let turn = at.turn / 2;
+            if at.turn.is_multiple_of(2) {
+                if turn < blocks.number {
+                    self.reduce_in_place(plan, &blocks, turn, reduction);
                 }
+                at.peers = 0;
+            } else if turn > 0 {
+                self.copy_in_place(plan, &blocks, turn - 1, at)?;
             }
+            at.turn += 1;
         }
-        self.leave_together(blocks.number)?;
+        self.leave_together(blocks.number, at)?;
         Ok(blocks.number)
+    }
+
+    /// The piece of the block that we own, from all ranks' inputs to our output.
+    fn reduce_in_place(&mut self, plan: &Plan, blocks: &Blocks, block: u64, reduction: Reduction) {
+        let (first, _) = blocks.block(block);
+        let (start, count) = blocks.piece(block, self.rank, self.world_size);
+        let at = (first + start) * blocks.size;
+        self.sources.clear();
+        // SAFETY: the piece lies in every rank's source, whose place was checked.
+        self.sources.extend(self.places.iter().map(|(source, _)| unsafe { source.add(at).cast_const() }));
+        // SAFETY: no peer writes this piece of any source: it is ours to reduce.
+        unsafe { reduction.run(&self.sources, &self.scalars, plan.target.add(at), count) };
+        self.announce(|words| words.reduced, self.step + 1 + block);
+    }
+
+    /// The pieces of the block that others own, from their outputs to ours.
+    fn copy_in_place(&mut self, plan: &Plan, blocks: &Blocks, block: u64, at: &mut State) -> Step<()> {
+        let (first, _) = blocks.block(block);
+        for owner in self.peers().skip(at.peers) {
+            self.until(owner, On::Reduced, self.step + 1 + block)?;
+            let (start, count) = blocks.piece(block, owner, self.world_size);
+            let at_byte = (first + start) * blocks.size;
+            // SAFETY: the owner announced its result, and nobody reads this piece of our buffers any more.
+            unsafe {
+                copy(self.places[owner].1.add(at_byte), plan.target.add(at_byte), count * blocks.size);
+            }
+            at.peers += 1;
+        }
+        Ok(())
     }
 
     /// The scalars of a pre-multiplied sum, by rank; none for other reductions.

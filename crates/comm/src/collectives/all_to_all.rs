@@ -3,17 +3,22 @@
 use unisono_core::call::HEADER_WORDS;
 
 use super::copy::copy;
-use super::engine::Engine;
+use super::engine::{Engine, State};
 use super::exchange::Part;
 use super::plan::Plan;
-use crate::error::Result;
+use super::waiting::Step;
 
 impl Engine {
     /// Returns the number of steps. In place, a block of every part is staged before any of it is overwritten.
-    pub(super) fn all_to_all(&mut self, plan: &Plan, header: &[u64; HEADER_WORDS]) -> Result<u64> {
+    pub(super) fn all_to_all(
+        &mut self,
+        plan: &Plan,
+        header: &[u64; HEADER_WORDS],
+        at: &mut State,
+    ) -> Step<u64> {
         let blocks = self.pieces(plan);
         let stage = self.stage_pieces(plan, &blocks);
-        self.exchange(header, blocks.number, Part::ALL, stage, |engine, block, chunk| {
+        self.exchange((header, at), blocks.number, Part::ALL, stage, |engine, block, chunk| {
             let (at, bytes) = blocks.bytes(block);
             let mine = chunk + engine.rank * engine.piece_stride();
             for rank in 0..engine.world_size {

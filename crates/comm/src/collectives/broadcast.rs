@@ -7,10 +7,10 @@ use unisono_core::select::Algorithm;
 
 use super::blocks::Blocks;
 use super::copy::{copy, to_words};
-use super::engine::Engine;
+use super::engine::{Engine, State};
 use super::exchange::{Part, stage_source};
 use super::plan::Plan;
-use crate::error::Result;
+use super::waiting::{On, Step};
 
 impl Engine {
     /// Returns the number of steps it took.
@@ -20,18 +20,19 @@ impl Engine {
         plan: &Plan,
         root: usize,
         header: &[u64; HEADER_WORDS],
-    ) -> Result<u64> {
+        at: &mut State,
+    ) -> Step<u64> {
         let bytes = plan.bytes();
         if plan.algorithm == Algorithm::Direct {
-            return self.broadcast_direct(plan, root, header);
+            return self.broadcast_direct(plan, root, header, at);
         }
         if bytes <= INLINE_BYTES {
-            return self.broadcast_inline(plan, root, header);
+            return self.broadcast_inline(plan, root, header, at);
         }
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
         let stage = stage_source(plan, &blocks);
         let part = Part::from_root(self.rank, root);
-        self.exchange(header, blocks.number, part, stage, |engine, block, chunk| {
+        self.exchange((header, at), blocks.number, part, stage, |engine, block, chunk| {
             let (at, bytes) = blocks.bytes(block);
             // SAFETY: the root announced this block and keeps it until we have consumed the step; its own target is equal
             // to or disjoint from its source.
@@ -43,7 +44,13 @@ impl Engine {
         })
     }
 
-    fn broadcast_inline(&mut self, plan: &Plan, root: usize, header: &[u64; HEADER_WORDS]) -> Result<u64> {
+    fn broadcast_inline(
+        &mut self,
+        plan: &Plan,
+        root: usize,
+        header: &[u64; HEADER_WORDS],
+        at: &mut State,
+    ) -> Step<u64> {
         let bytes = plan.bytes();
         let words = bytes.div_ceil(8);
         if self.rank == root {
@@ -54,7 +61,7 @@ impl Engine {
             unsafe { copy(plan.source, plan.target, bytes) };
             return Ok(0);
         }
-        self.arrive(header, &[]);
+        self.arrive_once(header, &[], at);
         self.hear(root)?;
         for at in 0..words {
             self.inline[root][at] = self.control.rank(root).slots.read(self.epoch, SLOT_DATA + at);
@@ -65,49 +72,65 @@ impl Engine {
     }
 
     /// All buffers lie in windows: the root's is read in place. One step, for the barrier at the end.
-    fn broadcast_direct(&mut self, plan: &Plan, root: usize, header: &[u64; HEADER_WORDS]) -> Result<u64> {
+    fn broadcast_direct(
+        &mut self,
+        plan: &Plan,
+        root: usize,
+        header: &[u64; HEADER_WORDS],
+        at: &mut State,
+    ) -> Step<u64> {
         let bytes = plan.bytes();
-        let (sources, _) = self.exchange_places(plan, header, bytes)?;
-        // SAFETY: the place of the root's source was checked, and the root does not write it before all have left.
-        unsafe { copy(sources[root].cast_const(), plan.target, bytes) };
-        self.leave_together(1)?;
+        if self.exchange_places(plan, header, bytes, at)? {
+            // SAFETY: the place of the root's source was checked, and the root does not write it before all have left.
+            unsafe { copy(self.places[root].0.cast_const(), plan.target, bytes) };
+        }
+        self.leave_together(1, at)?;
         Ok(1)
     }
 
-    /// Tells the peers where our buffers lie in their windows, and learns where theirs do: addresses of `bytes` each,
-    /// by rank, of sources and of targets. Every rank is heard.
+    /// Tells the peers where our buffers lie in their windows, and learns where theirs do: afterwards `self.places` holds the
+    /// addresses of `bytes` each, by rank, of inputs and of outputs. Every rank is heard. True the first time that it is
+    /// complete: the phase is then 2.
     pub(super) fn exchange_places(
         &mut self,
         plan: &Plan,
         header: &[u64; HEADER_WORDS],
         bytes: usize,
-    ) -> Result<(Vec<*mut u8>, Vec<*mut u8>)> {
+        at: &mut State,
+    ) -> Step<bool> {
+        if at.phase > 1 {
+            return Ok(false);
+        }
         let place =
             |window: Option<super::WindowPlace>| window.map_or((0, 0), |place| (place.id, place.offset));
-        let ((source_id, source_at), (target_id, target_at)) =
-            (place(plan.source_window), place(plan.target_window));
-        self.arrive(header, &[source_at as u64, target_at as u64]);
-        let mut places = vec![(source_at, target_at); self.world_size];
-        for peer in self.peers() {
-            self.hear(peer)?;
-            let slots = self.control.rank(peer).slots;
-            let offset = |at| slots.read(self.epoch, SLOT_DATA + at) as usize;
-            places[peer] = (offset(0), offset(1));
+        let (source, target) = (place(plan.source_window), place(plan.target_window));
+        self.arrive_once(header, &[source.1 as u64, target.1 as u64], at);
+        self.places.clear();
+        for rank in 0..self.world_size {
+            let mut offsets = (source.1, target.1);
+            if rank != self.rank {
+                self.hear(rank)?;
+                let slots = self.control.rank(rank).slots;
+                let offset = |at| slots.read(self.epoch, SLOT_DATA + at) as usize;
+                offsets = (offset(0), offset(1));
+            }
+            let source = self.window_address(rank, source.0, offsets.0, bytes)?;
+            let target = self.window_address(rank, target.0, offsets.1, bytes)?;
+            self.places.push((source, target));
         }
         self.heard_all();
-        let (mut sources, mut targets) = (Vec::with_capacity(places.len()), Vec::with_capacity(places.len()));
-        for (rank, (source, target)) in places.into_iter().enumerate() {
-            sources.push(self.window_address(rank, source_id, source, bytes)?);
-            targets.push(self.window_address(rank, target_id, target, bytes)?);
-        }
-        Ok((sources, targets))
+        at.phase = 2;
+        Ok(true)
     }
 
     /// The barrier at the end of a direct collective of `steps` steps: nobody touches a window after it.
-    pub(super) fn leave_together(&mut self, steps: u64) -> Result<()> {
-        self.announce(|words| words.consumed, self.step + steps);
+    pub(super) fn leave_together(&mut self, steps: u64, at: &mut State) -> Step<()> {
+        if at.phase < 3 {
+            at.phase = 3;
+            self.announce(|words| words.consumed, self.step + steps);
+        }
         for peer in self.peers() {
-            self.wait_for(peer, |words| words.consumed, self.step + steps)?;
+            self.until(peer, On::Consumed, self.step + steps)?;
         }
         Ok(())
     }

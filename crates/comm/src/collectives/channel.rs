@@ -24,19 +24,11 @@ impl Engine {
         channel.bytes.saturating_sub(usize::try_from(ahead).unwrap_or(usize::MAX))
     }
 
-    pub(super) fn has_room(&self, to: usize) -> bool {
-        self.room(to) >= HEADER_BYTES
-    }
-
     /// Unread bytes of the ring from `from`, never more than it holds.
     pub(super) fn unread(&self, from: usize) -> usize {
         let channel = self.channel_from(from);
         let ahead = channel.head.current().wrapping_sub(self.messages.read[from]);
         usize::try_from(ahead).unwrap_or(usize::MAX).min(channel.bytes)
-    }
-
-    pub(super) fn has_news(&self, from: usize) -> bool {
-        self.unread(from) > 0
     }
 
     /// Copies `bytes` into the ring to `to`, around its end, without telling the receiver.

@@ -1,70 +1,17 @@
-//! Waits that end when ranks have made different calls, and what to say then.
+//! How ranks that have made different calls find out, and what they say then.
 //!
 //! Whoever reads a peer's data compares chains before. That is not enough: a rank that only sends may wait for credit of
-//! a peer that waits for another call of ours. So a wait looks every [`LOOK_EVERY`] whether all peers still do what we
+//! a peer that waits for another call of ours. So a wait that lasts looks whether all peers still do what we
 //! do, and so does whoever takes credit for its slot. Ranks that differ see it at the latest sixteen calls later.
-
-use std::time::Duration;
 
 use unisono_core::call::{CallHeader, HEADER_WORDS};
 use unisono_core::layout::{CALL_SLOTS, SLOT_CHAIN, SLOT_HEADER};
-use unisono_sync::{Stopped, WaitPolicy, Watch, wait};
 
 use super::engine::{Engine, HISTORY, slot_of};
 use crate::cause::Cause;
-use crate::error::{Error, Result};
-
-/// How long a wait goes on before it looks for ranks that made different calls: longer than any good wait for a peer that
-/// has arrived.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
+use crate::error::Error;
 
 impl Engine {
-    /// Waits until `ready`, which becomes true by a change of `watch.word`, a word of `peer`.
-    #[inline(always)]
-    pub(super) fn wait_until(&self, peer: usize, watch: Watch<'_>, ready: impl Fn() -> bool) -> Result<()> {
-        let patience = self.policy.patience.map_or(LOOK_EVERY, |patience| patience.min(LOOK_EVERY));
-        let policy = WaitPolicy { patience: Some(patience), warn_after: None, ..self.policy };
-        wait(&policy, watch, &ready, || {}).or_else(|stopped| self.wait_on(peer, watch, &ready, stopped))
-    }
-
-    /// Waits on after `stopped`: looks at all peers, warns and gives up in time.
-    #[cold]
-    fn wait_on(
-        &self,
-        peer: usize,
-        watch: Watch<'_>,
-        ready: &dyn Fn() -> bool,
-        mut stopped: Stopped,
-    ) -> Result<()> {
-        let (mut waited, mut warn_after) = (Duration::ZERO, self.policy.warn_after);
-        loop {
-            let Stopped::TimedOut { waited: now } = stopped else { return Err(self.first_cause()) };
-            waited += now;
-            for other in self.peers() {
-                self.compare(other).map_err(|at| self.mismatch(other, at))?;
-            }
-            let left = self.policy.patience.map_or(LOOK_EVERY, |patience| patience.saturating_sub(waited));
-            if left.is_zero() {
-                return Err(self.abort_with(Cause::TimedOut {
-                    rank: self.rank as u32,
-                    call: self.during(),
-                    waited_ms: waited.as_millis() as u64,
-                    missing: self.missing(peer),
-                }));
-            }
-            if warn_after.is_some_and(|after| waited >= after) {
-                warn_after = None;
-                self.warn(peer);
-            }
-            let patience = Some(left.min(LOOK_EVERY));
-            let policy = WaitPolicy { spins: 0, yield_for: Duration::ZERO, patience, warn_after: None };
-            match wait(&policy, watch, ready, || {}) {
-                Ok(()) => return Ok(()),
-                Err(again) => stopped = again,
-            }
-        }
-    }
-
     /// Calls that `peer` has completed, from its trail: the high half counts modulo 2³², and a peer only moves forward,
     /// never by that much unseen.
     pub(super) fn completed(&self, peer: usize, trail: u64) -> u64 {

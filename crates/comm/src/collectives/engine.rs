@@ -1,4 +1,4 @@
-//! The engine: epochs, chains, credits and waits; what every collective is made of.
+//! The engine: epochs, chains and credits; what every collective is made of.
 //!
 //! One call goes: check the buffers, take credit for the slot, publish it (with the first data), hear the peers it
 //! reads from, move on. The fast path of an 8-byte all-reduce is one published line, one polled line per peer and some
@@ -13,10 +13,12 @@ use unisono_core::layout::{
 };
 use unisono_core::select::Algorithm;
 use unisono_node::SharedMemory;
-use unisono_sync::{EpochFlag, SpinBudget, WaitPolicy, Watch};
+use unisono_sync::{EpochFlag, SpinBudget, WaitPolicy};
 
+use super::flight::Flight;
 use super::messages::Messages;
 use super::plan::{Plan, Situation, WindowPlace};
+use super::waiting::{Halt, On, Step};
 use crate::call::Call;
 use crate::cause::Cause;
 use crate::control::{Control, RankWords};
@@ -40,6 +42,19 @@ pub(super) struct Known {
     step: u64,
 }
 
+/// How far a collective has come, so that it can be taken up again where it stopped.
+#[derive(Clone, Copy, Default, Debug)]
+pub(super) struct State {
+    /// Whether it has its number.
+    has_begun: bool,
+    /// What of the current turn is done; what it means is each collective's own.
+    pub(super) phase: u8,
+    /// Blocks begun.
+    pub(super) turn: u64,
+    /// Peers that are done with in the current phase.
+    pub(super) peers: usize,
+}
+
 /// A window that peers map too: `stride` bytes per rank.
 #[derive(Clone, Debug)]
 pub(super) struct OpenWindow {
@@ -55,7 +70,9 @@ pub(crate) struct Engine {
     pub(super) rank: usize,
     pub(super) world_size: usize,
     pub(super) policy: WaitPolicy,
-    budget: SpinBudget,
+    pub(super) budget: SpinBudget,
+    /// Whether a wait ends the call as pending instead of blocking.
+    pub(super) polling: bool,
     forced: Option<Algorithm>,
     /// Calls begun; the current one, while one runs.
     pub(super) epoch: u64,
@@ -72,6 +89,8 @@ pub(crate) struct Engine {
     /// The header of the current call, which may not have been published yet.
     pub(super) current: [u64; HEADER_WORDS],
     failed: Option<Error>,
+    /// Calls that were posted and are not complete.
+    pub(super) flight: Flight,
     pub(super) messages: Messages,
     windows: Vec<OpenWindow>,
     next_window: u64,
@@ -80,6 +99,8 @@ pub(crate) struct Engine {
     pub(super) inline_sources: Box<[*const u8]>,
     /// Where the data of each rank lies in the current step.
     pub(super) sources: Vec<*const u8>,
+    /// Where the input and the output of each rank lie in windows, in the current call.
+    pub(super) places: Vec<(*mut u8, *mut u8)>,
     /// The scalars of a pre-multiplied sum.
     pub(super) scalars: Vec<f64>,
 }
@@ -105,6 +126,7 @@ impl Engine {
             world_size,
             policy: config.policy,
             budget: SpinBudget::new(&config.policy),
+            polling: false,
             forced: config.forced,
             epoch: 0,
             chain: 0,
@@ -116,12 +138,14 @@ impl Engine {
             kind: Kind::Barrier,
             current: [0; HEADER_WORDS],
             failed: None,
+            flight: Flight::default(),
             messages: Messages::new(world_size),
             windows: Vec::new(),
             next_window: 1,
             inline,
             inline_sources,
             sources: Vec::with_capacity(world_size),
+            places: Vec::with_capacity(world_size),
             scalars: Vec::with_capacity(world_size),
         }
     }
@@ -130,9 +154,18 @@ impl Engine {
     #[inline]
     pub(crate) fn submit(&mut self, call: &Call<'_>) -> Result<()> {
         self.check()?;
-        if matches!(call.kind, Kind::Send { .. } | Kind::Recv { .. } | Kind::SendRecv { .. }) {
-            return self.submit_message(call);
+        if !self.is_idle() || call.kind.is_message() {
+            let prepared = self.prepare(call)?;
+            let ticket = self.post(prepared)?;
+            return self.drive(|engine| engine.is_done(ticket));
         }
+        let plan = self.plan(call)?;
+        self.execute(&plan)
+    }
+
+    /// Checks a collective and chooses its algorithm.
+    #[inline]
+    pub(super) fn plan(&self, call: &Call<'_>) -> Result<Plan> {
         let find = |id, ptr, bytes| find_window(&self.windows, self.rank, id, ptr, bytes);
         let situation = Situation {
             rank: self.rank,
@@ -140,24 +173,14 @@ impl Engine {
             forced: self.forced,
             find_window: &find,
         };
-        let plan = Plan::new(call, &situation)?;
-        self.execute(&plan)
-    }
-
-    /// From now on, errors speak of this message.
-    pub(super) fn begin_message(&mut self, kind: Kind) {
-        self.kind = kind;
-    }
-
-    /// What is being done.
-    pub(super) const fn kind(&self) -> Kind {
-        self.kind
+        Plan::new(call, &situation)
     }
 
     /// A failure of a call that had begun is final.
     pub(super) fn remember<T>(&mut self, result: Result<T>) -> Result<T> {
         if let Err(error) = &result {
             self.failed = Some(error.clone());
+            self.abandon();
         }
         result
     }
@@ -181,43 +204,55 @@ impl Engine {
             None | Some(Cause::Dropped { .. }) => Ok(()),
             Some(cause) => {
                 let error = cause.into_error("an earlier call", (self.rank, self.world_size));
-                self.failed = Some(error.clone());
-                Err(error)
+                self.remember(Err(error))
             }
         }
     }
 
+    /// Carries out a collective, while none is in flight.
     #[inline]
     pub(crate) fn execute(&mut self, plan: &Plan) -> Result<()> {
-        let result = self.begin(plan).and_then(|words| match plan.kind {
-            Kind::AllReduce { op } => self.all_reduce(plan, op, &words),
-            Kind::Broadcast { root } => self.broadcast(plan, root as usize, &words),
-            Kind::AllGather => self.all_gather(plan, &words),
-            Kind::Reduce { op, root } => self.reduce(plan, op, root as usize, &words),
-            Kind::ReduceScatter { op } => self.reduce_scatter(plan, op, &words),
-            Kind::Gather { root } => self.gather(plan, root as usize, &words),
-            Kind::Scatter { root } => self.scatter(plan, root as usize, &words),
-            Kind::AllToAll => self.all_to_all(plan, &words),
-            _ => self.barrier(&words),
-        });
-        let steps = self.remember(result)?;
+        let header = plan.header.to_words();
+        match self.advance(plan, &header, &mut State::default()) {
+            Ok(()) => Ok(()),
+            Err(Halt::Failed(error)) => self.remember(Err(error)),
+            Err(Halt::Pending(blocked)) => unreachable!("pending though it may block: {blocked:?}"),
+        }
+    }
+
+    /// Takes a collective on from where it stopped, to its end or its next wait.
+    #[inline]
+    pub(super) fn advance(&mut self, plan: &Plan, header: &[u64; HEADER_WORDS], at: &mut State) -> Step<()> {
+        if !at.has_begun {
+            at.has_begun = true;
+            self.begin(plan.kind, header);
+        }
+        if self.epoch > self.credit.epoch + CALL_SLOTS as u64 {
+            self.wait_for_epoch(self.epoch - CALL_SLOTS as u64)?;
+        }
+        let steps = match plan.kind {
+            Kind::AllReduce { op } => self.all_reduce(plan, op, header, at),
+            Kind::Broadcast { root } => self.broadcast(plan, root as usize, header, at),
+            Kind::AllGather => self.all_gather(plan, header, at),
+            Kind::Reduce { op, root } => self.reduce(plan, op, root as usize, header, at),
+            Kind::ReduceScatter { op } => self.reduce_scatter(plan, op, header, at),
+            Kind::Gather { root } => self.gather(plan, root as usize, header, at),
+            Kind::Scatter { root } => self.scatter(plan, root as usize, header, at),
+            Kind::AllToAll => self.all_to_all(plan, header, at),
+            _ => self.barrier(header, at),
+        }?;
         self.finish(steps);
         Ok(())
     }
 
-    /// Moves the epoch and the chain on, and takes credit for the slot.
+    /// Moves the epoch and the chain on.
     #[inline]
-    fn begin(&mut self, plan: &Plan) -> Result<[u64; HEADER_WORDS]> {
-        let words = plan.header.to_words();
+    fn begin(&mut self, kind: Kind, header: &[u64; HEADER_WORDS]) {
         self.epoch += 1;
-        self.kind = plan.kind;
-        self.current = words;
-        self.chain = CallHeader::chain(self.chain, CallHeader::fingerprint(&words));
+        self.kind = kind;
+        self.current = *header;
+        self.chain = CallHeader::chain(self.chain, CallHeader::fingerprint(header));
         self.chains[(self.epoch % HISTORY) as usize] = self.chain as u32;
-        if self.epoch > self.credit.epoch + CALL_SLOTS as u64 {
-            self.wait_for_epoch(self.epoch - CALL_SLOTS as u64)?;
-        }
-        Ok(words)
     }
 
     /// Publishes the slot of this call with `data`; what was staged before is announced with it.
@@ -241,15 +276,10 @@ impl Engine {
 
     /// Waits for the slot of `peer` and compares chains: from here on its data of this call can be read.
     #[inline]
-    pub(super) fn hear(&self, peer: usize) -> Result<()> {
-        let theirs = self.control.rank(peer);
-        let (slots, epoch) = (theirs.slots, self.epoch);
-        if !slots.is_published(epoch) {
-            let watch = self.watch(theirs, EpochFlag::new(slots.word(epoch)));
-            self.wait_until(peer, watch, || slots.is_published(epoch))?;
-        }
-        if slots.read(epoch, SLOT_CHAIN) != self.chain {
-            return Err(self.mismatch(peer, epoch));
+    pub(super) fn hear(&self, peer: usize) -> Step<()> {
+        self.until(peer, On::Slot, self.epoch)?;
+        if self.control.rank(peer).slots.read(self.epoch, SLOT_CHAIN) != self.chain {
+            return Err(self.mismatch(peer, self.epoch).into());
         }
         Ok(())
     }
@@ -267,22 +297,6 @@ impl Engine {
         (rank + 1..world_size).chain(0..rank)
     }
 
-    /// Waits until `flag` of `peer` reaches `value`.
-    #[inline]
-    pub(super) fn wait_for(
-        &self,
-        peer: usize,
-        flag: impl for<'m> Fn(&RankWords<'m>) -> EpochFlag<'m>,
-        value: u64,
-    ) -> Result<()> {
-        let theirs = self.control.rank(peer);
-        let flag = flag(theirs);
-        if flag.has_reached(value) {
-            return Ok(());
-        }
-        self.wait_until(peer, self.watch(theirs, flag), || flag.has_reached(value))
-    }
-
     /// Moves one of our own flags to `value` and wakes who sleeps on it.
     #[inline]
     pub(super) fn announce(&self, flag: impl for<'m> Fn(&RankWords<'m>) -> EpochFlag<'m>, value: u64) {
@@ -294,12 +308,12 @@ impl Engine {
 
     /// Takes credit for the staging chunk of `step` and returns its offset within staging.
     #[inline]
-    pub(super) fn reserve(&mut self, step: u64) -> Result<usize> {
+    pub(super) fn reserve(&mut self, step: u64) -> Step<usize> {
         if step > self.credit.step + CHUNKS as u64 {
             let needed = step - CHUNKS as u64;
             for peer in self.peers() {
                 if self.known[peer].step < needed {
-                    self.wait_for(peer, |words| words.consumed, needed)?;
+                    self.until(peer, On::Consumed, needed)?;
                     self.known[peer].step = self.control.rank(peer).consumed.current().min(step);
                 }
             }
@@ -310,13 +324,9 @@ impl Engine {
 
     /// Waits until every peer has completed call `needed`, and compares what all have done so far.
     #[cold]
-    fn wait_for_epoch(&mut self, needed: u64) -> Result<()> {
+    fn wait_for_epoch(&mut self, needed: u64) -> Step<()> {
         for peer in self.peers() {
-            let theirs = self.control.rank(peer);
-            let is_done = || self.completed(peer, theirs.trail.current()) >= needed;
-            if !is_done() {
-                self.wait_until(peer, self.watch(theirs, theirs.trail), is_done)?;
-            }
+            self.until(peer, On::Completed, needed)?;
             let epoch = self.compare(peer).map_err(|at| self.mismatch(peer, at))?;
             self.known[peer].epoch = epoch.min(self.epoch);
         }
@@ -338,13 +348,22 @@ impl Engine {
         mine.sleepers.wake(mine.trail.word());
     }
 
-    fn barrier(&mut self, header: &[u64; HEADER_WORDS]) -> Result<u64> {
-        self.arrive(header, &[]);
+    fn barrier(&mut self, header: &[u64; HEADER_WORDS], at: &mut State) -> Step<u64> {
+        self.arrive_once(header, &[], at);
         for peer in self.peers() {
             self.hear(peer)?;
         }
         self.heard_all();
         Ok(0)
+    }
+
+    /// Publishes the slot of this call, the first time that its collective comes here.
+    #[inline]
+    pub(super) fn arrive_once(&mut self, header: &[u64; HEADER_WORDS], data: &[u64], at: &mut State) {
+        if at.phase == 0 {
+            at.phase = 1;
+            self.arrive(header, data);
+        }
     }
 
     /// Stands for the meeting at the beginning, where ranks need none: threads of a process exist together. Calls are
@@ -357,7 +376,10 @@ impl Engine {
     /// A barrier of its own kind, with other patience: for the beginning and the end.
     pub(crate) fn meet(&mut self, header: CallHeader, patience: Option<Duration>) -> Result<()> {
         let usual = std::mem::replace(&mut self.policy.patience, patience);
-        let result = self.check().and_then(|()| self.execute(&Plan { header, ..Plan::bare(header.kind) }));
+        let result = self
+            .check()
+            .and_then(|()| self.drive(Self::is_idle))
+            .and_then(|()| self.execute(&Plan { header, ..Plan::bare(header.kind) }));
         self.policy.patience = usual;
         result
     }
@@ -396,69 +418,32 @@ impl Engine {
             // SAFETY: the range lies within the peer's part of the mapping, as was just checked.
             Some(window) => Ok(unsafe { window.memory.as_ptr().add(peer * window.stride + offset) }),
             None => Err(self.abort_with(Cause::Mismatch {
-                left: self.during(),
+                left: self.call_name(),
                 right: format!("an offset of {offset} outside window {id} on {}", self.control.name(peer)),
             })),
         }
     }
 
-    pub(super) fn watch<'m>(&'m self, theirs: &RankWords<'m>, flag: EpochFlag<'m>) -> Watch<'m> {
-        Watch {
-            abort: self.control.abort(),
-            word: flag.word(),
-            sleepers: theirs.sleepers,
-            budget: &self.budget,
-        }
-    }
-
     /// `all_reduce #812`; the meeting at the beginning is number 0.
-    pub(super) fn during(&self) -> String {
-        match self.kind {
-            Kind::Send { to, tag } => return format!("send to rank {to} (tag {tag})"),
-            Kind::Recv { from: u32::MAX, tag } => return format!("recv from any rank (tag {tag})"),
-            Kind::Recv { from, tag } => return format!("recv from rank {from} (tag {tag})"),
-            Kind::SendRecv { to, from, tag } => {
-                return format!("send_recv to rank {to} and from rank {from} (tag {tag})");
-            }
-            _ if self.epoch <= 1 => return "the start of the job".to_owned(),
-            _ => {}
+    pub(super) fn call_name(&self) -> String {
+        if self.epoch <= 1 {
+            return "the start of the job".to_owned();
         }
         format!("{} #{}", self.kind.name(), self.epoch - 1)
-    }
-
-    /// The ranks that have not begun this call; if all have, the one that is waited for.
-    pub(super) fn missing(&self, waited_for: usize) -> Vec<String> {
-        let late = |peer: &usize| {
-            let standing = self.control.rank(*peer).slots.standing(self.epoch);
-            standing < self.epoch
-        };
-        let mut missing: Vec<String> =
-            self.peers().filter(late).map(|peer| self.control.name(peer).to_owned()).collect();
-        missing.sort();
-        if missing.is_empty() { vec![self.control.name(waited_for).to_owned()] } else { missing }
-    }
-
-    #[cold]
-    pub(super) fn warn(&self, peer: usize) {
-        let waited = self.policy.warn_after.unwrap_or_default();
-        tracing::warn!(
-            "rank {} has waited {waited:?} in {} for {}",
-            self.rank,
-            self.during(),
-            self.missing(peer).join(", ")
-        );
     }
 
     /// Fails the communicator for everybody, unless it has failed already; the error of the first cause.
     #[cold]
     pub(super) fn abort_with(&self, cause: Cause) -> Error {
         self.control.fail(&cause);
-        self.first_cause()
+        self.cause_during(&self.call_name())
     }
 
-    pub(super) fn first_cause(&self) -> Error {
+    /// The error of the first cause, as who did `what` meets it.
+    #[cold]
+    pub(super) fn cause_during(&self, what: &str) -> Error {
         let unknown = || Cause::Aborted { rank: self.rank as u32, reason: "unknown".to_owned() };
-        self.control.cause().unwrap_or_else(unknown).into_error(&self.during(), (self.rank, self.world_size))
+        self.control.cause().unwrap_or_else(unknown).into_error(what, (self.rank, self.world_size))
     }
 }
 

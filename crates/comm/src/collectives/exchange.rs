@@ -11,9 +11,9 @@ use unisono_core::layout::{CHUNK_BYTES, INLINE_WORDS, SLOT_DATA};
 
 use super::blocks::Blocks;
 use super::copy::{copy, to_words};
-use super::engine::{Engine, chunk};
+use super::engine::{Engine, State, chunk};
 use super::plan::Plan;
-use crate::error::Result;
+use super::waiting::{On, Step};
 
 /// From whom a rank reads.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -55,39 +55,46 @@ impl Engine {
     /// within the staging of every rank that we read from. Returns the number of steps.
     pub(super) fn exchange(
         &mut self,
-        header: &[u64; HEADER_WORDS],
+        (header, at): (&[u64; HEADER_WORDS], &mut State),
         blocks: u64,
         part: Part,
         stage: impl Fn(u64, *mut u8),
         mut consume: impl FnMut(&mut Self, u64, usize),
-    ) -> Result<u64> {
-        if !part.stages {
-            self.arrive(header, &[]);
+    ) -> Step<u64> {
+        if !part.stages && at.turn == 0 {
+            self.arrive_once(header, &[], at);
         }
-        for turn in 0..=blocks {
-            if turn < blocks && part.stages {
-                let at = self.reserve(self.step + 1 + turn)?;
+        while at.turn <= blocks {
+            if at.phase == 0 && at.turn < blocks && part.stages {
+                let chunk = self.reserve(self.step + 1 + at.turn)?;
                 // SAFETY: the chunk lies inside our staging.
-                stage(turn, unsafe { self.control.rank(self.rank).staging_in.add(at) });
-                self.announce_block(turn, header);
+                stage(at.turn, unsafe { self.control.rank(self.rank).staging_in.add(chunk) });
+                self.announce_block(at.turn, header);
             }
-            if turn > 0 {
-                let block = turn - 1;
+            at.phase = 1;
+            if at.turn > 0 {
+                let block = at.turn - 1;
                 self.hear_block(block, part.reads)?;
                 consume(self, block, chunk(self.step + 1 + block));
                 self.announce(|words| words.consumed, self.step + 1 + block);
             }
+            (at.turn, at.phase) = (at.turn + 1, 0);
         }
         Ok(blocks)
     }
 
     /// Every rank's source, of at most 48 bytes, travels in its call slot: afterwards `self.inline` holds them all.
     #[inline]
-    pub(super) fn exchange_inline(&mut self, plan: &Plan, header: &[u64; HEADER_WORDS]) -> Result<()> {
+    pub(super) fn exchange_inline(
+        &mut self,
+        plan: &Plan,
+        header: &[u64; HEADER_WORDS],
+        at: &mut State,
+    ) -> Step<()> {
         let words = plan.bytes().div_ceil(8);
         // SAFETY: the source is valid for its length, at most the size of the words.
         let mine: [u64; INLINE_WORDS] = unsafe { to_words(plan.source, plan.bytes()) };
-        self.arrive(header, &mine[..words]);
+        self.arrive_once(header, &mine[..words], at);
         self.inline[self.rank] = mine;
         for peer in self.peers() {
             self.hear(peer)?;
@@ -116,10 +123,10 @@ impl Engine {
     }
 
     /// Waits until those we read from have staged their part of `block`.
-    pub(super) fn hear_block(&mut self, block: u64, reads: Reads) -> Result<()> {
+    pub(super) fn hear_block(&mut self, block: u64, reads: Reads) -> Step<()> {
         let hear = |peer| match block {
             0 => self.hear(peer),
-            _ => self.wait_for(peer, |words| words.produced, self.step + 1 + block),
+            _ => self.until(peer, On::Produced, self.step + 1 + block),
         };
         match reads {
             Reads::Nobody => {}

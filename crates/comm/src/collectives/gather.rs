@@ -5,18 +5,24 @@ use unisono_core::layout::CHUNK_BYTES;
 
 use super::blocks::Blocks;
 use super::copy::copy;
-use super::engine::Engine;
+use super::engine::{Engine, State};
 use super::exchange::{Part, stage_source};
 use super::plan::Plan;
-use crate::error::Result;
+use super::waiting::Step;
 
 impl Engine {
     /// Every rank but the root stages its part; the root collects. Returns the number of steps.
-    pub(super) fn gather(&mut self, plan: &Plan, root: usize, header: &[u64; HEADER_WORDS]) -> Result<u64> {
+    pub(super) fn gather(
+        &mut self,
+        plan: &Plan,
+        root: usize,
+        header: &[u64; HEADER_WORDS],
+        at: &mut State,
+    ) -> Step<u64> {
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
         let stage = stage_source(plan, &blocks);
         let part = Part::to_root(self.rank, root);
-        self.exchange(header, blocks.number, part, stage, |engine, block, chunk| {
+        self.exchange((header, at), blocks.number, part, stage, |engine, block, chunk| {
             if engine.rank == root {
                 engine.collect(plan, &blocks, block, chunk);
             }
@@ -24,11 +30,17 @@ impl Engine {
     }
 
     /// The root stages a piece for every rank; each copies its own. Returns the number of steps.
-    pub(super) fn scatter(&mut self, plan: &Plan, root: usize, header: &[u64; HEADER_WORDS]) -> Result<u64> {
+    pub(super) fn scatter(
+        &mut self,
+        plan: &Plan,
+        root: usize,
+        header: &[u64; HEADER_WORDS],
+        at: &mut State,
+    ) -> Step<u64> {
         let blocks = self.pieces(plan);
         let part = Part::from_root(self.rank, root);
         let stage = self.stage_pieces(plan, &blocks);
-        self.exchange(header, blocks.number, part, stage, |engine, block, chunk| {
+        self.exchange((header, at), blocks.number, part, stage, |engine, block, chunk| {
             let (at, bytes) = blocks.bytes(block);
             // SAFETY: the root announced this block and keeps it until we have consumed the step; its own part of the
             // source is equal to or disjoint from its target.

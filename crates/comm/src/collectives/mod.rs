@@ -22,10 +22,14 @@ mod copy;
 mod disagreement;
 mod engine;
 mod exchange;
+mod flight;
 mod gather;
 mod messages;
 mod plan;
 mod reduce_scatter;
+mod transfer;
+mod waiting;
 
 pub(crate) use engine::{Engine, EngineConfig};
+pub(crate) use flight::{Prepared, Ticket};
 pub(crate) use plan::WindowPlace;

@@ -6,10 +6,10 @@ use unisono_core::call::HEADER_WORDS;
 use unisono_core::layout::CHUNK_BYTES;
 
 use super::blocks::Blocks;
-use super::engine::Engine;
+use super::engine::{Engine, State};
 use super::exchange::{Part, stage_source};
 use super::plan::Plan;
-use crate::error::Result;
+use super::waiting::Step;
 use crate::reduce::Reduction;
 
 impl Engine {
@@ -20,12 +20,13 @@ impl Engine {
         op: ReduceOp,
         root: usize,
         header: &[u64; HEADER_WORDS],
-    ) -> Result<u64> {
+        at: &mut State,
+    ) -> Step<u64> {
         let reduction = Reduction::new(plan.dtype, op)?;
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
         let stage = stage_source(plan, &blocks);
         let part = Part::to_root(self.rank, root);
-        self.exchange(header, blocks.number, part, stage, |engine, block, chunk| {
+        self.exchange((header, at), blocks.number, part, stage, |engine, block, chunk| {
             if engine.rank != root {
                 return;
             }
@@ -48,11 +49,12 @@ impl Engine {
         plan: &Plan,
         op: ReduceOp,
         header: &[u64; HEADER_WORDS],
-    ) -> Result<u64> {
+        at: &mut State,
+    ) -> Step<u64> {
         let reduction = Reduction::new(plan.dtype, op)?;
         let blocks = self.pieces(plan);
         let stage = self.stage_pieces(plan, &blocks);
-        self.exchange(header, blocks.number, Part::ALL, stage, |engine, block, chunk| {
+        self.exchange((header, at), blocks.number, Part::ALL, stage, |engine, block, chunk| {
             if block == 0 {
                 engine.read_scalars(reduction, header);
             }

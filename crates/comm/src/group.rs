@@ -1,0 +1,113 @@
+//! Operations that are posted together: on one communicator or on several that one thread drives.
+
+use std::cell::RefCell;
+
+use crate::call::Call;
+use crate::collectives::Prepared;
+use crate::communicator::Communicator;
+use crate::error::Result;
+use crate::operations::Operations;
+use crate::stream::Stream;
+
+/// Collects the operations of [`group`].
+#[derive(Debug)]
+pub struct Group<'b> {
+    calls: RefCell<Vec<(&'b Communicator, Prepared)>>,
+}
+
+/// One communicator within a group. Made by [`Group::on`].
+#[derive(Debug)]
+pub struct Grouped<'g, 'b> {
+    group: &'g Group<'b>,
+    communicator: &'b Communicator,
+}
+
+impl<'b> Group<'b> {
+    /// The operations of `communicator`, in the order of `stream`, as part of this group.
+    pub fn on(&self, communicator: &'b Communicator, _stream: &'b Stream) -> Grouped<'_, 'b> {
+        Grouped { group: self, communicator }
+    }
+}
+
+impl<'b> Operations<'b> for Grouped<'_, 'b> {
+    type Done = ();
+
+    /// Checks the operation and notes it; it is posted when the group ends.
+    fn submit(&self, call: Call<'b>) -> Result<()> {
+        let mut engine = self.communicator.engine();
+        engine.check()?;
+        let prepared = engine.prepare(&call)?;
+        self.group.calls.borrow_mut().push((self.communicator, prepared));
+        Ok(())
+    }
+}
+
+/// Posts all operations that `f` submits together, and returns when all are complete.
+///
+/// Within a group the order of messages does not matter: no send waits for a receive that comes after it. One thread can drive
+/// several communicators, even several ranks of one world; collectives of one communicator keep their order.
+///
+/// ```
+/// # use unisono::{Communicator, Operations, Stream, group};
+/// // Three ranks on one thread pass a number on, all at once.
+/// let ranks = Communicator::threads(3)?;
+/// let (stream, numbers, mut got) = (Stream::host(), [[10u32], [11], [12]], [[0u32]; 3]);
+/// group(|group| {
+///     for (rank, (number, got)) in ranks.iter().zip(numbers.iter().zip(&mut got)) {
+///         let (me, on) = (rank.rank(), group.on(rank, &stream));
+///         on.send(number, (me + 1) % 3, 0)?;
+///         on.recv(got, (me + 2) % 3, 0)?;
+///     }
+///     Ok(())
+/// })?;
+/// assert_eq!(got, [[12], [10], [11]]);
+/// # Ok::<(), unisono::Error>(())
+/// ```
+///
+/// # Errors
+/// Those of `f`, and of arguments: then nothing was posted. Else the first cause of a failure of any of the communicators; what was
+/// posted on the others is carried out all the same.
+pub fn group<'b, R>(f: impl FnOnce(&Group<'b>) -> Result<R>) -> Result<R> {
+    let group = Group { calls: RefCell::new(Vec::new()) };
+    let value = f(&group)?;
+    let calls = group.calls.into_inner();
+    let mut communicators: Vec<&Communicator> = Vec::new();
+    for (communicator, _) in &calls {
+        if !communicators.iter().any(|known| std::ptr::eq(*known, *communicator)) {
+            communicators.push(communicator);
+        }
+    }
+    for communicator in &communicators {
+        communicator.engine().check()?;
+    }
+    let mut result = Ok(());
+    for (communicator, prepared) in calls {
+        let posted = communicator.engine().post(prepared);
+        result = result.and(posted.map(drop));
+    }
+    result.and(drive(&communicators)).map(|()| value)
+}
+
+/// Drives all communicators until nothing is in flight on any; the first failure.
+fn drive(communicators: &[&Communicator]) -> Result<()> {
+    let mut result = Ok(());
+    let mut turn = 0;
+    loop {
+        for communicator in communicators {
+            let mut engine = communicator.engine();
+            if !engine.is_idle() {
+                let progress = engine.progress();
+                result = result.and(progress);
+            }
+        }
+        let busy: Vec<_> =
+            communicators.iter().filter(|communicator| !communicator.engine().is_idle()).collect();
+        let Some(one) = busy.get(turn % busy.len().max(1)) else { return result };
+        turn += 1;
+        // Sleeps on a word of one, and looks at those of all; the next time it is another's turn to keep its patience.
+        let others = busy.iter().filter(|other| !std::ptr::eq(**other, *one));
+        let others: Vec<_> = others.map(|other| other.engine()).collect();
+        let rested = one.engine().rest(&|| others.iter().any(|other| other.is_any_ready()));
+        result = result.and(rested);
+    }
+}
