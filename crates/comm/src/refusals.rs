@@ -75,3 +75,86 @@
 //! rank.barrier()?;
 //! # Ok::<(), unisono::Error>(())
 //! ```
+//!
+//! The programs about scopes and groups without their offending lines:
+//! ```
+//! use unisono::{Communicator, Operations, ReduceOp, Stream, group};
+//! let (rank, stream) = (Communicator::threads(1)?.remove(0), Stream::host());
+//! let (mut x, mut y) = (vec![1.0f32; 4], vec![0.0f32; 4]);
+//! rank.scope(|scope| scope.all_reduce(&mut x, ReduceOp::Sum)?.wait())?;
+//! x[0] = 2.0;
+//! group(|group| group.on(&rank, &stream).all_reduce(&mut y, ReduceOp::Sum))?;
+//! # Ok::<(), unisono::Error>(())
+//! ```
+//!
+//! A buffer in flight is neither read nor written.
+//! ```compile_fail,E0506
+//! use unisono::{Communicator, Operations, ReduceOp};
+//! let rank = Communicator::threads(1)?.remove(0);
+//! let mut x = [1.0f32; 4];
+//! rank.scope(|scope| {
+//!     let pending = scope.all_reduce(&mut x, ReduceOp::Sum)?;
+//!     x[0] = 2.0;
+//!     pending.wait()
+//! })?;
+//! # Ok::<(), unisono::Error>(())
+//! ```
+//!
+//! Nor lent a second time.
+//! ```compile_fail,E0499
+//! use unisono::{Communicator, Operations, ReduceOp};
+//! let rank = Communicator::threads(1)?.remove(0);
+//! let mut x = vec![1.0f32; 4];
+//! rank.scope(|scope| {
+//!     let first = scope.all_reduce(&mut x, ReduceOp::Sum)?;
+//!     let second = scope.all_reduce(&mut x, ReduceOp::Sum)?;
+//!     first.wait()
+//! })?;
+//! # Ok::<(), unisono::Error>(())
+//! ```
+//!
+//! A handle over a local of the scope cannot be forgotten, because the local cannot be lent: it would die first.
+//! ```compile_fail,E0597
+//! use unisono::{Communicator, Operations, ReduceOp};
+//! let rank = Communicator::threads(1)?.remove(0);
+//! rank.scope(|scope| {
+//!     let mut x = vec![1.0f32; 4];
+//!     std::mem::forget(scope.all_reduce(&mut x, ReduceOp::Sum)?);
+//!     Ok(())
+//! })?;
+//! # Ok::<(), unisono::Error>(())
+//! ```
+//!
+//! A handle does not leave its scope.
+//! ```compile_fail
+//! use unisono::{Communicator, Operations, ReduceOp};
+//! let rank = Communicator::threads(1)?.remove(0);
+//! let mut x = vec![1.0f32; 4];
+//! let pending = rank.scope(|scope| scope.all_reduce(&mut x, ReduceOp::Sum))?;
+//! pending.wait()?;
+//! # Ok::<(), unisono::Error>(())
+//! ```
+//!
+//! The buffers of a group outlive it.
+//! ```compile_fail,E0597
+//! use unisono::{Communicator, Operations, ReduceOp, Stream, group};
+//! let (rank, stream) = (Communicator::threads(1)?.remove(0), Stream::host());
+//! group(|group| {
+//!     let mut x = vec![1.0f32; 4];
+//!     group.on(&rank, &stream).all_reduce(&mut x, ReduceOp::Sum)
+//! })?;
+//! # Ok::<(), unisono::Error>(())
+//! ```
+//!
+//! The communicator is not dropped while a scope is open.
+//! ```compile_fail,E0505
+//! use unisono::{Communicator, Operations, ReduceOp};
+//! let rank = Communicator::threads(1)?.remove(0);
+//! let mut x = vec![1.0f32; 4];
+//! rank.scope(|scope| {
+//!     let pending = scope.all_reduce(&mut x, ReduceOp::Sum)?;
+//!     drop(rank);
+//!     pending.wait()
+//! })?;
+//! # Ok::<(), unisono::Error>(())
+//! ```

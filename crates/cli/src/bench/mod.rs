@@ -35,6 +35,7 @@ pub(crate) enum Operation {
     Reduce,
     Gather,
     Scatter,
+    SendRecv,
     Barrier,
 }
 
@@ -56,6 +57,7 @@ impl Operation {
             Self::Reduce => "reduce",
             Self::Gather => "gather",
             Self::Scatter => "scatter",
+            Self::SendRecv => "send_recv",
             Self::Barrier => "barrier",
         }
     }
@@ -65,7 +67,7 @@ impl Operation {
 #[derive(Clone, Debug, Args)]
 #[command(
     after_help = "Bytes are those of one part: what each rank contributes, or gets where it contributes a part to every rank. Times are those of back-to-back calls (batches of 1000 \
-                  below 4 KiB): percentiles over batches of the slowest rank. algbw and busbw count as nccl-tests does."
+                  below 4 KiB): percentiles over batches of the slowest rank. algbw and busbw count as nccl-tests does. send_recv is a round trip between ranks 0 and 1, 2 and 3, and so on."
 )]
 pub(crate) struct Arguments {
     /// Operations to measure; all_reduce, broadcast, all_gather and barrier if none is named

@@ -148,7 +148,11 @@ impl Rank<'_> {
     fn parts(&self, operation: Operation) -> (usize, usize) {
         let ranks = self.communicator.world_size();
         match operation {
-            Operation::AllReduce | Operation::Broadcast | Operation::Reduce | Operation::Barrier => (1, 1),
+            Operation::AllReduce
+            | Operation::Broadcast
+            | Operation::Reduce
+            | Operation::SendRecv
+            | Operation::Barrier => (1, 1),
             Operation::AllGather | Operation::Gather => (1, ranks),
             Operation::ReduceScatter | Operation::Scatter => (ranks, 1),
             Operation::AllToAll => (ranks, ranks),
@@ -196,11 +200,42 @@ impl Rank<'_> {
             Operation::Broadcast => Ok(self.patterns.wrong(self.patterns.input(0), target)),
             Operation::AllGather | Operation::Gather => Ok(of_each(0)),
             Operation::AllToAll => Ok(of_each(rank * count)),
+            Operation::SendRecv => match self.partner() {
+                Some(partner) => {
+                    Ok(self.patterns.wrong(self.patterns.input(rank.min(partner)), buffers.target()?))
+                }
+                None => Ok(0),
+            },
             Operation::Barrier => Ok(0),
         }
     }
 
+    /// The other rank of our pair; the last of an odd number of ranks has none.
+    fn partner(&self) -> Option<usize> {
+        let partner = self.communicator.rank() ^ 1;
+        (partner < self.communicator.world_size()).then_some(partner)
+    }
+
+    /// A round trip: the even rank of a pair sends its input, the odd one sends back what it got.
+    fn round_trip(&self, (source, target): (RawBuffer, RawBuffer)) -> Result<()> {
+        let Some(partner) = self.partner() else { return Ok(()) };
+        let partner = partner as u32;
+        // SAFETY: the caller borrows both buffers over this call; host calls are complete on return.
+        let submit = |kind, buffer| self.communicator.submit(unsafe { Call::from_raw(kind, &[buffer]) });
+        let (send, recv) = (Kind::Send { to: partner, tag: 0 }, Kind::Recv { from: partner, tag: 0 });
+        if self.communicator.rank().is_multiple_of(2) {
+            submit(send, source)?;
+            submit(recv, target)
+        } else {
+            submit(recv, target)?;
+            submit(send, target)
+        }
+    }
+
     fn call(&self, operation: Operation, count: usize, buffers: &mut Buffers) -> Result<()> {
+        if operation == Operation::SendRecv {
+            return self.round_trip(buffers.raw(self.workload.dtype, count));
+        }
         let Some(kind) = self.kind(operation) else { return self.communicator.barrier() };
         let (input, _) = self.parts(operation);
         let (source, target) = buffers.raw(self.workload.dtype, count * input);
@@ -212,11 +247,11 @@ impl Rank<'_> {
         self.communicator.submit(call)
     }
 
-    /// The call; `None` for a barrier. The root is rank 0.
+    /// The call; `None` for a barrier and for messages. The root is rank 0.
     const fn kind(&self, operation: Operation) -> Option<Kind> {
         let op = self.workload.op;
         Some(match operation {
-            Operation::Barrier => return None,
+            Operation::Barrier | Operation::SendRecv => return None,
             Operation::AllReduce => Kind::AllReduce { op },
             Operation::Broadcast => Kind::Broadcast { root: 0 },
             Operation::AllGather => Kind::AllGather,
@@ -229,7 +264,9 @@ impl Rank<'_> {
     }
 
     fn algorithm(&self, operation: Operation, count: usize) -> String {
-        let Some(kind) = self.kind(operation) else { return "flags".to_owned() };
+        let Some(kind) = self.kind(operation) else {
+            return if operation == Operation::SendRecv { "channel" } else { "flags" }.to_owned();
+        };
         let bytes = count * self.workload.dtype.size();
         self.communicator.observer().algorithm(kind, bytes, self.workload.windows)
     }
@@ -240,6 +277,7 @@ impl Rank<'_> {
         let per_rank = bytes as f64 / us / 1e3;
         match operation {
             Operation::Barrier => (0.0, 0.0),
+            Operation::SendRecv => (2.0 * per_rank, 2.0 * per_rank),
             Operation::AllReduce => (per_rank, per_rank * 2.0 * (ranks - 1.0) / ranks),
             Operation::Broadcast | Operation::Reduce => (per_rank, per_rank),
             _ => (per_rank * ranks, per_rank * (ranks - 1.0)),
