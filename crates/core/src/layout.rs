@@ -16,7 +16,7 @@ pub const MAX_LOCAL_RANKS: usize = 1024;
 /// Size of a page; staging starts on one.
 pub const PAGE: usize = 4096;
 /// Calls that a rank may be ahead of its slowest peer.
-pub const CALL_SLOTS: usize = 16;
+pub const CALL_SLOTS: usize = 64;
 /// 64-bit words in a call slot: epoch, chain, [`INLINE_WORDS`] of data, then the header on a line of its own.
 pub const SLOT_WORDS: usize = 16;
 /// Words of data that travel in the slot itself.
