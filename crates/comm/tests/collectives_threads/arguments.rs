@@ -4,7 +4,8 @@
 use unisono::{Communicator, DType, Error, Kind, Operations, Place, RawBuffer, ReduceOp, Result};
 use unisono_core::Error as CoreError;
 
-use crate::support::region::{Region, submit_raw};
+use crate::support::doors::submit_raw;
+use crate::support::region::Region;
 use crate::support::threads::on_threads;
 
 /// One rank of three makes `wrong`, which must be refused with `expected`; then all make a call that works.
