@@ -1,5 +1,5 @@
-//! The collectives between threads, and what else a communicator promises: arguments that are refused without harm,
-//! calls that differ, ranks that leave, windows, observers and deadlines.
+//! Every operation between threads, and what else a communicator promises: arguments that are refused without harm,
+//! calls that differ, ranks that leave, windows, messages, calls in flight, observers and deadlines.
 //!
 //! The same cases as between processes, in worlds of up to 64 ranks that share one mapping.
 
@@ -9,8 +9,11 @@ mod support;
 mod arguments;
 mod departures;
 mod determinism;
+mod in_flight;
+mod messages;
 mod mismatches;
 mod observers;
+mod uneven;
 mod windows;
 
 use std::time::Duration;
