@@ -224,15 +224,8 @@ impl Control {
         if member >= self.words.len() {
             return Some(unreadable());
         }
-        let record = self.record(member);
-        let length = (record[0].load_relaxed() as usize).min(CAUSE_BYTES - 8);
-        let mut bytes: Vec<u8> = record[1..]
-            .iter()
-            .take(length.div_ceil(8))
-            .flat_map(|word| word.load_relaxed().to_le_bytes())
-            .collect();
-        bytes.truncate(length);
-        Some(Cause::from_bytes(&bytes).unwrap_or_else(unreadable))
+        let words: Vec<u64> = self.record(member).iter().map(Word::load_relaxed).collect();
+        Some(Cause::from_words(&words).unwrap_or_else(unreadable))
     }
 
     fn record(&self, rank: usize) -> &[impl Word<u64>] {

@@ -41,6 +41,11 @@ impl JobLabel {
         words
     }
 
+    /// Whether these words are a label, be it of another version.
+    pub fn is_one(words: &[u64]) -> bool {
+        words.first() == Some(&MAGIC)
+    }
+
     /// Reads a label.
     ///
     /// # Errors
