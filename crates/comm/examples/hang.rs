@@ -37,14 +37,20 @@ fn main() -> ExitCode {
     match run(&way) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{error}");
-            std::thread::sleep(LONG);
+            stay(&error);
             ExitCode::FAILURE
         }
     }
 }
 
-fn run(way: &str) -> Result<(), Error> {
+/// Says what happened and stays to be looked at.
+pub(crate) fn stay(error: &Error) {
+    eprintln!("{error}");
+    std::thread::sleep(LONG);
+}
+
+/// Hangs in this way.
+pub(crate) fn run(way: &str) -> Result<(), Error> {
     // With the usual liveness a stopped rank is given up after 3 s, and there is nothing left to look at.
     let rank = Builder::from_env()?.liveness(LONG).timeout(None).warn_after(None).build()?;
     let mut sums = vec![1.0f32; 4096];

@@ -76,13 +76,8 @@ pub(crate) fn execute(arguments: &Arguments, common: &Common) -> Result<u8, Fail
 fn live(selection: &Selection, mut seen: Vec<Seen>) {
     let mut shown = 0;
     loop {
-        let rows = terminal().map_or(24, |(_, rows)| rows);
-        let mut lines = tables(&seen);
-        if lines.len() >= rows {
-            let left_out = lines.len() + 2 - rows;
-            lines.truncate(rows.saturating_sub(2));
-            lines.push(format!("… {left_out} more lines; --once shows all"));
-        }
+        let size = terminal().unwrap_or((80, 24));
+        let lines = fit(tables(&seen), size);
         let mut output = anstream::stdout().lock();
         // Back to where the last table began, and away with it.
         let back = if shown > 0 { format!("\x1b[{shown}F\x1b[J") } else { String::new() };
@@ -90,13 +85,35 @@ fn live(selection: &Selection, mut seen: Vec<Seen>) {
             return;
         }
         drop(output);
-        shown = lines.len();
+        shown = lines.iter().map(|line| height(line, size.0)).sum();
         std::thread::sleep(EVERY);
         match selection.look() {
             Ok(again) => seen = again,
             Err(_) => return print("No job is left."),
         }
     }
+}
+
+/// As many lines as the terminal has room for, with a word about those left out.
+fn fit(lines: Vec<String>, (columns, rows): (usize, usize)) -> Vec<String> {
+    let mut room = rows.saturating_sub(2);
+    let is_in = |line: &&String| {
+        let height = height(line, columns);
+        let fits = height <= room;
+        room = room.saturating_sub(height);
+        fits
+    };
+    let mut shown: Vec<String> = lines.iter().take_while(is_in).cloned().collect();
+    if shown.len() < lines.len() {
+        shown.push(format!("… {} more lines; --once shows all", lines.len() - shown.len()));
+    }
+    shown
+}
+
+/// The rows that a line takes.
+fn height(line: &str, columns: usize) -> usize {
+    let letters = anstream::adapter::strip_str(line).to_string().chars().count();
+    letters.div_ceil(columns).max(1)
 }
 
 fn tables(seen: &[Seen]) -> Vec<String> {
@@ -200,6 +217,15 @@ mod tests {
         let heading = plain(&columns());
         assert_eq!(row.chars().count(), heading.chars().count());
         assert!(row.chars().count() <= 120, "{}", row.chars().count());
+    }
+
+    #[test]
+    fn what_does_not_fit_on_the_terminal_is_counted() {
+        let lines = || (0..10).map(|at| at.to_string().repeat(50)).collect::<Vec<_>>();
+        assert_eq!(fit(lines(), (80, 24)), lines());
+        let shown = fit(lines(), (30, 10));
+        assert_eq!((shown.len(), shown[4].as_str()), (5, "… 6 more lines; --once shows all"));
+        assert_eq!((height("", 80), height(&format!("{BOLD}{}{BOLD:#}", "x".repeat(81)), 80)), (1, 2));
     }
 
     #[test]
