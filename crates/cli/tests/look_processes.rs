@@ -96,7 +96,10 @@ fn why_names_a_stopped_rank_and_what_continues_it_and_that_helps() {
     let rank = rustix::process::Pid::from_raw(pid).unwrap();
     rustix::process::kill_process(rank, rustix::process::Signal::CONT).unwrap();
     // After it the last rank has left out a call: that is told, too.
-    job.ask(&["why"], &["This communicator has failed: ", "all_reduce #7 on rank", "met barrier #7 on rank 2"]);
+    job.ask(
+        &["why"],
+        &["This communicator has failed: ", "all_reduce #7 on rank", "met barrier #7 on rank 2"],
+    );
 }
 
 #[test]
@@ -121,7 +124,11 @@ fn why_explains_every_way_to_hang() {
         ),
         (
             "other",
-            &["This communicator has failed: ", "met ", "All ranks must make the same calls in the same order."],
+            &[
+                "This communicator has failed: ",
+                "met ",
+                "All ranks must make the same calls in the same order.",
+            ],
         ),
         (
             "message",
@@ -165,7 +172,9 @@ fn dump_lists_the_calls_of_every_rank_and_writes_a_trace() {
     let events = trace["traceEvents"].as_array().unwrap();
     let drawn: Vec<&Value> = events.iter().filter(|event| event["ph"] == "X").collect();
     assert_eq!(drawn.len(), 8 + 7);
-    assert!(drawn.iter().all(|event| event["ts"].as_f64() >= Some(0.0) && event["dur"].as_f64() >= Some(0.0)));
+    assert!(
+        drawn.iter().all(|event| event["ts"].as_f64() >= Some(0.0) && event["dur"].as_f64() >= Some(0.0))
+    );
 }
 
 #[test]
@@ -179,7 +188,10 @@ fn after_the_timeout_run_says_why_and_what_each_rank_did_last() {
     let said: Vec<&str> = stderr.lines().filter_map(|line| line.strip_prefix("unisono: ")).collect();
     assert_eq!(said.len(), 4, "{stderr}");
     assert!(said[0].starts_with("the job is not done after --timeout 4 s"), "{stderr}");
-    assert!(said[1].starts_with("Ranks 0 and 1 have waited in all_reduce #7 (f32, 4096, sum) for"), "{stderr}");
+    assert!(
+        said[1].starts_with("Ranks 0 and 1 have waited in all_reduce #7 (f32, 4096, sum) for"),
+        "{stderr}"
+    );
     assert_eq!(
         said[2],
         "last calls: ranks 0 and 1 were in all_reduce #7 (f32, 4096, sum); rank 2 had done barrier #6.",
@@ -187,7 +199,10 @@ fn after_the_timeout_run_says_why_and_what_each_rank_did_last() {
     );
     let report: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
     let last = |rank: usize| &report["ranks"][rank]["last_call"];
-    assert_eq!((&last(0)["text"], &last(0)["state"]), (&"all_reduce #7 (f32, 4096, sum)".into(), &"open".into()));
+    assert_eq!(
+        (&last(0)["text"], &last(0)["state"]),
+        (&"all_reduce #7 (f32, 4096, sum)".into(), &"open".into())
+    );
     assert_eq!((&last(2)["operation"], &last(2)["state"]), (&"barrier".into(), &"done".into()));
     assert_eq!(last(1)["waits_for"], serde_json::json!([2]));
 }
@@ -201,7 +216,8 @@ fn after_a_death_run_says_what_each_rank_did_last() {
     let rank = rustix::process::Pid::from_raw(pid).unwrap();
     rustix::process::kill_process(rank, rustix::process::Signal::KILL).unwrap();
     let mut stderr = BufReader::new(job.0.stderr.take().unwrap()).lines();
-    let mut next = |wanted: &str| stderr.find_map(|line| line.ok().filter(|line| line.contains(wanted))).unwrap();
+    let mut next =
+        |wanted: &str| stderr.find_map(|line| line.ok().filter(|line| line.contains(wanted))).unwrap();
     next("died during all_reduce #7: its ");
     let why = job.ask(&["why"], &["This communicator has failed: rank 2", "its process has ended"]);
     assert!(why.contains("have failed in all_reduce #7 (f32, 4096, sum)"), "{why}");

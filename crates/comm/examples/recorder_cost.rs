@@ -48,8 +48,10 @@ fn report(
             })
         })
         .collect();
-    let results: Vec<_> =
-        threads.into_iter().map(|thread| thread.join().expect("a rank panicked")).collect::<Result<_, _>>()?;
+    let results: Vec<_> = threads
+        .into_iter()
+        .map(|thread| thread.join().expect("a rank panicked"))
+        .collect::<Result<_, _>>()?;
     let ranks = if world_size == 1 { "1 rank" } else { "2 ranks" };
     println!("{:<28} {:>9.1} ns {:>+9.1} ns", format!("{what}, {ranks}"), results[0].0, results[0].1);
     Ok(())

@@ -287,8 +287,7 @@ mod tests {
 
     fn control(me: usize) -> Control {
         let memory = SharedMemory::create(Control::bytes(2)).unwrap();
-        let about =
-            About { job: "test".into(), generation: 0, host: "here".into(), is_recording: true };
+        let about = About { job: "test".into(), generation: 0, host: "here".into(), is_recording: true };
         Control::new(Arc::new(memory), me, vec!["rank 0".into(), "rank 1".into()], about)
     }
 

@@ -21,11 +21,11 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use unisono_core::layout::{ControlLayout, Field};
+use unisono_core::recorder::{Clock, Clocks, JobLabel};
 pub use unisono_core::recorder::{
     End, Failure, Presence, Process, RankView, Record, Snapshot, Standing, Waits, WaitsOn, ranks_phrase,
     time_phrase, why,
 };
-use unisono_core::recorder::{Clock, Clocks, JobLabel};
 use unisono_node::ForeignMemory;
 use unisono_node::identity::ProcessStatus;
 use unisono_node::inspect;
@@ -119,9 +119,8 @@ impl Recording {
             counter: Clock { now: Ticks::here().now(), rate },
             monotonic: Clock { now: monotonic_ns(), rate: NANOSECONDS },
         };
-        let fetch = |field: Field| -> Result<Vec<u64>> {
-            Ok(self.memory.words(field.offset, field.bytes / 8)?)
-        };
+        let fetch =
+            |field: Field| -> Result<Vec<u64>> { Ok(self.memory.words(field.offset, field.bytes / 8)?) };
         let mut snapshot = Snapshot::read(self.memory.bytes(), &clocks, fetch, explain)?;
         for rank in &mut snapshot.ranks {
             (rank.pid, rank.process) = self.process_of(rank);

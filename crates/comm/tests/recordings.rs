@@ -109,8 +109,9 @@ fn whoever_waits_says_for_whom_and_a_failure_is_told_with_its_call() {
         if rank.rank() == 1 {
             let recording = recording("waits");
             let is_waiting = |rank: &recorder::RankView| matches!(rank.standing(), Standing::Waiting(_));
-            let snapshot =
-                until(&recording, |snapshot| is_waiting(&snapshot.ranks[0]) && is_waiting(&snapshot.ranks[2]));
+            let snapshot = until(&recording, |snapshot| {
+                is_waiting(&snapshot.ranks[0]) && is_waiting(&snapshot.ranks[2])
+            });
             assert_eq!((snapshot.waits_for(0), snapshot.waits_for(2)), (vec![1], vec![1]));
             let Standing::Waiting(call) = snapshot.ranks[0].standing() else { unreachable!() };
             assert_eq!(call.to_string(), "all_reduce #2 (i32, 1, sum)");
@@ -124,16 +125,14 @@ fn whoever_waits_says_for_whom_and_a_failure_is_told_with_its_call() {
             });
             assert_eq!(snapshot.waits_for(0), [2]);
             assert!(
-                recorder::why(&snapshot).starts_with(
-                    "Rank 0 has waited in recv from rank 2 (u8, 1, tag 5) for"
-                ),
+                recorder::why(&snapshot)
+                    .starts_with("Rank 0 has waited in recv from rank 2 (u8, 1, tag 5) for"),
                 "{}",
                 recorder::why(&snapshot)
             );
             rank.observer().abort("that is enough");
-            let snapshot = until(&recording, |snapshot| {
-                matches!(snapshot.ranks[0].standing(), Standing::Failed(_))
-            });
+            let snapshot =
+                until(&recording, |snapshot| matches!(snapshot.ranks[0].standing(), Standing::Failed(_)));
             let failure = snapshot.failure.clone().unwrap();
             assert_eq!(failure.found_by, 1);
             assert!(failure.sentence.contains("that is enough"), "{failure:?}");

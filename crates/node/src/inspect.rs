@@ -88,7 +88,9 @@ pub fn search(pids: Option<&[u32]>) -> Result<Search> {
     let mut found = Search::default();
     let mut known: HashMap<(u64, u64), usize> = HashMap::new();
     for pid in pids {
-        if look_at(*pid, &mut found.memories, &mut known).is_err() && Path::new(&format!("/proc/{pid}")).exists() {
+        if look_at(*pid, &mut found.memories, &mut known).is_err()
+            && Path::new(&format!("/proc/{pid}")).exists()
+        {
             found.denied.push(*pid);
         }
     }

@@ -95,7 +95,8 @@ mod tests {
         }
         journal.set(5, 2, 8);
         let standing: Vec<_> = (1..=7).map(|number| journal.read(number)).collect();
-        let expected = [None, None, Some([3, 30, 7]), Some([4, 40, 7]), Some([5, 50, 8]), Some([6, 60, 7]), None];
+        let expected =
+            [None, None, Some([3, 30, 7]), Some([4, 40, 7]), Some([5, 50, 8]), Some([6, 60, 7]), None];
         assert_eq!(standing, expected);
         assert_eq!(journal.word(5, 2), 8);
     }

@@ -82,7 +82,9 @@ impl Selection {
     fn nothing(&self, found: &Found) -> Failure {
         let denied = match found.denied.as_slice() {
             [] => String::new(),
-            [pid] => format!(" The system does not let us look at process {pid}: ask as its user, or as root."),
+            [pid] => {
+                format!(" The system does not let us look at process {pid}: ask as its user, or as root.")
+            }
             pids => format!(
                 " The system does not let us look at {} processes, {} among them: ask as their user, or as root.",
                 pids.len(),
@@ -91,7 +93,9 @@ impl Selection {
         };
         let message = match self.which.as_slice() {
             [] => "no job of this user runs here that has made a communicator.".to_owned(),
-            [one] if one.parse::<u32>().is_ok_and(|pid| !exists(pid)) => format!("there is no process {one}."),
+            [one] if one.parse::<u32>().is_ok_and(|pid| !exists(pid)) => {
+                format!("there is no process {one}.")
+            }
             [one] if one.parse::<u32>().is_ok() => format!("process {one} has no communicator."),
             which => format!("nothing here is called {}; `unisono top` lists all jobs.", which.join(" or ")),
         };
@@ -106,9 +110,15 @@ fn exists(pid: u32) -> bool {
 /// `run-0123 · 4 ranks on gpu07 · up 12 s`.
 fn heading(snapshot: &Snapshot) -> String {
     let noun = if snapshot.ranks.len() == 1 { "rank" } else { "ranks" };
-    let start = if snapshot.generation > 0 { format!(" · start {}", snapshot.generation) } else { String::new() };
+    let start =
+        if snapshot.generation > 0 { format!(" · start {}", snapshot.generation) } else { String::new() };
     let age = recorder::time_phrase(snapshot.age);
-    format!("{BOLD}{}{BOLD:#}{start} · {} {noun} on {} · up {age}", snapshot.job, snapshot.ranks.len(), snapshot.host)
+    format!(
+        "{BOLD}{}{BOLD:#}{start} · {} {noun} on {} · up {age}",
+        snapshot.job,
+        snapshot.ranks.len(),
+        snapshot.host
+    )
 }
 
 /// Prints lines to standard output. Whoever closed it does not want the rest.

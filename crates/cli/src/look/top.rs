@@ -135,7 +135,17 @@ fn tables(seen: &[Seen]) -> Vec<String> {
 fn columns() -> String {
     format!(
         "{BOLD}{:>4} {:<12} {:>8} {:<10} {:<16} {:>10} {:>9} {:>9} {:>7}  {:<14} {:>8}{BOLD:#}",
-        "rank", "host", "pid", "state", "operation", "number", "bytes", "calls/s", "GB/s", "waits for", "since"
+        "rank",
+        "host",
+        "pid",
+        "state",
+        "operation",
+        "number",
+        "bytes",
+        "calls/s",
+        "GB/s",
+        "waits for",
+        "since"
     )
 }
 
@@ -148,10 +158,15 @@ fn row(rank: &RankState) -> String {
     let call = rank.call.as_ref();
     let waits_for = match rank.waits_for.as_slice() {
         [] => "–".to_owned(),
-        ranks => ranks_phrase(ranks).trim_start_matches("ranks ").trim_start_matches("rank ").replace(" and ", ", "),
+        ranks => ranks_phrase(ranks)
+            .trim_start_matches("ranks ")
+            .trim_start_matches("rank ")
+            .replace(" and ", ", "),
     };
-    let rate = |value: f64, digits: usize| if value > 0.0 { format!("{value:.digits$}") } else { "–".to_owned() };
-    let number = call.and_then(|call| call.number).map_or_else(|| "–".to_owned(), |number| number.to_string());
+    let rate =
+        |value: f64, digits: usize| if value > 0.0 { format!("{value:.digits$}") } else { "–".to_owned() };
+    let number =
+        call.and_then(|call| call.number).map_or_else(|| "–".to_owned(), |number| number.to_string());
     let since = rank.since_seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     format!(
         "{:>4} {:<12} {:>8} {style}{:<10}{style:#} {:<16} {number:>10} {:>9} {:>9} {:>7}  {:<14} {:>8}",
@@ -230,6 +245,9 @@ mod tests {
 
     #[test]
     fn sizes_are_short() {
-        assert_eq!((bytes(12), bytes(16_384), bytes(3 << 29)), ("12 B".into(), "16.0 KiB".into(), "1.5 GiB".into()));
+        assert_eq!(
+            (bytes(12), bytes(16_384), bytes(3 << 29)),
+            ("12 B".into(), "16.0 KiB".into(), "1.5 GiB".into())
+        );
     }
 }

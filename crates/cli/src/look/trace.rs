@@ -25,7 +25,16 @@ enum Event {
     /// Names a process or a thread, as viewers call our ranks and their lines.
     Name { name: &'static str, ph: &'static str, pid: usize, tid: usize, args: Name },
     /// A call.
-    Call { name: String, cat: &'static str, ph: &'static str, ts: f64, dur: f64, pid: usize, tid: usize, args: Call },
+    Call {
+        name: String,
+        cat: &'static str,
+        ph: &'static str,
+        ts: f64,
+        dur: f64,
+        pid: usize,
+        tid: usize,
+        args: Call,
+    },
 }
 
 #[derive(Debug, Serialize)]

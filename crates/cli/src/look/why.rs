@@ -10,10 +10,8 @@ use crate::{Common, Failure};
 
 /// The arguments of `unisono why`.
 #[derive(Debug, Args)]
-#[command(
-    after_help = "For example: unisono why; unisono why 4121; unisono why run-1f2e3d4c5b6a7988\n\n\
-                  Exit code: 0, 1 if there is no job to look at."
-)]
+#[command(after_help = "For example: unisono why; unisono why 4121; unisono why run-1f2e3d4c5b6a7988\n\n\
+                  Exit code: 0, 1 if there is no job to look at.")]
 pub(crate) struct Arguments {
     #[command(flatten)]
     selection: Selection,

@@ -212,7 +212,8 @@ impl Record {
     /// Bytes of this rank's part.
     pub fn bytes(&self) -> u64 {
         let element = self.header.dtype.map_or(0, |dtype| dtype.size() as u64);
-        let buffers = if matches!(self.header.kind, Kind::AllReduceMulti { .. }) { self.header.parts } else { 1 };
+        let buffers =
+            if matches!(self.header.kind, Kind::AllReduceMulti { .. }) { self.header.parts } else { 1 };
         self.header.count.saturating_mul(element).saturating_mul(buffers)
     }
 

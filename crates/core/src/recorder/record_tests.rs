@@ -36,6 +36,7 @@ fn every_collective_round_trips() {
         Kind::Destroy,
         Kind::Window,
         Kind::CloseWindow,
+        Kind::Symmetric,
     ];
     for kind in kinds {
         for (source_window, target_window) in [(0, 0), (7, 7), (1, 2), (0, 9)] {

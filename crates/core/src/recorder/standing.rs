@@ -65,7 +65,10 @@ impl Snapshot {
         }
         let has_root = matches!(
             record.header.kind,
-            Kind::Broadcast { .. } | Kind::BroadcastMulti { .. } | Kind::Scatter { .. } | Kind::ScatterV { .. }
+            Kind::Broadcast { .. }
+                | Kind::BroadcastMulti { .. }
+                | Kind::Scatter { .. }
+                | Kind::ScatterV { .. }
         );
         if waits.on == WaitsOn::Arrival && !has_root {
             let is_late = |other: &usize| self.ranks[*other].last_begun() < record.number;

@@ -202,9 +202,8 @@ fn others(snapshot: &Snapshot, front: Option<&Record>) -> Vec<Group> {
             (true, false) => format!("{{is|are}} not recorded: {process}"),
             (true, true) => "{is|are} not recorded".to_owned(),
         };
-        let is_blamed = is_halted || snapshot.ranks.iter().any(|other| {
-            snapshot.waits_for(other.rank).contains(&rank.rank)
-        });
+        let is_blamed = is_halted
+            || snapshot.ranks.iter().any(|other| snapshot.waits_for(other.rank).contains(&rank.rank));
         let pid = (is_blamed && rank.pid != 0).then_some(rank.pid);
         Group::add(&mut groups, rank.rank, pid, Said::new(&said));
     }
@@ -232,7 +231,9 @@ fn call_phrase(rank: &RankView, standing: Standing<'_>, front: Option<&Record>, 
                     let latest = format!("{{makes|make}} calls: the latest was {record}");
                     format!("{latest}, done {} ago", time_phrase(ago))
                 }
-                (None, _) if is_running => format!("{{is|are}} outside of unisono, computing perhaps: {last}"),
+                (None, _) if is_running => {
+                    format!("{{is|are}} outside of unisono, computing perhaps: {last}")
+                }
                 (None, _) => format!("{{is|are}} outside of unisono: {last}"),
             }
         }
@@ -303,7 +304,9 @@ fn advice(snapshot: &Snapshot) -> Option<String> {
         .filter(|rank| snapshot.ranks.iter().any(|other| snapshot.waits_for(other.rank) == [rank.rank]))
         .collect();
     match waited_for.as_slice() {
-        [rank] if rank.pid != 0 => Some(format!("A debugger shows what it does instead: gdb -p {}.", rank.pid)),
+        [rank] if rank.pid != 0 => {
+            Some(format!("A debugger shows what it does instead: gdb -p {}.", rank.pid))
+        }
         _ => None,
     }
 }

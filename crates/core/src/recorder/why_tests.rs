@@ -129,9 +129,8 @@ fn message(kind: Kind, begun: u64, end: End) -> Record {
 
 #[test]
 fn messages_that_miss_each_other_are_a_deadlock() {
-    let waits = |from, tag| {
-        on(message(Kind::Recv { from, tag }, 12, End::Open), from as usize, WaitsOn::Message)
-    };
+    let waits =
+        |from, tag| on(message(Kind::Recv { from, tag }, 12, End::Open), from as usize, WaitsOn::Message);
     let sent = |to, tag| message(Kind::Send { to, tag }, 13, End::Done(S(13)));
     check(
         &snapshot(vec![vec![sent(1, 5), waits(1, 5)], vec![sent(0, 6), waits(0, 7)]]),
@@ -152,7 +151,9 @@ fn a_receive_from_anybody_waits_for_all_and_circles_are_found_at_any_length() {
     let any = on(message(Kind::Recv { from: u32::MAX, tag: 5 }, 12, End::Open), 1, WaitsOn::Message);
     let all = snapshot(vec![vec![any], behind(), behind()]);
     assert_eq!(all.waits_for(0), [1, 2]);
-    assert!(why(&all).starts_with("Rank 0 has waited in recv from any rank (f32, 4, tag 5) for 12 s. Ranks 1"));
+    assert!(
+        why(&all).starts_with("Rank 0 has waited in recv from any rank (f32, 4, tag 5) for 12 s. Ranks 1")
+    );
     let send = |to| on(message(Kind::Send { to, tag: 0 }, 12, End::Open), to as usize, WaitsOn::Room);
     let all = snapshot(vec![vec![send(1)], vec![send(2)], vec![send(0)], vec![send(0)]]);
     assert!(why(&all).ends_with(
@@ -196,10 +197,7 @@ fn everybody_computing_or_calling_is_no_hang() {
         &snapshot(vec![busy(), busy()]),
         "No rank waits. Ranks 0 and 1 make calls: the latest was all_reduce #7 (f32, 4096, sum), done less than 1 ms ago.",
     );
-    check(
-        &snapshot(vec![vec![], vec![]]),
-        "No rank waits. Ranks 0 and 1 have not made any call yet.",
-    );
+    check(&snapshot(vec![vec![], vec![]]), "No rank waits. Ranks 0 and 1 have not made any call yet.");
     let inside = || vec![call(SUM, 7, 3, End::Open)];
     check(
         &snapshot(vec![inside(), inside()]),
@@ -256,6 +254,7 @@ fn ranks_and_times_read_well() {
     let times: Vec<_> = [0, 30, 400, 2000, 9_940, 9_960, 12_300, 119_600, 200_000, 7_300_000]
         .map(|ms| time_phrase(Duration::from_millis(ms)))
         .to_vec();
-    let expected = ["less than 1 ms", "30 ms", "0.4 s", "2 s", "9.9 s", "10 s", "12 s", "120 s", "3 min", "2 h"];
+    let expected =
+        ["less than 1 ms", "30 ms", "0.4 s", "2 s", "9.9 s", "10 s", "12 s", "120 s", "3 min", "2 h"];
     assert_eq!(times, expected);
 }
