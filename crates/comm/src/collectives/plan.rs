@@ -76,11 +76,18 @@ impl Plan {
         };
         let source_window = window_of(call.kind, &source, situation)?.filter(|_| everywhere.0);
         let target_window = window_of(call.kind, &target, situation)?.filter(|_| everywhere.1);
+        let in_windows = match call.kind {
+            // In place, parts would be overwritten that peers have yet to read. Ids are equal on all ranks, places are not.
+            Kind::AllToAll if source_window.map(|place| place.id) == target_window.map(|place| place.id) => {
+                false
+            }
+            _ => (source_window.is_some() || !everywhere.0) && (target_window.is_some() || !everywhere.1),
+        };
         let question = select::Question {
             kind: call.kind,
             bytes: count * dtype.size(),
             world_size: situation.world_size,
-            in_windows: source_window.is_some() && target_window.is_some(),
+            in_windows,
             forced: situation.forced,
         };
         let header = CallHeader {
