@@ -79,8 +79,7 @@ impl Observer {
             && let Some(dtype) = header.dtype
         {
             let bytes = (header.count as usize).saturating_mul(dtype.size());
-            let in_windows = header.source_window != 0 && header.target_window != 0;
-            let algorithm = self.algorithm(header.kind, bytes, in_windows);
+            let algorithm = self.algorithm(header.kind, bytes, header.is_in_windows());
             let call = header.describe(epoch - 1, self.rank as u32);
             let _ =
                 writeln!(text, "latest: {call}: {algorithm} ({bytes} bytes per rank, {world_size} ranks)");

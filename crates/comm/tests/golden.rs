@@ -35,7 +35,7 @@ fn main() -> ExitCode {
             .and_then(|store| run(&(Arc::new(store) as Arc<dyn Store>), orders.rank, orders.world_size));
         return match result {
             Ok(()) => {
-                orders.report(0);
+                orders.report(&[]);
                 ExitCode::SUCCESS
             }
             Err(problem) => {

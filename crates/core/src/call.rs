@@ -197,6 +197,16 @@ impl Kind {
         matches!(self, Self::AllReduceMulti { .. } | Self::BroadcastMulti { .. })
     }
 
+    /// Whether every rank has an input, and whether every rank has an output. In which window a buffer lies is compared only
+    /// then: of what only the root has, the others cannot tell.
+    pub const fn sides_everywhere(self) -> (bool, bool) {
+        match self {
+            Self::Reduce { .. } | Self::Gather { .. } => (true, false),
+            Self::Scatter { .. } => (false, true),
+            _ => (true, true),
+        }
+    }
+
     /// The reduction, where there is one.
     pub const fn op(self) -> Option<ReduceOp> {
         match self {
@@ -245,6 +255,15 @@ impl CallHeader {
     /// A call that moves nothing.
     pub const fn bare(kind: Kind) -> Self {
         Self { kind, dtype: None, count: 0, parts: 0, source_window: 0, target_window: 0 }
+    }
+
+    /// Whether peers may read or write the buffers where they lie: those that every rank has are in windows.
+    #[inline]
+    pub const fn is_in_windows(&self) -> bool {
+        // In place, parts would be overwritten that peers have yet to read. Ids are equal on all ranks, places are not.
+        let is_safe = !matches!(self.kind, Kind::AllToAll) || self.source_window != self.target_window;
+        let (source, target) = self.kind.sides_everywhere();
+        is_safe && (self.source_window != 0 || !source) && (self.target_window != 0 || !target)
     }
 
     /// The words that are published. Word 5 is the rank's own scalar (of a pre-multiplied sum): told, not compared.

@@ -142,6 +142,17 @@ mod tests {
     }
 
     #[test]
+    fn small_parts_travel_inside_the_call_where_all_that_a_rank_publishes_fits() {
+        let inline = |kind, bytes, world_size| is_inline(kind, bytes, world_size);
+        assert!(inline(Kind::Gather { root: 1 }, 48, 64) && !inline(Kind::Gather { root: 1 }, 49, 2));
+        assert!(inline(Kind::AllToAll, 24, 2) && !inline(Kind::AllToAll, 25, 2));
+        assert!(
+            inline(Kind::AllToAll, 16, 3) && !inline(Kind::AllToAll, 16, 4) && inline(Kind::AllToAll, 0, 64)
+        );
+        assert!(!inline(Kind::AllToAllV, 1, 2));
+    }
+
+    #[test]
     fn names_round_trip() {
         for algorithm in Algorithm::ALL {
             assert_eq!(algorithm.name().parse::<Algorithm>().unwrap(), algorithm);
