@@ -79,8 +79,7 @@ impl Observer {
             && let Some(dtype) = header.dtype
         {
             let bytes = (header.count as usize).saturating_mul(dtype.size());
-            let in_windows = header.source_window != 0 && header.target_window != 0;
-            let algorithm = self.algorithm(header.kind, bytes, in_windows);
+            let algorithm = self.algorithm(header.kind, bytes, header.is_in_windows());
             let call = header.describe(epoch - 1, self.rank as u32);
             let _ =
                 writeln!(text, "latest: {call}: {algorithm} ({bytes} bytes per rank, {world_size} ranks)");
@@ -94,7 +93,7 @@ impl Observer {
         let world_size = self.control.world_size();
         let question = select::Question { kind, bytes, world_size, in_windows, forced: self.forced };
         match select::algorithm(&question) {
-            Algorithm::OneShot if select::travels_inline(kind, bytes) => "inline".to_owned(),
+            Algorithm::OneShot if select::is_inline(kind, bytes, world_size) => "inline".to_owned(),
             algorithm => algorithm.to_string(),
         }
     }

@@ -11,7 +11,7 @@ use unisono_core::call::{CallHeader, HEADER_WORDS, Kind};
 use unisono_core::layout::{
     CALL_SLOTS, CHUNK_BYTES, CHUNKS, INLINE_WORDS, SLOT_CHAIN, SLOT_DATA, SLOT_HEADER, WindowLayout,
 };
-use unisono_core::select::Algorithm;
+use unisono_core::select::{self, Algorithm};
 use unisono_node::SharedMemory;
 use unisono_sync::{EpochFlag, SpinBudget, WaitPolicy};
 
@@ -389,6 +389,12 @@ impl Engine {
         self.finish(0);
     }
 
+    /// Whether the data of a one-shot call travels in the call slots.
+    #[inline]
+    pub(super) fn is_inline(&self, plan: &Plan) -> bool {
+        select::is_inline(plan.kind, plan.bytes(), self.world_size)
+    }
+
     /// A barrier of its own kind, with other patience: for the beginning and the end.
     pub(crate) fn meet(&mut self, header: CallHeader, patience: Option<Duration>) -> Result<()> {
         let usual = std::mem::replace(&mut self.policy.patience, patience);
@@ -434,6 +440,10 @@ impl Engine {
         offset: usize,
         bytes: usize,
     ) -> Result<*mut u8> {
+        // No window of ours: a side that is not everywhere.
+        if id == 0 {
+            return Ok(std::ptr::null_mut());
+        }
         let window = self.windows.iter().find(|window| window.id == id);
         let fits =
             |window: &&OpenWindow| offset.checked_add(bytes).is_some_and(|end| end <= window.layout.bytes());
