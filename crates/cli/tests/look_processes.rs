@@ -21,10 +21,8 @@ const PATIENCE: Duration = Duration::from_secs(40);
 /// Not a test but a rank, when the variable is set.
 #[test]
 fn hang_as_a_rank() {
-    if let Ok(way) = std::env::var(WAY)
-        && let Err(error) = hang::run(&way)
-    {
-        hang::stay(&error);
+    if let Ok(way) = std::env::var(WAY) {
+        hang::run(&way).unwrap();
     }
 }
 
@@ -136,7 +134,7 @@ fn why_explains_every_way_to_hang() {
                 "has waited in recv from rank 2 (f32, 4, tag 5) for",
                 "what rank 2 sent it last has tag 6, sent ",
                 "Ranks 1 and 2 have waited in barrier #7 for",
-                "Rank 2 waits for rank 0 and rank 0 for rank 2: none of them can go on.",
+                "Rank 0 waits for rank 2 and rank 2 for rank 0: none of them can go on.",
             ],
         ),
         (

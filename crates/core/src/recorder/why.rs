@@ -125,7 +125,7 @@ fn waiting(snapshot: &Snapshot, front: Option<&Record>) -> Vec<Group> {
             continue;
         }
         told.push((record, groups.len()));
-        let since = time_phrase(longest(snapshot, record));
+        let since = rough(longest(snapshot, record));
         let waited = format!("{{has|have}} waited in {record} for {since}");
         let said = match front {
             Some(front) if front.is_same_call(record) => waited,
@@ -171,7 +171,7 @@ fn message_detail(snapshot: &Snapshot, rank: usize, record: &Record) -> String {
         Some((_, other)) if other == tag => format!("; rank {sender} has sent it no other with that tag"),
         Some((sent, other)) => {
             let when = if sent.is_open() { "begun" } else { "sent" };
-            let ago = time_phrase(sent.ended().unwrap_or(sent.begun));
+            let ago = rough(sent.ended().unwrap_or(sent.begun));
             format!("; what rank {sender} sent it last has tag {other}, {when} {ago} ago")
         }
         None => String::new(),
@@ -223,13 +223,13 @@ fn call_phrase(rank: &RankView, standing: Standing<'_>, front: Option<&Record>, 
         },
         Standing::Outside(record) => {
             let ago = record.ended().unwrap_or(record.begun);
-            let last = format!("{{its|their}} last call was {record}, done {} ago", time_phrase(ago));
+            let last = format!("{{its|their}} last call was {record}, done {} ago", rough(ago));
             match (front, has_begun) {
                 (Some(_), false) => format!("{{has|have}} not begun it: {last}"),
                 (Some(_), true) => format!("{{has|have}} done {{its|their}} part of it: {last}"),
                 (None, _) if ago < RECENT && is_running => {
                     let latest = format!("{{makes|make}} calls: the latest was {record}");
-                    format!("{latest}, done {} ago", time_phrase(ago))
+                    format!("{latest}, done {} ago", rough(ago))
                 }
                 (None, _) if is_running => {
                     format!("{{is|are}} outside of unisono, computing perhaps: {last}")
@@ -238,7 +238,7 @@ fn call_phrase(rank: &RankView, standing: Standing<'_>, front: Option<&Record>, 
             }
         }
         Standing::Inside(record) | Standing::Waiting(record) => {
-            let since = time_phrase(record.begun);
+            let since = rough(record.begun);
             match front {
                 Some(front) if front.is_same_call(record) => format!("{{has|have}} begun it {since} ago"),
                 Some(front) if record.number == front.number => format!(
@@ -251,7 +251,7 @@ fn call_phrase(rank: &RankView, standing: Standing<'_>, front: Option<&Record>, 
             }
         }
         Standing::Failed(record) => {
-            let ago = time_phrase(record.ended().unwrap_or(record.begun));
+            let ago = rough(record.ended().unwrap_or(record.begun));
             format!("{{has|have}} failed in {record} {ago} ago")
         }
     }
@@ -338,20 +338,25 @@ fn and(items: impl Iterator<Item = String>) -> String {
     }
 }
 
+/// As [`time_phrase`], but so that ranks of which the same happened at about the same time share a sentence.
+fn rough(time: Duration) -> String {
+    if time < Duration::from_millis(100) { "less than 0.1 s".to_owned() } else { time_phrase(time) }
+}
+
 /// `30 ms`, `0.4 s`, `12 s`, `3 min`, `2 h`.
 pub fn time_phrase(time: Duration) -> String {
     let milliseconds = time.as_millis();
     match milliseconds {
         0 => "less than 1 ms".to_owned(),
         1..100 => format!("{milliseconds} ms"),
-        100..9_950 => {
+        100..2_950 => {
             let tenths = (milliseconds + 50) / 100;
             match tenths % 10 {
                 0 => format!("{} s", tenths / 10),
                 tenth => format!("{}.{tenth} s", tenths / 10),
             }
         }
-        9_950..120_000 => format!("{} s", (milliseconds + 500) / 1000),
+        2_950..120_000 => format!("{} s", (milliseconds + 500) / 1000),
         120_000..7_200_000 => format!("{} min", milliseconds / 60_000),
         _ => format!("{} h", milliseconds / 3_600_000),
     }
