@@ -150,7 +150,8 @@ proptest! {
         for words in [words, likely] {
             if let Some(record) = Record::from_words(&words, &clock) {
                 prop_assert!(!record.to_string().is_empty() && !record.way().is_empty());
-                prop_assert!(record.bytes() <= u64::MAX && record.took().unwrap_or_default() <= record.begun);
+                let _: u64 = record.bytes();
+                prop_assert!(record.took().unwrap_or_default() <= record.begun);
             }
         }
     }
