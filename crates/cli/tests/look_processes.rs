@@ -179,13 +179,13 @@ fn dump_lists_the_calls_of_every_rank_and_writes_a_trace() {
 fn after_the_timeout_run_says_why_and_what_each_rank_did_last() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("report.json");
-    let mut job = Job::start("sleep", 3, &["--timeout=4s", &format!("--json={}", path.display())]);
+    let mut job = Job::start("sleep", 3, &["--timeout=10s", &format!("--json={}", path.display())]);
     let mut stderr = String::new();
     job.0.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
     assert_eq!(job.0.wait().unwrap().code(), Some(124), "{stderr}");
     let said: Vec<&str> = stderr.lines().filter_map(|line| line.strip_prefix("unisono: ")).collect();
     assert_eq!(said.len(), 4, "{stderr}");
-    assert!(said[0].starts_with("the job is not done after --timeout 4 s"), "{stderr}");
+    assert!(said[0].starts_with("the job is not done after --timeout 10 s"), "{stderr}");
     assert!(
         said[1].starts_with("Ranks 0 and 1 have waited in all_reduce #7 (f32, 4096, sum) for"),
         "{stderr}"

@@ -1,6 +1,7 @@
 //! Tests of the paragraph: one snapshot for each way in which a job does not go on.
 
 use super::super::record::{End, Record, Waits, WaitsOn};
+use super::super::words::time_phrase;
 use super::*;
 use crate::call::{CallHeader, Kind};
 use crate::dtype::DType;
