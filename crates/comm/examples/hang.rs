@@ -83,8 +83,8 @@ fn mishap(way: &str, rank: &Communicator, sums: &mut [f32]) -> Result<(), Error>
     match way {
         "stop" => {
             kill_process(getpid(), Signal::STOP).expect("a process may stop itself");
-            // Another thread may take the signal, and this one runs a little longer.
-            std::thread::sleep(Duration::from_millis(500));
+            // Another thread may be the one that takes the signal, a moment later.
+            std::thread::sleep(Duration::from_secs(1));
         }
         "sleep" => std::thread::sleep(LONG),
         "skip" => rank.recv(sums, 0, 1)?,
