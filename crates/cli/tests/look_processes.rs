@@ -21,10 +21,8 @@ const PATIENCE: Duration = Duration::from_secs(40);
 /// Not a test but a rank, when the variable is set.
 #[test]
 fn hang_as_a_rank() {
-    if let Ok(way) = std::env::var(WAY)
-        && let Err(error) = hang::run(&way)
-    {
-        hang::stay(&error);
+    if let Ok(way) = std::env::var(WAY) {
+        hang::run(&way).unwrap();
     }
 }
 
@@ -136,7 +134,7 @@ fn why_explains_every_way_to_hang() {
                 "has waited in recv from rank 2 (f32, 4, tag 5) for",
                 "what rank 2 sent it last has tag 6, sent ",
                 "Ranks 1 and 2 have waited in barrier #7 for",
-                "Rank 2 waits for rank 0 and rank 0 for rank 2: none of them can go on.",
+                "Rank 0 waits for rank 2 and rank 2 for rank 0: none of them can go on.",
             ],
         ),
         (
@@ -181,13 +179,13 @@ fn dump_lists_the_calls_of_every_rank_and_writes_a_trace() {
 fn after_the_timeout_run_says_why_and_what_each_rank_did_last() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("report.json");
-    let mut job = Job::start("sleep", 3, &["--timeout=4s", &format!("--json={}", path.display())]);
+    let mut job = Job::start("sleep", 3, &["--timeout=10s", &format!("--json={}", path.display())]);
     let mut stderr = String::new();
     job.0.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
     assert_eq!(job.0.wait().unwrap().code(), Some(124), "{stderr}");
     let said: Vec<&str> = stderr.lines().filter_map(|line| line.strip_prefix("unisono: ")).collect();
     assert_eq!(said.len(), 4, "{stderr}");
-    assert!(said[0].starts_with("the job is not done after --timeout 4 s"), "{stderr}");
+    assert!(said[0].starts_with("the job is not done after --timeout 10 s"), "{stderr}");
     assert!(
         said[1].starts_with("Ranks 0 and 1 have waited in all_reduce #7 (f32, 4096, sum) for"),
         "{stderr}"

@@ -37,22 +37,26 @@ fn main() -> ExitCode {
     match run(&way) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            stay(&error);
+            eprintln!("{error}");
             ExitCode::FAILURE
         }
     }
-}
-
-/// Says what happened and stays to be looked at.
-pub(crate) fn stay(error: &Error) {
-    eprintln!("{error}");
-    std::thread::sleep(LONG);
 }
 
 /// Hangs in this way.
 pub(crate) fn run(way: &str) -> Result<(), Error> {
     // With the usual liveness a stopped rank is given up after 3 s, and there is nothing left to look at.
     let rank = Builder::from_env()?.liveness(LONG).timeout(None).warn_after(None).build()?;
+    let result = hang(way, &rank);
+    if let Err(error) = &result {
+        // While the communicator is there, it can be looked at.
+        eprintln!("{error}");
+        std::thread::sleep(LONG);
+    }
+    result
+}
+
+fn hang(way: &str, rank: &Communicator) -> Result<(), Error> {
     let mut sums = vec![1.0f32; 4096];
     for _ in 0..3 {
         rank.all_reduce(&mut sums, ReduceOp::Avg)?;
@@ -61,9 +65,9 @@ pub(crate) fn run(way: &str) -> Result<(), Error> {
     let last = rank.world_size() - 1;
     println!("three rounds are done; now {way}");
     match way {
-        "circle" => circle(&rank),
-        "message" => message(&rank),
-        _ if rank.rank() == last => mishap(way, &rank, &mut sums),
+        "circle" => circle(rank),
+        "message" => message(rank),
+        _ if rank.rank() == last => mishap(way, rank, &mut sums),
         _ => {
             rank.all_reduce(&mut sums, ReduceOp::Sum)?;
             if way == "skip" && rank.rank() == 0 {

@@ -18,52 +18,67 @@ const CALLS: u32 = 2000;
 const PAIRS: usize = 300;
 
 fn main() -> Result<(), Error> {
-    println!("{:<28} {:>12} {:>12}", "", "call", "recorder");
-    for world_size in [1, 2] {
-        report(world_size, "barrier", |rank| rank.barrier())?;
-        report(world_size, "all_reduce of 8 B", |rank| rank.all_reduce(&mut [1.0f64], ReduceOp::Sum))?;
-    }
-    report(2, "send and recv of 8 B", |rank| match rank.rank() {
-        0 => rank.send(&[1.0f64], 1, 0).and_then(|()| rank.recv(&mut [0.0f64], 1, 0)),
-        _ => rank.recv(&mut [0.0f64], 0, 0).and_then(|()| rank.send(&[1.0f64], 0, 0)),
-    })
-}
-
-/// Measures `call` in a world of threads and prints what rank 0 saw.
-fn report(
-    world_size: usize,
-    what: &str,
-    call: impl Fn(&Communicator) -> Result<(), Error> + Copy + Send + 'static,
-) -> Result<(), Error> {
-    let (with, without) = (MemoryStore::new(), MemoryStore::new());
-    let threads: Vec<_> = (0..world_size)
-        .map(|rank| {
-            let (with, without) = (with.clone(), without.clone());
-            std::thread::spawn(move || {
-                let build = |store: MemoryStore, is_on| {
-                    let builder = Communicator::builder().store(Arc::new(store)).recorder(is_on);
-                    builder.rank(rank).world_size(world_size).build()
-                };
-                measure(&build(with, true)?, &build(without, false)?, call)
-            })
+    println!("{:<36} {:>12} {:>12}", "per call", "without", "recorder");
+    let sum = |rank: &Communicator| rank.all_reduce(&mut [1.0f64], ReduceOp::Sum);
+    alone("barrier, 1 rank", 1, |ranks| ranks[0].barrier())?;
+    alone("all_reduce of 8 B, 1 rank", 1, move |ranks| sum(&ranks[0]))?;
+    // Both ranks in one thread: what each does is complete at once, so that no scheduler has a say.
+    alone("broadcast of 8 B, 2 ranks in turn", 2, |ranks| {
+        ranks.iter().try_for_each(|rank| rank.broadcast(&mut [1.0f64], 0))
+    })?;
+    alone("send and recv of 8 B, in turn", 2, |ranks| {
+        ranks[0].send(&[1.0f64], 1, 0)?;
+        ranks[1].recv(&mut [0.0f64], 0, 0)
+    })?;
+    let threads: Vec<_> = world(2, true)?
+        .into_iter()
+        .zip(world(2, false)?)
+        .map(|(with, without)| {
+            std::thread::spawn(move || measure(&[with], &[without], move |ranks| sum(&ranks[0])))
         })
         .collect();
-    let results: Vec<_> = threads
-        .into_iter()
-        .map(|thread| thread.join().expect("a rank panicked"))
-        .collect::<Result<_, _>>()?;
-    let ranks = if world_size == 1 { "1 rank" } else { "2 ranks" };
-    println!("{:<28} {:>9.1} ns {:>+9.1} ns", format!("{what}, {ranks}"), results[0].0, results[0].1);
+    let mut results = threads.into_iter().map(|thread| thread.join().expect("a rank panicked"));
+    if let Some(result) = results.next() {
+        print("all_reduce of 8 B, 2 threads", result?);
+    }
     Ok(())
+}
+
+/// Measures `call` on all ranks of a world in this thread; per call of each rank.
+fn alone(
+    what: &str,
+    world_size: usize,
+    call: impl Fn(&[Communicator]) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let (plain, difference) = measure(&world(world_size, true)?, &world(world_size, false)?, call)?;
+    let ranks = world_size as f64;
+    print(what, (plain / ranks, difference / ranks));
+    Ok(())
+}
+
+fn print(what: &str, (plain, difference): (f64, f64)) {
+    println!("{what:<36} {plain:>9.1} ns {difference:>+9.1} ns");
+}
+
+/// A world whose ranks are threads while they meet.
+fn world(world_size: usize, records: bool) -> Result<Vec<Communicator>, Error> {
+    let store = MemoryStore::new();
+    let threads: Vec<_> = (0..world_size)
+        .map(|rank| {
+            let builder = Communicator::builder().store(Arc::new(store.clone())).recorder(records);
+            std::thread::spawn(move || builder.rank(rank).world_size(world_size).build())
+        })
+        .collect();
+    threads.into_iter().map(|thread| thread.join().expect("a rank panicked")).collect()
 }
 
 /// Median time of a call without the recorder, and median difference, in nanoseconds.
 fn measure(
-    with: &Communicator,
-    without: &Communicator,
-    call: impl Fn(&Communicator) -> Result<(), Error>,
+    with: &[Communicator],
+    without: &[Communicator],
+    call: impl Fn(&[Communicator]) -> Result<(), Error>,
 ) -> Result<(f64, f64), Error> {
-    let batch = |communicator: &Communicator| {
+    let batch = |communicator: &[Communicator]| {
         for _ in 0..CALLS / 10 {
             call(communicator)?;
         }

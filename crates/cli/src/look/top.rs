@@ -81,7 +81,7 @@ fn live(selection: &Selection, mut seen: Vec<Seen>) {
         let mut output = anstream::stdout().lock();
         // Back to where the last table began, and away with it.
         let back = if shown > 0 { format!("\x1b[{shown}F\x1b[J") } else { String::new() };
-        if write!(output, "{back}{}\n", lines.join("\n")).and_then(|()| output.flush()).is_err() {
+        if writeln!(output, "{back}{}", lines.join("\n")).and_then(|()| output.flush()).is_err() {
             return;
         }
         drop(output);

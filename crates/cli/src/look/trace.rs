@@ -33,7 +33,7 @@ enum Event {
         dur: f64,
         pid: usize,
         tid: usize,
-        args: Call,
+        args: Box<Call>,
     },
 }
 
@@ -71,7 +71,7 @@ impl Trace {
                         dur: duration(record, next),
                         pid,
                         tid: 2 * index + usize::from(record.number.is_none()),
-                        args: Call::new(record, snapshot.ranks.len()),
+                        args: Box::new(Call::new(record, snapshot.ranks.len())),
                     });
                 }
             }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde::Serialize;
+use unisono::recorder::ranks_phrase;
 
 use super::policy::{Ended, Note, OnFailure, Policy, TERMINATE_WAIT};
 use super::recordings::LastCall;
@@ -157,22 +158,7 @@ fn subject(list: &[usize]) -> String {
 
 /// `rank 3`, `ranks 0, 1`, `ranks 0–6, 9`.
 fn ranks(list: &[usize]) -> String {
-    let mut runs: Vec<(usize, usize)> = Vec::new();
-    for rank in list {
-        match runs.last_mut() {
-            Some((_, last)) if *last + 1 == *rank => *last = *rank,
-            _ => runs.push((*rank, *rank)),
-        }
-    }
-    let text: Vec<String> = runs
-        .into_iter()
-        .map(|(first, last)| match last - first {
-            0 => first.to_string(),
-            1 => format!("{first}, {last}"),
-            _ => format!("{first}–{last}"),
-        })
-        .collect();
-    format!("rank{} {}", if list.len() == 1 { "" } else { "s" }, text.join(", "))
+    ranks_phrase(list).replace(" and ", ", ")
 }
 
 /// `30 ms`, `0.4 s`, `5 s`, `12 s`.

@@ -18,9 +18,11 @@ mod record;
 mod snapshot;
 mod standing;
 mod why;
+mod words;
 
 pub use label::{JobLabel, Presence, RankLabel, TickSource};
 pub use record::{Clock, ENDED, End, Record, WAITS, Waits, WaitsOn};
 pub use snapshot::{Clocks, Failure, Process, RankView, Snapshot};
 pub use standing::Standing;
-pub use why::{ranks_phrase, time_phrase, why};
+pub use why::why;
+pub use words::{ranks_phrase, time_phrase};

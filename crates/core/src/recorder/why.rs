@@ -9,6 +9,7 @@ use super::label::Presence;
 use super::record::{Record, WaitsOn};
 use super::snapshot::{Process, RankView, Snapshot};
 use super::standing::Standing;
+use super::words::{Said, and, capital, ranks_phrase, rough};
 
 /// The most sentences about groups of ranks: the rest is in the table.
 const MAX_GROUPS: usize = 8;
@@ -51,27 +52,6 @@ struct Group {
     /// Their processes, where they are worth a look.
     pids: Vec<u32>,
     said: Said,
-}
-
-/// What is said: with words that fit one rank, and with words that fit several.
-#[derive(PartialEq)]
-struct Said {
-    one: String,
-    many: String,
-}
-
-impl Said {
-    /// `has|have` takes the first of a pair for one rank, the second for several.
-    fn new(text: &str) -> Self {
-        let side = |pick: usize| {
-            let pieces = text.split('{').enumerate().map(|(at, piece)| match (at, piece.split_once('}')) {
-                (0, _) | (_, None) => piece.to_owned(),
-                (_, Some((pair, rest))) => format!("{}{rest}", pair.split('|').nth(pick).unwrap_or(pair)),
-            });
-            pieces.collect()
-        };
-        Self { one: side(0), many: side(1) }
-    }
 }
 
 impl Group {
@@ -125,7 +105,7 @@ fn waiting(snapshot: &Snapshot, front: Option<&Record>) -> Vec<Group> {
             continue;
         }
         told.push((record, groups.len()));
-        let since = time_phrase(longest(snapshot, record));
+        let since = rough(longest(snapshot, record));
         let waited = format!("{{has|have}} waited in {record} for {since}");
         let said = match front {
             Some(front) if front.is_same_call(record) => waited,
@@ -171,7 +151,7 @@ fn message_detail(snapshot: &Snapshot, rank: usize, record: &Record) -> String {
         Some((_, other)) if other == tag => format!("; rank {sender} has sent it no other with that tag"),
         Some((sent, other)) => {
             let when = if sent.is_open() { "begun" } else { "sent" };
-            let ago = time_phrase(sent.ended().unwrap_or(sent.begun));
+            let ago = rough(sent.ended().unwrap_or(sent.begun));
             format!("; what rank {sender} sent it last has tag {other}, {when} {ago} ago")
         }
         None => String::new(),
@@ -223,13 +203,13 @@ fn call_phrase(rank: &RankView, standing: Standing<'_>, front: Option<&Record>, 
         },
         Standing::Outside(record) => {
             let ago = record.ended().unwrap_or(record.begun);
-            let last = format!("{{its|their}} last call was {record}, done {} ago", time_phrase(ago));
+            let last = format!("{{its|their}} last call was {record}, done {} ago", rough(ago));
             match (front, has_begun) {
                 (Some(_), false) => format!("{{has|have}} not begun it: {last}"),
                 (Some(_), true) => format!("{{has|have}} done {{its|their}} part of it: {last}"),
                 (None, _) if ago < RECENT && is_running => {
                     let latest = format!("{{makes|make}} calls: the latest was {record}");
-                    format!("{latest}, done {} ago", time_phrase(ago))
+                    format!("{latest}, done {} ago", rough(ago))
                 }
                 (None, _) if is_running => {
                     format!("{{is|are}} outside of unisono, computing perhaps: {last}")
@@ -238,7 +218,7 @@ fn call_phrase(rank: &RankView, standing: Standing<'_>, front: Option<&Record>, 
             }
         }
         Standing::Inside(record) | Standing::Waiting(record) => {
-            let since = time_phrase(record.begun);
+            let since = rough(record.begun);
             match front {
                 Some(front) if front.is_same_call(record) => format!("{{has|have}} begun it {since} ago"),
                 Some(front) if record.number == front.number => format!(
@@ -251,7 +231,7 @@ fn call_phrase(rank: &RankView, standing: Standing<'_>, front: Option<&Record>, 
             }
         }
         Standing::Failed(record) => {
-            let ago = time_phrase(record.ended().unwrap_or(record.begun));
+            let ago = rough(record.ended().unwrap_or(record.begun));
             format!("{{has|have}} failed in {record} {ago} ago")
         }
     }
@@ -309,57 +289,6 @@ fn advice(snapshot: &Snapshot) -> Option<String> {
         }
         _ => None,
     }
-}
-
-/// `rank 3`, `ranks 0, 1 and 3`, `ranks 0–6 and 9`.
-pub fn ranks_phrase(ranks: &[usize]) -> String {
-    let mut runs: Vec<(usize, usize)> = Vec::new();
-    for rank in ranks {
-        match runs.last_mut() {
-            Some((_, last)) if *last + 1 == *rank => *last = *rank,
-            _ => runs.push((*rank, *rank)),
-        }
-    }
-    let texts = runs.into_iter().flat_map(|(first, last)| match last - first {
-        0 => vec![first.to_string()],
-        1 => vec![first.to_string(), last.to_string()],
-        _ => vec![format!("{first}–{last}")],
-    });
-    format!("rank{} {}", if ranks.len() == 1 { "" } else { "s" }, and(texts))
-}
-
-/// `a, b and c`.
-fn and(items: impl Iterator<Item = String>) -> String {
-    let mut items: Vec<String> = items.collect();
-    match items.pop() {
-        None => String::new(),
-        Some(last) if items.is_empty() => last,
-        Some(last) => format!("{} and {last}", items.join(", ")),
-    }
-}
-
-/// `30 ms`, `0.4 s`, `12 s`, `3 min`, `2 h`.
-pub fn time_phrase(time: Duration) -> String {
-    let milliseconds = time.as_millis();
-    match milliseconds {
-        0 => "less than 1 ms".to_owned(),
-        1..100 => format!("{milliseconds} ms"),
-        100..9_950 => {
-            let tenths = (milliseconds + 50) / 100;
-            match tenths % 10 {
-                0 => format!("{} s", tenths / 10),
-                tenth => format!("{}.{tenth} s", tenths / 10),
-            }
-        }
-        9_950..120_000 => format!("{} s", (milliseconds + 500) / 1000),
-        120_000..7_200_000 => format!("{} min", milliseconds / 60_000),
-        _ => format!("{} h", milliseconds / 3_600_000),
-    }
-}
-
-fn capital(text: &str) -> String {
-    let mut letters = text.chars();
-    letters.next().map_or_else(String::new, |first| first.to_uppercase().chain(letters).collect())
 }
 
 #[cfg(test)]
