@@ -191,7 +191,8 @@ impl Control {
 impl PlaneEvents for Control {
     fn beat(&self) {
         let heartbeat = self.words[self.me].heartbeat;
-        heartbeat.publish(heartbeat.current() + 1);
+        // Whatever stands there, it must only be another value than before.
+        heartbeat.publish(heartbeat.current().wrapping_add(1));
     }
 
     fn heartbeat_of(&self, rank: usize) -> u64 {

@@ -27,7 +27,7 @@ fn main() -> ExitCode {
 
 fn trials() -> Vec<Trial> {
     type Test = fn();
-    let tests: [(&str, Test); 21] = [
+    let tests: [(&str, Test); 23] = [
         ("kill::every_survivor_names_the_killed_rank", faults::kills::every_survivor_names_the_killed_rank),
         ("kill::a_forked_child_does_not_hide_it", faults::kills::a_forked_child_does_not_hide_it),
         (
@@ -68,6 +68,14 @@ fn trials() -> Vec<Trial> {
         (
             "mismatch::both_calls_are_named_on_every_rank",
             faults::mismatches::both_calls_are_named_on_every_rank,
+        ),
+        (
+            "scribbles::nothing_written_to_the_shared_memory_does_harm",
+            faults::scribbles::nothing_written_to_the_shared_memory_does_harm,
+        ),
+        (
+            "scribbles::a_peer_that_scribbles_is_an_error_in_time",
+            faults::scribbles::a_peer_that_scribbles_is_an_error_in_time,
         ),
         ("leftovers::threads_give_everything_back", faults::leftovers::threads_give_everything_back),
         ("leftovers::processes_give_everything_back", faults::leftovers::processes_give_everything_back),
