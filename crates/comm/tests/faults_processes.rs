@@ -27,7 +27,7 @@ fn main() -> ExitCode {
 
 fn trials() -> Vec<Trial> {
     type Test = fn();
-    let tests: [(&str, Test); 23] = [
+    let tests: [(&str, Test); 26] = [
         ("kill::every_survivor_names_the_killed_rank", faults::kills::every_survivor_names_the_killed_rank),
         ("kill::a_forked_child_does_not_hide_it", faults::kills::a_forked_child_does_not_hide_it),
         (
@@ -68,6 +68,18 @@ fn trials() -> Vec<Trial> {
         (
             "mismatch::both_calls_are_named_on_every_rank",
             faults::mismatches::both_calls_are_named_on_every_rank,
+        ),
+        (
+            "shortages::too_few_descriptors_are_an_error_on_all_ranks",
+            faults::shortages::too_few_descriptors_are_an_error_on_all_ranks,
+        ),
+        (
+            "shortages::too_little_memory_is_an_error_on_all_ranks",
+            faults::shortages::too_little_memory_is_an_error_on_all_ranks,
+        ),
+        (
+            "shortages::a_system_call_that_fails_is_an_error_on_all_ranks",
+            faults::shortages::a_system_call_that_fails_is_an_error_on_all_ranks,
         ),
         (
             "scribbles::nothing_written_to_the_shared_memory_does_harm",

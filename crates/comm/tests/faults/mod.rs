@@ -7,6 +7,7 @@ pub(crate) mod parts;
 pub(crate) mod proxy;
 pub(crate) mod random;
 pub(crate) mod scribbles;
+pub(crate) mod shortages;
 pub(crate) mod start;
 pub(crate) mod stops;
 pub(crate) mod traces;

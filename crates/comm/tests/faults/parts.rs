@@ -50,6 +50,7 @@ impl Part {
             "holder" => super::kills::hold_descriptors(self),
             "mismatches" => super::mismatches::all_pairs(self),
             "thread churn" => super::leftovers::thread_churn(),
+            "short" => super::shortages::start(self),
             "scribbled threads" => super::scribbles::threads(),
             "scribbled process" => super::scribbles::process(self),
             "process churn" => super::leftovers::process_churn(self),
