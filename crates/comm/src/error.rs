@@ -84,6 +84,18 @@ pub enum Error {
         /// The reason it gave.
         reason: String,
     },
+    /// A communicator is used in a child that was forked from its process. The parent and the job go on.
+    #[error(
+        "rank {rank} is process {parent}; this is process {child}, forked from it, which has no part in the job. Use the communicator in the parent, or make a new one here."
+    )]
+    Forked {
+        /// The rank of the parent.
+        rank: usize,
+        /// The process that made the communicator.
+        parent: u32,
+        /// This process.
+        child: u32,
+    },
     /// The shared memory says what no rank can have written: a process wrote to it that should not, or wrongly. The
     /// communicator has failed on all ranks.
     #[error(

@@ -27,7 +27,7 @@ fn main() -> ExitCode {
 
 fn trials() -> Vec<Trial> {
     type Test = fn();
-    let tests: [(&str, Test); 26] = [
+    let tests: [(&str, Test); 28] = [
         ("kill::every_survivor_names_the_killed_rank", faults::kills::every_survivor_names_the_killed_rank),
         ("kill::a_forked_child_does_not_hide_it", faults::kills::a_forked_child_does_not_hide_it),
         (
@@ -81,6 +81,11 @@ fn trials() -> Vec<Trial> {
             "shortages::a_system_call_that_fails_is_an_error_on_all_ranks",
             faults::shortages::a_system_call_that_fails_is_an_error_on_all_ranks,
         ),
+        (
+            "forks::a_forked_child_is_refused_and_its_parent_goes_on",
+            faults::forks::a_forked_child_is_refused_and_its_parent_goes_on,
+        ),
+        ("forks::a_storm_of_signals_does_no_harm", faults::forks::a_storm_of_signals_does_no_harm),
         (
             "scribbles::nothing_written_to_the_shared_memory_does_harm",
             faults::scribbles::nothing_written_to_the_shared_memory_does_harm,

@@ -29,8 +29,12 @@ const WELCOME: u16 = 1;
 const PROOF_TIME: Duration = Duration::from_secs(2);
 /// How often the ranks that are waited for are looked at. Two looks in a row must find one gone.
 const LOOK: Duration = Duration::from_millis(250);
-/// Pending connections at once; more are refused.
+/// Pending connections at once; a further one replaces the oldest stranger.
 const MAX_PENDING: usize = 256;
+/// Accepted before those that came earlier are heard: fewer than may be pending, so that nobody is replaced unheard.
+const ACCEPTS_PER_TURN: usize = 64;
+/// How long whoever said its name is not replaced.
+const GRACE: Duration = Duration::from_millis(250);
 
 /// Where a rank listens for the others of its host. While they connect it stands for the rank's life: keep it until all
 /// of them are known to have connected.
@@ -105,7 +109,8 @@ pub(crate) fn connect_all(
     deadline: Deadline,
 ) -> Result<Vec<Link>> {
     let start = Instant::now();
-    let mut meeting = Meeting { config, links: Vec::new(), pending: Vec::new(), suspects: Vec::new() };
+    let mut meeting =
+        Meeting { config, links: Vec::new(), pending: Vec::new(), suspects: Vec::new(), refused: 0 };
     let mut next_look = start + LOOK;
     let mut to_dial: Vec<&PeerAddress> = config.peers.iter().filter(|peer| peer.rank < config.rank).collect();
     let mut buffer = vec![0; MAX_MESSAGE_BYTES];
@@ -158,6 +163,8 @@ struct Meeting<'a> {
     pending: Vec<Pending>,
     /// Ranks whose socket was gone when last looked at.
     suspects: Vec<usize>,
+    /// Connections that were turned away.
+    refused: u64,
 }
 
 impl Meeting<'_> {
@@ -236,12 +243,17 @@ impl Meeting<'_> {
 
     /// Takes what waits on the listener; strangers are turned away with a warning.
     fn accept(&mut self, endpoint: &Endpoint) -> Result<()> {
-        while self.pending.len() < MAX_PENDING {
+        for _ in 0..ACCEPTS_PER_TURN {
+            if self.pending.len() >= MAX_PENDING && !self.replace_a_stranger() {
+                break;
+            }
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
             let socket = match rustix::net::accept_with(&endpoint.listener, flags) {
                 Ok(socket) => socket,
                 Err(Errno::AGAIN) => break,
                 Err(Errno::INTR | Errno::CONNABORTED) => continue,
+                // No descriptor is left: strangers must not take them from us.
+                Err(Errno::MFILE | Errno::NFILE) if self.replace_a_stranger() => continue,
                 Err(errno) => return Err(Error::socket("accept")(errno)),
             };
             match check_user(&socket) {
@@ -252,10 +264,32 @@ impl Meeting<'_> {
                     stage: Stage::Introduction,
                     dialled: false,
                 }),
-                Err(error) => tracing::warn!("rank {}: {error}; refused", self.config.rank),
+                Err(error) => self.refuse(0, &error),
             }
         }
         Ok(())
+    }
+
+    /// Closes the connection that has waited longest without saying who it is, or at least without proving it; false if there
+    /// is none.
+    fn replace_a_stranger(&mut self) -> bool {
+        let is_nameless = |pending: &Pending| matches!(pending.stage, Stage::Introduction);
+        let is_slow = |pending: &Pending| !pending.dialled && pending.since.elapsed() > GRACE;
+        let at = self.pending.iter().position(is_nameless).or_else(|| self.pending.iter().position(is_slow));
+        let Some(at) = at else { return false };
+        let stranger = self.pending.remove(at);
+        let reason = "it did not prove itself while many others came";
+        self.refuse(stranger.pid, &unisono_core::Error::Auth { reason }.into());
+        true
+    }
+
+    /// Warns of a connection that is turned away. A flood must not fill the log: the 1st, 2nd, 4th, 8th … are told.
+    fn refuse(&mut self, pid: u32, why: &Error) {
+        self.refused += 1;
+        if self.refused.is_power_of_two() {
+            let (rank, refused) = (self.config.rank, self.refused);
+            tracing::warn!(refused, "rank {rank}: process {pid} was refused: {why}");
+        }
     }
 
     /// Moves every pending connection on as far as what arrived allows.
@@ -268,7 +302,7 @@ impl Meeting<'_> {
                 Ok(Progress::Linked(link)) => self.links.push(*link),
                 Ok(Progress::HungUp) => {}
                 Err(error) if dialled => return Err(error),
-                Err(error) => tracing::warn!("rank {}: process {pid} was refused: {error}", self.config.rank),
+                Err(error) => self.refuse(pid, &error),
             }
         }
         self.pending = waiting;

@@ -1,6 +1,6 @@
 //! One host: the memory that its ranks share, and the plane on which they pass descriptors and watch each other live.
 //!
-//! What is in here: sealed anonymous memory ([`SharedMemory`]), the identity of this machine ([`identity`]), the sockets
+//! What is in here: sealed anonymous memory ([`SharedMemory`]), the identity of this machine ([`identity`]) and of this process ([`fork`]), the sockets
 //! between the processes of a host ([`NodePlane`]) and their counterpart for threads of one process
 //! ([`ThreadHub`]). Nothing of it has a name in a file system, so nothing is left behind by a kill.
 //!
@@ -8,6 +8,7 @@
 
 pub mod connect;
 pub mod error;
+pub mod fork;
 pub mod identity;
 pub mod memory;
 pub mod plane;
@@ -16,6 +17,7 @@ pub mod threads;
 
 pub use connect::{Endpoint, PeerAddress, PlaneConfig};
 pub use error::{Error, Lost, Result};
+pub use fork::Process;
 pub use memory::SharedMemory;
 pub use plane::{NodePlane, PlaneEvents};
 pub use threads::ThreadHub;

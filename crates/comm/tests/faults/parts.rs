@@ -50,6 +50,8 @@ impl Part {
             "holder" => super::kills::hold_descriptors(self),
             "mismatches" => super::mismatches::all_pairs(self),
             "thread churn" => super::leftovers::thread_churn(),
+            "forks" => super::forks::fork_and_go_on(self),
+            "stormed" => super::forks::be_stormed(self),
             "short" => super::shortages::start(self),
             "scribbled threads" => super::scribbles::threads(),
             "scribbled process" => super::scribbles::process(self),

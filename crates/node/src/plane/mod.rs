@@ -16,6 +16,7 @@ use unisono_sync::{Deadline, Flag};
 
 use crate::connect::{Endpoint, Link, PlaneConfig, connect_all};
 use crate::error::{Error, Lost, Result};
+use crate::fork::Process;
 use crate::socket::{self, MAX_MESSAGE_BYTES, Sent};
 use progress::PlaneThread;
 
@@ -60,6 +61,7 @@ struct Shared {
     arrived: Condvar,
     events: OnceLock<Arc<dyn PlaneEvents>>,
     wake: OwnedFd,
+    process: Process,
     stopping: Flag,
     liveness: Option<Duration>,
 }
@@ -103,6 +105,7 @@ impl NodePlane {
             arrived: Condvar::new(),
             events: OnceLock::new(),
             wake,
+            process: Process::this(),
             stopping: Flag::new(),
             liveness: config.liveness,
         });
@@ -190,6 +193,10 @@ impl NodePlane {
 
 impl Drop for NodePlane {
     fn drop(&mut self) {
+        // The sockets of a forked child are those of its parent, which goes on.
+        if !self.shared.process.is_this() {
+            return;
+        }
         for peer in &self.shared.peers {
             // A peer that does not read, or is gone, needs no farewell.
             let _ = peer.send(FAREWELL, &[], &[], Deadline::after(Duration::ZERO));
