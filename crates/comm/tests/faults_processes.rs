@@ -27,7 +27,7 @@ fn main() -> ExitCode {
 
 fn trials() -> Vec<Trial> {
     type Test = fn();
-    let tests: [(&str, Test); 28] = [
+    let tests: [(&str, Test); 30] = [
         ("kill::every_survivor_names_the_killed_rank", faults::kills::every_survivor_names_the_killed_rank),
         ("kill::a_forked_child_does_not_hide_it", faults::kills::a_forked_child_does_not_hide_it),
         (
@@ -86,6 +86,14 @@ fn trials() -> Vec<Trial> {
             faults::forks::a_forked_child_is_refused_and_its_parent_goes_on,
         ),
         ("forks::a_storm_of_signals_does_no_harm", faults::forks::a_storm_of_signals_does_no_harm),
+        (
+            "strangers::a_port_scan_does_not_keep_the_ranks_from_meeting",
+            faults::strangers::a_port_scan_does_not_keep_the_ranks_from_meeting,
+        ),
+        (
+            "strangers::a_flood_of_half_open_connections_delays_nobody",
+            faults::strangers::a_flood_of_half_open_connections_delays_nobody,
+        ),
         (
             "scribbles::nothing_written_to_the_shared_memory_does_harm",
             faults::scribbles::nothing_written_to_the_shared_memory_does_harm,

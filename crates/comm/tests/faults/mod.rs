@@ -11,6 +11,7 @@ pub(crate) mod scribbles;
 pub(crate) mod shortages;
 pub(crate) mod start;
 pub(crate) mod stops;
+pub(crate) mod strangers;
 pub(crate) mod traces;
 pub(crate) mod world;
 

@@ -10,6 +10,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use unisono::store::{Store, StoreServer, TcpStore};
 use unisono::{Builder, Communicator, Deadline, Error, Operations, ReduceOp, Result, Secret, UniqueId};
 
@@ -41,6 +42,10 @@ impl Part {
     pub(crate) fn play(&self) -> ExitCode {
         let subscriber = tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false);
         subscriber.with_max_level(tracing::Level::WARN).init();
+        if let Some(descriptors) = setting("FAULTS_SOFT_DESCRIPTORS") {
+            let limit = getrlimit(Resource::Nofile);
+            setrlimit(Resource::Nofile, Rlimit { current: Some(descriptors), ..limit }).unwrap();
+        }
         let result = match self.name.as_str() {
             "collectives" => self.collectives(),
             "late" => self.late(),
