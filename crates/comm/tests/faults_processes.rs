@@ -27,7 +27,7 @@ fn main() -> ExitCode {
 
 fn trials() -> Vec<Trial> {
     type Test = fn();
-    let tests: [(&str, Test); 30] = [
+    let tests: [(&str, Test); 32] = [
         ("kill::every_survivor_names_the_killed_rank", faults::kills::every_survivor_names_the_killed_rank),
         ("kill::a_forked_child_does_not_hide_it", faults::kills::a_forked_child_does_not_hide_it),
         (
@@ -93,6 +93,11 @@ fn trials() -> Vec<Trial> {
         (
             "strangers::a_flood_of_half_open_connections_delays_nobody",
             faults::strangers::a_flood_of_half_open_connections_delays_nobody,
+        ),
+        ("load::small_calls_without_end_grow_nothing", faults::load::small_calls_without_end_grow_nothing),
+        (
+            "load::a_crowd_of_ranks_reduces_rightly_and_in_time",
+            faults::load::a_crowd_of_ranks_reduces_rightly_and_in_time,
         ),
         (
             "scribbles::nothing_written_to_the_shared_memory_does_harm",

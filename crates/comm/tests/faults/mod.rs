@@ -3,6 +3,7 @@
 pub(crate) mod forks;
 pub(crate) mod kills;
 pub(crate) mod leftovers;
+pub(crate) mod load;
 pub(crate) mod mismatches;
 pub(crate) mod parts;
 pub(crate) mod proxy;

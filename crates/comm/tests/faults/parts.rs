@@ -57,6 +57,8 @@ impl Part {
             "thread churn" => super::leftovers::thread_churn(),
             "forks" => super::forks::fork_and_go_on(self),
             "stormed" => super::forks::be_stormed(self),
+            "small calls" => super::load::small_calls(self),
+            "one large call" => super::load::one_large_call(self),
             "short" => super::shortages::start(self),
             "scribbled threads" => super::scribbles::threads(),
             "scribbled process" => super::scribbles::process(self),
