@@ -27,7 +27,7 @@ fn main() -> ExitCode {
 
 fn trials() -> Vec<Trial> {
     type Test = fn();
-    let tests: [(&str, Test); 32] = [
+    let tests: [(&str, Test); 34] = [
         ("kill::every_survivor_names_the_killed_rank", faults::kills::every_survivor_names_the_killed_rank),
         ("kill::a_forked_child_does_not_hide_it", faults::kills::a_forked_child_does_not_hide_it),
         (
@@ -98,6 +98,14 @@ fn trials() -> Vec<Trial> {
         (
             "load::a_crowd_of_ranks_reduces_rightly_and_in_time",
             faults::load::a_crowd_of_ranks_reduces_rightly_and_in_time,
+        ),
+        (
+            "namespaces::ranks_in_other_namespaces_share_memory",
+            faults::namespaces::ranks_in_other_namespaces_share_memory,
+        ),
+        (
+            "namespaces::ranks_in_other_networks_are_told_so",
+            faults::namespaces::ranks_in_other_networks_are_told_so,
         ),
         (
             "scribbles::nothing_written_to_the_shared_memory_does_harm",

@@ -17,6 +17,7 @@ use unisono_core::Secret;
 use unisono_core::auth::{Handshake, Opened, Role, Session};
 use unisono_sync::Deadline;
 
+use crate::credentials::{self, Credentials};
 use crate::error::{Error, Lost, Result};
 use crate::socket::{self, MAX_MESSAGE_BYTES, Received, Sent};
 
@@ -96,7 +97,10 @@ pub struct PlaneConfig {
 #[derive(Debug)]
 pub(crate) struct Link {
     pub(crate) rank: usize,
+    /// Its process, as it says, or as we see it, which is another number where process namespaces differ.
     pub(crate) pid: u32,
+    /// The same, if we see it.
+    pub(crate) seen_pid: Option<u32>,
     pub(crate) socket: OwnedFd,
     pub(crate) pidfd: Option<OwnedFd>,
     pub(crate) session: Session,
@@ -142,7 +146,8 @@ pub(crate) fn connect_all(
 struct Pending {
     socket: OwnedFd,
     since: Instant,
-    pid: u32,
+    /// Its process, if it lies in a process namespace that we see.
+    pid: Option<u32>,
     stage: Stage,
     /// The peer we dialled; a failure of such a connection is ours to report.
     dialled: bool,
@@ -264,7 +269,7 @@ impl Meeting<'_> {
                     stage: Stage::Introduction,
                     dialled: false,
                 }),
-                Err(error) => self.refuse(0, &error),
+                Err(error) => self.refuse(None, &error),
             }
         }
         Ok(())
@@ -284,11 +289,12 @@ impl Meeting<'_> {
     }
 
     /// Warns of a connection that is turned away. A flood must not fill the log: the 1st, 2nd, 4th, 8th … are told.
-    fn refuse(&mut self, pid: u32, why: &Error) {
+    fn refuse(&mut self, pid: Option<u32>, why: &Error) {
         self.refused += 1;
         if self.refused.is_power_of_two() {
             let (rank, refused) = (self.config.rank, self.refused);
-            tracing::warn!(refused, "rank {rank}: process {pid} was refused: {why}");
+            let who = pid.map_or("a process that we do not see".to_owned(), |pid| format!("process {pid}"));
+            tracing::warn!(refused, "rank {rank}: {who} was refused: {why}");
         }
     }
 
@@ -318,7 +324,7 @@ impl Meeting<'_> {
                     );
                 }
                 Received::Nothing => return Ok(Progress::Waiting(pending)),
-                Received::EndOfFile => return pending.closed(),
+                Received::EndOfFile => return self.closed(&pending),
                 Received::Message(length, fds) => (length, fds),
             };
             let message = &buffer[..length];
@@ -337,13 +343,30 @@ impl Meeting<'_> {
                 }
                 Stage::Welcome { rank, mut session } => {
                     check_welcome(&mut session, message)?;
-                    let (pid, socket) = (pending.pid, pending.socket);
-                    let link = Link { rank, pid, socket, pidfd: fds.into_iter().next(), session: *session };
+                    let (pid, seen_pid) = (self.pid_of(rank, pending.pid), pending.pid);
+                    let (socket, pidfd, session) = (pending.socket, fds.into_iter().next(), *session);
+                    let link = Link { rank, pid, seen_pid, socket, pidfd, session };
                     return Ok(Progress::Linked(Box::new(link)));
                 }
             };
             pending.flush()?;
         }
+    }
+
+    fn closed(&self, pending: &Pending) -> Result<Progress> {
+        match pending.stage.rank() {
+            None => Ok(Progress::HungUp),
+            Some(rank) => {
+                let pid = self.pid_of(rank, pending.pid);
+                Err(Error::PeerLost { rank, pid, lost: Lost::SocketClosed })
+            }
+        }
+    }
+
+    /// How messages call the process of `rank`: as we see it, else as it says itself.
+    fn pid_of(&self, rank: usize, seen: Option<u32>) -> u32 {
+        let told = self.config.peers.iter().find(|peer| peer.rank == rank).map(|peer| peer.pid);
+        seen.or(told).unwrap_or(0)
     }
 
     fn introduced(&self, message: &[u8]) -> Result<Stage> {
@@ -391,13 +414,6 @@ impl Pending {
         }
         Ok(())
     }
-
-    fn closed(&self) -> Result<Progress> {
-        match self.stage.rank() {
-            None => Ok(Progress::HungUp),
-            Some(rank) => Err(Error::PeerLost { rank, pid: self.pid, lost: Lost::SocketClosed }),
-        }
-    }
 }
 
 impl Stage {
@@ -423,13 +439,8 @@ fn check_welcome(session: &mut Session, message: &[u8]) -> Result<()> {
     }
 }
 
-/// Refuses processes of other users; the pid of the other end (0 if it lies outside our view).
-fn check_user(socket: &OwnedFd) -> Result<u32> {
-    let credentials =
-        rustix::net::sockopt::socket_peercred(socket).map_err(Error::socket("peer credentials"))?;
-    let (expected, got) = (getuid().as_raw(), credentials.uid.as_raw());
-    if expected != got {
-        return Err(Error::ForeignUser { expected, got });
-    }
-    Ok(credentials.pid.as_raw_nonzero().get() as u32)
+/// Refuses processes of other users; the pid of the other end, if we see it.
+fn check_user(socket: &OwnedFd) -> Result<Option<u32>> {
+    let (expected, Credentials { pid, uid: got }) = (getuid().as_raw(), credentials::of_peer(socket)?);
+    if expected == got { Ok(pid) } else { Err(Error::ForeignUser { expected, got }) }
 }

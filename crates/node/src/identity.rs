@@ -35,6 +35,11 @@ pub fn pid() -> u32 {
 
 /// Whether process `pid` is stopped by a signal or a debugger; `None` if that cannot be told.
 pub fn is_stopped(pid: u32) -> Option<bool> {
+    // A /proc of another process namespace knows other numbers.
+    let ourselves = std::fs::read_link("/proc/self").ok()?;
+    if ourselves.to_str()? != std::process::id().to_string() {
+        return None;
+    }
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The command name before the state is in parentheses and may itself contain any character.
     let state = stat.rsplit_once(')')?.1.trim_start().chars().next()?;

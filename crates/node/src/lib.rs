@@ -7,6 +7,7 @@
 //! What never will be: a collective, a store, or any idea of what the memory is for.
 
 pub mod connect;
+mod credentials;
 pub mod error;
 pub mod fork;
 pub mod identity;

@@ -5,6 +5,7 @@ pub(crate) mod kills;
 pub(crate) mod leftovers;
 pub(crate) mod load;
 pub(crate) mod mismatches;
+pub(crate) mod namespaces;
 pub(crate) mod parts;
 pub(crate) mod proxy;
 pub(crate) mod random;

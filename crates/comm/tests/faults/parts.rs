@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use unisono::store::{Store, StoreServer, TcpStore};
+use unisono::store::{FileStore, Store, StoreServer, TcpStore};
 use unisono::{Builder, Communicator, Deadline, Error, Operations, ReduceOp, Result, Secret, UniqueId};
 
 use super::random::Random;
@@ -87,6 +87,10 @@ impl Part {
             .generation(setting("FAULTS_GENERATION").unwrap_or(1));
         if let Some(id) = &self.store {
             builder = builder.unique_id(id.clone());
+        }
+        if let Some(file) = setting::<String>("FAULTS_STORE_FILE") {
+            let store = FileStore::open(file, Deadline::after(Duration::from_secs(20))).unwrap();
+            builder = builder.store(Arc::new(store)).secret(Secret::new([0x5a; 32]));
         }
         if let Some(timeout) = milliseconds("FAULTS_INIT_MS") {
             builder = builder.init_timeout(timeout);

@@ -76,6 +76,8 @@ impl std::fmt::Debug for Shared {
 struct Peer {
     rank: usize,
     pid: u32,
+    /// The same, if we see it.
+    seen_pid: Option<u32>,
     socket: OwnedFd,
     pidfd: Option<OwnedFd>,
     sealer: Mutex<Sealer>,
@@ -93,8 +95,8 @@ impl NodePlane {
     pub fn connect(endpoint: &Endpoint, config: &PlaneConfig, deadline: Deadline) -> Result<Self> {
         let links = connect_all(endpoint, config, deadline)?;
         let (mut peers, mut openers) = (Vec::new(), Vec::new());
-        for Link { rank, pid, socket, pidfd, session } in links {
-            peers.push(Peer { rank, pid, socket, pidfd, sealer: Mutex::new(session.sealer) });
+        for Link { rank, pid, seen_pid, socket, pidfd, session } in links {
+            peers.push(Peer { rank, pid, seen_pid, socket, pidfd, sealer: Mutex::new(session.sealer) });
             openers.push(session.opener);
         }
         let wake =
