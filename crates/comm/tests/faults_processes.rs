@@ -27,7 +27,7 @@ fn main() -> ExitCode {
 
 fn trials() -> Vec<Trial> {
     type Test = fn();
-    let tests: [(&str, Test); 34] = [
+    let tests: [(&str, Test); 36] = [
         ("kill::every_survivor_names_the_killed_rank", faults::kills::every_survivor_names_the_killed_rank),
         ("kill::a_forked_child_does_not_hide_it", faults::kills::a_forked_child_does_not_hide_it),
         (
@@ -106,6 +106,14 @@ fn trials() -> Vec<Trial> {
         (
             "namespaces::ranks_in_other_networks_are_told_so",
             faults::namespaces::ranks_in_other_networks_are_told_so,
+        ),
+        (
+            "intruders::descriptors_of_another_user_are_not_kept",
+            faults::intruders::descriptors_of_another_user_are_not_kept,
+        ),
+        (
+            "intruders::a_name_that_another_user_took_is_refused",
+            faults::intruders::a_name_that_another_user_took_is_refused,
         ),
         (
             "scribbles::nothing_written_to_the_shared_memory_does_harm",
