@@ -94,7 +94,7 @@ impl Scribbler {
             3 => old.wrapping_sub(1 + self.random.below(100)),
             4 => old ^ 1 << self.random.below(64),
             5 => self.random.below(1000),
-            6 => old << 32 | old >> 32,
+            6 => old.rotate_left(32),
             _ => self.random.next(),
         }
     }
