@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use unisono::store::MemoryStore;
-use unisono::{Communicator, Error, Memory, Operations, ReduceOp, Result, Stream};
+use unisono::{Communicator, Error, Memory, Operations, ReduceOp, Result, Stream, Symmetric, Window};
 
 use super::parts::{Collectives, Part, expect, setting};
 use super::world::Setup;
@@ -21,6 +21,7 @@ const PAUSE: Duration = Duration::from_micros(50);
 pub(crate) fn fork_and_go_on(part: &Part) -> Result<()> {
     let communicator = part.builder().build()?;
     let mut window = communicator.window::<u32>(100, Memory::Host)?;
+    let symmetric = communicator.window::<u32>(100, Memory::Host)?.into_symmetric(&communicator)?;
     let mut collectives = Collectives::new(4);
     println!("ready");
     for round in 0..setting("FAULTS_ROUNDS").unwrap_or(10) {
@@ -29,10 +30,11 @@ pub(crate) fn fork_and_go_on(part: &Part) -> Result<()> {
         // thread of this process holds a lock that the child needs: the plane's has nothing to do meanwhile.
         let child = unsafe { libc::fork() };
         if child == 0 {
-            let is_right = catch_unwind(AssertUnwindSafe(|| child_is_refused(&communicator, &mut window)));
+            let is_right =
+                catch_unwind(AssertUnwindSafe(|| child_is_refused(&communicator, &mut window, &symmetric)));
             if round % 2 == 0 {
                 // Half of the children also leave as a program does that drops what it has.
-                drop((communicator, window));
+                drop((communicator, window, symmetric));
             }
             // SAFETY: ends the child at once.
             unsafe { libc::_exit(if is_right.unwrap_or(false) { 0 } else { 9 }) };
@@ -47,7 +49,11 @@ pub(crate) fn fork_and_go_on(part: &Part) -> Result<()> {
 }
 
 /// Whether everything that a forked child can ask for is refused, and a communicator of its own works.
-fn child_is_refused(communicator: &Communicator, window: &mut unisono::Window<u32>) -> bool {
+fn child_is_refused(
+    communicator: &Communicator,
+    window: &mut Window<u32>,
+    symmetric: &Symmetric<u32>,
+) -> bool {
     let (parent, child) = (std::os::unix::process::parent_id(), std::process::id());
     let expected = Error::Forked { rank: communicator.rank(), parent, child };
     let is_refused = |result: Result<()>| result == Err(expected.clone());
@@ -61,6 +67,9 @@ fn child_is_refused(communicator: &Communicator, window: &mut unisono::Window<u3
         communicator.window::<u8>(10, Memory::Host).map(drop),
         unisono::group(|group| group.on(communicator, &stream).barrier().map(drop)),
         window.lend().map(drop),
+        symmetric.write(0, 0, &[1]),
+        symmetric.signal(0, 0, 1),
+        symmetric.wait_signal(0, 1, Duration::from_secs(1)),
     ];
     communicator.observer().abort("a child has no say");
     let store = Arc::new(MemoryStore::new());

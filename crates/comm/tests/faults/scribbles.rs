@@ -113,6 +113,7 @@ fn shared_memory_of_this_process() -> Vec<File> {
 /// A rank that makes calls of all kinds until one fails; rounds are counted.
 fn work(communicator: &Communicator, seed: u64, rounds: &Counter) -> Result<()> {
     let mut window = communicator.window::<u32>(MOST, Memory::Host)?;
+    let symmetric = communicator.window::<u32>(MOST, Memory::Host)?.into_symmetric(communicator)?;
     let mut random = Random::new(seed);
     let mut buffer = vec![POISON; MOST + 2 * GUARD];
     loop {
@@ -122,7 +123,12 @@ fn work(communicator: &Communicator, seed: u64, rounds: &Counter) -> Result<()> 
             .all(|guard| guard.iter().all(|word| *word == POISON));
         expect(is_guarded, || format!("memory around the buffer was written, seed {seed}"));
         result?;
-        rounds.add(1);
+        let right = (communicator.rank() + 1) % communicator.world_size();
+        let signal = rounds.add(1) as u32;
+        symmetric.write(right, 7, &buffer[GUARD..2 * GUARD])?;
+        symmetric.signal(right, 3, signal)?;
+        symmetric.wait_signal(3, signal, IN_TIME)?;
+        symmetric.read(right, 9, &mut buffer[GUARD..2 * GUARD])?;
     }
 }
 

@@ -108,7 +108,7 @@ fn expect_order(world: &World, victim: usize, what: &str) -> bool {
 
 /// Every number of descriptors from none to enough, on the lowest and on the highest rank.
 pub(crate) fn too_few_descriptors_are_an_error_on_all_ranks() {
-    stepped("FAULTS_DESCRIPTORS", "No file descriptors", (0..36).collect());
+    stepped("FAULTS_DESCRIPTORS", "descriptors", (0..36).collect());
 }
 
 /// Address space for the thread's stack and for none, some or all of the shared memory.
