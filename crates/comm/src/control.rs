@@ -9,11 +9,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use unisono_core::layout::{CAUSE_BYTES, ControlLayout, Field, RECORD_WORDS, RankFields, SLOT_WORDS};
 use unisono_core::recorder::{JobLabel, Presence, RankLabel, TickSource};
 use unisono_node::identity::{self, ProcessStatus};
-use unisono_node::{Lost, PlaneEvents, SharedMemory};
+use unisono_node::{Lost, PlaneEvents, Process, SharedMemory};
 use unisono_sync::memory::{words32, words64};
 use unisono_sync::{AbortWord, EpochFlag, Journal, Sleepers, SlotRing, Ticks, Word};
 
 use crate::cause::Cause;
+use crate::error::{Error, Result};
 
 /// The words of one rank.
 #[derive(Clone, Copy, Debug)]
@@ -75,6 +76,8 @@ pub(crate) struct Control {
     /// Names of the ranks, for causes.
     names: Vec<String>,
     about: About,
+    /// Who made this: a child that was forked from it has no part in the job.
+    process: Process,
     /// Held while our record is written: the operating thread, the plane's and observers' may all find a cause.
     recording: Mutex<()>,
     /// Declared last, so that it is unmapped after everything above is gone.
@@ -114,7 +117,8 @@ impl Control {
         let words = (0..names.len()).map(|rank| rank_words(base, &layout.rank(rank))).collect();
         // SAFETY: the abort word lies in the mapping, which is kept alive by `memory` beside it.
         let abort = AbortWord::new(unsafe { &words32(base.add(layout.abort().offset), 1)[0] });
-        let control = Self { words, abort, layout, me, names, about, recording: Mutex::new(()), memory };
+        let (process, recording) = (Process::this(), Mutex::new(()));
+        let control = Self { words, abort, layout, me, names, about, process, recording, memory };
         control.introduce();
         control
     }
@@ -197,8 +201,22 @@ impl Control {
         self.abort
     }
 
-    /// Records `cause` and ends all waits of all ranks, unless somebody was first.
+    /// Refuses a child that was forked from the process that made this.
+    #[inline(always)]
+    pub(crate) fn check_process(&self) -> Result<()> {
+        if self.process.is_this() { Ok(()) } else { Err(self.forked()) }
+    }
+
+    #[cold]
+    fn forked(&self) -> Error {
+        Error::Forked { rank: self.me, parent: self.process.pid(), child: std::process::id() }
+    }
+
+    /// Records `cause` and ends all waits of all ranks, unless somebody was first. A forked child fails nobody.
     pub(crate) fn fail(&self, cause: &Cause) {
+        if !self.process.is_this() {
+            return;
+        }
         let _guard = self.recording.lock().unwrap_or_else(PoisonError::into_inner);
         if self.abort.raised().is_some() {
             return;
@@ -241,7 +259,8 @@ impl Control {
 impl PlaneEvents for Control {
     fn beat(&self) {
         let heartbeat = self.words[self.me].heartbeat;
-        heartbeat.publish(heartbeat.current() + 1);
+        // Whatever stands there, it must only be another value than before.
+        heartbeat.publish(heartbeat.current().wrapping_add(1));
     }
 
     fn heartbeat_of(&self, rank: usize) -> u64 {

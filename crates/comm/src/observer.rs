@@ -53,7 +53,7 @@ impl Observer {
     pub fn state(&self) -> State {
         let words = self.control.rank(self.rank);
         let completed = words.completed.current();
-        let next = completed + 1;
+        let next = completed.wrapping_add(1);
         let current = (words.slots.standing(next) == next).then(|| self.describe(next)).flatten();
         let failure =
             self.control.cause().map(|cause| cause.into_error("the current call", self.control.member()));

@@ -73,8 +73,9 @@ impl<T: Element> Window<T> {
     /// This rank's copy, until the next collective on it.
     ///
     /// # Errors
-    /// [`Error::Poisoned`] once the communicator failed: a peer may have been writing.
+    /// [`Error::Poisoned`] once the communicator failed: a peer may have been writing. [`Error::Forked`] in a forked child.
     pub fn lend(&mut self) -> Result<&mut [T]> {
+        self.control.check_process()?;
         if let Some(cause) = self.control.cause() {
             let cause = cause.into_error("a collective", self.control.member()).to_string();
             return Err(Error::Poisoned { id: self.id, cause });

@@ -15,7 +15,6 @@ use std::time::Duration;
 use inputs::{COUNT, PATH, line, reductions, scalar};
 use libtest_mimic::{Arguments, Failed, Trial};
 use support::processes::{self, Orders};
-use support::verify::Digests;
 use unisono::settings::AlgorithmChoice;
 use unisono::store::{FileStore, MemoryStore, Store};
 use unisono::{Call, Communicator, DType, Deadline, Kind, Memory, Operations, RawBuffer, ReduceOp, Window};

@@ -102,7 +102,7 @@ pub fn algorithm(question: &Question) -> Algorithm {
         return Algorithm::Direct;
     }
     // One-shot reads (n − 1)·S and two-shot about 2·S: with more ranks the border moves down.
-    if reduces && question.bytes * (question.world_size - 1) > ONE_SHOT_BYTES {
+    if reduces && question.bytes.saturating_mul(question.world_size - 1) > ONE_SHOT_BYTES {
         Algorithm::TwoShot
     } else {
         Algorithm::OneShot

@@ -194,9 +194,10 @@ impl Engine {
         result
     }
 
-    /// Ok, or the first cause why this communicator failed. Costs a load.
+    /// Ok, or the first cause why this communicator failed, or that this is a forked child. Costs two loads.
     #[inline]
     pub(crate) fn check(&mut self) -> Result<()> {
+        self.control.check_process()?;
         if self.control.abort().raised().is_none() && self.failed.is_none() {
             return Ok(());
         }

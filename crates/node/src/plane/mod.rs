@@ -16,6 +16,7 @@ use unisono_sync::{Deadline, Flag};
 
 use crate::connect::{Endpoint, Link, PlaneConfig, connect_all};
 use crate::error::{Error, Lost, Result};
+use crate::fork::Process;
 use crate::socket::{self, MAX_MESSAGE_BYTES, Sent};
 use progress::PlaneThread;
 
@@ -60,6 +61,7 @@ struct Shared {
     arrived: Condvar,
     events: OnceLock<Arc<dyn PlaneEvents>>,
     wake: OwnedFd,
+    process: Process,
     stopping: Flag,
     liveness: Option<Duration>,
 }
@@ -74,6 +76,8 @@ impl std::fmt::Debug for Shared {
 struct Peer {
     rank: usize,
     pid: u32,
+    /// The same, if we see it.
+    seen_pid: Option<u32>,
     socket: OwnedFd,
     pidfd: Option<OwnedFd>,
     sealer: Mutex<Sealer>,
@@ -91,8 +95,8 @@ impl NodePlane {
     pub fn connect(endpoint: &Endpoint, config: &PlaneConfig, deadline: Deadline) -> Result<Self> {
         let links = connect_all(endpoint, config, deadline)?;
         let (mut peers, mut openers) = (Vec::new(), Vec::new());
-        for Link { rank, pid, socket, pidfd, session } in links {
-            peers.push(Peer { rank, pid, socket, pidfd, sealer: Mutex::new(session.sealer) });
+        for Link { rank, pid, seen_pid, socket, pidfd, session } in links {
+            peers.push(Peer { rank, pid, seen_pid, socket, pidfd, sealer: Mutex::new(session.sealer) });
             openers.push(session.opener);
         }
         let wake =
@@ -103,6 +107,7 @@ impl NodePlane {
             arrived: Condvar::new(),
             events: OnceLock::new(),
             wake,
+            process: Process::this(),
             stopping: Flag::new(),
             liveness: config.liveness,
         });
@@ -190,6 +195,10 @@ impl NodePlane {
 
 impl Drop for NodePlane {
     fn drop(&mut self) {
+        // The sockets of a forked child are those of its parent, which goes on.
+        if !self.shared.process.is_this() {
+            return;
+        }
         for peer in &self.shared.peers {
             // A peer that does not read, or is gone, needs no farewell.
             let _ = peer.send(FAREWELL, &[], &[], Deadline::after(Duration::ZERO));
