@@ -1,7 +1,7 @@
 //! Whole agreements in one thread, from one seed: ranks die between any two steps (half-way through telling the others,
 //! too), fall asleep, are given up and wake up again, while messages and news of losses come late and in any order.
 //!
-//! `UNISONO_TEST_SCALE=10` simulates 10⁵ seeds instead of 3,000; `UNISONO_TEST_SEED` only one.
+//! `UNISONO_TEST_SCALE=10` simulates 10⁵ seeds instead of 20,000; `UNISONO_TEST_SEED` only one.
 
 use std::collections::BTreeSet;
 
@@ -228,7 +228,7 @@ fn setting(name: &str) -> Option<u64> {
 #[test]
 fn all_that_decide_decide_the_same_whatever_happens() {
     let scale = setting("UNISONO_TEST_SCALE").unwrap_or(1);
-    let count = if scale > 1 { 10_000 * scale } else { 3000 };
+    let count = if scale > 1 { 10_000 * scale } else { 20_000 };
     let seeds = setting("UNISONO_TEST_SEED").map_or(0..count, |seed| seed..seed + 1);
     let (mut takeovers, mut later_rounds, mut losses, mut undecided) = (0, 0, 0, 0);
     for seed in seeds.clone() {
