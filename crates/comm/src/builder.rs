@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use unisono_core::hello::{Hello, PROTOCOL_VERSION};
+use unisono_core::layout::ControlLayout;
 use unisono_core::settings::{AlgorithmChoice, Order, Require, Settings, unknown_names};
 use unisono_core::topology::Topology;
 use unisono_core::{Member, Secret, UniqueId};
@@ -213,6 +214,7 @@ impl Builder {
             let hosts = topology.hosts().iter().map(|host| host.name.clone()).collect();
             return Err(Error::SeveralHosts { world_size, hosts });
         }
+        ControlLayout::check(world_size)?;
         let secret = match secret {
             Some(secret) => secret,
             None if settings.require == Require::Auth => {

@@ -8,34 +8,72 @@ pub use unisono_core::call::Kind;
 
 use crate::buffer::RawBuffer;
 
+/// The sizes of a buffer's parts, one for every rank, in elements.
+#[derive(Clone, Copy, Debug)]
+pub struct Counts<'b> {
+    /// Elements of each part, by rank.
+    pub counts: &'b [usize],
+    /// Where each part starts, by rank; `None` if they follow each other. Parts do not overlap.
+    pub offsets: Option<&'b [usize]>,
+}
+
+impl<'b> From<&'b [usize]> for Counts<'b> {
+    fn from(counts: &'b [usize]) -> Self {
+        Self { counts, offsets: None }
+    }
+}
+
+impl<'b> From<&'b Vec<usize>> for Counts<'b> {
+    fn from(counts: &'b Vec<usize>) -> Self {
+        counts.as_slice().into()
+    }
+}
+
+impl<'b, const N: usize> From<&'b [usize; N]> for Counts<'b> {
+    fn from(counts: &'b [usize; N]) -> Self {
+        counts.as_slice().into()
+    }
+}
+
 /// One operation, ready to be submitted. `'b` is the life of its buffers.
 #[derive(Debug)]
 pub struct Call<'b> {
     pub(crate) kind: Kind,
     pub(crate) buffers: SmallVec<[RawBuffer; 2]>,
+    counts: Vec<Counts<'b>>,
     life: PhantomData<&'b mut ()>,
 }
 
 impl<'b> Call<'b> {
     pub(crate) fn new(kind: Kind, buffers: &[RawBuffer]) -> Self {
-        Self { kind, buffers: SmallVec::from_slice(buffers), life: PhantomData }
+        Self { kind, buffers: SmallVec::from_slice(buffers), counts: Vec::new(), life: PhantomData }
+    }
+
+    pub(crate) fn with_counts(self, counts: &[Counts<'b>]) -> Self {
+        Self { counts: counts.to_vec(), ..self }
     }
 
     /// A call from raw descriptions: the door for bindings to other languages.
     ///
-    /// The buffers are, in order: `all_reduce` and `broadcast` the buffer itself, or source and target; `all_gather`
-    /// the whole result (with the own part in its place), or source and whole result; `barrier` none.
+    /// The buffers are, in order: the input and the output, or one that is both; of messages the input, the output, or both; of
+    /// the operations on several buffers all of them; `barrier` has none. Where parts have sizes of their own, `counts` holds
+    /// those of the side that has a part for every rank; of both, the input's first.
     ///
     /// # Safety
     /// Every buffer is valid for `count` elements of its dtype, aligned or not; targets are written, sources read; and
     /// nobody else touches them until the submitted operation is complete.
-    pub unsafe fn from_raw(kind: Kind, buffers: &[RawBuffer]) -> Self {
-        Self::new(kind, buffers)
+    pub unsafe fn from_raw(kind: Kind, buffers: &[RawBuffer], counts: &[Counts<'b>]) -> Self {
+        Self::new(kind, buffers).with_counts(counts)
     }
 
     /// What it does.
     pub const fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// The sizes of its parts, where they are not all alike.
+    pub fn counts(&self) -> &[Counts<'b>] {
+        &self.counts
     }
 
     /// Its buffers.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use unisono_core::call::CallHeader;
+use unisono_core::layout::ControlLayout;
 use unisono_core::select::Algorithm;
 use unisono_core::settings::{AlgorithmChoice, Settings, Spin};
 use unisono_core::topology::Topology;
@@ -74,13 +75,14 @@ impl Communicator {
     /// share one mapping.
     ///
     /// # Errors
-    /// A world size of 0 or above 65,536; memory that cannot be had; `UNISONO_*` settings that cannot be read.
+    /// A world size of 0 or above 1,024; memory that cannot be had; `UNISONO_*` settings that cannot be read.
     pub fn threads(world_size: usize) -> Result<Vec<Self>> {
         Self::threads_with(world_size, &crate::builder::environment_settings()?)
     }
 
     pub(crate) fn threads_with(world_size: usize, settings: &Settings) -> Result<Vec<Self>> {
         unisono_core::Member::new(0, world_size)?;
+        ControlLayout::check(world_size)?;
         let host = unisono_node::identity::host();
         let topology = Arc::new(Topology::one_host(&host.name, world_size));
         let memory = Arc::new(SharedMemory::create(Control::bytes(world_size))?);

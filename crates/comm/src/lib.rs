@@ -49,7 +49,7 @@ pub mod window;
 
 pub use buffer::{Buf, BufMut, Place, RawBuffer};
 pub use builder::Builder;
-pub use call::{Call, Kind};
+pub use call::{Call, Counts, Kind};
 pub use communicator::Communicator;
 pub use error::{Error, Result};
 pub use group::{Group, Grouped, group};

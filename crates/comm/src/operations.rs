@@ -3,7 +3,7 @@
 use unisono_core::{Element, ReduceOp, Reducible};
 
 use crate::buffer::{Buf, BufMut};
-use crate::call::{Call, Kind};
+use crate::call::{Call, Counts, Kind};
 use crate::error::Result;
 
 /// What ranks can do together. All ranks of a communicator must make the same calls in the same order, with the same
@@ -215,6 +215,141 @@ pub trait Operations<'b> {
         dst: impl Into<BufMut<'b, T>>,
     ) -> Result<Self::Done> {
         self.submit(Call::new(Kind::AllToAll, &[src.into().raw(), dst.into().raw()]))
+    }
+
+    /// As [`Operations::all_gather_into`], with parts of any size: `counts` tells the elements of every rank's part and where it
+    /// lies in `all`. All ranks pass the same counts; offsets are each rank's own. `mine` has `counts[rank]` elements.
+    ///
+    /// ```
+    /// # use unisono::{Communicator, Operations};
+    /// # let ranks = Communicator::threads(2)?;
+    /// # let ranks: Vec<_> = ranks.into_iter().map(|rank| std::thread::spawn(move || {
+    /// let mine = vec![rank.rank() as u16; [1, 3][rank.rank()]];
+    /// let mut all = [9; 4];
+    /// rank.all_gather_v(&mine, &mut all, &[1, 3])?;
+    /// assert_eq!(all, [0, 1, 1, 1]);
+    /// # rank.destroy() })).collect();
+    /// # for rank in ranks { rank.join().unwrap()?; }
+    /// # Ok::<(), unisono::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`crate::Error::Argument`] if counts and buffers do not fit or parts overlap; [`crate::Error::Mismatch`] if the ranks pass
+    /// other counts; those of a failed communicator.
+    fn all_gather_v<T: Element>(
+        &self,
+        mine: impl Into<Buf<'b, T>>,
+        all: impl Into<BufMut<'b, T>>,
+        counts: impl Into<Counts<'b>>,
+    ) -> Result<Self::Done> {
+        let call = Call::new(Kind::AllGatherV, &[mine.into().raw(), all.into().raw()]);
+        self.submit(call.with_counts(&[counts.into()]))
+    }
+
+    /// As [`Operations::reduce_scatter_into`], with parts of any size: rank r gets part r of the reduction of all ranks' `all`.
+    /// All ranks pass the same counts; `mine` has `counts[rank]` elements.
+    ///
+    /// # Errors
+    /// As [`Operations::all_gather_v`] and [`Operations::all_reduce`].
+    fn reduce_scatter_v<T: Reducible>(
+        &self,
+        all: impl Into<Buf<'b, T>>,
+        mine: impl Into<BufMut<'b, T>>,
+        counts: impl Into<Counts<'b>>,
+        op: ReduceOp,
+    ) -> Result<Self::Done> {
+        let call = Call::new(Kind::ReduceScatterV { op }, &[all.into().raw(), mine.into().raw()]);
+        self.submit(call.with_counts(&[counts.into()]))
+    }
+
+    /// As [`Operations::gather`], with parts of any size. All ranks pass the same counts; `mine` has `counts[rank]` elements.
+    ///
+    /// # Errors
+    /// As [`Operations::all_gather_v`], and [`crate::Error::Argument`] if `root` is no rank.
+    fn gather_v<T: Element>(
+        &self,
+        mine: impl Into<Buf<'b, T>>,
+        all: impl Into<BufMut<'b, T>>,
+        counts: impl Into<Counts<'b>>,
+        root: usize,
+    ) -> Result<Self::Done> {
+        let call = Call::new(Kind::GatherV { root: clamp(root) }, &[mine.into().raw(), all.into().raw()]);
+        self.submit(call.with_counts(&[counts.into()]))
+    }
+
+    /// As [`Operations::scatter`], with parts of any size. All ranks pass the same counts; `mine` has `counts[rank]` elements.
+    ///
+    /// # Errors
+    /// As [`Operations::gather_v`].
+    fn scatter_v<T: Element>(
+        &self,
+        all: impl Into<Buf<'b, T>>,
+        mine: impl Into<BufMut<'b, T>>,
+        counts: impl Into<Counts<'b>>,
+        root: usize,
+    ) -> Result<Self::Done> {
+        let call = Call::new(Kind::ScatterV { root: clamp(root) }, &[all.into().raw(), mine.into().raw()]);
+        self.submit(call.with_counts(&[counts.into()]))
+    }
+
+    /// As [`Operations::all_to_all_into`], with parts of any size: `out` tells what of `src` goes to each rank, `into` what comes
+    /// from each and where it lies in `dst`. What rank a sends to b must be what b expects of a; only these two need to know.
+    /// `src` and `dst` may be the same memory if `out` and `into` are equal.
+    ///
+    /// ```
+    /// # use unisono::{Communicator, Operations};
+    /// # let ranks = Communicator::threads(2)?;
+    /// # let ranks: Vec<_> = ranks.into_iter().map(|rank| std::thread::spawn(move || {
+    /// // Rank 0 keeps one number and sends two; rank 1 sends one and keeps none.
+    /// let (out, into) = [([1, 2], [1, 1]), ([1, 0], [2, 0])][rank.rank()];
+    /// let src: Vec<u32> = (0..).take(out[0] + out[1]).map(|i| 10 * rank.rank() as u32 + i).collect();
+    /// let mut dst = [0; 2];
+    /// rank.all_to_all_v(&src, &out, &mut dst, &into)?;
+    /// assert_eq!(dst, [[0, 10], [1, 2]][rank.rank()]);
+    /// # rank.destroy() })).collect();
+    /// # for rank in ranks { rank.join().unwrap()?; }
+    /// # Ok::<(), unisono::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`crate::Error::Argument`] if counts and buffers do not fit or parts overlap; [`crate::Error::Mismatch`], naming both ranks,
+    /// if one expects what the other does not send; those of a failed communicator.
+    fn all_to_all_v<T: Element>(
+        &self,
+        src: impl Into<Buf<'b, T>>,
+        out: impl Into<Counts<'b>>,
+        dst: impl Into<BufMut<'b, T>>,
+        into: impl Into<Counts<'b>>,
+    ) -> Result<Self::Done> {
+        let call = Call::new(Kind::AllToAllV, &[src.into().raw(), dst.into().raw()]);
+        self.submit(call.with_counts(&[out.into(), into.into()]))
+    }
+
+    /// Replaces each of this rank's buffers, as many on every rank and all of one count, by the reduction of all buffers of all
+    /// ranks: by rank, and then by their order here. An average divides by the number of buffers.
+    ///
+    /// # Errors
+    /// [`crate::Error::Argument`] if there is no buffer, there are more than 1,024, or their counts differ;
+    /// [`crate::Error::Mismatch`] if the ranks have other numbers of them; as [`Operations::all_reduce`].
+    fn all_reduce_multi<T: Reducible>(&self, local: Vec<BufMut<'b, T>>, op: ReduceOp) -> Result<Self::Done> {
+        let buffers: Vec<_> = local.into_iter().map(|buffer| buffer.raw()).collect();
+        self.submit(Call::new(Kind::AllReduceMulti { op }, &buffers))
+    }
+
+    /// Writes buffer `root_buffer` of rank `root` to every buffer of every rank. All have one count; the ranks may have different
+    /// numbers of buffers, at least one.
+    ///
+    /// # Errors
+    /// [`crate::Error::Argument`] if `root` is no rank, it has no such buffer, or counts differ; those of a failed communicator.
+    fn broadcast_multi<T: Element>(
+        &self,
+        local: Vec<BufMut<'b, T>>,
+        root: usize,
+        root_buffer: usize,
+    ) -> Result<Self::Done> {
+        let buffers: Vec<_> = local.into_iter().map(|buffer| buffer.raw()).collect();
+        let kind = Kind::BroadcastMulti { root: clamp(root), buffer: clamp(root_buffer) };
+        self.submit(Call::new(kind, &buffers))
     }
 
     /// Sends `src` to rank `to`, which receives it with the same type, count and `tag`. Messages of one pair of ranks keep

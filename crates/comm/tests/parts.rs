@@ -158,7 +158,7 @@ fn of_rank(kind: Kind, rank: usize) -> Kind {
 fn submit(rank: &Communicator, kind: Kind, buffers: &[RawBuffer]) -> unisono::Result<()> {
     // SAFETY: the buffers belong to regions of the caller, which nobody else touches until the call returns, and host calls
     // are complete on return.
-    rank.submit(unsafe { Call::from_raw(kind, buffers) })
+    rank.submit(unsafe { Call::from_raw(kind, buffers, &[]) })
 }
 
 /// Runs one case on this rank and compares everything.

@@ -53,6 +53,37 @@ pub enum Kind {
     },
     /// Every rank gets its part of every rank's input, in rank order.
     AllToAll,
+    /// As [`Kind::AllGather`], with parts of any size.
+    AllGatherV,
+    /// As [`Kind::ReduceScatter`], with parts of any size.
+    ReduceScatterV {
+        /// How elements are combined.
+        op: ReduceOp,
+    },
+    /// As [`Kind::Gather`], with parts of any size.
+    GatherV {
+        /// The rank that gets them.
+        root: u32,
+    },
+    /// As [`Kind::Scatter`], with parts of any size.
+    ScatterV {
+        /// The rank that has the data.
+        root: u32,
+    },
+    /// As [`Kind::AllToAll`], with parts of any size, each known to the two ranks that it concerns.
+    AllToAllV,
+    /// As [`Kind::AllReduce`], of several buffers of each rank.
+    AllReduceMulti {
+        /// How elements are combined.
+        op: ReduceOp,
+    },
+    /// As [`Kind::Broadcast`], to several buffers of each rank.
+    BroadcastMulti {
+        /// The rank that has the data.
+        root: u32,
+        /// Which of its buffers has it.
+        buffer: u32,
+    },
     /// A message to another rank. Not a collective: it has no epoch.
     Send {
         /// The rank that gets it.
@@ -97,6 +128,13 @@ impl Kind {
             Self::Gather { .. } => "gather",
             Self::Scatter { .. } => "scatter",
             Self::AllToAll => "all_to_all",
+            Self::AllGatherV => "all_gather_v",
+            Self::ReduceScatterV { .. } => "reduce_scatter_v",
+            Self::GatherV { .. } => "gather_v",
+            Self::ScatterV { .. } => "scatter_v",
+            Self::AllToAllV => "all_to_all_v",
+            Self::AllReduceMulti { .. } => "all_reduce_multi",
+            Self::BroadcastMulti { .. } => "broadcast_multi",
             Self::Send { .. } => "send",
             Self::Recv { .. } => "recv",
             Self::SendRecv { .. } => "send_recv",
@@ -123,6 +161,13 @@ impl Kind {
             Self::Send { .. } => 13,
             Self::Recv { .. } => 14,
             Self::SendRecv { .. } => 15,
+            Self::AllGatherV => 16,
+            Self::ReduceScatterV { .. } => 17,
+            Self::GatherV { .. } => 18,
+            Self::ScatterV { .. } => 19,
+            Self::AllToAllV => 20,
+            Self::AllReduceMulti { .. } => 21,
+            Self::BroadcastMulti { .. } => 22,
         }
     }
 
@@ -131,10 +176,31 @@ impl Kind {
         matches!(self, Self::Send { .. } | Self::Recv { .. } | Self::SendRecv { .. })
     }
 
+    /// Whether its parts may have sizes of their own.
+    pub const fn is_uneven(self) -> bool {
+        matches!(
+            self,
+            Self::AllGatherV
+                | Self::ReduceScatterV { .. }
+                | Self::GatherV { .. }
+                | Self::ScatterV { .. }
+                | Self::AllToAllV
+        )
+    }
+
+    /// Whether it works on several buffers of each rank.
+    pub const fn is_multi(self) -> bool {
+        matches!(self, Self::AllReduceMulti { .. } | Self::BroadcastMulti { .. })
+    }
+
     /// The reduction, where there is one.
     pub const fn op(self) -> Option<ReduceOp> {
         match self {
-            Self::AllReduce { op } | Self::Reduce { op, .. } | Self::ReduceScatter { op } => Some(op),
+            Self::AllReduce { op }
+            | Self::AllReduceMulti { op }
+            | Self::Reduce { op, .. }
+            | Self::ReduceScatter { op }
+            | Self::ReduceScatterV { op } => Some(op),
             _ => None,
         }
     }
@@ -143,9 +209,12 @@ impl Kind {
     pub const fn root(self) -> Option<u32> {
         match self {
             Self::Broadcast { root }
+            | Self::BroadcastMulti { root, .. }
             | Self::Reduce { root, .. }
             | Self::Gather { root }
-            | Self::Scatter { root } => Some(root),
+            | Self::GatherV { root }
+            | Self::Scatter { root }
+            | Self::ScatterV { root } => Some(root),
             _ => None,
         }
     }
@@ -158,8 +227,10 @@ pub struct CallHeader {
     pub kind: Kind,
     /// Element type; `None` where nothing is moved.
     pub dtype: Option<DType>,
-    /// Elements per rank, as the operation counts them.
+    /// Elements per rank, as the operation counts them; of all parts together, where those are of any size.
     pub count: u64,
+    /// A hash of the sizes of parts, or the number of buffers of each rank; 0 where neither exists.
+    pub parts: u64,
     /// The window that holds the input, 0 if none.
     pub source_window: u64,
     /// The window that holds the output, 0 if none.
@@ -169,7 +240,7 @@ pub struct CallHeader {
 impl CallHeader {
     /// A call that moves nothing.
     pub const fn bare(kind: Kind) -> Self {
-        Self { kind, dtype: None, count: 0, source_window: 0, target_window: 0 }
+        Self { kind, dtype: None, count: 0, parts: 0, source_window: 0, target_window: 0 }
     }
 
     /// The words that are published. Word 5 is the rank's own scalar (of a pre-multiplied sum): told, not compared.
@@ -181,7 +252,11 @@ impl CallHeader {
         let dtype = self.dtype.map_or(0, |dtype| dtype.code() + 1);
         let first =
             u64::from(self.kind.code()) | u64::from(dtype) << 8 | u64::from(op) << 16 | u64::from(root) << 32;
-        [first, self.count, self.source_window, self.target_window, 0, scalar.to_bits(), 0, 0]
+        let parts = match self.kind {
+            Kind::BroadcastMulti { buffer, .. } => u64::from(buffer) + 1,
+            _ => self.parts,
+        };
+        [first, self.count, self.source_window, self.target_window, parts, scalar.to_bits(), 0, 0]
     }
 
     /// The fingerprint of what must agree.
@@ -189,9 +264,10 @@ impl CallHeader {
     pub fn fingerprint(words: &[u64; HEADER_WORDS]) -> u64 {
         let mut hash = words[0].wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ words[1];
         hash = mix(hash);
-        if words[2] | words[3] != 0 {
+        if words[2] | words[3] | words[4] != 0 {
             hash = mix(hash ^ words[2]);
             hash = mix(hash ^ words[3].rotate_left(32));
+            hash = mix(hash ^ words[4].rotate_left(16));
         }
         hash
     }
@@ -215,6 +291,13 @@ impl CallHeader {
             10 => Kind::Gather { root },
             11 => Kind::Scatter { root },
             12 => Kind::AllToAll,
+            16 => Kind::AllGatherV,
+            17 => Kind::ReduceScatterV { op: ReduceOp::from_code(op, scalar)? },
+            18 => Kind::GatherV { root },
+            19 => Kind::ScatterV { root },
+            20 => Kind::AllToAllV,
+            21 => Kind::AllReduceMulti { op: ReduceOp::from_code(op, scalar)? },
+            22 => Kind::BroadcastMulti { root, buffer: u32::try_from(words[4].checked_sub(1)?).ok()? },
             3 => Kind::Broadcast { root },
             4 => Kind::AllGather,
             5 => Kind::Destroy,
@@ -226,7 +309,8 @@ impl CallHeader {
             0 => None,
             code => Some(DType::from_code(code - 1)?),
         };
-        Some(Self { kind, dtype, count: words[1], source_window: words[2], target_window: words[3] })
+        let parts = if matches!(kind, Kind::BroadcastMulti { .. }) { 0 } else { words[4] };
+        Some(Self { kind, dtype, count: words[1], parts, source_window: words[2], target_window: words[3] })
     }
 
     /// `all_reduce #812 on rank 2 (bf16, 4096, sum)`.
@@ -252,12 +336,25 @@ impl fmt::Display for CallHeader {
         if let Some(root) = self.kind.root() {
             write!(f, ", root {root}")?;
         }
+        match self.kind {
+            Kind::AllReduceMulti { .. } if self.parts == 1 => write!(f, ", 1 buffer")?,
+            Kind::AllReduceMulti { .. } => write!(f, ", {} buffers", self.parts)?,
+            Kind::BroadcastMulti { buffer, .. } => write!(f, ", its buffer {buffer}")?,
+            // Sizes that differ show in this, even where their sum does not.
+            _ if self.parts != 0 => write!(f, " in parts #{:06x}", self.parts & 0xff_ffff)?,
+            _ => {}
+        }
         match (self.source_window, self.target_window) {
             (0, 0) => Ok(()),
             (source, target) if source == target => write!(f, ", window {target}"),
             (source, target) => write!(f, ", windows {source} to {target}"),
         }
     }
+}
+
+/// The hash of the sizes of parts, in rank order; never 0.
+pub fn parts_hash(counts: &[usize]) -> u64 {
+    counts.iter().fold(counts.len() as u64, |hash, count| mix(hash.rotate_left(7) ^ *count as u64)).max(1)
 }
 
 /// A cheap full-avalanche mix (multiply, fold, multiply).
@@ -288,12 +385,21 @@ mod tests {
                     Kind::Gather { root: 0 },
                     Kind::Scatter { root: 0 },
                     Kind::AllToAll,
+                    Kind::AllGatherV,
+                    Kind::ReduceScatterV { op: ReduceOp::Sum },
+                    Kind::GatherV { root: 1 },
+                    Kind::ScatterV { root: 1 },
+                    Kind::AllToAllV,
+                    Kind::AllReduceMulti { op: ReduceOp::Prod },
+                    Kind::BroadcastMulti { root: 1, buffer: 0 },
+                    Kind::BroadcastMulti { root: 1, buffer: 2 },
                 ] {
                     for (source_window, target_window) in [(0, 0), (1, 1), (1, 2), (0, 2)] {
                         all.push(CallHeader {
                             kind,
                             dtype: Some(dtype),
                             count,
+                            parts: 0,
                             source_window,
                             target_window,
                         });
@@ -320,6 +426,7 @@ mod tests {
             kind: Kind::AllReduce { op: ReduceOp::PreMulSum(scalar) },
             dtype: Some(DType::F32),
             count: 3,
+            parts: 0,
             source_window: 0,
             target_window: 0,
         };
@@ -349,6 +456,7 @@ mod tests {
             kind: Kind::AllReduce { op: ReduceOp::Sum },
             dtype: Some(DType::BF16),
             count: 4096,
+            parts: 0,
             source_window: 0,
             target_window: 0,
         };
@@ -357,5 +465,19 @@ mod tests {
             CallHeader { kind: Kind::Broadcast { root: 0 }, target_window: 4, source_window: 4, ..header };
         assert_eq!(header.describe(812, 0), "broadcast #812 on rank 0 (bf16, 4096, root 0, window 4)");
         assert_eq!(CallHeader::bare(Kind::Barrier).describe(1, 1), "barrier #1 on rank 1");
+        let uneven = |counts: &[usize]| CallHeader {
+            kind: Kind::AllGatherV,
+            count: 5,
+            parts: parts_hash(counts),
+            target_window: 0,
+            source_window: 0,
+            ..header
+        };
+        let (left, right) = (uneven(&[2, 3]), uneven(&[3, 2]));
+        assert_ne!(left.describe(1, 0), right.describe(1, 0));
+        assert!(left.describe(1, 0).starts_with("all_gather_v #1 on rank 0 (bf16, 5 in parts #"));
+        let kind = Kind::BroadcastMulti { root: 3, buffer: 1 };
+        let header = CallHeader { kind, target_window: 0, source_window: 0, ..header };
+        assert_eq!(header.describe(2, 0), "broadcast_multi #2 on rank 0 (bf16, 4096, root 3, its buffer 1)");
     }
 }

@@ -7,12 +7,16 @@
 //! ```
 //! Lines are 128 bytes apart: processors fetch neighbouring 64-byte lines in pairs, and two writers must not share one.
 
+use crate::error::{Error, Result};
+
 /// Distance between words that different ranks write.
 pub const LINE: usize = 128;
+/// The most ranks of one host: a chunk then has a line for each.
+pub const MAX_LOCAL_RANKS: usize = 1024;
 /// Size of a page; staging starts on one.
 pub const PAGE: usize = 4096;
 /// Calls that a rank may be ahead of its slowest peer.
-pub const CALL_SLOTS: usize = 16;
+pub const CALL_SLOTS: usize = 64;
 /// 64-bit words in a call slot: epoch, chain, [`INLINE_WORDS`] of data, then the header on a line of its own.
 pub const SLOT_WORDS: usize = 16;
 /// Words of data that travel in the slot itself.
@@ -110,9 +114,22 @@ pub struct ControlLayout {
 }
 
 impl ControlLayout {
-    /// The layout for this number of local ranks.
+    /// The layout for this number of local ranks, which must be one that [`ControlLayout::check`] accepts.
     pub const fn new(ranks: usize) -> Self {
         Self { ranks }
+    }
+
+    /// Refuses more ranks than a host can have.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`].
+    pub fn check(ranks: usize) -> Result<()> {
+        let (got, cap) = (ranks as u64, MAX_LOCAL_RANKS as u64);
+        if got > cap {
+            Err(Error::TooLarge { what: "number of ranks of one host", got, cap })
+        } else {
+            Ok(())
+        }
     }
 
     /// `u32`, any rank may write it once: 0, or 1 + the local rank that recorded the first cause.
@@ -225,5 +242,13 @@ mod tests {
         assert!(ControlLayout::new(64).rank_bytes() <= 16 << 20);
         assert_eq!(SLOT_HEADER + crate::call::HEADER_WORDS, SLOT_WORDS - 1);
         assert_eq!((1 + SLOT_HEADER) * 8, 64, "the header starts the slot's second line");
+    }
+
+    #[test]
+    fn a_host_has_a_line_of_each_chunk_for_every_rank() {
+        const { assert!(CHUNK_BYTES / MAX_LOCAL_RANKS >= 64) };
+        assert!(ControlLayout::check(MAX_LOCAL_RANKS).is_ok());
+        let error = ControlLayout::check(MAX_LOCAL_RANKS + 1).unwrap_err();
+        assert_eq!(error, Error::TooLarge { what: "number of ranks of one host", got: 1025, cap: 1024 });
     }
 }

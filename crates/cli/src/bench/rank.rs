@@ -221,7 +221,7 @@ impl Rank<'_> {
         let Some(partner) = self.partner() else { return Ok(()) };
         let partner = partner as u32;
         // SAFETY: the caller borrows both buffers over this call; host calls are complete on return.
-        let submit = |kind, buffer| self.communicator.submit(unsafe { Call::from_raw(kind, &[buffer]) });
+        let submit = |kind, buffer| self.communicator.submit(unsafe { Call::from_raw(kind, &[buffer], &[]) });
         let (send, recv) = (Kind::Send { to: partner, tag: 0 }, Kind::Recv { from: partner, tag: 0 });
         if self.communicator.rank().is_multiple_of(2) {
             submit(send, source)?;
@@ -243,7 +243,7 @@ impl Rank<'_> {
         let used = if self.workload.in_place { &both[1..] } else { &both[..] };
         // SAFETY: both buffers belong to `buffers`, which is borrowed mutably over this call, and are as long as `count`
         // elements (times the world size for the result of an all-gather); the host call is complete on return.
-        let call = unsafe { Call::from_raw(kind, used) };
+        let call = unsafe { Call::from_raw(kind, used, &[]) };
         self.communicator.submit(call)
     }
 

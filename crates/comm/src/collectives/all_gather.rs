@@ -24,25 +24,26 @@ impl Engine {
         if plan.algorithm == Algorithm::Direct {
             return self.all_gather_direct(plan, header, at);
         }
-        if bytes <= INLINE_BYTES {
+        if bytes <= INLINE_BYTES && plan.uneven.is_none() {
             return self.all_gather_inline(plan, header, at);
         }
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
         let stage = stage_source(plan, &blocks);
-        self.exchange((header, at), blocks.number, Part::ALL, stage, |engine, block, chunk| {
+        self.exchange((header, at), 0..blocks.number, Part::ALL, stage, |engine, block, chunk| {
             engine.collect(plan, &blocks, block, chunk);
         })
     }
 
     /// Puts one block of every rank to its place in our target: ours from our source, the others' from staging.
     pub(super) fn collect(&self, plan: &Plan, blocks: &Blocks, block: u64, chunk: usize) {
-        let (at, bytes) = blocks.bytes(block);
         for rank in 0..self.world_size {
+            let part = plan.target_part(rank);
+            let (at, bytes) = blocks.bytes_of(block, part.count);
             // SAFETY: the block lies in our source; whoever staged it keeps it until we have consumed the step; the
             // target has room for every rank's part, and ours is equal to or disjoint from our source.
             unsafe {
                 let source = if rank == self.rank { plan.source.add(at) } else { self.staged(rank, chunk) };
-                copy(source, plan.target.add(rank * plan.bytes() + at), bytes);
+                copy(source, plan.target.add(part.at + at), bytes);
             }
         }
     }

@@ -74,7 +74,7 @@ impl Engine {
     ) -> Step<u64> {
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
         let stage = stage_source(plan, &blocks);
-        self.exchange((header, at), blocks.number, Part::ALL, stage, |engine, block, chunk| {
+        self.exchange((header, at), 0..blocks.number, Part::ALL, stage, |engine, block, chunk| {
             if block == 0 {
                 engine.read_scalars(reduction, header);
             }

@@ -1,12 +1,16 @@
-//! All-to-all: every rank stages a piece for every other; each copies its own from all of them.
+//! All-to-all: every rank stages a piece for every other; each copies its own from all of them. Where parts have sizes of their
+//! own, a first block tells all ranks all sizes.
 
 use unisono_core::call::HEADER_WORDS;
 
+use super::blocks::Blocks;
 use super::copy::copy;
 use super::engine::{Engine, State};
 use super::exchange::Part;
 use super::plan::Plan;
 use super::waiting::Step;
+use crate::cause::Cause;
+use crate::error::Result;
 
 impl Engine {
     /// Returns the number of steps. In place, a block of every part is staged before any of it is overwritten.
@@ -17,20 +21,85 @@ impl Engine {
         at: &mut State,
     ) -> Step<u64> {
         let blocks = self.pieces(plan);
-        let stage = self.stage_pieces(plan, &blocks);
-        self.exchange((header, at), blocks.number, Part::ALL, stage, |engine, block, chunk| {
-            let (at, bytes) = blocks.bytes(block);
+        self.swap_pieces(plan, &blocks, (header, at), 0)
+    }
+
+    /// Runs all blocks, with `before` blocks of something else before them.
+    fn swap_pieces(
+        &mut self,
+        plan: &Plan,
+        blocks: &Blocks,
+        (header, at): (&[u64; HEADER_WORDS], &mut State),
+        before: u64,
+    ) -> Step<u64> {
+        let stage_pieces = self.stage_pieces(plan, blocks);
+        let stage = |block, chunk| stage_pieces(block - before, chunk);
+        let all = before..before + blocks.number;
+        self.exchange((header, at), all, Part::ALL, stage, |engine, block, chunk| {
             let mine = chunk + engine.rank * engine.piece_stride();
             for rank in 0..engine.world_size {
-                let place = rank * plan.bytes() + at;
+                let part = plan.target_part(rank);
+                let (at, bytes) = blocks.bytes_of(block - before, part.count);
                 // SAFETY: every peer announced this block and keeps it until we have consumed the step; the target has a
                 // part for every rank, and is equal to or disjoint from our source.
                 unsafe {
-                    let source =
-                        if rank == engine.rank { plan.source.add(place) } else { engine.staged(rank, mine) };
-                    copy(source, plan.target.add(place), bytes);
+                    let source = match rank == engine.rank {
+                        true => plan.source.add(plan.source_part(rank).at + at),
+                        false => engine.staged(rank, mine),
+                    };
+                    copy(source, plan.target.add(part.at + at), bytes);
                 }
             }
         })
+    }
+
+    /// The first block holds what each rank sends to each other: all learn the largest part, from which the number of blocks
+    /// follows, and compare what they are sent with what they expect. Returns the number of steps.
+    pub(super) fn all_to_all_v(
+        &mut self,
+        plan: &Plan,
+        header: &[u64; HEADER_WORDS],
+        at: &mut State,
+    ) -> Step<u64> {
+        let ranks = 0..self.world_size;
+        if !at.knows_sizes {
+            let sent: Vec<u64> = ranks.clone().map(|rank| plan.source_part(rank).count as u64).collect();
+            // SAFETY: a chunk has room for eight bytes per rank of a host, and is ours to write.
+            let stage = |_, chunk| unsafe { copy(sent.as_ptr().cast(), chunk, 8 * sent.len()) };
+            let mut sizes = std::mem::take(&mut self.sizes);
+            let result = self.exchange((header, at), 0..1, Part::ALL, stage, |engine, _, chunk| {
+                sizes.clear();
+                sizes.resize(ranks.len() * ranks.len(), 0u64);
+                for (rank, row) in sizes.chunks_mut(ranks.len()).enumerate() {
+                    let theirs =
+                        if rank == engine.rank { sent.as_ptr().cast() } else { engine.staged(rank, chunk) };
+                    // SAFETY: whoever announced the block staged that many sizes; ours is our own list.
+                    unsafe { copy(theirs, row.as_mut_ptr().cast(), 8 * row.len()) };
+                }
+            });
+            self.sizes = sizes;
+            result?;
+            self.compare_sizes(plan)?;
+            (at.turn, at.knows_sizes) = (1, true);
+        }
+        let most = self.sizes.iter().copied().max().unwrap_or(0);
+        let blocks = Blocks::of(most as usize, self.piece_stride() / plan.dtype.size(), plan.dtype);
+        self.swap_pieces(plan, &blocks, (header, at), 1)
+    }
+
+    /// What every rank sends to us is what we expect of it, and no part is larger than memory.
+    fn compare_sizes(&self, plan: &Plan) -> Result<()> {
+        for (rank, row) in self.sizes.chunks(self.world_size).enumerate() {
+            let (sent, expected) = (row[self.rank], plan.target_part(rank).count as u64);
+            let is_sound = row.iter().all(|count| *count <= (isize::MAX as u64) / plan.dtype.size() as u64);
+            if sent != expected || !is_sound {
+                let (call, me) = (self.call_name(), self.rank);
+                return Err(self.abort_with(Cause::Mismatch {
+                    left: format!("{call} on rank {me} ({}, {expected} from rank {rank})", plan.dtype),
+                    right: format!("{call} on rank {rank} ({}, {sent} to rank {me})", plan.dtype),
+                }));
+            }
+        }
+        Ok(())
     }
 }

@@ -1,5 +1,7 @@
 //! How a message is cut: into blocks, one chunk of staging each, and a block into pieces, one per rank.
 
+use unisono_core::DType;
+
 use super::plan::Plan;
 
 /// A part of a call, cut into blocks, and blocks into pieces. Elements, not bytes.
@@ -15,8 +17,12 @@ pub(super) struct Blocks {
 impl Blocks {
     /// Blocks of `block` elements.
     pub(super) fn new(plan: &Plan, block: usize) -> Self {
-        let number = plan.count.div_ceil(block).max(1) as u64;
-        Self { size: plan.dtype.size(), number, count: plan.count, block }
+        Self::of(plan.count, block, plan.dtype)
+    }
+
+    /// Blocks of `block` elements of a part of `count` elements.
+    pub(super) fn of(count: usize, block: usize, dtype: DType) -> Self {
+        Self { size: dtype.size(), number: count.div_ceil(block).max(1) as u64, count, block }
     }
 
     /// First element and number of elements of a block.
@@ -29,6 +35,12 @@ impl Blocks {
     pub(super) fn bytes(&self, index: u64) -> (usize, usize) {
         let (start, count) = self.block(index);
         (start * self.size, count * self.size)
+    }
+
+    /// The same in a part of only `count` elements, which may end before.
+    pub(super) fn bytes_of(&self, index: u64, count: usize) -> (usize, usize) {
+        let start = (index as usize * self.block).min(count);
+        (start * self.size, self.block.min(count - start) * self.size)
     }
 
     /// Start within the block, and number of elements, of the piece that `owner` reduces. Pieces start on lines of 64
@@ -44,9 +56,7 @@ impl Blocks {
 
 #[cfg(test)]
 mod tests {
-    use unisono_core::DType;
     use unisono_core::call::Kind;
-
     use unisono_core::layout::CHUNK_BYTES;
 
     use super::*;

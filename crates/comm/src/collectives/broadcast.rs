@@ -32,7 +32,7 @@ impl Engine {
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
         let stage = stage_source(plan, &blocks);
         let part = Part::from_root(self.rank, root);
-        self.exchange((header, at), blocks.number, part, stage, |engine, block, chunk| {
+        self.exchange((header, at), 0..blocks.number, part, stage, |engine, block, chunk| {
             let (at, bytes) = blocks.bytes(block);
             // SAFETY: the root announced this block and keeps it until we have consumed the step; its own target is equal
             // to or disjoint from its source.

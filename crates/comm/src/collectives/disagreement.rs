@@ -2,7 +2,7 @@
 //!
 //! Whoever reads a peer's data compares chains before. That is not enough: a rank that only sends may wait for credit of
 //! a peer that waits for another call of ours. So a wait that lasts looks whether all peers still do what we
-//! do, and so does whoever takes credit for its slot. Ranks that differ see it at the latest sixteen calls later.
+//! do, and so does whoever takes credit for its slot. Ranks that differ see it at the latest when their credit ends, [`CALL_SLOTS`] calls later.
 
 use unisono_core::call::{CallHeader, HEADER_WORDS};
 use unisono_core::layout::{CALL_SLOTS, SLOT_CHAIN, SLOT_HEADER};
@@ -43,7 +43,7 @@ impl Engine {
     #[cold]
     pub(super) fn mismatch(&self, peer: usize, epoch: u64) -> Error {
         let theirs = self.control.rank(peer).slots;
-        // Before we have published the current call, its slot holds one that is sixteen calls older.
+        // Before we have published the current call, its slot holds one that is [`CALL_SLOTS`] calls older.
         let has_arrived = self.control.rank(self.rank).slots.standing(self.epoch) == self.epoch;
         let oldest = self.epoch.saturating_sub(CALL_SLOTS as u64 - u64::from(has_arrived)).max(1);
         let ours = |at: u64| if at == self.epoch { &self.current } else { &self.headers[slot_of(at)] };

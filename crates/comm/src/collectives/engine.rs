@@ -53,6 +53,8 @@ pub(super) struct State {
     pub(super) turn: u64,
     /// Peers that are done with in the current phase.
     pub(super) peers: usize,
+    /// Whether the sizes of all parts were exchanged.
+    pub(super) knows_sizes: bool,
 }
 
 /// A window that peers map too: `stride` bytes per rank.
@@ -103,6 +105,8 @@ pub(crate) struct Engine {
     pub(super) places: Vec<(*mut u8, *mut u8)>,
     /// The scalars of a pre-multiplied sum.
     pub(super) scalars: Vec<f64>,
+    /// Elements from each rank to each, in the current call: a row for every sender.
+    pub(super) sizes: Vec<u64>,
 }
 
 // SAFETY: the raw pointers point into the engine's own boxes, into the shared mapping that `control` keeps, or are
@@ -147,6 +151,7 @@ impl Engine {
             sources: Vec::with_capacity(world_size),
             places: Vec::with_capacity(world_size),
             scalars: Vec::with_capacity(world_size),
+            sizes: Vec::new(),
         }
     }
 
@@ -233,12 +238,17 @@ impl Engine {
         let steps = match plan.kind {
             Kind::AllReduce { op } => self.all_reduce(plan, op, header, at),
             Kind::Broadcast { root } => self.broadcast(plan, root as usize, header, at),
-            Kind::AllGather => self.all_gather(plan, header, at),
+            Kind::AllGather | Kind::AllGatherV => self.all_gather(plan, header, at),
             Kind::Reduce { op, root } => self.reduce(plan, op, root as usize, header, at),
-            Kind::ReduceScatter { op } => self.reduce_scatter(plan, op, header, at),
-            Kind::Gather { root } => self.gather(plan, root as usize, header, at),
-            Kind::Scatter { root } => self.scatter(plan, root as usize, header, at),
+            Kind::ReduceScatter { op } | Kind::ReduceScatterV { op } => {
+                self.reduce_scatter(plan, op, header, at)
+            }
+            Kind::Gather { root } | Kind::GatherV { root } => self.gather(plan, root as usize, header, at),
+            Kind::Scatter { root } | Kind::ScatterV { root } => self.scatter(plan, root as usize, header, at),
             Kind::AllToAll => self.all_to_all(plan, header, at),
+            Kind::AllToAllV => self.all_to_all_v(plan, header, at),
+            Kind::AllReduceMulti { op } => self.all_reduce_multi(plan, op, header, at),
+            Kind::BroadcastMulti { root, .. } => self.broadcast_multi(plan, root as usize, header, at),
             _ => self.barrier(header, at),
         }?;
         self.finish(steps);

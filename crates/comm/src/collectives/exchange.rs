@@ -6,6 +6,8 @@
 //! ```
 //! Ranks that only stage wait for nobody but their credit; ranks that only read announce themselves at once.
 
+use std::ops::Range;
+
 use unisono_core::call::HEADER_WORDS;
 use unisono_core::layout::{CHUNK_BYTES, INLINE_WORDS, SLOT_DATA};
 
@@ -51,12 +53,12 @@ impl Part {
 }
 
 impl Engine {
-    /// Runs `blocks` blocks. `stage` gets a block and our chunk for it; `consume` gets a block and where its chunk lies
+    /// Runs these blocks, from where the last turn stopped. `stage` gets a block and our chunk for it; `consume` gets a block and where its chunk lies
     /// within the staging of every rank that we read from. Returns the number of steps.
     pub(super) fn exchange(
         &mut self,
         (header, at): (&[u64; HEADER_WORDS], &mut State),
-        blocks: u64,
+        blocks: Range<u64>,
         part: Part,
         stage: impl Fn(u64, *mut u8),
         mut consume: impl FnMut(&mut Self, u64, usize),
@@ -64,15 +66,15 @@ impl Engine {
         if !part.stages && at.turn == 0 {
             self.arrive_once(header, &[], at);
         }
-        while at.turn <= blocks {
-            if at.phase == 0 && at.turn < blocks && part.stages {
+        while at.turn <= blocks.end {
+            if at.phase == 0 && at.turn < blocks.end && part.stages {
                 let chunk = self.reserve(self.step + 1 + at.turn)?;
                 // SAFETY: the chunk lies inside our staging.
                 stage(at.turn, unsafe { self.control.rank(self.rank).staging_in.add(chunk) });
                 self.announce_block(at.turn, header);
             }
             at.phase = 1;
-            if at.turn > 0 {
+            if at.turn > blocks.start {
                 let block = at.turn - 1;
                 self.hear_block(block, part.reads)?;
                 consume(self, block, chunk(self.step + 1 + block));
@@ -80,7 +82,7 @@ impl Engine {
             }
             (at.turn, at.phase) = (at.turn + 1, 0);
         }
-        Ok(blocks)
+        Ok(blocks.end)
     }
 
     /// Every rank's source, of at most 48 bytes, travels in its call slot: afterwards `self.inline` holds them all.
@@ -149,10 +151,10 @@ impl Engine {
     }
 }
 
-/// Stages our whole source, block by block.
+/// Stages our own part, block by block.
 pub(super) fn stage_source<'p>(plan: &'p Plan, blocks: &'p Blocks) -> impl Fn(u64, *mut u8) + use<'p> {
     move |block, chunk| {
-        let (at, bytes) = blocks.bytes(block);
+        let (at, bytes) = blocks.bytes_of(block, plan.own());
         // SAFETY: the block lies in our source; the chunk is ours to write, by the credit taken for it.
         unsafe { copy(plan.source.add(at), chunk, bytes) };
     }

@@ -22,7 +22,7 @@ impl Engine {
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
         let stage = stage_source(plan, &blocks);
         let part = Part::to_root(self.rank, root);
-        self.exchange((header, at), blocks.number, part, stage, |engine, block, chunk| {
+        self.exchange((header, at), 0..blocks.number, part, stage, |engine, block, chunk| {
             if engine.rank == root {
                 engine.collect(plan, &blocks, block, chunk);
             }
@@ -40,13 +40,13 @@ impl Engine {
         let blocks = self.pieces(plan);
         let part = Part::from_root(self.rank, root);
         let stage = self.stage_pieces(plan, &blocks);
-        self.exchange((header, at), blocks.number, part, stage, |engine, block, chunk| {
-            let (at, bytes) = blocks.bytes(block);
+        self.exchange((header, at), 0..blocks.number, part, stage, |engine, block, chunk| {
+            let (at, bytes) = blocks.bytes_of(block, plan.own());
             // SAFETY: the root announced this block and keeps it until we have consumed the step; its own part of the
             // source is equal to or disjoint from its target.
             unsafe {
                 let source = match engine.rank == root {
-                    true => plan.source.add(root * plan.bytes() + at),
+                    true => plan.source.add(plan.source_part(root).at + at),
                     false => engine.staged(root, chunk + engine.rank * engine.piece_stride()),
                 };
                 copy(source, plan.target.add(at), bytes);
@@ -67,11 +67,12 @@ impl Engine {
     ) -> impl Fn(u64, *mut u8) + use<'p> {
         let (rank, world_size, stride) = (self.rank, self.world_size, self.piece_stride());
         move |block, chunk| {
-            let (at, bytes) = blocks.bytes(block);
             for peer in (rank + 1..world_size).chain(0..rank) {
+                let part = plan.source_part(peer);
+                let (at, bytes) = blocks.bytes_of(block, part.count);
                 // SAFETY: the block lies in the peer's part of our source; the chunk, which has room for a piece of every
                 // rank, is ours to write.
-                unsafe { copy(plan.source.add(peer * plan.bytes() + at), chunk.add(peer * stride), bytes) };
+                unsafe { copy(plan.source.add(part.at + at), chunk.add(peer * stride), bytes) };
             }
         }
     }

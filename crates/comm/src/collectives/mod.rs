@@ -25,6 +25,8 @@ mod exchange;
 mod flight;
 mod gather;
 mod messages;
+mod multi;
+mod parts;
 mod plan;
 mod reduce_scatter;
 mod transfer;

@@ -4,6 +4,7 @@ use unisono_core::call::{CallHeader, Kind};
 use unisono_core::select::Algorithm;
 use unisono_core::{DType, select};
 
+use super::parts::{Uneven, plan_multi, plan_uneven};
 use crate::buffer::{Place, RawBuffer};
 use crate::call::Call;
 use crate::error::{Error, Result};
@@ -16,13 +17,14 @@ pub(crate) struct WindowPlace {
 }
 
 /// A call that passed all local checks.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Plan {
     pub(crate) kind: Kind,
     pub(crate) algorithm: Algorithm,
     pub(crate) header: CallHeader,
     pub(crate) dtype: DType,
-    /// Elements of one part: what each rank contributes, or gets where it contributes a part to every rank.
+    /// Elements of one part: what each rank contributes, or gets where it contributes a part to every rank; of the largest
+    /// one, where they differ.
     pub(crate) count: usize,
     /// Our input.
     pub(crate) source: *const u8,
@@ -30,6 +32,8 @@ pub(crate) struct Plan {
     pub(crate) target: *mut u8,
     pub(crate) source_window: Option<WindowPlace>,
     pub(crate) target_window: Option<WindowPlace>,
+    /// Where parts have sizes of their own, or this rank several buffers.
+    pub(super) uneven: Option<Box<Uneven>>,
 }
 
 /// What the engine knows that checks need.
@@ -51,6 +55,18 @@ impl Plan {
                 buffers => Err(argument(situation, call.kind, "number of buffers", 0, buffers)),
             };
         }
+        if let Some(root) = call.kind.root()
+            && root as usize >= situation.world_size
+        {
+            let expected = format!("below {}", situation.world_size);
+            return Err(argument(situation, call.kind, "root", expected, root));
+        }
+        if call.kind.is_uneven() {
+            return plan_uneven(call, situation);
+        }
+        if call.kind.is_multi() {
+            return plan_multi(call, situation);
+        }
         let Buffers { source, target, count, dtype } = Buffers::new(call, situation)?;
         let source_window = window_of(call.kind, &source, situation)?;
         let target_window = window_of(call.kind, &target, situation)?;
@@ -65,6 +81,7 @@ impl Plan {
             kind: call.kind,
             dtype: Some(dtype),
             count: count as u64,
+            parts: 0,
             source_window: source_window.map_or(0, |window| window.id),
             target_window: target_window.map_or(0, |window| window.id),
         };
@@ -78,6 +95,7 @@ impl Plan {
             target: std::ptr::with_exposed_provenance_mut(target.ptr as usize),
             source_window,
             target_window,
+            uneven: None,
         })
     }
 
@@ -93,7 +111,13 @@ impl Plan {
             target: std::ptr::null_mut(),
             source_window: None,
             target_window: None,
+            uneven: None,
         }
+    }
+
+    /// All buffers of this rank, where it may have several.
+    pub(super) fn locals(&self) -> &[*mut u8] {
+        self.uneven.as_ref().map_or(&[], |uneven| &uneven.locals)
     }
 
     /// Bytes of one part.
@@ -148,11 +172,6 @@ impl Buffers {
                 kind.name(),
             ));
         };
-        if let Some(root) = kind.root()
-            && root as usize >= situation.world_size
-        {
-            return Err(argument(situation, kind, "root", format!("below {}", situation.world_size), root));
-        }
         let (source, target) = match (kind, call.buffers()) {
             (Kind::AllGather, [all]) => (own_part(kind, all, situation)?, *all),
             (Kind::ReduceScatter { .. }, [all]) => (*all, own_part(kind, all, situation)?),
@@ -229,6 +248,11 @@ fn own_part(kind: Kind, all: &RawBuffer, situation: &Situation<'_>) -> Result<Ra
     Ok(RawBuffer { count, ptr: all.ptr + (situation.rank * count * all.dtype.size()) as u64, ..*all })
 }
 
+/// Refuses a buffer that this communicator cannot use.
+pub(super) fn check_place(kind: Kind, buffer: &RawBuffer, situation: &Situation<'_>) -> Result<()> {
+    window_of(kind, buffer, situation).map(drop)
+}
+
 fn window_of(kind: Kind, buffer: &RawBuffer, situation: &Situation<'_>) -> Result<Option<WindowPlace>> {
     match buffer.place {
         Place::Host => Ok(None),
@@ -252,7 +276,7 @@ fn window_of(kind: Kind, buffer: &RawBuffer, situation: &Situation<'_>) -> Resul
 }
 
 #[cold]
-fn argument(
+pub(super) fn argument(
     situation: &Situation<'_>,
     kind: Kind,
     what: &'static str,

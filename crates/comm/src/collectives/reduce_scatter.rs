@@ -26,7 +26,7 @@ impl Engine {
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
         let stage = stage_source(plan, &blocks);
         let part = Part::to_root(self.rank, root);
-        self.exchange((header, at), blocks.number, part, stage, |engine, block, chunk| {
+        self.exchange((header, at), 0..blocks.number, part, stage, |engine, block, chunk| {
             if engine.rank != root {
                 return;
             }
@@ -54,17 +54,18 @@ impl Engine {
         let reduction = Reduction::new(plan.dtype, op)?;
         let blocks = self.pieces(plan);
         let stage = self.stage_pieces(plan, &blocks);
-        self.exchange((header, at), blocks.number, Part::ALL, stage, |engine, block, chunk| {
+        self.exchange((header, at), 0..blocks.number, Part::ALL, stage, |engine, block, chunk| {
             if block == 0 {
                 engine.read_scalars(reduction, header);
             }
-            let (at, _) = blocks.bytes(block);
+            let (at, bytes) = blocks.bytes_of(block, plan.own());
             let mine = chunk + engine.rank * engine.piece_stride();
             // SAFETY: every peer announced this block and keeps it until we have consumed the step; our part of the source
             // and the target hold it, and are equal or disjoint.
             unsafe {
-                let source = plan.source.add(engine.rank * plan.bytes() + at);
-                engine.reduce_staged(reduction, source, mine, plan.target.add(at), blocks.block(block).1);
+                let source = plan.source.add(plan.source_part(engine.rank).at + at);
+                let count = bytes / plan.dtype.size();
+                engine.reduce_staged(reduction, source, mine, plan.target.add(at), count);
             }
         })
     }

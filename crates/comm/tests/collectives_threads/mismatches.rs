@@ -1,7 +1,8 @@
 //! Ranks that make different calls: both get an error that names both calls, at once where somebody receives, and at the
-//! latest after sixteen calls where both only produce.
+//! latest when their credit ends where both only produce.
 
 use unisono::{Communicator, Error, Memory, Operations, ReduceOp, Result};
+use unisono_core::layout::CALL_SLOTS;
 
 use crate::support::threads::{on_built, on_threads};
 
@@ -50,9 +51,9 @@ impl Attempt {
 
 /// Makes the call, then barriers until one fails.
 fn until_it_fails(communicator: &Communicator, attempt: &Attempt) -> Error {
-    let later = (0..17).map(|_| communicator.barrier());
+    let later = (0..=CALL_SLOTS).map(|_| communicator.barrier());
     let first = std::iter::once((attempt.call)(communicator));
-    first.chain(later).find_map(Result::err).expect("a mismatch is found within 16 calls")
+    first.chain(later).find_map(Result::err).expect("a mismatch is found within the credit")
 }
 
 fn names_both(error: &Error, calls: [String; 2]) {
@@ -106,13 +107,13 @@ fn ranks_that_meet_as_processes_do_are_told_too() {
 }
 
 #[test]
-fn two_roots_that_only_send_are_found_within_sixteen_calls() {
+fn two_roots_that_only_send_are_found_when_their_credit_ends() {
     let results = on_threads(2, |communicator| {
         let root = communicator.rank();
         let mut calls = 0;
         let error = loop {
             calls += 1;
-            assert!(calls <= 40, "never found");
+            assert!(calls <= 2 * CALL_SLOTS, "never found");
             if let Err(error) = communicator.broadcast(&mut [1u8], root) {
                 break error;
             }
@@ -120,7 +121,7 @@ fn two_roots_that_only_send_are_found_within_sixteen_calls() {
         (calls, error)
     });
     for (calls, error) in results {
-        assert!(calls <= 17, "found at call {calls}");
+        assert!(calls <= CALL_SLOTS + 1, "found at call {calls}");
         names_both(
             &error,
             [

@@ -81,7 +81,7 @@ impl Region {
 /// Submits through the door for other languages.
 pub(crate) fn submit_raw(communicator: &Communicator, kind: Kind, buffers: &[RawBuffer]) -> Result<()> {
     // SAFETY: the buffers were made by `Region::raw`, of regions that nobody touches during this blocking call.
-    communicator.submit(unsafe { Call::from_raw(kind, buffers) })
+    communicator.submit(unsafe { Call::from_raw(kind, buffers, &[]) })
 }
 
 /// Submits through the methods that take slices. The regions lie in plain memory, aligned for the dtype.
