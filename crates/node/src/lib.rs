@@ -9,6 +9,7 @@
 pub mod connect;
 pub mod error;
 pub mod identity;
+pub mod mailbox;
 pub mod memory;
 pub mod plane;
 pub mod socket;
@@ -16,6 +17,7 @@ pub mod threads;
 
 pub use connect::{Endpoint, PeerAddress, PlaneConfig};
 pub use error::{Error, Lost, Result};
+pub use mailbox::{Mailbox, Tag};
 pub use memory::SharedMemory;
-pub use plane::{NodePlane, PlaneEvents};
-pub use threads::ThreadHub;
+pub use plane::{NodePlane, PlaneEvents, WatchId};
+pub use threads::{ThreadHub, ThreadMessage};
