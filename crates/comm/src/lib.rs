@@ -32,6 +32,7 @@ mod cause;
 mod collectives;
 pub mod communicator;
 mod control;
+mod derive;
 pub mod error;
 pub mod group;
 pub mod launch;

@@ -113,6 +113,10 @@ pub enum Kind {
     Window,
     /// Collective end of a window.
     CloseWindow,
+    /// Collective creation of communicators of some of the ranks.
+    Split,
+    /// Collective creation of another communicator of the same ranks.
+    Duplicate,
 }
 
 impl Kind {
@@ -141,6 +145,8 @@ impl Kind {
             Self::Destroy => "destroy",
             Self::Window => "window",
             Self::CloseWindow => "close window",
+            Self::Split => "split",
+            Self::Duplicate => "duplicate",
         }
     }
 
@@ -166,6 +172,8 @@ impl Kind {
             Self::GatherV { .. } => 18,
             Self::ScatterV { .. } => 19,
             Self::AllToAllV => 20,
+            Self::Split => 30,
+            Self::Duplicate => 31,
             Self::AllReduceMulti { .. } => 21,
             Self::BroadcastMulti { .. } => 22,
         }
@@ -303,6 +311,8 @@ impl CallHeader {
             5 => Kind::Destroy,
             6 => Kind::Window,
             7 => Kind::CloseWindow,
+            30 => Kind::Split,
+            31 => Kind::Duplicate,
             _ => return None,
         };
         let dtype = match dtype {

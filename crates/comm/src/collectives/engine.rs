@@ -21,6 +21,7 @@ use super::plan::{Plan, Situation, WindowPlace};
 use super::waiting::{Halt, On, Step};
 use crate::call::Call;
 use crate::cause::Cause;
+use crate::communicator::Manner;
 use crate::control::{Control, RankWords};
 use crate::error::{Error, Result};
 
@@ -31,8 +32,8 @@ pub(super) const HISTORY: u64 = 4 * CALL_SLOTS as u64;
 pub(crate) struct EngineConfig {
     pub(crate) control: Arc<Control>,
     pub(crate) rank: usize,
-    pub(crate) policy: WaitPolicy,
-    pub(crate) forced: Option<Algorithm>,
+    pub(crate) manner: Manner,
+    pub(crate) generation: u32,
 }
 
 /// What is known of a peer without looking.
@@ -95,7 +96,9 @@ pub(crate) struct Engine {
     pub(super) flight: Flight,
     pub(super) messages: Messages,
     windows: Vec<OpenWindow>,
+    first_window: u64,
     next_window: u64,
+    generation: u32,
     /// Inline data of all ranks in the current call; `inline_sources[r]` points to `inline[r]`.
     pub(super) inline: Box<[[u64; INLINE_WORDS]]>,
     pub(super) inline_sources: Box<[*const u8]>,
@@ -128,10 +131,10 @@ impl Engine {
             control: config.control,
             rank: config.rank,
             world_size,
-            policy: config.policy,
-            budget: SpinBudget::new(&config.policy),
+            policy: config.manner.policy,
+            budget: SpinBudget::new(&config.manner.policy),
             polling: false,
-            forced: config.forced,
+            forced: config.manner.forced,
             epoch: 0,
             chain: 0,
             step: 0,
@@ -145,7 +148,9 @@ impl Engine {
             flight: Flight::default(),
             messages: Messages::new(world_size),
             windows: Vec::new(),
-            next_window: 1,
+            first_window: config.manner.first_window,
+            next_window: config.manner.first_window,
+            generation: config.generation,
             inline,
             inline_sources,
             sources: Vec::with_capacity(world_size),
@@ -177,6 +182,8 @@ impl Engine {
             world_size: self.world_size,
             forced: self.forced,
             find_window: &find,
+            first_window: self.first_window,
+            generation: self.generation,
         };
         Plan::new(call, &situation)
     }
@@ -385,13 +392,28 @@ impl Engine {
 
     /// A barrier of its own kind, with other patience: for the beginning and the end.
     pub(crate) fn meet(&mut self, header: CallHeader, patience: Option<Duration>) -> Result<()> {
+        self.with_patience(patience, |engine| {
+            engine.check()?;
+            engine.drive(Self::is_idle)?;
+            engine.execute(&Plan { header, ..Plan::bare(header.kind) })
+        })
+    }
+
+    /// Does something with other patience.
+    pub(crate) fn with_patience<R>(
+        &mut self,
+        patience: Option<Duration>,
+        what: impl FnOnce(&mut Self) -> R,
+    ) -> R {
         let usual = std::mem::replace(&mut self.policy.patience, patience);
-        let result = self
-            .check()
-            .and_then(|()| self.drive(Self::is_idle))
-            .and_then(|()| self.execute(&Plan { header, ..Plan::bare(header.kind) }));
+        let result = what(self);
         self.policy.patience = usual;
         result
+    }
+
+    /// How this engine works, for others like it.
+    pub(crate) const fn manner(&self) -> Manner {
+        Manner { policy: self.policy, forced: self.forced, first_window: 1 }
     }
 
     /// The algorithm that was asked for.
@@ -403,6 +425,17 @@ impl Engine {
     pub(crate) fn next_window_id(&mut self) -> u64 {
         self.next_window += 1;
         self.next_window - 1
+    }
+
+    /// The memory of all open windows, and the id that the next one would get.
+    pub(crate) fn windows(&self) -> (Vec<Arc<SharedMemory>>, u64) {
+        (self.windows.iter().map(|window| window.memory.clone()).collect(), self.next_window)
+    }
+
+    /// Windows with lower ids belong to earlier generations.
+    pub(crate) const fn begin_windows_at(&mut self, id: u64) {
+        self.first_window = id;
+        self.next_window = id;
     }
 
     /// From now on, buffers in `memory` are known to lie in window `id`, of which each rank has `bytes`, `stride` apart.
