@@ -66,15 +66,13 @@ pub(crate) struct Parts {
 pub(crate) struct Manner {
     pub(crate) policy: WaitPolicy,
     pub(crate) forced: Option<Algorithm>,
-    /// The id of its first window: lower ones belong to earlier generations.
-    pub(crate) first_window: u64,
 }
 
 impl Manner {
     /// As the settings say, for this many ranks on this host.
     pub(crate) fn new(settings: &Settings, local_ranks: usize) -> Self {
         let (policy, forced) = (wait_policy(settings, local_ranks), forced_algorithm(settings.algorithm));
-        Self { policy, forced, first_window: 1 }
+        Self { policy, forced }
     }
 }
 

@@ -54,7 +54,7 @@ pub enum Error {
     },
     /// A rank dropped its communicator while others still used theirs.
     #[error(
-        "rank {rank} dropped its communicator before {during} was complete. Call destroy() on every rank to end together."
+        "rank {rank} dropped its communicator before {during} was complete. Call destroy() on every rank to end together; the others can go on with shrink()."
     )]
     PeerLeft {
         /// The rank that left.

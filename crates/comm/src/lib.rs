@@ -44,6 +44,7 @@ mod reduce;
 mod refusals;
 mod rendezvous;
 pub mod scope;
+mod shrink;
 pub mod store;
 pub mod stream;
 pub mod window;

@@ -203,11 +203,6 @@ impl Neighbours {
 }
 
 impl Letter {
-    /// Whether memory came with it.
-    pub(crate) const fn has_memory(&self) -> bool {
-        self.memory.is_some()
-    }
-
     /// The memory that came with it, which must have `bytes`; without any, the reason that its sender gives.
     pub(crate) fn map(self, bytes: usize) -> Result<Arc<SharedMemory>> {
         match self.memory {

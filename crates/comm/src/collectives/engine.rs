@@ -148,8 +148,8 @@ impl Engine {
             flight: Flight::default(),
             messages: Messages::new(world_size),
             windows: Vec::new(),
-            first_window: config.manner.first_window,
-            next_window: config.manner.first_window,
+            first_window: 1,
+            next_window: 1,
             generation: config.generation,
             inline,
             inline_sources,
@@ -413,7 +413,7 @@ impl Engine {
 
     /// How this engine works, for others like it.
     pub(crate) const fn manner(&self) -> Manner {
-        Manner { policy: self.policy, forced: self.forced, first_window: 1 }
+        Manner { policy: self.policy, forced: self.forced }
     }
 
     /// The algorithm that was asked for.
