@@ -106,7 +106,16 @@ impl Control {
         let words = (0..names.len()).map(|rank| rank_words(base, &layout.rank(rank))).collect();
         // SAFETY: the abort word lies in the mapping, which is kept alive by `memory` beside it.
         let abort = AbortWord::new(unsafe { &words32(base.add(layout.abort().offset), 1)[0] });
-        Self { words, abort, layout, me, names, recording: Mutex::new(()), superseded: OnceLock::new(), memory }
+        Self {
+            words,
+            abort,
+            layout,
+            me,
+            names,
+            recording: Mutex::new(()),
+            superseded: OnceLock::new(),
+            memory,
+        }
     }
 
     /// The words of `rank`.

@@ -112,7 +112,8 @@ mod tests {
     #[test]
     fn ranks_of_one_color_are_ordered_by_key_and_then_by_rank() {
         let wish = |color: u64, key: i32| [color, key as u64, 0];
-        let wishes = [wish(1, 5), wish(2, 0), wish(1, -5), wish(0, 0), wish(1, 5), wish(1, i32::MIN)].concat();
+        let wishes =
+            [wish(1, 5), wish(2, 0), wish(1, -5), wish(0, 0), wish(1, 5), wish(1, i32::MIN)].concat();
         assert_eq!(members(&wishes, 1), [5, 2, 0, 4]);
         assert_eq!(members(&wishes, 2), [1]);
         assert!(members(&wishes, 0).is_empty());

@@ -24,10 +24,7 @@ pub enum Error {
         right: String,
     },
     /// A rank's process is gone, stopped or silent. The communicator has failed on all ranks.
-    #[error(
-        "{who} died during {during}: {how}.{}",
-        can_shrink(survivors)
-    )]
+    #[error("{who} died during {during}: {how}.{}", can_shrink(survivors))]
     PeerDied {
         /// The rank that died.
         rank: usize,
@@ -131,6 +128,22 @@ pub enum Error {
         window: u64,
         /// The generation that goes on.
         generation: u32,
+    },
+    /// A signal did not come in time. The communicator still works.
+    #[error(
+        "rank {rank} waited {waited:.1?} for signal {slot} to reach {expected}; it holds {got}. A peer raises it with signal()."
+    )]
+    Signal {
+        /// The rank that waited.
+        rank: usize,
+        /// The slot.
+        slot: usize,
+        /// The value that was waited for.
+        expected: u32,
+        /// The value that it holds.
+        got: u32,
+        /// How long was waited.
+        waited: Duration,
     },
     /// Not all ranks met before the deadline.
     #[error(

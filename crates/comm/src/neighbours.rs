@@ -190,9 +190,7 @@ impl Neighbours {
                 let mailbox = hub.mailbox(self.ranks[self.me]);
                 mailbox.receive(from, tag, what, deadline, is_aborted)?.into()
             }
-            Host::Processes(plane) => {
-                plane.mailbox().receive(from, tag, what, deadline, is_aborted)?.into()
-            }
+            Host::Processes(plane) => plane.mailbox().receive(from, tag, what, deadline, is_aborted)?.into(),
         };
         letter.map(bytes)
     }

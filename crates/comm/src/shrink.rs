@@ -83,7 +83,9 @@ impl Communicator {
             match next.arrive(&old, &members) {
                 Ok(()) => return Ok(next),
                 // Somebody else was lost meanwhile.
-                Err(_) if matches!(next.control.cause(), Some(Cause::Died { .. } | Cause::Dropped { .. })) => {
+                Err(_)
+                    if matches!(next.control.cause(), Some(Cause::Died { .. } | Cause::Dropped { .. })) =>
+                {
                     current = next;
                 }
                 Err(error) => return Err(error),
@@ -96,8 +98,7 @@ impl Communicator {
     fn arrive(&self, old: &Control, members: &[usize]) -> Result<()> {
         let mut first_window = [self.engine().windows().1];
         let patience = self.patience.map_or(MEETING, |patience| patience.min(MEETING));
-        let call =
-            Call::new(Kind::AllReduce { op: ReduceOp::Max }, &[BufMut::from(&mut first_window).raw()]);
+        let call = Call::new(Kind::AllReduce { op: ReduceOp::Max }, &[BufMut::from(&mut first_window).raw()]);
         let mut engine = self.engine();
         let prepared = engine.prepare(&call)?;
         let ticket = engine.post(prepared)?;
@@ -204,10 +205,7 @@ impl<'c> Regrouping<'c> {
 
     /// Proven: its process ended, or has no communicator any more.
     fn is_gone(&self, rank: usize) -> bool {
-        matches!(
-            self.old.neighbours.lost(rank),
-            Some(Lost::SocketClosed | Lost::ProcessEnded | Lost::Left)
-        )
+        matches!(self.old.neighbours.lost(rank), Some(Lost::SocketClosed | Lost::ProcessEnded | Lost::Left))
     }
 
     /// Lost, but not proven to be gone: it may run again.
@@ -281,7 +279,7 @@ impl<'c> Regrouping<'c> {
     /// Warns once, and gives up in time.
     fn keep_patience(&mut self) -> Result<()> {
         let waited = self.since.elapsed();
-        let policy = self.old.engine().manner().policy;
+        let policy = self.old.engine().policy();
         let missing = || {
             let names = self.agreement.waits_for().into_iter();
             names.map(|rank| self.old.control.name(rank).to_owned()).collect::<Vec<_>>()
@@ -330,7 +328,6 @@ impl<'c> Regrouping<'c> {
             std::thread::sleep(LOOK);
         }
     }
-
 }
 
 impl Decision {

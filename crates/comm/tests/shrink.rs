@@ -177,18 +177,19 @@ fn ranks_leave_one_after_the_other_until_one_is_left() {
         let world_size = 2 + random.below(7);
         // Some of them leave at the same time.
         let lives: Vec<u64> = (0..world_size).map(|_| 1 + 40 * random.below(5) as u64).collect();
-        for generations in
-            on_both(world_size, move |communicator| {
-                let lives = lives[communicator.rank()];
-                survive(communicator, lives)
-            })
-        {
+        for generations in on_both(world_size, move |communicator| {
+            let lives = lives[communicator.rank()];
+            survive(communicator, lives)
+        }) {
             // What two ranks were both part of, they saw in the same order.
             for one in &generations {
                 for other in &generations {
                     let common = one.iter().filter(|members| other.contains(members));
                     let also = other.iter().filter(|members| one.contains(members));
-                    assert!(common.eq(also), "{one:?} and {other:?}, UNISONO_TEST_SEED={seed}, round {round}");
+                    assert!(
+                        common.eq(also),
+                        "{one:?} and {other:?}, UNISONO_TEST_SEED={seed}, round {round}"
+                    );
                 }
             }
         }

@@ -128,7 +128,12 @@ enum Stage {
     /// Not the coordinator, or not all have joined yet.
     Gathering,
     /// The coordinator, waiting for all to accept. `is_free`: no earlier coordinator can have decided.
-    Leading { round: u32, is_free: bool, proposal: Proposal, accepts: RankSet },
+    Leading {
+        round: u32,
+        is_free: bool,
+        proposal: Proposal,
+        accepts: RankSet,
+    },
     /// About to decide.
     Settling(Proposal),
     Ended(Outcome),

@@ -117,6 +117,8 @@ pub enum Kind {
     Split,
     /// Collective creation of another communicator of the same ranks.
     Duplicate,
+    /// Collective change of a window into one-sided memory.
+    Symmetric,
 }
 
 impl Kind {
@@ -147,6 +149,7 @@ impl Kind {
             Self::CloseWindow => "close window",
             Self::Split => "split",
             Self::Duplicate => "duplicate",
+            Self::Symmetric => "into_symmetric",
         }
     }
 
@@ -159,6 +162,7 @@ impl Kind {
             Self::Destroy => 5,
             Self::Window => 6,
             Self::CloseWindow => 7,
+            Self::Symmetric => 23,
             Self::Reduce { .. } => 8,
             Self::ReduceScatter { .. } => 9,
             Self::Gather { .. } => 10,
@@ -313,6 +317,7 @@ impl CallHeader {
             7 => Kind::CloseWindow,
             30 => Kind::Split,
             31 => Kind::Duplicate,
+            23 => Kind::Symmetric,
             _ => return None,
         };
         let dtype = match dtype {
@@ -357,6 +362,8 @@ impl fmt::Display for CallHeader {
         match (self.source_window, self.target_window) {
             (0, 0) => Ok(()),
             (source, target) if source == target => write!(f, ", window {target}"),
+            (source, 0) => write!(f, ", from window {source}"),
+            (0, target) => write!(f, ", into window {target}"),
             (source, target) => write!(f, ", windows {source} to {target}"),
         }
     }

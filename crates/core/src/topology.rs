@@ -136,7 +136,10 @@ mod tests {
             WorldTable::merge(hosts.iter().enumerate().map(|(rank, host)| hello(rank, 5, host))).unwrap();
         let some = Topology::new(&table).of(&[3, 2, 1]);
         let names: Vec<&str> = some.hosts().iter().map(|host| &*host.name).collect();
-        assert_eq!((names, some.local_ranks(0), some.local_ranks(1)), (vec!["b", "a"], &[0, 2][..], &[1][..]));
+        assert_eq!(
+            (names, some.local_ranks(0), some.local_ranks(1)),
+            (vec!["b", "a"], &[0, 2][..], &[1][..])
+        );
     }
 
     #[test]

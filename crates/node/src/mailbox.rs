@@ -39,11 +39,7 @@ impl Tag {
 
     pub(crate) fn from_bytes(bytes: &[u8; Self::BYTES]) -> Self {
         let half = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-        Self {
-            group: u64::from(half(0)) | u64::from(half(4)) << 32,
-            generation: half(8),
-            item: half(12),
-        }
+        Self { group: u64::from(half(0)) | u64::from(half(4)) << 32, generation: half(8), item: half(12) }
     }
 }
 

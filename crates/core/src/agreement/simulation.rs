@@ -27,15 +27,31 @@ impl Random {
 /// Something that is to happen to `rank`, some time.
 #[derive(Clone, Debug)]
 enum Event {
-    Start { rank: usize },
+    Start {
+        rank: usize,
+    },
     /// It carries out its next action.
-    Act { rank: usize },
-    Deliver { rank: usize, from: usize, message: Message },
+    Act {
+        rank: usize,
+    },
+    Deliver {
+        rank: usize,
+        from: usize,
+        message: Message,
+    },
     /// It learns that `lost` is.
-    Loss { rank: usize, lost: usize },
-    Die { rank: usize },
+    Loss {
+        rank: usize,
+        lost: usize,
+    },
+    Die {
+        rank: usize,
+    },
     /// It gives up `other`, which may be well.
-    GiveUp { rank: usize, other: usize },
+    GiveUp {
+        rank: usize,
+        other: usize,
+    },
 }
 
 impl Event {
@@ -292,7 +308,10 @@ fn what_no_rank_of_this_world_sends_is_refused() {
     assert!(agreement.on_message(1, join(65)).is_err());
     assert!(agreement.on_message(1, Message::Decided { proposal: proposal(3, 3) }).is_err());
     let error = agreement
-        .on_message(1, Message::Decided { proposal: Proposal { members: RankSet::empty(3), ..proposal(3, 1) } })
+        .on_message(
+            1,
+            Message::Decided { proposal: Proposal { members: RankSet::empty(3), ..proposal(3, 1) } },
+        )
         .unwrap_err();
     assert_eq!(
         error.to_string(),
