@@ -1,6 +1,7 @@
 //! Communicators made of others: who is in which, in what order, and that each works and ends by itself.
 //!
 //! Every world runs as threads of one hub, and as ranks that meet as processes do (sockets, descriptors, mappings).
+#![allow(clippy::print_stdout, reason = "the seed of a run that fails")]
 
 mod support;
 

@@ -27,7 +27,7 @@ fn main() -> ExitCode {
 
 fn trials() -> Vec<Trial> {
     type Test = fn();
-    let tests: [(&str, Test); 21] = [
+    let tests: [(&str, Test); 27] = [
         ("kill::every_survivor_names_the_killed_rank", faults::kills::every_survivor_names_the_killed_rank),
         ("kill::a_forked_child_does_not_hide_it", faults::kills::a_forked_child_does_not_hide_it),
         (
@@ -68,6 +68,27 @@ fn trials() -> Vec<Trial> {
         (
             "mismatch::both_calls_are_named_on_every_rank",
             faults::mismatches::both_calls_are_named_on_every_rank,
+        ),
+        (
+            "shrink::survivors_go_on_after_kills_at_any_moment",
+            faults::shrinks::survivors_go_on_after_kills_at_any_moment,
+        ),
+        (
+            "shrink::sixteen_ranks_are_back_within_two_seconds",
+            faults::shrinks::sixteen_ranks_are_back_within_two_seconds,
+        ),
+        (
+            "shrink::a_stopped_rank_is_left_out_and_harms_nobody_when_it_wakes_up",
+            faults::shrinks::a_stopped_rank_is_left_out_and_harms_nobody_when_it_wakes_up,
+        ),
+        (
+            "shrink::a_death_while_another_rank_is_given_up_is_left_out_too",
+            faults::shrinks::a_death_while_another_rank_is_given_up_is_left_out_too,
+        ),
+        ("leftovers::children_give_everything_back", faults::leftovers::children_give_everything_back),
+        (
+            "leftovers::earlier_generations_give_everything_back",
+            faults::leftovers::earlier_generations_give_everything_back,
         ),
         ("leftovers::threads_give_everything_back", faults::leftovers::threads_give_everything_back),
         ("leftovers::processes_give_everything_back", faults::leftovers::processes_give_everything_back),

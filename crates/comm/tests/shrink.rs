@@ -1,5 +1,6 @@
 //! Who is left goes on: `shrink` after ranks left, in worlds of threads and in worlds that meet as processes do.
 //! (Processes that are killed and stopped: `faults_processes`.)
+#![allow(clippy::print_stdout, reason = "the seed of a run that fails")]
 
 mod support;
 
@@ -79,6 +80,8 @@ fn windows_of_an_earlier_generation_say_so() {
         let world_rank = communicator.rank();
         let mut window = communicator.window::<u32>(3000, Memory::Host).unwrap();
         let closed_later = communicator.window::<u32>(1, Memory::Host).unwrap();
+        let shared =
+            communicator.window::<u32>(8, Memory::Host).unwrap().into_symmetric(&communicator).unwrap();
         if world_rank == 0 {
             return;
         }
@@ -87,8 +90,11 @@ fn windows_of_an_earlier_generation_say_so() {
         assert_eq!(window.lend().unwrap_err(), expected);
         assert_eq!(next.all_reduce(window.range_mut(0..10), ReduceOp::Sum).unwrap_err(), expected);
         assert!(matches!(closed_later.close(&next), Err(Error::Generation { window: 2, generation: 1 })));
+        let expected = Error::Generation { window: 3, generation: 1 };
+        assert_eq!(shared.read(1, 0, &mut [0]).unwrap_err(), expected);
+        assert_eq!(shared.wait_signal(0, 1, Duration::from_secs(20)).unwrap_err(), expected);
         let mut fresh = next.window::<u32>(3000, Memory::Host).unwrap();
-        assert_eq!(fresh.id(), 3);
+        assert_eq!(fresh.id(), 4);
         fresh.lend().unwrap().fill(world_rank as u32);
         next.all_reduce(&mut fresh, ReduceOp::Sum).unwrap();
         assert_eq!(fresh.lend().unwrap()[2999], 3);

@@ -9,16 +9,16 @@ use std::time::Duration;
 
 use unisono_core::call::{CallHeader, HEADER_WORDS, Kind};
 use unisono_core::layout::{
-    CALL_SLOTS, CHUNK_BYTES, CHUNKS, INLINE_WORDS, SLOT_CHAIN, SLOT_DATA, SLOT_HEADER, WindowLayout,
+    CALL_SLOTS, CHUNK_BYTES, CHUNKS, INLINE_WORDS, SLOT_CHAIN, SLOT_DATA, SLOT_HEADER,
 };
 use unisono_core::select::Algorithm;
-use unisono_node::SharedMemory;
 use unisono_sync::{EpochFlag, SpinBudget, WaitPolicy};
 
 use super::flight::Flight;
 use super::messages::Messages;
-use super::plan::{Plan, Situation, WindowPlace};
+use super::plan::{Plan, Situation};
 use super::waiting::{Halt, On, Step};
+use super::windows::Windows;
 use crate::call::Call;
 use crate::cause::Cause;
 use crate::communicator::Manner;
@@ -58,14 +58,6 @@ pub(super) struct State {
     pub(super) knows_sizes: bool,
 }
 
-/// A window that peers map too.
-#[derive(Clone, Debug)]
-pub(super) struct OpenWindow {
-    id: u64,
-    memory: Arc<SharedMemory>,
-    layout: WindowLayout,
-}
-
 /// One rank's side of all collectives of one communicator. Used by one thread at a time.
 pub(crate) struct Engine {
     pub(super) control: Arc<Control>,
@@ -94,9 +86,7 @@ pub(crate) struct Engine {
     /// Calls that were posted and are not complete.
     pub(super) flight: Flight,
     pub(super) messages: Messages,
-    windows: Vec<OpenWindow>,
-    first_window: u64,
-    next_window: u64,
+    pub(super) windows: Windows,
     generation: u32,
     /// Inline data of all ranks in the current call; `inline_sources[r]` points to `inline[r]`.
     pub(super) inline: Box<[[u64; INLINE_WORDS]]>,
@@ -146,9 +136,7 @@ impl Engine {
             failed: None,
             flight: Flight::default(),
             messages: Messages::new(world_size),
-            windows: Vec::new(),
-            first_window: 1,
-            next_window: 1,
+            windows: Windows::default(),
             generation: config.generation,
             inline,
             inline_sources,
@@ -175,13 +163,13 @@ impl Engine {
     /// Checks a collective and chooses its algorithm.
     #[inline]
     pub(super) fn plan(&self, call: &Call<'_>) -> Result<Plan> {
-        let find = |id, ptr, bytes| find_window(&self.windows, self.rank, id, ptr, bytes);
+        let find = |id, ptr, bytes| self.windows.find(self.rank, id, ptr, bytes);
         let situation = Situation {
             rank: self.rank,
             world_size: self.world_size,
             forced: self.forced,
             find_window: &find,
-            first_window: self.first_window,
+            first_window: self.windows.first,
             generation: self.generation,
         };
         Plan::new(call, &situation)
@@ -425,57 +413,6 @@ impl Engine {
         self.forced
     }
 
-    /// The id that the next window gets, equal on all ranks because windows are made in the same order.
-    pub(crate) fn next_window_id(&mut self) -> u64 {
-        self.next_window += 1;
-        self.next_window - 1
-    }
-
-    /// The memory of all open windows, and the id that the next one would get.
-    pub(crate) fn windows(&self) -> (Vec<Arc<SharedMemory>>, u64) {
-        (self.windows.iter().map(|window| window.memory.clone()).collect(), self.next_window)
-    }
-
-    /// Windows with lower ids belong to earlier generations.
-    pub(crate) const fn begin_windows_at(&mut self, id: u64) {
-        self.first_window = id;
-        self.next_window = id;
-    }
-
-    /// From now on, buffers in `memory` are known to lie in window `id`.
-    pub(crate) fn open_window(&mut self, id: u64, memory: Arc<SharedMemory>, layout: WindowLayout) {
-        self.windows.push(OpenWindow { id, memory, layout });
-    }
-
-    /// Forgets window `id`.
-    pub(crate) fn close_window(&mut self, id: u64) {
-        self.windows.retain(|window| window.id != id);
-    }
-
-    /// The address of `bytes` at `offset` of `peer`'s copy of window `id`; offsets that a peer wrote are checked here.
-    pub(super) fn window_address(
-        &self,
-        peer: usize,
-        id: u64,
-        offset: usize,
-        bytes: usize,
-    ) -> Result<*mut u8> {
-        let window = self.windows.iter().find(|window| window.id == id);
-        let fits =
-            |window: &&OpenWindow| offset.checked_add(bytes).is_some_and(|end| end <= window.layout.bytes());
-        match window.filter(fits) {
-            Some(window) => {
-                let start = window.layout.copy(peer).offset + offset;
-                // SAFETY: the range lies within the peer's copy in the mapping, as was just checked.
-                Ok(unsafe { window.memory.as_ptr().add(start) })
-            }
-            None => Err(self.abort_with(Cause::Mismatch {
-                left: self.call_name(),
-                right: format!("an offset of {offset} outside window {id} on {}", self.control.name(peer)),
-            })),
-        }
-    }
-
     /// `all_reduce #812`; the meeting at the beginning is number 0.
     pub(super) fn call_name(&self) -> String {
         if self.epoch <= 1 {
@@ -507,11 +444,4 @@ pub(super) fn slot_of(epoch: u64) -> usize {
 #[inline]
 pub(super) const fn chunk(step: u64) -> usize {
     (step % CHUNKS as u64) as usize * CHUNK_BYTES
-}
-
-fn find_window(windows: &[OpenWindow], rank: usize, id: u64, ptr: u64, bytes: usize) -> Option<WindowPlace> {
-    let window = windows.iter().find(|window| window.id == id)?;
-    let base = window.memory.as_ptr().expose_provenance() + window.layout.copy(rank).offset;
-    let offset = (ptr as usize).checked_sub(base)?;
-    (offset.checked_add(bytes)? <= window.layout.bytes()).then_some(WindowPlace { id, offset })
 }

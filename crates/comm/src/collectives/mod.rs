@@ -31,6 +31,7 @@ mod plan;
 mod reduce_scatter;
 mod transfer;
 mod waiting;
+mod windows;
 
 pub(crate) use engine::{Engine, EngineConfig};
 pub(crate) use flight::{Prepared, Ticket};

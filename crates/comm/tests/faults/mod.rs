@@ -6,6 +6,7 @@ pub(crate) mod mismatches;
 pub(crate) mod parts;
 pub(crate) mod proxy;
 pub(crate) mod random;
+pub(crate) mod shrinks;
 pub(crate) mod start;
 pub(crate) mod stops;
 pub(crate) mod traces;

@@ -50,6 +50,9 @@ impl Part {
             "holder" => super::kills::hold_descriptors(self),
             "mismatches" => super::mismatches::all_pairs(self),
             "thread churn" => super::leftovers::thread_churn(),
+            "family churn" => super::leftovers::family_churn(self),
+            "shrink churn" => super::leftovers::shrink_churn(),
+            "survivor" => super::shrinks::survive(self),
             "process churn" => super::leftovers::process_churn(self),
             other => panic!("no part is called {other}"),
         };
@@ -242,7 +245,7 @@ pub(crate) fn setting<T: FromStr>(name: &str) -> Option<T> {
 }
 
 /// Tells whether our input has ended, without waiting for it.
-fn end_of_input() -> impl Fn() -> bool {
+pub(crate) fn end_of_input() -> impl Fn() -> bool {
     let thread = std::thread::spawn(|| {
         // However it ends, it has ended.
         let _ = std::io::stdin().read_to_end(&mut Vec::new());

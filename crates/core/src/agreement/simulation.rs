@@ -3,6 +3,8 @@
 //!
 //! `UNISONO_TEST_SCALE=10` simulates 10⁵ seeds instead of 20,000; `UNISONO_TEST_SEED` only one.
 
+#![allow(clippy::print_stdout, reason = "a campaign tells what it came to")]
+
 use std::collections::BTreeSet;
 
 use super::*;
