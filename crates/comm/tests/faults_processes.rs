@@ -27,7 +27,7 @@ fn main() -> ExitCode {
 
 fn trials() -> Vec<Trial> {
     type Test = fn();
-    let tests: [(&str, Test); 36] = [
+    let tests: [(&str, Test); 42] = [
         ("kill::every_survivor_names_the_killed_rank", faults::kills::every_survivor_names_the_killed_rank),
         ("kill::a_forked_child_does_not_hide_it", faults::kills::a_forked_child_does_not_hide_it),
         (
@@ -122,6 +122,27 @@ fn trials() -> Vec<Trial> {
         (
             "scribbles::a_peer_that_scribbles_is_an_error_in_time",
             faults::scribbles::a_peer_that_scribbles_is_an_error_in_time,
+        ),
+        (
+            "shrink::survivors_go_on_after_kills_at_any_moment",
+            faults::shrinks::survivors_go_on_after_kills_at_any_moment,
+        ),
+        (
+            "shrink::sixteen_ranks_are_back_within_two_seconds",
+            faults::shrinks::sixteen_ranks_are_back_within_two_seconds,
+        ),
+        (
+            "shrink::a_stopped_rank_is_left_out_and_harms_nobody_when_it_wakes_up",
+            faults::shrinks::a_stopped_rank_is_left_out_and_harms_nobody_when_it_wakes_up,
+        ),
+        (
+            "shrink::a_death_while_another_rank_is_given_up_is_left_out_too",
+            faults::shrinks::a_death_while_another_rank_is_given_up_is_left_out_too,
+        ),
+        ("leftovers::children_give_everything_back", faults::leftovers::children_give_everything_back),
+        (
+            "leftovers::earlier_generations_give_everything_back",
+            faults::leftovers::earlier_generations_give_everything_back,
         ),
         ("leftovers::threads_give_everything_back", faults::leftovers::threads_give_everything_back),
         ("leftovers::processes_give_everything_back", faults::leftovers::processes_give_everything_back),

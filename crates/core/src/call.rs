@@ -113,6 +113,10 @@ pub enum Kind {
     Window,
     /// Collective end of a window.
     CloseWindow,
+    /// Collective creation of communicators of some of the ranks.
+    Split,
+    /// Collective creation of another communicator of the same ranks.
+    Duplicate,
     /// Collective change of a window into one-sided memory.
     Symmetric,
 }
@@ -143,6 +147,8 @@ impl Kind {
             Self::Destroy => "destroy",
             Self::Window => "window",
             Self::CloseWindow => "close window",
+            Self::Split => "split",
+            Self::Duplicate => "duplicate",
             Self::Symmetric => "into_symmetric",
         }
     }
@@ -170,6 +176,8 @@ impl Kind {
             Self::GatherV { .. } => 18,
             Self::ScatterV { .. } => 19,
             Self::AllToAllV => 20,
+            Self::Split => 30,
+            Self::Duplicate => 31,
             Self::AllReduceMulti { .. } => 21,
             Self::BroadcastMulti { .. } => 22,
         }
@@ -326,6 +334,8 @@ impl CallHeader {
             5 => Kind::Destroy,
             6 => Kind::Window,
             7 => Kind::CloseWindow,
+            30 => Kind::Split,
+            31 => Kind::Duplicate,
             23 => Kind::Symmetric,
             _ => return None,
         };

@@ -77,6 +77,23 @@ impl Topology {
         Self { hosts, host_of: vec![0; world_size] }
     }
 
+    /// The topology of some of these ranks: `ranks[r]` is the number here of what becomes rank r.
+    #[must_use]
+    pub fn of(&self, ranks: &[usize]) -> Self {
+        let mut hosts: Vec<Host> = Vec::new();
+        let mut numbers = std::collections::HashMap::new();
+        let mut host_of = Vec::with_capacity(ranks.len());
+        for (rank, old) in ranks.iter().enumerate() {
+            let host = *numbers.entry(self.host_of[*old]).or_insert_with(|| {
+                hosts.push(Host { name: self.hosts[self.host_of[*old]].name.clone(), ranks: Vec::new() });
+                hosts.len() - 1
+            });
+            hosts[host].ranks.push(rank);
+            host_of.push(host);
+        }
+        Self { hosts, host_of }
+    }
+
     /// The hosts, in the order of their lowest ranks.
     pub fn hosts(&self) -> &[Host] {
         &self.hosts
@@ -121,6 +138,19 @@ mod tests {
         assert_eq!(topology.link(0, 2), Link::SharedMemory);
         assert_eq!(topology.link(0, 1), Link::Network);
         assert_eq!(topology.link(4, 4), Link::Itself);
+    }
+
+    #[test]
+    fn some_ranks_keep_their_hosts_under_new_numbers() {
+        let hosts = ["a", "b", "a", "b", "c"];
+        let table =
+            WorldTable::merge(hosts.iter().enumerate().map(|(rank, host)| hello(rank, 5, host))).unwrap();
+        let some = Topology::new(&table).of(&[3, 2, 1]);
+        let names: Vec<&str> = some.hosts().iter().map(|host| &*host.name).collect();
+        assert_eq!(
+            (names, some.local_ranks(0), some.local_ranks(1)),
+            (vec!["b", "a"], &[0, 2][..], &[1][..])
+        );
     }
 
     #[test]

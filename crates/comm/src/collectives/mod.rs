@@ -33,6 +33,7 @@ mod recorder;
 mod reduce_scatter;
 mod transfer;
 mod waiting;
+mod windows;
 
 pub(crate) use engine::{Engine, EngineConfig};
 pub(crate) use flight::{Prepared, Ticket};

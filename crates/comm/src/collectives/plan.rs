@@ -43,6 +43,9 @@ pub(crate) struct Situation<'a> {
     pub(crate) forced: Option<Algorithm>,
     /// Finds the place of an address range in an open window.
     pub(crate) find_window: &'a dyn Fn(u64, u64, usize) -> Option<WindowPlace>,
+    /// Windows with lower ids belong to earlier generations than this one.
+    pub(crate) first_window: u64,
+    pub(crate) generation: u32,
 }
 
 impl Plan {
@@ -259,6 +262,9 @@ fn window_of(kind: Kind, buffer: &RawBuffer, situation: &Situation<'_>) -> Resul
         Place::Host => Ok(None),
         Place::Window { id } => match (situation.find_window)(id, buffer.ptr, buffer.bytes()) {
             Some(place) => Ok(Some(place)),
+            None if id < situation.first_window => {
+                Err(Error::Generation { window: id, generation: situation.generation })
+            }
             None => Err(argument(
                 situation,
                 kind,

@@ -120,6 +120,62 @@ pub(crate) fn process_churn(part: &Part) -> Result<()> {
     })
 }
 
+/// The part `family churn`: communicators split off one that stays, and off each other.
+pub(crate) fn family_churn(part: &Part) -> Result<()> {
+    let communicator = part.builder().build()?;
+    churn(setting("FAULTS_ROUNDS").unwrap_or(200), |at| {
+        let child = communicator.split((part.rank != at % 3).then_some(1), part.rank as i32)?;
+        if let Some(child) = child {
+            let twin = child.duplicate()?;
+            twin.barrier()?;
+            child.destroy()?;
+            twin.destroy()?;
+        }
+        communicator.barrier()
+    })?;
+    communicator.destroy()
+}
+
+/// The part `shrink churn`: worlds of threads that lose a rank, and go on twice.
+pub(crate) fn shrink_churn() -> Result<()> {
+    churn(setting("FAULTS_ROUNDS").unwrap_or(50), |at| {
+        let threads: Vec<_> = Communicator::threads(4)?
+            .into_iter()
+            .map(|communicator| {
+                std::thread::spawn(move || {
+                    if communicator.rank() == at % 4 {
+                        return Ok(());
+                    }
+                    let next = communicator.shrink()?;
+                    work(&next)?;
+                    // Whoever shrinks ends the generation for all.
+                    next.barrier()?;
+                    next.shrink()?.destroy()
+                })
+            })
+            .collect();
+        threads.into_iter().try_for_each(|thread| thread.join().unwrap())
+    })
+}
+
+/// Row 24: a thousand communicators that come from one.
+pub(crate) fn children_give_everything_back() {
+    let server = server();
+    let setup = Setup::new("family churn", 3, server.unique_id()).with("FAULTS_ROUNDS", 500 * scale());
+    let mut world = setup.start();
+    world.expect_good_end();
+    println!("{}", world.ranks[0].value("usage").unwrap());
+}
+
+/// Row 10, for ranks that shrink.
+pub(crate) fn earlier_generations_give_everything_back() {
+    let server = server();
+    let setup = Setup::new("shrink churn", 1, server.unique_id()).with("FAULTS_ROUNDS", 60 * scale());
+    let mut world = setup.start();
+    world.expect_good_end();
+    println!("{}", world.ranks[0].value("usage").unwrap());
+}
+
 /// Row 10, for ranks that are threads.
 pub(crate) fn threads_give_everything_back() {
     let server = server();

@@ -12,6 +12,7 @@ pub(crate) mod proxy;
 pub(crate) mod random;
 pub(crate) mod scribbles;
 pub(crate) mod shortages;
+pub(crate) mod shrinks;
 pub(crate) mod start;
 pub(crate) mod stops;
 pub(crate) mod strangers;

@@ -65,6 +65,9 @@ impl Part {
             "short" => super::shortages::start(self),
             "scribbled threads" => super::scribbles::threads(),
             "scribbled process" => super::scribbles::process(self),
+            "family churn" => super::leftovers::family_churn(self),
+            "shrink churn" => super::leftovers::shrink_churn(),
+            "survivor" => super::shrinks::survive(self),
             "process churn" => super::leftovers::process_churn(self),
             other => panic!("no part is called {other}"),
         };
@@ -261,7 +264,7 @@ pub(crate) fn setting<T: FromStr>(name: &str) -> Option<T> {
 }
 
 /// Tells whether our input has ended, without waiting for it.
-fn end_of_input() -> impl Fn() -> bool {
+pub(crate) fn end_of_input() -> impl Fn() -> bool {
     let thread = std::thread::spawn(|| {
         // However it ends, it has ended.
         let _ = std::io::stdin().read_to_end(&mut Vec::new());
