@@ -131,7 +131,7 @@ pub(super) const PATCHES: &[Patch] = &[
         file: "crates/core/src/select.rs",
         line: "if reduces && question.bytes * (question.world_size - 1) > ONE_SHOT_BYTES {",
         instead: "if reduces && question.bytes > ONE_SHOT_BYTES {",
-        test: core("select::tests::small_calls_take_one_shot_large_ones_two_and_windows_none"),
+        test: core("select::tests::with_more_ranks_the_border_to_two_shot_is_lower"),
     },
     // unisono-node
     Patch {
