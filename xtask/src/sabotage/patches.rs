@@ -149,11 +149,11 @@ pub(super) const PATCHES: &[Patch] = &[
         test: node("socket::tests::a_truncated_message_is_fatal_and_its_descriptors_are_closed"),
     },
     Patch {
-        name: "strangers keep their connection",
-        file: "crates/node/src/connect.rs",
-        line: "if !message.starts_with(&MAGIC) || target != self.config.rank || !known || linked {",
-        instead: "if false {",
-        test: node("plane::tests::a_stranger_is_turned_away_and_the_ranks_still_meet"),
+        name: "a farewell counts as a death",
+        file: "crates/node/src/plane/progress.rs",
+        line: "self.shared.lose(peer, Lost::Left);",
+        instead: "self.shared.lose(peer, Lost::SocketClosed);",
+        test: node("plane::tests::a_farewell_is_no_death_but_ends_waits"),
     },
     Patch {
         name: "hearts that stand still are fine",
