@@ -33,6 +33,9 @@ mod collectives;
 pub mod communicator;
 mod control;
 pub mod error;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod group;
 pub mod launch;
 mod neighbours;

@@ -8,6 +8,9 @@
 
 pub mod connect;
 pub mod error;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod identity;
 pub mod memory;
 pub mod plane;

@@ -21,6 +21,9 @@ use progress::PlaneThread;
 
 mod progress;
 
+#[cfg(feature = "fuzzing")]
+pub(crate) use progress::fuzzing;
+
 const MESSAGE: u16 = 2;
 const FAREWELL: u16 = 3;
 /// Messages of one peer that nobody received yet; more than this no rank sends.

@@ -13,6 +13,9 @@ use crate::error::{Lost, Result};
 use crate::identity;
 use crate::socket::{self, MAX_MESSAGE_BYTES, Received};
 
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
+
 /// A peer's heartbeat as last seen.
 struct Heart {
     count: u64,
