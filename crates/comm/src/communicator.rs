@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use unisono_core::call::CallHeader;
 use unisono_core::layout::{ControlLayout, WindowLayout};
+use unisono_core::recorder::Presence;
 use unisono_core::select::Algorithm;
 use unisono_core::settings::{AlgorithmChoice, Settings, Spin};
 use unisono_core::topology::Topology;
@@ -17,7 +18,7 @@ use crate::builder::Builder;
 use crate::call::{Call, Kind};
 use crate::cause::Cause;
 use crate::collectives::{Engine, EngineConfig};
-use crate::control::Control;
+use crate::control::{About, Control};
 use crate::error::{Error, Result};
 use crate::neighbours::Neighbours;
 use crate::observer::Observer;
@@ -54,6 +55,8 @@ pub(crate) struct Parts {
     pub(crate) topology: Arc<Topology>,
     pub(crate) neighbours: Neighbours,
     pub(crate) memory: Arc<SharedMemory>,
+    /// What the memory tells readers of other processes.
+    pub(crate) about: About,
 }
 
 impl Communicator {
@@ -95,6 +98,12 @@ impl Communicator {
             topology: topology.clone(),
             neighbours: Neighbours::Threads(hub.clone()),
             memory: memory.clone(),
+            about: About {
+                job: "threads".to_owned(),
+                generation: 0,
+                host: host.name.clone(),
+                is_recording: settings.recorder,
+            },
         };
         let ranks: Vec<_> = (0..world_size).map(|rank| Self::assemble(parts(rank), settings)).collect();
         ranks.iter().for_each(|rank| rank.engine.borrow_mut().have_met());
@@ -103,7 +112,7 @@ impl Communicator {
 
     pub(crate) fn assemble(parts: Parts, settings: &Settings) -> Self {
         let world_size = parts.names.len();
-        let control = Arc::new(Control::new(parts.memory, parts.rank, parts.names));
+        let control = Arc::new(Control::new(parts.memory, parts.rank, parts.names, parts.about));
         if let Neighbours::Processes(plane) = &parts.neighbours {
             plane.watch(control.clone());
         }
@@ -255,6 +264,7 @@ impl Communicator {
         let patience = self.patience.map_or(DESTROY_PATIENCE, |patience| patience.min(DESTROY_PATIENCE));
         let result = self.engine.borrow_mut().meet(CallHeader::bare(Kind::Destroy), Some(patience));
         self.destroyed = true;
+        self.control.leave(if result.is_ok() { Presence::Destroyed } else { Presence::Dropped });
         result
     }
 }
@@ -272,6 +282,7 @@ impl Drop for Communicator {
     fn drop(&mut self) {
         if !self.destroyed && self.control.world_size() > 1 {
             self.control.fail(&Cause::Dropped { rank: self.rank as u32 });
+            self.control.leave(Presence::Dropped);
         }
     }
 }

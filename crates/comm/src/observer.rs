@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 
 use unisono_core::call::{CallHeader, Kind};
-use unisono_core::layout::{INLINE_BYTES, SLOT_HEADER};
+use unisono_core::layout::SLOT_HEADER;
 use unisono_core::select::{self, Algorithm};
 use unisono_core::topology::Topology;
 
@@ -94,7 +94,7 @@ impl Observer {
         let world_size = self.control.world_size();
         let question = select::Question { kind, bytes, world_size, in_windows, forced: self.forced };
         match select::algorithm(&question) {
-            Algorithm::OneShot if bytes <= INLINE_BYTES && travels_inline(kind) => "inline".to_owned(),
+            Algorithm::OneShot if select::travels_inline(kind, bytes) => "inline".to_owned(),
             algorithm => algorithm.to_string(),
         }
     }
@@ -112,9 +112,4 @@ impl Observer {
         let header = CallHeader::from_words(&std::array::from_fn(|at| slots.read(epoch, SLOT_HEADER + at)))?;
         (header.kind != Kind::Destroy).then_some(header)
     }
-}
-
-/// The operations whose small data travels inside the call slot.
-const fn travels_inline(kind: Kind) -> bool {
-    matches!(kind, Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::AllGather)
 }

@@ -2,7 +2,7 @@
 //!
 //! What is in here: sealed anonymous memory ([`SharedMemory`]), the identity of this machine ([`identity`]), the sockets
 //! between the processes of a host ([`NodePlane`]) and their counterpart for threads of one process
-//! ([`ThreadHub`]). Nothing of it has a name in a file system, so nothing is left behind by a kill.
+//! ([`ThreadHub`]), and a look at the shared memory of other processes ([`inspect`]). Nothing of it has a name in a file system, so nothing is left behind by a kill.
 //!
 //! What never will be: a collective, a store, or any idea of what the memory is for.
 
@@ -12,6 +12,7 @@ pub mod error;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod identity;
+pub mod inspect;
 pub mod memory;
 pub mod plane;
 pub mod socket;
@@ -19,6 +20,7 @@ pub mod threads;
 
 pub use connect::{Endpoint, PeerAddress, PlaneConfig};
 pub use error::{Error, Lost, Result};
+pub use inspect::ForeignMemory;
 pub use memory::SharedMemory;
 pub use plane::{NodePlane, PlaneEvents};
 pub use threads::ThreadHub;

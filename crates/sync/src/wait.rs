@@ -127,12 +127,19 @@ pub struct Watch<'m> {
 pub struct SpinBudget {
     polls: Cell<u32>,
     waits: Cell<u32>,
+    slow: Cell<u32>,
 }
 
 impl SpinBudget {
     /// Starts with all that `policy` allows.
     pub const fn new(policy: &WaitPolicy) -> Self {
-        Self { polls: Cell::new(policy.spins), waits: Cell::new(0) }
+        Self { polls: Cell::new(policy.spins), waits: Cell::new(0), slow: Cell::new(0) }
+    }
+
+    /// How many waits outlasted their spin, modulo 2³²: who sees the same number twice has at most spun in between.
+    #[inline(always)]
+    pub const fn slow_waits(&self) -> u32 {
+        self.slow.get()
     }
 
     fn next(&self, policy: &WaitPolicy) -> u32 {
@@ -173,6 +180,7 @@ pub fn wait(
         }
     }
     watch.budget.polls.set(watch.budget.polls.get() / 2);
+    watch.budget.slow.set(watch.budget.slow.get().wrapping_add(1));
     wait_slowly(policy, watch, &ready, warn)
 }
 
@@ -297,15 +305,15 @@ mod tests {
     fn patience_ends_a_wait_after_one_warning() {
         let words = Words::default();
         let policy = WaitPolicy {
-            patience: Some(Duration::from_millis(30)),
-            warn_after: Some(Duration::from_millis(10)),
+            patience: Some(Duration::from_millis(500)),
+            warn_after: Some(Duration::from_millis(1)),
             ..POLICY
         };
         let warned = Cell::new(0);
         let budget = SpinBudget::new(&policy);
         let stopped =
             wait(&policy, words.watch(&budget), || false, || warned.set(warned.get() + 1)).unwrap_err();
-        assert!(matches!(stopped, Stopped::TimedOut { waited } if waited >= Duration::from_millis(30)));
+        assert!(matches!(stopped, Stopped::TimedOut { waited } if waited >= Duration::from_millis(500)));
         assert_eq!(warned.get(), 1);
     }
 
