@@ -1,6 +1,7 @@
 //! The list of targets: what stands at each border of a process, from the lowest crate to the highest.
 
 mod core;
+mod recorder;
 
 use unisono::fuzzing as comm;
 use unisono_node::fuzzing as node;
@@ -22,6 +23,7 @@ pub const TARGETS: &[Target] = &[
     target("handshake", Whole(core::handshake, core::handshake_seeds)),
     target("call_header", Whole(core::call_header, core::call_header_seeds)),
     target("settings", Whole(core::settings, core::settings_seeds)),
+    target("snapshot", Parts(recorder::snapshot, recorder::snapshot_seeds)),
     target("node_connection", Parts(node::connection, node::connection_seeds)),
     target("node_plane", Parts(node::plane_messages, node::plane_seeds)),
     target("cause", Whole(comm::cause, comm::cause_seeds)),
