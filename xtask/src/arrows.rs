@@ -7,7 +7,7 @@ use std::path::Path;
 use cargo_metadata::MetadataCommand;
 
 /// Each of our crates and those of ours that it may depend on.
-const ARROWS: [(&str, &[&str]); 10] = [
+const ARROWS: [(&str, &[&str]); 11] = [
     ("unisono-core", &[]),
     ("unisono-sync", &[]),
     ("unisono-cuda", &[]),
@@ -17,6 +17,7 @@ const ARROWS: [(&str, &[&str]); 10] = [
     ("unisono-cli", &["unisono"]),
     ("unisono-python", &["unisono", "unisono-cli"]),
     ("unisono-nccl", &["unisono"]),
+    ("unisono-fuzz", &["unisono-core", "unisono-node", "unisono"]),
     ("xtask", &[]),
 ];
 

@@ -6,8 +6,10 @@
 mod arrows;
 mod count;
 mod faults;
+mod fuzz;
 mod lex;
 mod rules;
+mod sabotage;
 mod test;
 mod tidy;
 
@@ -20,7 +22,11 @@ Usage: cargo xtask TASK
   test   tidy, the test suite, doc tests, the build without features, loom models, documentation
   tidy   the house rules alone
   faults [--scale N] [FILTER]
-         a campaign of the fault tests, in release, N times (10) as long as in the suite";
+         a campaign of the fault tests, in release, N times (10) as long as in the suite
+  fuzz [TARGET] [--time 60s | --executions N]
+         libFuzzer on each decoder of bytes from outside, for so long; needs a C++ compiler
+  sabotage [FILTER]
+         breaks one line at a time and looks whether the test that should notice does";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -31,6 +37,9 @@ fn main() -> ExitCode {
         ["faults", words @ ..] if let Some(campaign) = faults::Campaign::parse(words) => {
             campaign.run(&root())
         }
+        ["fuzz", words @ ..] if let Some(campaign) = fuzz::Campaign::parse(words) => campaign.run(&root()),
+        ["sabotage"] => sabotage::run(&root(), None),
+        ["sabotage", filter] if !filter.starts_with('-') => sabotage::run(&root(), Some(filter)),
         ["help" | "-h" | "--help"] => {
             println!("{USAGE}");
             true

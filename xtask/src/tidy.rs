@@ -8,8 +8,8 @@ use crate::rules::{check_rust, check_text};
 
 /// Endings of the files that are read, besides those that have none.
 const TEXTS: [&str; 12] = ["rs", "toml", "md", "py", "pyi", "sh", "cu", "cuh", "yml", "yaml", "json", "html"];
-/// Directories that are not ours or not committed.
-const SKIPPED: [&str; 4] = ["target", "gpu-bundle", "node_modules", "__pycache__"];
+/// Directories that are not ours, not committed, or hold what programs made.
+const SKIPPED: [&str; 5] = ["target", "gpu-bundle", "node_modules", "__pycache__", "corpus"];
 /// Hidden directories that are read all the same.
 const HIDDEN: [&str; 4] = [".cargo", ".ci", ".config", ".github"];
 

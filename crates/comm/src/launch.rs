@@ -11,6 +11,8 @@ use unisono_core::{Error as CoreError, Member};
 use crate::error::{Error, Result};
 
 mod address;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod job_directory;
 mod secret;
 #[cfg(test)]

@@ -34,6 +34,9 @@ pub mod communicator;
 mod control;
 mod derive;
 pub mod error;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod group;
 pub mod launch;
 mod neighbours;

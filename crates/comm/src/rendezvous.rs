@@ -18,6 +18,9 @@ use crate::cause::Cause;
 use crate::error::{Error, Result};
 use crate::store::Store;
 
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
+
 /// How long a rank that lost another waits for what that one may have to say. It says it before it goes.
 const HEARSAY_TIME: Duration = Duration::from_secs(1);
 /// The longest cause in the store.

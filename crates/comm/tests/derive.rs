@@ -162,8 +162,12 @@ fn a_child_that_fails_leaves_its_parent_and_siblings_alone() {
             }
         }
         let members = vec![world_rank & 2, world_rank & 2 | 1];
-        Family { communicator: twin, members }.work(world_rank, 9);
-        Family { communicator, members: (0..4).collect() }.work(world_rank, 9);
+        let families =
+            [Family { communicator: twin, members }, Family { communicator, members: (0..4).collect() }];
+        for family in families {
+            family.work(world_rank, 9);
+            family.communicator.destroy().unwrap();
+        }
     });
 }
 

@@ -131,6 +131,14 @@ mod tests {
     }
 
     #[test]
+    fn with_more_ranks_the_border_to_two_shot_is_lower() {
+        let question = |world_size, bytes| Question { world_size, bytes, ..SUM };
+        assert_eq!(algorithm(&question(2, ONE_SHOT_BYTES)), Algorithm::OneShot);
+        assert_eq!(algorithm(&question(5, ONE_SHOT_BYTES / 4)), Algorithm::OneShot);
+        assert_eq!(algorithm(&question(5, ONE_SHOT_BYTES / 4 + 8)), Algorithm::TwoShot);
+    }
+
+    #[test]
     fn what_was_asked_for_is_taken_where_it_can_serve() {
         let force = |algorithm| Question { forced: Some(algorithm), ..SUM };
         assert_eq!(algorithm(&force(Algorithm::TwoShot)), Algorithm::TwoShot);

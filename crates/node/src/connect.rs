@@ -21,6 +21,9 @@ use crate::credentials::{self, Credentials};
 use crate::error::{Error, Lost, Result};
 use crate::socket::{self, MAX_MESSAGE_BYTES, Received, Sent};
 
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
+
 /// First bytes of an introduction: who connects, to whom.
 const MAGIC: [u8; 4] = *b"uni1";
 const INTRODUCTION_BYTES: usize = 12;

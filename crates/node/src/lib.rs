@@ -10,6 +10,9 @@ pub mod connect;
 mod credentials;
 pub mod error;
 pub mod fork;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod identity;
 pub mod inspect;
 pub mod mailbox;

@@ -199,6 +199,13 @@ impl Engine {
         self.check_slowly()
     }
 
+    /// Ok, or how this rank itself failed here before.
+    #[inline]
+    pub(super) fn check_own(&self) -> Result<()> {
+        self.control.check_process()?;
+        self.failed.clone().map_or(Ok(()), Err)
+    }
+
     #[cold]
     fn check_slowly(&mut self) -> Result<()> {
         if let Some(error) = &self.failed {

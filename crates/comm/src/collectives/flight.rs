@@ -80,8 +80,10 @@ impl Engine {
     }
 
     /// Takes everything in flight as far as it goes without waiting.
+    ///
+    /// Not a look at the abort word: what peers announced before it counts all the same, and who then still waits fails.
     pub(crate) fn progress(&mut self) -> Result<()> {
-        self.check()?;
+        self.check_own()?;
         self.flight.blocked.clear();
         self.polling = true;
         let result = self.progress_collectives().and_then(|moved| Ok(self.progress_messages()? || moved));

@@ -7,6 +7,8 @@
 //! records, a change one write more; a waiter asks for the file's size every 1 to 20 ms. A record that a killed writer
 //! left unfinished is ignored, and cut off by the next writer.
 
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod log;
 
 use std::io::{self, ErrorKind};
@@ -266,7 +268,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("store");
         let whole = encode("/", "a", b"1");
-        let torn = encode("/", "b", b"2");
+        // Longer than what is written next, which would not cover it.
+        let torn = encode("/", "b", &[b'2'; 40]);
         for cut in 1..torn.len() {
             std::fs::write(&path, [&whole[..], &torn[..cut]].concat()).unwrap();
             let store = FileStore::open(&path, soon()).unwrap();

@@ -8,6 +8,14 @@ mod table;
 mod tcp;
 mod torch;
 
+/// The fuzz targets of all stores.
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing {
+    pub use super::file::fuzzing::*;
+    pub use super::tcp::fuzzing::*;
+    pub use super::torch::fuzzing::*;
+}
+
 use std::fmt;
 
 use unisono_sync::Deadline;

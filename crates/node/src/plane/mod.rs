@@ -25,6 +25,9 @@ use progress::PlaneThread;
 
 mod progress;
 
+#[cfg(feature = "fuzzing")]
+pub(crate) use progress::fuzzing;
+
 const MESSAGE: u16 = 2;
 const FAREWELL: u16 = 3;
 /// Longest time between two looks at the peers.

@@ -14,6 +14,9 @@ use crate::identity;
 use crate::mailbox::{MAX_UNREAD, Tag};
 use crate::socket::{self, MAX_MESSAGE_BYTES, Received};
 
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
+
 /// A peer's heartbeat as last seen.
 struct Heart {
     count: u64,

@@ -7,6 +7,8 @@
 
 mod client;
 mod connection;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod link;
 mod progress;
 mod protocol;

@@ -227,6 +227,15 @@ impl Service {
         Ok(Some(body))
     }
 
+    /// Whether nothing is kept for any request that waited.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(super) fn has_no_waiters(&self) -> bool {
+        self.waiters.is_empty()
+            && self.parked.is_empty()
+            && self.of_connection.is_empty()
+            && self.waiting_bytes == 0
+    }
+
     fn remove(&mut self, id: u64) {
         let Some(waiter) = self.waiters.remove(&id) else { return };
         self.waiting_bytes -= waiter.bytes;

@@ -63,6 +63,12 @@ impl Connection {
         Ok(connection)
     }
 
+    /// A connection over this stream, which has introduced itself.
+    #[cfg(feature = "fuzzing")]
+    pub(super) const fn of(stream: TcpStream) -> Self {
+        Self { stream, nonce: 0 }
+    }
+
     /// Sends requests.
     pub(super) fn send(&mut self, requests: Encoder, deadline: Deadline) -> Result<(), Failure> {
         let mut rest = requests.bytes();

@@ -24,13 +24,6 @@ fn set(service: &mut Service, key: &str) {
     assert_eq!(ask(service, 9, 0, Request::Set { key, value: Bytes(b"v") }).unwrap(), "0: Done");
 }
 
-fn is_empty(service: &Service) -> bool {
-    service.waiters.is_empty()
-        && service.parked.is_empty()
-        && service.of_connection.is_empty()
-        && service.waiting_bytes == 0
-}
-
 #[test]
 fn waiting_requests_are_released_in_order_once_all_their_keys_are_there() {
     let mut service = service();
@@ -41,7 +34,7 @@ fn waiting_requests_are_released_in_order_once_all_their_keys_are_there() {
     set(&mut service, "a");
     let expected = [(1, "5: Done".into()), (2, "6: Values([Bytes([118]), Bytes([118])])".into())];
     assert_eq!(ready(&mut service), expected);
-    assert!(is_empty(&service), "{service:?}");
+    assert!(service.has_no_waiters(), "{service:?}");
 }
 
 #[test]
@@ -58,7 +51,7 @@ fn a_key_deleted_before_the_reply_is_waited_for_again() {
     assert_eq!(ready(&mut service), []);
     set(&mut service, "b");
     assert_eq!(ready(&mut service).len(), 1);
-    assert!(is_empty(&service), "{service:?}");
+    assert!(service.has_no_waiters(), "{service:?}");
 }
 
 #[test]
@@ -71,7 +64,7 @@ fn a_cancelled_request_names_the_missing_key_and_leaves_nothing() {
     assert_eq!(ask(&mut service, 1, 5, Request::Cancel), None);
     set(&mut service, "b");
     assert_eq!(ready(&mut service), []);
-    assert!(is_empty(&service), "{service:?}");
+    assert!(service.has_no_waiters(), "{service:?}");
 }
 
 #[test]
@@ -90,7 +83,7 @@ fn a_connection_that_is_gone_leaves_nothing() {
         ask(&mut service, 1, number, Request::Wait { keys: vec!["a"] });
     }
     service.forget(1);
-    assert!(is_empty(&service), "{service:?}");
+    assert!(service.has_no_waiters(), "{service:?}");
     set(&mut service, "a");
     assert_eq!(ready(&mut service), []);
 }
@@ -146,6 +139,6 @@ fn any_bytes_are_a_request_or_an_error() {
         let _ = service.request(1, &bytes);
         prop_assert!(service.waiting_bytes <= 4096);
         service.forget(1);
-        prop_assert!(is_empty(&service));
+        prop_assert!(service.has_no_waiters());
     });
 }
