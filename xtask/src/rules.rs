@@ -31,6 +31,8 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/src/collectives/multi.rs",
     "crates/comm/src/collectives/reduce_scatter.rs",
     "crates/comm/src/collectives/transfer.rs",
+    // The address of a peer's copy of a window.
+    "crates/comm/src/collectives/windows.rs",
     // The base of our own part of a window.
     "crates/comm/src/communicator.rs",
     // Turns the layout into references.
@@ -47,6 +49,8 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/src/symmetric.rs",
     // Lends a window as a slice.
     "crates/comm/src/window.rs",
+    // Forks, and handles signals.
+    "crates/comm/tests/faults/forks.rs",
     // Forks a child that inherits sockets, as a data loader does.
     "crates/comm/tests/faults/kills.rs",
     // Hands a window over as any element.
@@ -56,6 +60,10 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/tests/support/region.rs",
     // Gives a window that is none any more to a collective.
     "crates/comm/tests/symmetric.rs",
+    // A structure that the kernel fills.
+    "crates/node/src/credentials.rs",
+    // Maps a page that is wiped on fork.
+    "crates/node/src/fork.rs",
     // Writes to a mapping of its own, in a test.
     "crates/node/src/inspect.rs",
     // Maps memory.

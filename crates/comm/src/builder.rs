@@ -15,11 +15,11 @@ use unisono_core::{Member, Secret, UniqueId};
 use unisono_node::{Endpoint, NodePlane, PeerAddress, PlaneConfig, identity};
 use unisono_sync::Deadline;
 
-use crate::communicator::{Communicator, Parts};
+use crate::communicator::{Communicator, Manner, Parts};
 use crate::control::About;
 use crate::error::{Error, Result};
 use crate::launch::{JobDirectory, Launch, StoreAddress, read_secret};
-use crate::neighbours::Neighbours;
+use crate::neighbours::{Host, Neighbours};
 use crate::rendezvous::Rendezvous;
 use crate::store::{
     FileStore, Store, StoreServer, StoreServerConfig, TcpStore, TorchStore, TorchStoreServer,
@@ -249,17 +249,18 @@ impl Builder {
         let explain = |error: Error| meeting.first_cause(error, &table);
         let plane =
             NodePlane::connect(&endpoint, &config, deadline).map_err(|error| explain(error.into()))?;
-        let neighbours = Neighbours::Processes(plane);
-        let memory = Communicator::share_control(&neighbours, rank, world_size, deadline).map_err(explain)?;
-        let names = table.hellos().iter().map(Hello::who).collect();
+        let host = Host::Processes(Arc::new(plane));
+        let neighbours = Neighbours::world(host, rank, world_size, self.generation);
+        let memory = Communicator::share_control(&neighbours, deadline, &|| false).map_err(explain)?;
+        let places = table.hellos().iter().map(Hello::place).collect();
         let about = About {
             job: hello.job.clone(),
             generation: hello.generation,
             host: hello.host.name.clone(),
             is_recording: settings.recorder,
         };
-        let parts = Parts { rank, names, topology, neighbours, memory, about };
-        let communicator = Communicator::assemble(parts, &settings);
+        let parts = Parts { places, topology, neighbours, memory, about };
+        let communicator = Communicator::assemble(parts, Manner::new(&settings, world_size));
         communicator.meet(deadline.remaining_up_to(settings.init_timeout)).map_err(explain)?;
         store.end(rank);
         Ok(communicator)

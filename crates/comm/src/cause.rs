@@ -18,6 +18,8 @@ pub(crate) enum Cause {
     Aborted { rank: u32, reason: String },
     /// A rank dropped its communicator without `destroy`.
     Dropped { rank: u32 },
+    /// A word of `who` says what no rank can have written.
+    Damaged { rank: u32, who: String, word: String },
 }
 
 impl Cause {
@@ -57,6 +59,9 @@ impl Cause {
             },
             Self::Aborted { rank, reason } => Self::Aborted { rank: *rank, reason: cut(reason) },
             Self::Dropped { rank } => Self::Dropped { rank: *rank },
+            Self::Damaged { rank, who, word } => {
+                Self::Damaged { rank: *rank, who: cut(who), word: cut(word) }
+            }
         }
     }
 
@@ -77,6 +82,9 @@ impl Cause {
             }
             Self::Aborted { rank, reason } => Error::Aborted { rank: rank as usize, during, reason },
             Self::Dropped { rank } => Error::PeerLeft { rank: rank as usize, during },
+            Self::Damaged { rank, who, word } => {
+                Error::DamagedMemory { rank: rank as usize, during, who, word }
+            }
         }
     }
 }

@@ -18,16 +18,18 @@ use crate::builder::Builder;
 use crate::call::{Call, Kind};
 use crate::cause::Cause;
 use crate::collectives::{Engine, EngineConfig};
-use crate::control::{About, Control};
+use crate::control::{About, Control, LEFT};
 use crate::error::{Error, Result};
-use crate::neighbours::Neighbours;
+use crate::neighbours::{Host, Neighbours, Watch};
 use crate::observer::Observer;
 use crate::operations::Operations;
 use crate::stream::{OnStream, Stream};
 use crate::window::{Memory, Window};
 
-/// Tag under which the control memory is handed over; windows use their ids, which start at 1.
-const CONTROL_TAG: u64 = 0;
+/// Under which the control memory is handed over; windows use their ids, which start at 1.
+const CONTROL_ITEM: u32 = 0;
+/// Under which ranks agree on the next generation. No window gets so far.
+pub(crate) const AGREEMENT_ITEM: u32 = u32::MAX;
 /// The longest that the collective end may take, whatever the patience.
 const DESTROY_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -39,24 +41,42 @@ const DESTROY_PATIENCE: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub struct Communicator {
     engine: RefCell<Engine>,
-    control: Arc<Control>,
-    neighbours: Neighbours,
-    topology: Arc<Topology>,
+    pub(crate) control: Arc<Control>,
+    /// Declared before the neighbours, so that it ends before the connections may.
+    pub(crate) watch: Option<Watch>,
+    pub(crate) neighbours: Neighbours,
+    /// Where each rank runs, for messages.
+    pub(crate) places: Arc<[String]>,
+    pub(crate) topology: Arc<Topology>,
     rank: usize,
-    patience: Option<Duration>,
-    destroyed: bool,
+    pub(crate) patience: Option<Duration>,
+    pub(crate) destroyed: bool,
 }
 
 /// What a communicator is assembled from.
 pub(crate) struct Parts {
-    pub(crate) rank: usize,
-    /// How messages call each rank.
-    pub(crate) names: Vec<String>,
+    /// Where each rank runs, as `host gpu07, pid 4121`.
+    pub(crate) places: Arc<[String]>,
     pub(crate) topology: Arc<Topology>,
     pub(crate) neighbours: Neighbours,
     pub(crate) memory: Arc<SharedMemory>,
     /// What the memory tells readers of other processes.
     pub(crate) about: About,
+}
+
+/// How a communicator works.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Manner {
+    pub(crate) policy: WaitPolicy,
+    pub(crate) forced: Option<Algorithm>,
+}
+
+impl Manner {
+    /// As the settings say, for this many ranks on this host.
+    pub(crate) fn new(settings: &Settings, local_ranks: usize) -> Self {
+        let (policy, forced) = (wait_policy(settings, local_ranks), forced_algorithm(settings.algorithm));
+        Self { policy, forced }
+    }
 }
 
 impl Communicator {
@@ -89,14 +109,13 @@ impl Communicator {
         let host = unisono_node::identity::host();
         let topology = Arc::new(Topology::one_host(&host.name, world_size));
         let memory = Arc::new(SharedMemory::create(Control::bytes(world_size))?);
-        let hub = Arc::new(ThreadHub::default());
+        let hub = Arc::new(ThreadHub::new(world_size));
+        let place = format!("thread of pid {}", std::process::id());
+        let places: Arc<[String]> = vec![place; world_size].into();
         let parts = |rank| Parts {
-            rank,
-            names: (0..world_size)
-                .map(|rank| format!("rank {rank} (thread of pid {})", std::process::id()))
-                .collect(),
+            places: places.clone(),
             topology: topology.clone(),
-            neighbours: Neighbours::Threads(hub.clone()),
+            neighbours: Neighbours::world(Host::Threads(hub.clone()), rank, world_size, 0),
             memory: memory.clone(),
             about: About {
                 job: "threads".to_owned(),
@@ -105,42 +124,45 @@ impl Communicator {
                 is_recording: settings.recorder,
             },
         };
-        let ranks: Vec<_> = (0..world_size).map(|rank| Self::assemble(parts(rank), settings)).collect();
-        ranks.iter().for_each(|rank| rank.engine.borrow_mut().have_met());
+        let manner = Manner::new(settings, world_size);
+        let ranks: Vec<_> = (0..world_size).map(|rank| Self::assemble(parts(rank), manner)).collect();
+        ranks.iter().for_each(|rank| rank.engine().have_met());
         Ok(ranks)
     }
 
-    pub(crate) fn assemble(parts: Parts, settings: &Settings) -> Self {
-        let world_size = parts.names.len();
-        let control = Arc::new(Control::new(parts.memory, parts.rank, parts.names, parts.about));
-        if let Neighbours::Processes(plane) = &parts.neighbours {
-            plane.watch(control.clone());
-        }
+    pub(crate) fn assemble(parts: Parts, manner: Manner) -> Self {
+        let Parts { places, topology, neighbours, memory, about } = parts;
+        let rank = neighbours.me();
+        let name = |(rank, place): (usize, &String)| format!("rank {rank} ({place})");
+        let names = places.iter().enumerate().map(name).collect();
+        let control = Arc::new(Control::new(memory, rank, names, about));
+        let watch = neighbours.watch(control.clone());
         let engine = Engine::new(EngineConfig {
             control: control.clone(),
-            rank: parts.rank,
-            policy: wait_policy(settings, world_size),
-            forced: forced_algorithm(settings.algorithm),
+            rank,
+            manner,
+            generation: neighbours.generation(),
         });
         Self {
             engine: RefCell::new(engine),
             control,
-            neighbours: parts.neighbours,
-            topology: parts.topology,
-            rank: parts.rank,
-            patience: settings.timeout,
+            watch,
+            neighbours,
+            places,
+            topology,
+            rank,
+            patience: manner.policy.patience,
             destroyed: false,
         }
     }
 
-    /// The control memory of a world of processes. Collective.
+    /// The control memory of `neighbours`. Collective.
     pub(crate) fn share_control(
         neighbours: &Neighbours,
-        rank: usize,
-        world_size: usize,
         deadline: Deadline,
+        is_aborted: &dyn Fn() -> bool,
     ) -> Result<Arc<SharedMemory>> {
-        neighbours.share((rank, world_size), CONTROL_TAG, Control::bytes(world_size), deadline, &|| false)
+        neighbours.share(CONTROL_ITEM, Control::bytes(neighbours.world_size()), deadline, is_aborted)
     }
 
     /// The first meeting in shared memory: when it returns, every rank has arrived.
@@ -161,6 +183,12 @@ impl Communicator {
     /// The number of ranks.
     pub fn world_size(&self) -> usize {
         self.control.world_size()
+    }
+
+    /// The generation of this communicator: what [`Builder::generation`] said (0 by default) and one more for each time that it
+    /// was shrunk. Communicators split off begin with the generation of the one that they come from.
+    pub const fn generation(&self) -> u32 {
+        self.neighbours.generation()
     }
 
     /// This rank's number among the ranks of its host.
@@ -217,7 +245,7 @@ impl Communicator {
         let total = layout.total_bytes();
         let deadline = self.patience.map_or(Deadline::NEVER, Deadline::after);
         let is_aborted = || self.control.abort().raised().is_some();
-        let memory = self.neighbours.share((self.rank, self.world_size()), id, total, deadline, &is_aborted);
+        let memory = self.neighbours.share(id as u32, total, deadline, &is_aborted);
         // Either all have it or none: a rank that could not map it says so, and everybody lets go of it.
         let mut all_have_it = [u8::from(memory.is_ok())];
         engine.submit(&Call::new(
@@ -239,6 +267,9 @@ impl Communicator {
     /// # Errors
     /// [`Error::Argument`] if that is another communicator; those of a failed one.
     pub(crate) fn end_window(&self, kind: Kind, id: u64, owner: &Arc<Control>) -> Result<()> {
+        if let Some(error) = owner.outdated(id) {
+            return Err(error);
+        }
         if !Arc::ptr_eq(owner, &self.control) {
             return Err(Error::Argument {
                 call: kind.name(),
@@ -263,8 +294,8 @@ impl Communicator {
     pub fn destroy(mut self) -> Result<()> {
         let patience = self.patience.map_or(DESTROY_PATIENCE, |patience| patience.min(DESTROY_PATIENCE));
         let result = self.engine.borrow_mut().meet(CallHeader::bare(Kind::Destroy), Some(patience));
-        self.destroyed = true;
         self.control.leave(if result.is_ok() { Presence::Destroyed } else { Presence::Dropped });
+        self.destroyed = result.is_ok();
         result
     }
 }
@@ -283,6 +314,9 @@ impl Drop for Communicator {
         if !self.destroyed && self.control.world_size() > 1 {
             self.control.fail(&Cause::Dropped { rank: self.rank as u32 });
             self.control.leave(Presence::Dropped);
+            // Those who agree on who goes on need not wait for us, and we do not ask any more what they say.
+            self.control.fate(self.rank).settle(LEFT);
+            self.neighbours.close();
         }
     }
 }

@@ -4,16 +4,20 @@
 //! It also keeps the first cause of a failure: whoever finds one writes it into its own record, then sets the abort
 //! word, which ends every wait of every rank. Control words of peers are only ever copied and compared.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use unisono_core::layout::{CAUSE_BYTES, ControlLayout, Field, RECORD_WORDS, RankFields, SLOT_WORDS};
 use unisono_core::recorder::{JobLabel, Presence, RankLabel, TickSource};
 use unisono_node::identity::{self, ProcessStatus};
-use unisono_node::{Lost, PlaneEvents, SharedMemory};
+use unisono_node::{Lost, PlaneEvents, Process, SharedMemory};
 use unisono_sync::memory::{words32, words64};
-use unisono_sync::{AbortWord, EpochFlag, Journal, Sleepers, SlotRing, Ticks, Word};
+use unisono_sync::{AbortWord, EpochFlag, Fate, Journal, Sleepers, SlotRing, Ticks, Word};
 
 use crate::cause::Cause;
+use crate::error::{Error, Result};
+
+/// Settles the fate of a rank that leaves: no rank has this number.
+pub(crate) const LEFT: u32 = u32::MAX - 1;
 
 /// The words of one rank.
 #[derive(Clone, Copy, Debug)]
@@ -32,6 +36,8 @@ pub(crate) struct RankWords<'m> {
     pub(crate) heartbeat: EpochFlag<'m>,
     /// Who sleeps on its words.
     pub(crate) sleepers: Sleepers<'m>,
+    /// Whether it goes on into the next generation.
+    fate: Fate<'m>,
     /// Its call slots.
     pub(crate) slots: SlotRing<'m>,
     /// What it did last.
@@ -75,8 +81,12 @@ pub(crate) struct Control {
     /// Names of the ranks, for causes.
     names: Vec<String>,
     about: About,
+    /// Who made this: a child that was forked from it has no part in the job.
+    process: Process,
     /// Held while our record is written: the operating thread, the plane's and observers' may all find a cause.
     recording: Mutex<()>,
+    /// The generation that went on in other memory.
+    superseded: OnceLock<u32>,
     /// Declared last, so that it is unmapped after everything above is gone.
     memory: Arc<SharedMemory>,
 }
@@ -114,7 +124,9 @@ impl Control {
         let words = (0..names.len()).map(|rank| rank_words(base, &layout.rank(rank))).collect();
         // SAFETY: the abort word lies in the mapping, which is kept alive by `memory` beside it.
         let abort = AbortWord::new(unsafe { &words32(base.add(layout.abort().offset), 1)[0] });
-        let control = Self { words, abort, layout, me, names, about, recording: Mutex::new(()), memory };
+        let (process, recording) = (Process::this(), Mutex::new(()));
+        let superseded = OnceLock::new();
+        let control = Self { words, abort, layout, me, names, about, process, recording, superseded, memory };
         control.introduce();
         control
     }
@@ -186,6 +198,27 @@ impl Control {
         self.words.len()
     }
 
+    /// Whether `rank` goes on into the next generation, or who settled that it does not.
+    pub(crate) fn fate(&self, rank: usize) -> Fate<'_> {
+        self.words[rank].fate
+    }
+
+    /// The memory itself.
+    pub(crate) const fn memory(&self) -> &Arc<SharedMemory> {
+        &self.memory
+    }
+
+    /// From now on, windows of this memory say that the communicator went on as `generation`.
+    pub(crate) fn supersede(&self, generation: u32) {
+        // Only whoever leaves this memory calls it, once.
+        let _ = self.superseded.set(generation);
+    }
+
+    /// What window `id` of this memory answers once the communicator went on elsewhere.
+    pub(crate) fn outdated(&self, id: u64) -> Option<Error> {
+        self.superseded.get().map(|generation| Error::Generation { window: id, generation: *generation })
+    }
+
     /// How messages call `rank`.
     pub(crate) fn name(&self, rank: usize) -> &str {
         &self.names[rank]
@@ -197,8 +230,22 @@ impl Control {
         self.abort
     }
 
-    /// Records `cause` and ends all waits of all ranks, unless somebody was first.
+    /// Refuses a child that was forked from the process that made this.
+    #[inline(always)]
+    pub(crate) fn check_process(&self) -> Result<()> {
+        if self.process.is_this() { Ok(()) } else { Err(self.forked()) }
+    }
+
+    #[cold]
+    fn forked(&self) -> Error {
+        Error::Forked { rank: self.me, parent: self.process.pid(), child: std::process::id() }
+    }
+
+    /// Records `cause` and ends all waits of all ranks, unless somebody was first. A forked child fails nobody.
     pub(crate) fn fail(&self, cause: &Cause) {
+        if !self.process.is_this() {
+            return;
+        }
         let _guard = self.recording.lock().unwrap_or_else(PoisonError::into_inner);
         if self.abort.raised().is_some() {
             return;
@@ -241,7 +288,8 @@ impl Control {
 impl PlaneEvents for Control {
     fn beat(&self) {
         let heartbeat = self.words[self.me].heartbeat;
-        heartbeat.publish(heartbeat.current() + 1);
+        // Whatever stands there, it must only be another value than before.
+        heartbeat.publish(heartbeat.current().wrapping_add(1));
     }
 
     fn heartbeat_of(&self, rank: usize) -> u64 {
@@ -264,6 +312,8 @@ fn rank_words(base: *mut u8, fields: &RankFields) -> RankWords<'static> {
     let flag = |field: Field, at: usize| EpochFlag::new(&words(field)[at]);
     // SAFETY: as above; the count of sleepers has a 64-byte half line of its own.
     let sleepers = unsafe { &words32(base.add(fields.liveness.offset + 64), 1)[0] };
+    // SAFETY: as above; the fate has a word of the heartbeat's half line.
+    let fate = unsafe { &words32(base.add(fields.liveness.offset + 8), 1)[0] };
     // SAFETY: staging lies in the mapping.
     let at = |field: Field| unsafe { base.add(field.offset) };
     RankWords {
@@ -274,6 +324,7 @@ fn rank_words(base: *mut u8, fields: &RankFields) -> RankWords<'static> {
         completed: flag(fields.consumed, 2),
         heartbeat: flag(fields.liveness, 0),
         sleepers: Sleepers::new(sleepers),
+        fate: Fate::new(fate),
         slots: SlotRing::new(words(fields.slots), SLOT_WORDS),
         records: Journal::new(words(fields.records)),
         staging_in: at(fields.staging_in),

@@ -24,10 +24,7 @@ pub enum Error {
         right: String,
     },
     /// A rank's process is gone, stopped or silent. The communicator has failed on all ranks.
-    #[error(
-        "{who} died during {during}: {how}. This communicator cannot go on; ranks left: {}.",
-        list(survivors)
-    )]
+    #[error("{who} died during {during}: {how}.{}", can_shrink(survivors))]
     PeerDied {
         /// The rank that died.
         rank: usize,
@@ -37,7 +34,7 @@ pub enum Error {
         during: String,
         /// How it is known.
         how: String,
-        /// The other ranks.
+        /// The other ranks: they can go on with `shrink()`. None while the job starts.
         survivors: Vec<usize>,
     },
     /// The other ranks gave us up: this process was stopped, and runs again. The communicator has failed on all ranks.
@@ -54,7 +51,7 @@ pub enum Error {
     },
     /// A rank dropped its communicator while others still used theirs.
     #[error(
-        "rank {rank} dropped its communicator before {during} was complete. Call destroy() on every rank to end together."
+        "rank {rank} dropped its communicator before {during} was complete. Call destroy() on every rank to end together; the others can go on with shrink()."
     )]
     PeerLeft {
         /// The rank that left.
@@ -83,6 +80,33 @@ pub enum Error {
         during: String,
         /// The reason it gave.
         reason: String,
+    },
+    /// A communicator is used in a child that was forked from its process. The parent and the job go on.
+    #[error(
+        "rank {rank} is process {parent}; this is process {child}, forked from it, which has no part in the job. Use the communicator in the parent, or make a new one here."
+    )]
+    Forked {
+        /// The rank of the parent.
+        rank: usize,
+        /// The process that made the communicator.
+        parent: u32,
+        /// This process.
+        child: u32,
+    },
+    /// The shared memory says what no rank can have written: a process wrote to it that should not, or wrongly. The
+    /// communicator has failed on all ranks.
+    #[error(
+        "the shared memory of {who} is damaged: {word} (found by rank {rank} during {during}). Something else than this library wrote there; only a new communicator can go on."
+    )]
+    DamagedMemory {
+        /// The rank that found it.
+        rank: usize,
+        /// What this rank was doing.
+        during: String,
+        /// Whose part of the memory it is, with host and process.
+        who: String,
+        /// Which word, what it says and what it could say.
+        word: String,
     },
     /// An argument of this rank does not fit. Nothing was sent or written, and the communicator still works.
     #[error("{call} on rank {rank}: {what} should be {expected}, got {got}. Nothing was written.")]
@@ -121,6 +145,16 @@ pub enum Error {
         id: u64,
         /// Why the communicator failed.
         cause: String,
+    },
+    /// A window of a communicator that was shrunk: it went on in fresh memory. What the window holds is lost.
+    #[error(
+        "window {window} was made before its communicator went on as generation {generation}, in fresh memory. Make a new window there."
+    )]
+    Generation {
+        /// The window.
+        window: u64,
+        /// The generation that goes on.
+        generation: u32,
     },
     /// A signal did not come in time. The communicator still works.
     #[error(
@@ -340,6 +374,15 @@ pub enum Error {
         /// Why not, and what to do instead.
         reason: &'static str,
     },
+}
+
+/// What these ranks can do after a death.
+fn can_shrink(survivors: &[usize]) -> String {
+    match survivors {
+        [] => String::new(),
+        [rank] => format!(" Rank {rank} can go on with shrink()."),
+        ranks => format!(" Ranks {} can go on with shrink().", list(ranks)),
+    }
 }
 
 /// `0, 1, 5` for messages.

@@ -205,11 +205,16 @@ impl<'a> Rendezvous<'a> {
             first = Some(cause);
         }
         let member = (me, table.hellos().len());
-        match (first, &error) {
+        let mut error = match (first, &error) {
             (Some(cause), _) => cause.into_error(DURING, member),
             (None, Error::Node(unisono_node::Error::PeerLost { .. })) => own.into_error(DURING, member),
             (None, _) => error,
+        };
+        if let Error::PeerDied { survivors, .. } = &mut error {
+            // There is no communicator yet that could be shrunk.
+            survivors.clear();
         }
+        error
     }
 
     /// The hellos of all ranks of `hosts`.

@@ -80,7 +80,8 @@ impl<T: Element> Symmetric<T> {
     /// Copies elements of `peer`'s copy, from element `at` on, to `dst`. `peer` may be this rank.
     ///
     /// # Errors
-    /// [`Error::Argument`] if `peer` is no rank or the range does not lie inside; the first cause of a failed communicator.
+    /// [`Error::Argument`] if `peer` is no rank or the range does not lie inside; the first cause of a failed communicator;
+    /// [`Error::Generation`] once it was shrunk.
     pub fn read(&self, peer: usize, at: usize, dst: &mut [T]) -> Result<()> {
         let start = self.check("read", peer, at, dst.len())?;
         // SAFETY: elements have no padding and no invalid bit patterns, so they may be written as bytes.
@@ -129,6 +130,7 @@ impl<T: Element> Symmetric<T> {
     /// [`Error::Argument`] if there is no such slot.
     pub fn wait_signal(&self, slot: usize, at_least: u32, timeout: Duration) -> Result<()> {
         let rank = self.rank();
+        self.check_peer("wait_signal", rank)?;
         let pad = self.pad(rank);
         let Some(word) = pad.word(slot) else { return Err(self.no_such_slot("wait_signal", slot)) };
         let policy = WaitPolicy { patience: Some(timeout), warn_after: None, ..self.policy };
@@ -142,6 +144,9 @@ impl<T: Element> Symmetric<T> {
                 Err(Error::Signal { rank, slot, expected: at_least, got, waited })
             }
             Err(Stopped::Aborted) => {
+                if let Some(error) = self.control.outdated(self.id) {
+                    return Err(error);
+                }
                 let unknown = || Cause::Aborted { rank: rank as u32, reason: "unknown".to_owned() };
                 let cause = self.control.cause().unwrap_or_else(unknown);
                 Err(cause.into_error(&format!("wait_signal on slot {slot}"), self.control.member()))
@@ -185,6 +190,9 @@ impl<T: Element> Symmetric<T> {
             });
         }
         if self.control.abort().raised().is_some() {
+            if let Some(error) = self.control.outdated(self.id) {
+                return Err(error);
+            }
             match self.control.cause() {
                 // Whoever left may have done all its part; a wait that misses it says so.
                 None | Some(Cause::Dropped { .. }) => {}
@@ -196,6 +204,7 @@ impl<T: Element> Symmetric<T> {
 
     #[inline]
     fn check_peer(&self, call: &'static str, peer: usize) -> Result<()> {
+        self.control.check_process()?;
         let (rank, world_size) = self.control.member();
         if peer < world_size {
             return Ok(());

@@ -73,8 +73,13 @@ impl<T: Element> Window<T> {
     /// This rank's copy, until the next collective on it.
     ///
     /// # Errors
-    /// [`Error::Poisoned`] once the communicator failed: a peer may have been writing.
+    /// [`Error::Poisoned`] once the communicator failed: a peer may have been writing. [`Error::Generation`] once it was shrunk.
+    /// [`Error::Forked`] in a forked child.
     pub fn lend(&mut self) -> Result<&mut [T]> {
+        self.control.check_process()?;
+        if let Some(error) = self.control.outdated(self.id) {
+            return Err(error);
+        }
         if let Some(cause) = self.control.cause() {
             let cause = cause.into_error("a collective", self.control.member()).to_string();
             return Err(Error::Poisoned { id: self.id, cause });
@@ -103,7 +108,7 @@ impl<T: Element> Window<T> {
     /// Ends the window on all ranks and frees its memory. Collective.
     ///
     /// # Errors
-    /// [`Error::Argument`] if `communicator` did not make this window; those of a failed communicator. This rank's hold
+    /// [`Error::Argument`] if `communicator` did not make this window; [`Error::Generation`] if an earlier generation of it did; those of a failed communicator. This rank's hold
     /// on the memory ends in any case.
     pub fn close(self, communicator: &Communicator) -> Result<()> {
         communicator.end_window(Kind::CloseWindow, self.id, &self.control)

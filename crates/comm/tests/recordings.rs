@@ -62,7 +62,7 @@ fn every_kind_of_call_is_recorded_with_what_it_was() {
             assert_eq!((view.presence, view.process), (Presence::Here, Process::Running));
             assert_eq!(view.pid, std::process::id());
             let calls: Vec<String> =
-                view.records.iter().map(|record| format!("{record}: {}", record.way())).collect();
+                view.records.iter().map(|record| format!("{record}: {}", record.way(2))).collect();
             let expected = [
                 "the start of the job: one-shot",
                 "window #1 (f32, 8192): one-shot",

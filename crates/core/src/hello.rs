@@ -66,7 +66,12 @@ pub struct Hello {
 impl Hello {
     /// `rank 3 (host gpu07, pid 4121)`.
     pub fn who(&self) -> String {
-        format!("rank {} (host {}, pid {})", self.member.rank(), self.host.name, self.pid)
+        format!("rank {} ({})", self.member.rank(), self.place())
+    }
+
+    /// `host gpu07, pid 4121`: the same whatever its rank.
+    pub fn place(&self) -> String {
+        format!("host {}, pid {}", self.host.name, self.pid)
     }
 
     /// Refuses `other` unless both fit into one world: version, job, generation, world size and options.

@@ -79,7 +79,7 @@ pub struct RankFields {
     pub reduced: Field,
     /// `u64` × 3: the trail (calls completed and chain, packed), steps whose chunks of all peers were read, calls completed.
     pub consumed: Field,
-    /// `u64` heartbeat; then, at byte 64, the `u32` count of sleepers, which peers write.
+    /// `u64` heartbeat; at byte 8 the `u32` fate, which peers may write; at byte 64 the `u32` count of sleepers, which they do.
     pub liveness: Field,
     /// Why this rank raised the abort word.
     pub cause: Field,

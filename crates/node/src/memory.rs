@@ -3,6 +3,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
@@ -102,6 +103,21 @@ impl SharedMemory {
     }
 }
 
+/// What a process that is not proven dead may still write to.
+static QUARANTINE: Mutex<Vec<Arc<SharedMemory>>> = Mutex::new(Vec::new());
+
+/// Keeps `memory`, its mapping and its descriptor, for the rest of our life. Nobody reads it any more; a peer that was given
+/// up, but lives, can write there without harm.
+pub fn quarantine(memory: Arc<SharedMemory>) {
+    QUARANTINE.lock().unwrap_or_else(PoisonError::into_inner).push(memory);
+}
+
+/// Bytes of memory in quarantine.
+pub fn quarantined_bytes() -> usize {
+    let memories = QUARANTINE.lock().unwrap_or_else(PoisonError::into_inner);
+    memories.iter().map(|memory| memory.bytes()).sum()
+}
+
 /// What could be allocated now, by the machine's own account and that of our control group. Anonymous memory has no
 /// quota of its own: asking for more would not fail but bring the machine's out-of-memory killer.
 fn available_bytes() -> usize {
@@ -163,6 +179,17 @@ mod tests {
         assert!(error.to_string().contains("4096 bytes with seals"), "{error}");
         let null = std::fs::File::open("/dev/null").unwrap();
         assert!(matches!(SharedMemory::from_fd(null.into(), 4096), Err(Error::ForeignMemory { .. })));
+    }
+
+    #[test]
+    fn memory_in_quarantine_stays_mapped() {
+        let before = quarantined_bytes();
+        let memory = Arc::new(SharedMemory::create(4096).unwrap());
+        let base = memory.as_ptr();
+        quarantine(memory);
+        // SAFETY: the mapping is one page long and stays for ever.
+        unsafe { base.write(42) };
+        assert_eq!(quarantined_bytes(), before + 4096);
     }
 
     #[test]

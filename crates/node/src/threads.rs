@@ -1,91 +1,80 @@
 //! The ranks of one process: what the node plane is for processes, for threads. Memory is handed over as the mapping
 //! itself, so all threads share one.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
-
-use unisono_sync::Deadline;
+use std::sync::Arc;
 
 use crate::error::{Error, Result};
+use crate::mailbox::{Mailbox, Tag};
 use crate::memory::SharedMemory;
 
-/// Where threads of one world hand memory to each other.
-#[derive(Debug, Default)]
-pub struct ThreadHub {
-    offered: Mutex<HashMap<u64, Offer>>,
-    changed: Condvar,
+/// A message from another thread.
+#[derive(Clone, Debug, Default)]
+pub struct ThreadMessage {
+    /// Its content.
+    pub body: Vec<u8>,
+    /// The memory that came with it.
+    pub memory: Option<Arc<SharedMemory>>,
 }
 
-/// Memory, or why there is none, and how many ranks have still to take it.
+/// Where the threads of one world send each other messages.
 #[derive(Debug)]
-struct Offer {
-    memory: Result<Arc<SharedMemory>>,
-    takers: usize,
+pub struct ThreadHub {
+    mailboxes: Vec<Mailbox<ThreadMessage>>,
 }
 
 impl ThreadHub {
-    /// Offers `memory`, or the reason why there is none, under `tag` to `takers` other ranks.
-    pub fn offer(&self, tag: u64, memory: Result<Arc<SharedMemory>>, takers: usize) {
-        if takers > 0 {
-            self.offered.lock().unwrap_or_else(PoisonError::into_inner).insert(tag, Offer { memory, takers });
-            self.changed.notify_all();
-        }
+    /// The hub of `ranks` threads.
+    pub fn new(ranks: usize) -> Self {
+        Self { mailboxes: (0..ranks).map(|_| Mailbox::default()).collect() }
     }
 
-    /// Takes the memory offered under `tag` by rank `from`, waiting for it; `is_aborted` ends the wait.
-    pub fn take(
-        &self,
-        tag: u64,
-        from: usize,
-        deadline: Deadline,
-        is_aborted: &dyn Fn() -> bool,
-    ) -> Result<Arc<SharedMemory>> {
-        let start = std::time::Instant::now();
-        let mut offered = self.offered.lock().unwrap_or_else(PoisonError::into_inner);
-        loop {
-            if let Some(offer) = offered.get_mut(&tag) {
-                let memory = offer.memory.clone();
-                offer.takers -= 1;
-                if offer.takers == 0 {
-                    offered.remove(&tag);
-                }
-                return memory;
-            }
-            if is_aborted() {
-                return Err(Error::Aborted);
-            }
-            if deadline.is_over() {
-                return Err(Error::Timeout { rank: from, what: "its memory", waited: start.elapsed() });
-            }
-            let slice = deadline.remaining_up_to(Duration::from_millis(20));
-            offered = self.changed.wait_timeout(offered, slice).unwrap_or_else(PoisonError::into_inner).0;
+    /// Sends `message` of rank `from` to rank `to`.
+    pub fn send(&self, from: usize, to: usize, tag: Tag, message: ThreadMessage) -> Result<()> {
+        if self.mailbox(to).put(from, tag, message) {
+            return Ok(());
         }
+        Err(Error::Socket { action: "send", message: format!("rank {to} does not read") })
+    }
+
+    /// What was sent to `rank`.
+    ///
+    /// # Panics
+    /// If there is no such rank.
+    pub fn mailbox(&self, rank: usize) -> &Mailbox<ThreadMessage> {
+        &self.mailboxes[rank]
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use unisono_sync::Deadline;
+
     use super::*;
 
     #[test]
-    fn all_takers_get_the_same_mapping_and_then_it_is_gone() {
-        let hub = Arc::new(ThreadHub::default());
+    fn threads_get_the_same_mapping_and_only_once() {
+        let hub = Arc::new(ThreadHub::new(3));
+        let tag = Tag { group: 0, generation: 0, item: 5 };
         let memory = Arc::new(SharedMemory::create(1).unwrap());
-        let takers: Vec<_> = (0..2)
-            .map(|_| {
+        let takers: Vec<_> = (1..3)
+            .map(|rank| {
                 let hub = hub.clone();
-                std::thread::spawn(move || {
-                    hub.take(5, 0, Deadline::after(Duration::from_secs(10)), &|| false)
-                })
+                let deadline = Deadline::after(Duration::from_secs(10));
+                std::thread::spawn(move || hub.mailbox(rank).receive(0, tag, "memory", deadline, &|| false))
             })
             .collect();
-        hub.offer(5, Ok(memory.clone()), 2);
-        for taker in takers {
-            assert!(Arc::ptr_eq(&taker.join().unwrap().unwrap(), &memory));
+        for to in 1..3 {
+            let message = ThreadMessage { body: Vec::new(), memory: Some(memory.clone()) };
+            hub.send(0, to, tag, message).unwrap();
         }
-        let late = hub.take(5, 0, Deadline::after(Duration::ZERO), &|| false).unwrap_err();
-        assert!(matches!(late, Error::Timeout { rank: 0, .. }));
-        assert_eq!(hub.take(5, 0, Deadline::NEVER, &|| true).unwrap_err(), Error::Aborted);
+        for taker in takers {
+            assert!(Arc::ptr_eq(&taker.join().unwrap().unwrap().memory.unwrap(), &memory));
+        }
+        let late = hub.mailbox(1).receive(0, tag, "x", Deadline::after(Duration::ZERO), &|| false);
+        assert!(matches!(late.unwrap_err(), Error::Timeout { rank: 0, .. }));
+        let aborted = hub.mailbox(1).receive(0, tag, "x", Deadline::NEVER, &|| true);
+        assert_eq!(aborted.unwrap_err(), Error::Aborted);
     }
 }

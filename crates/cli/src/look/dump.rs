@@ -53,7 +53,8 @@ impl<'s> Job<'s> {
     fn new(snapshot: &'s Snapshot) -> Self {
         let ranks = snapshot.ranks.iter().map(|view| {
             let RankState { rank, pid, state, waits_for, .. } = RankState::new(snapshot, view);
-            Rank { rank, pid, state, waits_for, calls: view.records.iter().map(Call::new).collect() }
+            let call = |record| Call::new(record, snapshot.ranks.len());
+            Rank { rank, pid, state, waits_for, calls: view.records.iter().map(call).collect() }
         });
         Self {
             job: &snapshot.job,
@@ -93,12 +94,12 @@ fn table(snapshot: &Snapshot) -> String {
         "rank", "begun before", "took", "bytes", "algorithm", "call"
     ));
     for rank in &snapshot.ranks {
-        lines.extend(rank.records.iter().map(|record| row(rank.rank, record)));
+        lines.extend(rank.records.iter().map(|record| row((rank.rank, snapshot.ranks.len()), record)));
     }
     lines.join("\n")
 }
 
-fn row(rank: usize, record: &Record) -> String {
+fn row((rank, world_size): (usize, usize), record: &Record) -> String {
     let took = match (record.end, record.took()) {
         (End::Open, _) => "goes on".to_owned(),
         (End::AtOnce, _) => "at once".to_owned(),
@@ -110,7 +111,7 @@ fn row(rank: usize, record: &Record) -> String {
         "{rank:>4} {:>14} {took:>12} {:>10}  {:<9} {record}{waits}",
         format!("{:.6} s", record.begun.as_secs_f64()),
         bytes(record.bytes()),
-        record.way()
+        record.way(world_size)
     )
 }
 

@@ -52,7 +52,7 @@ pub(crate) struct Call {
 }
 
 impl Call {
-    pub(crate) fn new(record: &Record) -> Self {
+    pub(crate) fn new(record: &Record, world_size: usize) -> Self {
         let header = &record.header;
         Self {
             operation: header.kind.name(),
@@ -66,7 +66,7 @@ impl Call {
             to: record.receiver(),
             from: record.sender(),
             tag: record.tag(),
-            algorithm: record.way(),
+            algorithm: record.way(world_size),
             state: match record.end {
                 End::Open => "open",
                 End::AtOnce | End::Done(_) => "done",
@@ -106,7 +106,7 @@ impl RankState {
             host: snapshot.host.clone(),
             pid: rank.pid,
             state,
-            call: record.map(Call::new),
+            call: record.map(|record| Call::new(record, snapshot.ranks.len())),
             calls_per_second,
             gigabytes_per_second,
             waits_for: snapshot.waits_for(rank.rank),

@@ -71,7 +71,7 @@ impl Trace {
                         dur: duration(record, next),
                         pid,
                         tid: 2 * index + usize::from(record.number.is_none()),
-                        args: Box::new(Call::new(record)),
+                        args: Box::new(Call::new(record, snapshot.ranks.len())),
                     });
                 }
             }

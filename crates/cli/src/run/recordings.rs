@@ -81,7 +81,7 @@ impl Recordings {
         let snapshots = self.snapshots();
         let latest = |rank| latest(&snapshots, rank);
         let call = |(snapshot, record): (&Snapshot, &Record), rank| LastCall {
-            call: Call::new(record),
+            call: Call::new(record, snapshot.ranks.len()),
             waits_for: snapshot.waits_for(rank),
         };
         (0..ranks).map(|rank| latest(rank).map(|found| call(found, rank))).collect()

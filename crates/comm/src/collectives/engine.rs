@@ -9,19 +9,20 @@ use std::time::Duration;
 
 use unisono_core::call::{CallHeader, HEADER_WORDS, Kind};
 use unisono_core::layout::{
-    CALL_SLOTS, CHUNK_BYTES, CHUNKS, INLINE_WORDS, SLOT_CHAIN, SLOT_DATA, SLOT_HEADER, WindowLayout,
+    CALL_SLOTS, CHUNK_BYTES, CHUNKS, INLINE_WORDS, SLOT_CHAIN, SLOT_DATA, SLOT_HEADER,
 };
-use unisono_core::select::Algorithm;
-use unisono_node::SharedMemory;
+use unisono_core::select::{self, Algorithm};
 use unisono_sync::{EpochFlag, SpinBudget, WaitPolicy};
 
 use super::flight::Flight;
 use super::messages::Messages;
-use super::plan::{Plan, Situation, WindowPlace};
+use super::plan::{Plan, Situation};
 use super::recorder::Recorder;
 use super::waiting::{Halt, On, Step};
+use super::windows::Windows;
 use crate::call::Call;
 use crate::cause::Cause;
+use crate::communicator::Manner;
 use crate::control::{Control, RankWords};
 use crate::error::{Error, Result};
 
@@ -32,8 +33,8 @@ pub(super) const HISTORY: u64 = 4 * CALL_SLOTS as u64;
 pub(crate) struct EngineConfig {
     pub(crate) control: Arc<Control>,
     pub(crate) rank: usize,
-    pub(crate) policy: WaitPolicy,
-    pub(crate) forced: Option<Algorithm>,
+    pub(crate) manner: Manner,
+    pub(crate) generation: u32,
 }
 
 /// What is known of a peer without looking.
@@ -56,14 +57,6 @@ pub(super) struct State {
     pub(super) peers: usize,
     /// Whether the sizes of all parts were exchanged.
     pub(super) knows_sizes: bool,
-}
-
-/// A window that peers map too.
-#[derive(Clone, Debug)]
-pub(super) struct OpenWindow {
-    id: u64,
-    memory: Arc<SharedMemory>,
-    layout: WindowLayout,
 }
 
 /// One rank's side of all collectives of one communicator. Used by one thread at a time.
@@ -95,8 +88,8 @@ pub(crate) struct Engine {
     pub(super) flight: Flight,
     pub(super) messages: Messages,
     pub(super) recorder: Recorder,
-    windows: Vec<OpenWindow>,
-    next_window: u64,
+    pub(super) windows: Windows,
+    generation: u32,
     /// Inline data of all ranks in the current call; `inline_sources[r]` points to `inline[r]`.
     pub(super) inline: Box<[[u64; INLINE_WORDS]]>,
     pub(super) inline_sources: Box<[*const u8]>,
@@ -130,10 +123,10 @@ impl Engine {
             control: config.control,
             rank: config.rank,
             world_size,
-            policy: config.policy,
-            budget: SpinBudget::new(&config.policy),
+            policy: config.manner.policy,
+            budget: SpinBudget::new(&config.manner.policy),
             polling: false,
-            forced: config.forced,
+            forced: config.manner.forced,
             epoch: 0,
             chain: 0,
             step: 0,
@@ -147,8 +140,8 @@ impl Engine {
             flight: Flight::default(),
             messages: Messages::new(world_size),
             recorder,
-            windows: Vec::new(),
-            next_window: 1,
+            windows: Windows::default(),
+            generation: config.generation,
             inline,
             inline_sources,
             sources: Vec::with_capacity(world_size),
@@ -174,12 +167,14 @@ impl Engine {
     /// Checks a collective and chooses its algorithm.
     #[inline]
     pub(super) fn plan(&self, call: &Call<'_>) -> Result<Plan> {
-        let find = |id, ptr, bytes| find_window(&self.windows, self.rank, id, ptr, bytes);
+        let find = |id, ptr, bytes| self.windows.find(self.rank, id, ptr, bytes);
         let situation = Situation {
             rank: self.rank,
             world_size: self.world_size,
             forced: self.forced,
             find_window: &find,
+            first_window: self.windows.first,
+            generation: self.generation,
         };
         Plan::new(call, &situation)
     }
@@ -194,9 +189,10 @@ impl Engine {
         result
     }
 
-    /// Ok, or the first cause why this communicator failed. Costs a load.
+    /// Ok, or the first cause why this communicator failed, or that this is a forked child. Costs two loads.
     #[inline]
     pub(crate) fn check(&mut self) -> Result<()> {
+        self.control.check_process()?;
         if self.control.abort().raised().is_none() && self.failed.is_none() {
             return Ok(());
         }
@@ -389,15 +385,36 @@ impl Engine {
         self.finish(0);
     }
 
+    /// Whether the data of a one-shot call travels in the call slots.
+    #[inline]
+    pub(super) fn is_inline(&self, plan: &Plan) -> bool {
+        select::is_inline(plan.kind, plan.bytes(), self.world_size)
+    }
+
     /// A barrier of its own kind, with other patience: for the beginning and the end.
     pub(crate) fn meet(&mut self, header: CallHeader, patience: Option<Duration>) -> Result<()> {
+        self.with_patience(patience, |engine| {
+            engine.check()?;
+            engine.drive(Self::is_idle)?;
+            engine.execute(&Plan { header, ..Plan::bare(header.kind) })
+        })
+    }
+
+    /// Does something with other patience.
+    pub(crate) fn with_patience<R>(
+        &mut self,
+        patience: Option<Duration>,
+        what: impl FnOnce(&mut Self) -> R,
+    ) -> R {
         let usual = std::mem::replace(&mut self.policy.patience, patience);
-        let result = self
-            .check()
-            .and_then(|()| self.drive(Self::is_idle))
-            .and_then(|()| self.execute(&Plan { header, ..Plan::bare(header.kind) }));
+        let result = what(self);
         self.policy.patience = usual;
         result
+    }
+
+    /// How this engine works, for others like it.
+    pub(crate) const fn manner(&self) -> Manner {
+        Manner { policy: self.policy, forced: self.forced }
     }
 
     /// How it waits.
@@ -408,46 +425,6 @@ impl Engine {
     /// The algorithm that was asked for.
     pub(crate) const fn forced(&self) -> Option<Algorithm> {
         self.forced
-    }
-
-    /// The id that the next window gets, equal on all ranks because windows are made in the same order.
-    pub(crate) fn next_window_id(&mut self) -> u64 {
-        self.next_window += 1;
-        self.next_window - 1
-    }
-
-    /// From now on, buffers in `memory` are known to lie in window `id`.
-    pub(crate) fn open_window(&mut self, id: u64, memory: Arc<SharedMemory>, layout: WindowLayout) {
-        self.windows.push(OpenWindow { id, memory, layout });
-    }
-
-    /// Forgets window `id`.
-    pub(crate) fn close_window(&mut self, id: u64) {
-        self.windows.retain(|window| window.id != id);
-    }
-
-    /// The address of `bytes` at `offset` of `peer`'s copy of window `id`; offsets that a peer wrote are checked here.
-    pub(super) fn window_address(
-        &self,
-        peer: usize,
-        id: u64,
-        offset: usize,
-        bytes: usize,
-    ) -> Result<*mut u8> {
-        let window = self.windows.iter().find(|window| window.id == id);
-        let fits =
-            |window: &&OpenWindow| offset.checked_add(bytes).is_some_and(|end| end <= window.layout.bytes());
-        match window.filter(fits) {
-            Some(window) => {
-                let start = window.layout.copy(peer).offset + offset;
-                // SAFETY: the range lies within the peer's copy in the mapping, as was just checked.
-                Ok(unsafe { window.memory.as_ptr().add(start) })
-            }
-            None => Err(self.abort_with(Cause::Mismatch {
-                left: self.call_name(),
-                right: format!("an offset of {offset} outside window {id} on {}", self.control.name(peer)),
-            })),
-        }
     }
 
     /// `all_reduce #812`; the meeting at the beginning is number 0.
@@ -481,11 +458,4 @@ pub(super) fn slot_of(epoch: u64) -> usize {
 #[inline]
 pub(super) const fn chunk(step: u64) -> usize {
     (step % CHUNKS as u64) as usize * CHUNK_BYTES
-}
-
-fn find_window(windows: &[OpenWindow], rank: usize, id: u64, ptr: u64, bytes: usize) -> Option<WindowPlace> {
-    let window = windows.iter().find(|window| window.id == id)?;
-    let base = window.memory.as_ptr().expose_provenance() + window.layout.copy(rank).offset;
-    let offset = (ptr as usize).checked_sub(base)?;
-    (offset.checked_add(bytes)? <= window.layout.bytes()).then_some(WindowPlace { id, offset })
 }

@@ -19,6 +19,7 @@ mod blocks;
 mod broadcast;
 mod channel;
 mod copy;
+mod damage;
 mod disagreement;
 mod engine;
 mod exchange;
@@ -32,6 +33,7 @@ mod recorder;
 mod reduce_scatter;
 mod transfer;
 mod waiting;
+mod windows;
 
 pub(crate) use engine::{Engine, EngineConfig};
 pub(crate) use flight::{Prepared, Ticket};

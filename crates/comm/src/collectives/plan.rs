@@ -43,6 +43,9 @@ pub(crate) struct Situation<'a> {
     pub(crate) forced: Option<Algorithm>,
     /// Finds the place of an address range in an open window.
     pub(crate) find_window: &'a dyn Fn(u64, u64, usize) -> Option<WindowPlace>,
+    /// Windows with lower ids belong to earlier generations than this one.
+    pub(crate) first_window: u64,
+    pub(crate) generation: u32,
 }
 
 impl Plan {
@@ -68,21 +71,9 @@ impl Plan {
             return plan_multi(call, situation);
         }
         let Buffers { source, target, count, dtype } = Buffers::new(call, situation)?;
-        // A window counts where every rank has that side: what only the root has, the others cannot tell.
-        let everywhere = match call.kind {
-            Kind::Reduce { .. } | Kind::Gather { .. } => (true, false),
-            Kind::Scatter { .. } => (false, true),
-            _ => (true, true),
-        };
-        let source_window = window_of(call.kind, &source, situation)?.filter(|_| everywhere.0);
-        let target_window = window_of(call.kind, &target, situation)?.filter(|_| everywhere.1);
-        let question = select::Question {
-            kind: call.kind,
-            bytes: count * dtype.size(),
-            world_size: situation.world_size,
-            in_windows: source_window.is_some() && target_window.is_some(),
-            forced: situation.forced,
-        };
+        let (by_source, by_target) = call.kind.sides_everywhere();
+        let source_window = window_of(call.kind, &source, situation)?.filter(|_| by_source);
+        let target_window = window_of(call.kind, &target, situation)?.filter(|_| by_target);
         let header = CallHeader {
             kind: call.kind,
             dtype: Some(dtype),
@@ -90,6 +81,13 @@ impl Plan {
             parts: 0,
             source_window: source_window.map_or(0, |window| window.id),
             target_window: target_window.map_or(0, |window| window.id),
+        };
+        let question = select::Question {
+            kind: call.kind,
+            bytes: count * dtype.size(),
+            world_size: situation.world_size,
+            in_windows: header.is_in_windows(),
+            forced: situation.forced,
         };
         Ok(Self {
             kind: call.kind,
@@ -264,6 +262,9 @@ fn window_of(kind: Kind, buffer: &RawBuffer, situation: &Situation<'_>) -> Resul
         Place::Host => Ok(None),
         Place::Window { id } => match (situation.find_window)(id, buffer.ptr, buffer.bytes()) {
             Some(place) => Ok(Some(place)),
+            None if id < situation.first_window => {
+                Err(Error::Generation { window: id, generation: situation.generation })
+            }
             None => Err(argument(
                 situation,
                 kind,

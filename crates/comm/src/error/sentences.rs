@@ -44,8 +44,8 @@ sentences! {
         during: "all_reduce #812".into(),
         how: "its socket closed".into(),
         survivors: vec![0, 1, 2],
-    } => "rank 3 (host gpu07, pid 4121) died during all_reduce #812: its socket closed. This communicator cannot go on; \
-          ranks left: 0, 1, 2.";
+    } => "rank 3 (host gpu07, pid 4121) died during all_reduce #812: its socket closed. Ranks 0, 1, 2 can go on \
+          with shrink().";
     GivenUp: Error::GivenUp {
         rank: 3,
         during: "all_reduce #812".into(),
@@ -53,7 +53,19 @@ sentences! {
     } => "the other ranks gave up rank 3, this process, during all_reduce #812: its process is stopped and did not \
           answer for 3.0 s. It runs again, but only a new communicator can join them.";
     PeerLeft: Error::PeerLeft { rank: 3, during: "barrier #9".into() }
-        => "rank 3 dropped its communicator before barrier #9 was complete. Call destroy() on every rank to end together.";
+        => "rank 3 dropped its communicator before barrier #9 was complete. Call destroy() on every rank to end \
+            together; the others can go on with shrink().";
+    Forked: Error::Forked { rank: 3, parent: 4121, child: 4188 }
+        => "rank 3 is process 4121; this is process 4188, forked from it, which has no part in the job. Use the communicator \
+          in the parent, or make a new one here.";
+    DamagedMemory: Error::DamagedMemory {
+        rank: 0,
+        during: "all_reduce #812".into(),
+        who: WHO.into(),
+        word: "its steps staged are 71234, expected 16 to 48".into(),
+    } => "the shared memory of rank 3 (host gpu07, pid 4121) is damaged: its steps staged are 71234, expected 16 to 48 \
+          (found by rank 0 during all_reduce #812). Something else than this library wrote there; only a new \
+          communicator can go on.";
     Timeout: Error::Timeout {
         rank: 0,
         call: "all_reduce #812".into(),
@@ -82,6 +94,8 @@ sentences! {
     Poisoned: Error::Poisoned { id: 2, cause: "rank 3 died".into() }
         => "window 2 is poisoned: its communicator failed while peers could touch it (rank 3 died). Make a new \
             communicator.";
+    Generation: Error::Generation { window: 3, generation: 1 }
+        => "window 3 was made before its communicator went on as generation 1, in fresh memory. Make a new window there.";
     InitTimeout: Error::InitTimeout {
         met: 6,
         world_size: 8,
@@ -142,4 +156,17 @@ sentences! {
     } => "a store cannot listen on 0.0.0.0:29500: name the address of one interface, or 127.0.0.1";
     Interface: Error::Interface { name: "eth7".into(), there_are: "lo, eth0".into() }
         => "this host has no network interface eth7 with an address; there are: lo, eth0";
+}
+
+#[test]
+fn only_who_is_left_is_told_to_shrink() {
+    let died = |survivors| Error::PeerDied {
+        rank: 3,
+        who: WHO.into(),
+        during: "the start of the job".into(),
+        how: "its socket closed".into(),
+        survivors,
+    };
+    assert!(died(vec![]).to_string().ends_with("its socket closed."));
+    assert!(died(vec![0]).to_string().ends_with("its socket closed. Rank 0 can go on with shrink()."));
 }

@@ -15,8 +15,8 @@ const WARM_UP: usize = 20;
 
 /// What this process holds.
 #[derive(Clone, Copy, Debug)]
-struct Usage {
-    descriptors: usize,
+pub(crate) struct Usage {
+    pub(crate) descriptors: usize,
     threads: usize,
     mappings: usize,
     anonymous_kb: usize,
@@ -24,23 +24,26 @@ struct Usage {
 }
 
 impl Usage {
-    fn now() -> Self {
-        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    pub(crate) fn now() -> Self {
+        // Where any system call may be made to fail, the second try succeeds.
+        let read = |path| std::fs::read_to_string(path).or_else(|_| std::fs::read_to_string(path)).unwrap();
+        let list = |path| std::fs::read_dir(path).or_else(|_| std::fs::read_dir(path)).unwrap();
+        let status = read("/proc/self/status");
         let field = |name: &str| -> usize {
             let line = status.lines().find(|line| line.starts_with(name)).unwrap();
             line.split_whitespace().nth(1).unwrap().parse().unwrap()
         };
         Self {
-            descriptors: std::fs::read_dir("/proc/self/fd").unwrap().count(),
+            descriptors: list("/proc/self/fd").count(),
             threads: field("Threads:"),
-            mappings: std::fs::read_to_string("/proc/self/maps").unwrap().lines().count(),
+            mappings: read("/proc/self/maps").lines().count(),
             anonymous_kb: field("RssAnon:"),
             shared_kb: field("RssShmem:"),
         }
     }
 
     /// Row 24's bound: no descriptor, no mapping of shared memory, at most 1 MiB of anything else.
-    fn is_back_at(&self, baseline: &Self) -> bool {
+    pub(crate) fn is_back_at(&self, baseline: &Self) -> bool {
         self.descriptors <= baseline.descriptors
             && self.threads <= baseline.threads
             && self.mappings <= baseline.mappings + 8
@@ -69,7 +72,7 @@ fn churn(rounds: usize, mut round: impl FnMut(usize) -> Result<()>) -> Result<()
 }
 
 /// Threads of the node plane end by themselves, a moment after their communicator.
-fn settle(is_settled: impl Fn(&Usage) -> bool) {
+pub(crate) fn settle(is_settled: impl Fn(&Usage) -> bool) {
     let end = Instant::now() + Duration::from_secs(5);
     while !is_settled(&Usage::now()) && Instant::now() < end {
         std::thread::sleep(Duration::from_millis(2));
@@ -115,6 +118,62 @@ pub(crate) fn process_churn(part: &Part) -> Result<()> {
         work(&communicator)?;
         communicator.destroy()
     })
+}
+
+/// The part `family churn`: communicators split off one that stays, and off each other.
+pub(crate) fn family_churn(part: &Part) -> Result<()> {
+    let communicator = part.builder().build()?;
+    churn(setting("FAULTS_ROUNDS").unwrap_or(200), |at| {
+        let child = communicator.split((part.rank != at % 3).then_some(1), part.rank as i32)?;
+        if let Some(child) = child {
+            let twin = child.duplicate()?;
+            twin.barrier()?;
+            child.destroy()?;
+            twin.destroy()?;
+        }
+        communicator.barrier()
+    })?;
+    communicator.destroy()
+}
+
+/// The part `shrink churn`: worlds of threads that lose a rank, and go on twice.
+pub(crate) fn shrink_churn() -> Result<()> {
+    churn(setting("FAULTS_ROUNDS").unwrap_or(50), |at| {
+        let threads: Vec<_> = Communicator::threads(4)?
+            .into_iter()
+            .map(|communicator| {
+                std::thread::spawn(move || {
+                    if communicator.rank() == at % 4 {
+                        return Ok(());
+                    }
+                    let next = communicator.shrink()?;
+                    work(&next)?;
+                    // Whoever shrinks ends the generation for all.
+                    next.barrier()?;
+                    next.shrink()?.destroy()
+                })
+            })
+            .collect();
+        threads.into_iter().try_for_each(|thread| thread.join().unwrap())
+    })
+}
+
+/// Row 24: a thousand communicators that come from one.
+pub(crate) fn children_give_everything_back() {
+    let server = server();
+    let setup = Setup::new("family churn", 3, server.unique_id()).with("FAULTS_ROUNDS", 500 * scale());
+    let mut world = setup.start();
+    world.expect_good_end();
+    println!("{}", world.ranks[0].value("usage").unwrap());
+}
+
+/// Row 10, for ranks that shrink.
+pub(crate) fn earlier_generations_give_everything_back() {
+    let server = server();
+    let setup = Setup::new("shrink churn", 1, server.unique_id()).with("FAULTS_ROUNDS", 60 * scale());
+    let mut world = setup.start();
+    world.expect_good_end();
+    println!("{}", world.ranks[0].value("usage").unwrap());
 }
 
 /// Row 10, for ranks that are threads.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::call::{CallHeader, HEADER_WORDS, Kind};
 use crate::dtype::DType;
 use crate::layout::{RECORD_WORDS, RECORDS};
-use crate::select::{Algorithm, travels_inline};
+use crate::select::{Algorithm, is_inline};
 
 /// The word of a record that says how it ended: 0 not yet, 1 well and at once, else ticks, odd after a failure.
 pub const ENDED: usize = 6;
@@ -246,11 +246,13 @@ impl Record {
         self.number.is_some() && self.number == other.number && self.header == other.header
     }
 
-    /// The field's name of the way that it is carried out: `inline`, `two-shot`; `message`.
-    pub fn way(&self) -> &'static str {
+    /// The field's name of the way that it is carried out in a world of this size: `inline`, `two-shot`; `message`.
+    pub fn way(&self, world_size: usize) -> &'static str {
         match self.algorithm {
             None => "message",
-            Some(Algorithm::OneShot) if travels_inline(self.header.kind, self.bytes() as usize) => "inline",
+            Some(Algorithm::OneShot) if is_inline(self.header.kind, self.bytes() as usize, world_size) => {
+                "inline"
+            }
             Some(algorithm) => algorithm.name(),
         }
     }

@@ -2,20 +2,24 @@
 //! and descriptors and watches that everybody lives.
 //!
 //! A peer is lost when its socket reaches end-of-file, when its process ends (told by its pidfd: a forked child can
-//! hold the socket open), or when its heartbeat, a count in shared memory, stands still. The thread is independent of
+//! hold the socket open), or when its heartbeats, counts in shared memory, stand still. The thread is independent of
 //! the operating thread, whatever that one waits for. Cost when idle: a wake-up every quarter of a second.
+//!
+//! One plane serves all groups of ranks that work together: each watches with memory of its own, in which its ranks have
+//! other numbers, and hears of the losses among them.
 
-use std::collections::{HashMap, VecDeque};
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 use unisono_core::auth::Sealer;
-use unisono_sync::{Deadline, Flag};
+use unisono_sync::{Counter, Deadline, Flag};
 
 use crate::connect::{Endpoint, Link, PlaneConfig, connect_all};
 use crate::error::{Error, Lost, Result};
+use crate::fork::Process;
+use crate::mailbox::{Mailbox, Tag};
 use crate::socket::{self, MAX_MESSAGE_BYTES, Sent};
 use progress::PlaneThread;
 
@@ -23,19 +27,17 @@ mod progress;
 
 const MESSAGE: u16 = 2;
 const FAREWELL: u16 = 3;
-/// Messages of one peer that nobody received yet; more than this no rank sends.
-const MAX_UNREAD: usize = 4096;
 /// Longest time between two looks at the peers.
 const TICK: Duration = Duration::from_millis(250);
 
-/// What the plane reports to, and where heartbeats are kept.
+/// What the plane reports to, and where heartbeats are kept. Ranks are numbered as in the group that watches.
 pub trait PlaneEvents: Send + Sync {
     /// Moves our own heartbeat.
     fn beat(&self);
     /// The heartbeat of `rank`.
     fn heartbeat_of(&self, rank: usize) -> u64;
-    /// `rank` was lost; [`Lost::Left`] if it said farewell. Called once per peer, from the plane's thread (or from
-    /// [`NodePlane::watch`]).
+    /// `rank` was lost; [`Lost::Left`] if it said farewell. Called at least once for each that is, from the plane's thread
+    /// or from [`NodePlane::watch`].
     fn on_lost(&self, rank: usize, pid: u32, lost: Lost);
 }
 
@@ -56,10 +58,11 @@ pub struct NodePlane {
 
 struct Shared {
     peers: Vec<Peer>,
-    inbox: Mutex<Inbox>,
-    arrived: Condvar,
-    events: OnceLock<Arc<dyn PlaneEvents>>,
+    mailbox: Mailbox<Message>,
+    watchers: Mutex<Vec<Arc<Watcher>>>,
+    watches: Counter,
     wake: OwnedFd,
+    process: Process,
     stopping: Flag,
     liveness: Option<Duration>,
 }
@@ -74,35 +77,42 @@ impl std::fmt::Debug for Shared {
 struct Peer {
     rank: usize,
     pid: u32,
+    /// The same, if we see it.
+    seen_pid: Option<u32>,
     socket: OwnedFd,
     pidfd: Option<OwnedFd>,
     sealer: Mutex<Sealer>,
 }
 
-#[derive(Default)]
-struct Inbox {
-    messages: HashMap<(usize, u64), VecDeque<Message>>,
-    unread: HashMap<usize, usize>,
-    lost: HashMap<usize, Lost>,
+/// A group that watches: `ranks[r]` is the rank in the world of its rank r.
+struct Watcher {
+    number: u64,
+    ranks: Arc<[usize]>,
+    events: Arc<dyn PlaneEvents>,
 }
+
+/// Names a watch, for [`NodePlane::unwatch`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct WatchId(u64);
 
 impl NodePlane {
     /// Connects to all peers of `config` and starts the thread. Every local rank calls this at the same time.
     pub fn connect(endpoint: &Endpoint, config: &PlaneConfig, deadline: Deadline) -> Result<Self> {
         let links = connect_all(endpoint, config, deadline)?;
         let (mut peers, mut openers) = (Vec::new(), Vec::new());
-        for Link { rank, pid, socket, pidfd, session } in links {
-            peers.push(Peer { rank, pid, socket, pidfd, sealer: Mutex::new(session.sealer) });
+        for Link { rank, pid, seen_pid, socket, pidfd, session } in links {
+            peers.push(Peer { rank, pid, seen_pid, socket, pidfd, sealer: Mutex::new(session.sealer) });
             openers.push(session.opener);
         }
         let wake =
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(Error::socket("eventfd"))?;
         let shared = Arc::new(Shared {
             peers,
-            inbox: Mutex::default(),
-            arrived: Condvar::new(),
-            events: OnceLock::new(),
+            mailbox: Mailbox::default(),
+            watchers: Mutex::default(),
+            watches: Counter::new(0),
             wake,
+            process: Process::this(),
             stopping: Flag::new(),
             liveness: config.liveness,
         });
@@ -116,22 +126,29 @@ impl NodePlane {
         Ok(Self { shared })
     }
 
-    /// From now on, reports lost peers to `events` (those already lost at once) and keeps heartbeats there.
-    pub fn watch(&self, events: Arc<dyn PlaneEvents>) {
-        if self.shared.events.set(events.clone()).is_ok() {
-            let lost: Vec<_> = self.shared.inbox().lost.iter().map(|(rank, lost)| (*rank, *lost)).collect();
-            for (rank, lost) in lost {
-                events.on_lost(rank, self.shared.pid_of(rank), lost);
-            }
-            self.shared.wake_up();
+    /// From now on, reports lost peers to `events` (those already lost at once) and keeps heartbeats there. `ranks[r]` is the
+    /// rank in the world of what `events` calls rank r.
+    pub fn watch(&self, ranks: Arc<[usize]>, events: Arc<dyn PlaneEvents>) -> WatchId {
+        let number = self.shared.watches.add(1);
+        let watcher = Arc::new(Watcher { number, ranks, events });
+        self.shared.lock_watchers().push(watcher.clone());
+        for (rank, pid, lost) in self.shared.mailbox.all_lost() {
+            watcher.on_lost(rank, pid, lost);
         }
+        self.shared.wake_up();
+        WatchId(number)
+    }
+
+    /// Ends a watch. A report that is under way may still come.
+    pub fn unwatch(&self, watch: WatchId) {
+        self.shared.lock_watchers().retain(|watcher| watcher.number != watch.0);
     }
 
     /// Sends `body` and `fds` to `to` under `tag`.
     pub fn send(
         &self,
         to: usize,
-        tag: u64,
+        tag: Tag,
         body: &[u8],
         fds: &[BorrowedFd<'_>],
         deadline: Deadline,
@@ -139,7 +156,7 @@ impl NodePlane {
         let Some(peer) = self.shared.peers.iter().find(|peer| peer.rank == to) else {
             return Err(Error::Socket { action: "send", message: format!("rank {to} is not on this host") });
         };
-        let mut message = tag.to_le_bytes().to_vec();
+        let mut message = tag.to_bytes().to_vec();
         message.extend_from_slice(body);
         match peer.send(MESSAGE, &message, fds, deadline)? {
             Sent::Whole => Ok(()),
@@ -147,39 +164,15 @@ impl NodePlane {
                 Err(Error::Socket { action: "send", message: format!("rank {to} does not read") })
             }
             Sent::Closed => {
-                let lost = self.shared.inbox().lost.get(&to).copied().unwrap_or(Lost::SocketClosed);
+                let lost = self.shared.mailbox.lost(to).unwrap_or(Lost::SocketClosed);
                 Err(Error::PeerLost { rank: to, pid: peer.pid, lost })
             }
         }
     }
 
-    /// The next message of `from` under `tag`, waiting for it. `is_aborted` ends the wait; `what` is for the error.
-    pub fn receive(
-        &self,
-        from: usize,
-        tag: u64,
-        what: &'static str,
-        deadline: Deadline,
-        is_aborted: &dyn Fn() -> bool,
-    ) -> Result<Message> {
-        let start = Instant::now();
-        let mut inbox = self.shared.inbox();
-        loop {
-            if let Some(message) = inbox.take(from, tag) {
-                return Ok(message);
-            }
-            if let Some(lost) = inbox.lost.get(&from) {
-                return Err(Error::PeerLost { rank: from, pid: self.shared.pid_of(from), lost: *lost });
-            }
-            if is_aborted() {
-                return Err(Error::Aborted);
-            }
-            if deadline.is_over() {
-                return Err(Error::Timeout { rank: from, what, waited: start.elapsed() });
-            }
-            let slice = deadline.remaining_up_to(Duration::from_millis(20));
-            inbox = self.shared.arrived.wait_timeout(inbox, slice).unwrap_or_else(PoisonError::into_inner).0;
-        }
+    /// What was sent to us, and who is lost.
+    pub fn mailbox(&self) -> &Mailbox<Message> {
+        &self.shared.mailbox
     }
 
     /// The process of `rank`, if it is a peer here.
@@ -190,6 +183,10 @@ impl NodePlane {
 
 impl Drop for NodePlane {
     fn drop(&mut self) {
+        // The sockets of a forked child are those of its parent, which goes on.
+        if !self.shared.process.is_this() {
+            return;
+        }
         for peer in &self.shared.peers {
             // A peer that does not read, or is gone, needs no farewell.
             let _ = peer.send(FAREWELL, &[], &[], Deadline::after(Duration::ZERO));
@@ -213,27 +210,27 @@ impl Peer {
     }
 }
 
-impl Inbox {
-    fn take(&mut self, from: usize, tag: u64) -> Option<Message> {
-        let queue = self.messages.get_mut(&(from, tag))?;
-        let message = queue.pop_front();
-        if queue.is_empty() {
-            self.messages.remove(&(from, tag));
+impl Watcher {
+    /// The number here of `rank` of the world, if it is one of ours.
+    fn number_of(&self, rank: usize) -> Option<usize> {
+        self.ranks.iter().position(|other| *other == rank)
+    }
+
+    fn on_lost(&self, rank: usize, pid: u32, lost: Lost) {
+        if let Some(rank) = self.number_of(rank) {
+            self.events.on_lost(rank, pid, lost);
         }
-        if message.is_some() {
-            *self.unread.entry(from).or_default() -= 1;
-        }
-        message
     }
 }
 
 impl Shared {
-    fn inbox(&self) -> MutexGuard<'_, Inbox> {
-        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock_watchers(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Watcher>>> {
+        self.watchers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn pid_of(&self, rank: usize) -> u32 {
-        self.peers.iter().find(|peer| peer.rank == rank).map_or(0, |peer| peer.pid)
+    /// Those that watch now: what they are told must not happen under the lock.
+    fn watchers(&self) -> Vec<Arc<Watcher>> {
+        self.lock_watchers().clone()
     }
 
     fn wake_up(&self) {
@@ -242,18 +239,10 @@ impl Shared {
     }
 
     fn lose(&self, peer: &Peer, lost: Lost) {
-        let is_new = {
-            let mut inbox = self.inbox();
-            let is_new = !inbox.lost.contains_key(&peer.rank);
-            inbox.lost.entry(peer.rank).or_insert(lost);
-            is_new
-        };
-        self.arrived.notify_all();
-        if is_new
-            && !self.stopping.is_raised()
-            && let Some(events) = self.events.get()
-        {
-            events.on_lost(peer.rank, peer.pid, lost);
+        if self.mailbox.lose(peer.rank, peer.pid, lost) && !self.stopping.is_raised() {
+            for watcher in self.watchers() {
+                watcher.on_lost(peer.rank, peer.pid, lost);
+            }
         }
     }
 }

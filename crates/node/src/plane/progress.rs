@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags};
 use unisono_core::auth::{Opened, Opener};
 
-use super::{FAREWELL, MAX_UNREAD, MESSAGE, Message, Shared};
+use super::{FAREWELL, MESSAGE, Message, Shared, Watcher};
 use crate::error::{Lost, Result};
 use crate::identity;
+use crate::mailbox::{MAX_UNREAD, Tag};
 use crate::socket::{self, MAX_MESSAGE_BYTES, Received};
 
 /// A peer's heartbeat as last seen.
@@ -46,10 +47,8 @@ impl PlaneThread {
     /// Waits for something to happen, at most one tick, and deals with it.
     fn turn(&mut self, buffer: &mut [u8]) -> Result<()> {
         let shared = self.shared.clone();
-        let alive: Vec<usize> = {
-            let inbox = shared.inbox();
-            (0..shared.peers.len()).filter(|at| !inbox.lost.contains_key(&shared.peers[*at].rank)).collect()
-        };
+        let is_alive = |at: &usize| shared.mailbox.lost(shared.peers[*at].rank).is_none();
+        let alive: Vec<usize> = (0..shared.peers.len()).filter(is_alive).collect();
         let mut fds = vec![PollFd::from_borrowed_fd(shared.wake.as_fd(), PollFlags::IN)];
         let mut owners = Vec::new();
         for at in &alive {
@@ -119,18 +118,14 @@ impl PlaneThread {
                 self.shared.lose(peer, Lost::Left);
                 Ok(())
             }
-            MESSAGE if body.len() >= 8 => {
-                let (tag, body) = body.split_at(8);
-                let tag = u64::from_le_bytes(tag.try_into().unwrap_or_default());
-                let mut inbox = self.shared.inbox();
-                let unread = inbox.unread.entry(peer.rank).or_default();
-                if *unread >= MAX_UNREAD {
+            MESSAGE => {
+                let Some((tag, body)) = body.split_first_chunk() else {
+                    return Err(malformed(format!("a message of {} bytes", body.len())).into());
+                };
+                let message = Message { body: body.to_vec(), fds };
+                if !self.shared.mailbox.put(peer.rank, Tag::from_bytes(tag), message) {
                     return Err(malformed(format!("{MAX_UNREAD} messages that nobody asked for")).into());
                 }
-                *unread += 1;
-                let message = Message { body: body.to_vec(), fds };
-                inbox.messages.entry((peer.rank, tag)).or_default().push_back(message);
-                self.shared.arrived.notify_all();
                 Ok(())
             }
             kind => Err(malformed(format!("kind {kind}")).into()),
@@ -141,14 +136,24 @@ impl PlaneThread {
     /// liveness time; one that is only starved of processor time gets three times as long.
     fn look_at_hearts(&mut self, alive: &[usize]) {
         let shared = self.shared.clone();
-        let (Some(events), Some(liveness)) = (shared.events.get(), shared.liveness) else { return };
-        events.beat();
+        let Some(liveness) = shared.liveness else { return };
+        let watchers = shared.watchers();
+        watchers.iter().for_each(|watcher| watcher.events.beat());
         let now = Instant::now();
         // If we ourselves were not running (the machine slept, or we were stopped) what we remember is worth nothing.
         let slept = self.last_look.is_none_or(|last| now - last > (liveness / 3).max(self.tick * 2));
         self.last_look = Some(now);
         for peer in alive.iter().map(|at| &shared.peers[*at]) {
-            let count = events.heartbeat_of(peer.rank);
+            let heart_in = |watcher: &Arc<Watcher>| {
+                watcher.number_of(peer.rank).map(|rank| watcher.events.heartbeat_of(rank))
+            };
+            // It lives if it beats in any memory that we share. The sum also moves when a watch begins or ends; that
+            // starts the clock anew.
+            let hearts = watchers.iter().filter_map(heart_in);
+            let Some(count) = hearts.reduce(u64::wrapping_add) else {
+                self.hearts.remove(&peer.rank);
+                continue;
+            };
             let heart = self.hearts.entry(peer.rank).or_insert(Heart { count, since: now });
             if slept || heart.count != count {
                 *heart = Heart { count, since: now };
@@ -160,7 +165,7 @@ impl PlaneThread {
                 continue;
             }
             let silent_ms = silent.as_millis() as u64;
-            match identity::is_stopped(peer.pid) {
+            match peer.seen_pid.and_then(identity::is_stopped) {
                 Some(true) => shared.lose(peer, Lost::Stopped { silent_ms }),
                 _ if silent >= liveness * 3 => shared.lose(peer, Lost::Silent { silent_ms }),
                 _ => {}

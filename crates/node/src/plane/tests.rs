@@ -2,6 +2,7 @@
 
 use std::os::fd::AsFd;
 use std::sync::mpsc;
+use std::time::Instant;
 
 use unisono_core::Secret;
 use unisono_sync::Counter;
@@ -11,6 +12,12 @@ use crate::connect::PeerAddress;
 use crate::memory::SharedMemory;
 
 const SECRET: [u8; 32] = [7; 32];
+const TAG: Tag = Tag { group: 5, generation: 0, item: 9 };
+
+/// All ranks of a world of this size, under their own numbers.
+fn all(ranks: usize) -> Arc<[usize]> {
+    (0..ranks).collect()
+}
 
 fn soon() -> Deadline {
     Deadline::after(Duration::from_secs(20))
@@ -67,8 +74,8 @@ fn five_ranks_meet_and_pass_memory_to_each_other() {
     let planes = world(5);
     let memory = SharedMemory::create(4096).unwrap();
     for to in [0, 1, 3, 4] {
-        planes[2].send(to, 9, b"window", &[memory.as_fd()], soon()).unwrap();
-        let message = planes[to].receive(2, 9, "memory", soon(), &|| false).unwrap();
+        planes[2].send(to, TAG, b"window", &[memory.as_fd()], soon()).unwrap();
+        let message = planes[to].mailbox().receive(2, TAG, "memory", soon(), &|| false).unwrap();
         assert_eq!(message.body, b"window");
         let fd = message.fds.into_iter().next().unwrap();
         assert!(SharedMemory::from_fd(fd, 4096).is_ok());
@@ -80,9 +87,9 @@ fn five_ranks_meet_and_pass_memory_to_each_other() {
 fn a_farewell_is_no_death_but_ends_waits() {
     let mut planes = world(2);
     let (events, lost) = recorder(2);
-    planes[0].watch(events);
+    planes[0].watch(all(2), events);
     drop(planes.remove(1));
-    let error = planes[0].receive(1, 1, "anything", soon(), &|| false).unwrap_err();
+    let error = planes[0].mailbox().receive(1, TAG, "anything", soon(), &|| false).unwrap_err();
     assert!(matches!(error, Error::PeerLost { rank: 1, lost: Lost::Left, .. }), "{error:?}");
     assert!(matches!(lost.recv(), Ok((1, _, Lost::Left))));
     assert!(lost.try_recv().is_err());
@@ -92,16 +99,16 @@ fn a_farewell_is_no_death_but_ends_waits() {
 fn a_message_that_nobody_sends_ends_by_deadline_or_abort() {
     let planes = world(2);
     let short = Deadline::after(Duration::from_millis(30));
-    let error = planes[0].receive(1, 1, "its memory", short, &|| false).unwrap_err();
+    let error = planes[0].mailbox().receive(1, TAG, "its memory", short, &|| false).unwrap_err();
     assert!(matches!(error, Error::Timeout { rank: 1, what: "its memory", .. }));
-    assert_eq!(planes[0].receive(1, 1, "x", soon(), &|| true).unwrap_err(), Error::Aborted);
+    assert_eq!(planes[0].mailbox().receive(1, TAG, "x", soon(), &|| true).unwrap_err(), Error::Aborted);
 }
 
 #[test]
 fn a_heart_that_stands_still_is_reported_once_and_a_beating_one_never() {
     let planes = world(3);
     let (events, lost) = recorder(3);
-    planes[0].watch(events.clone());
+    planes[0].watch(all(3), events.clone());
     let start = Instant::now();
     let found = loop {
         events.hearts[2].add(1);
@@ -113,6 +120,30 @@ fn a_heart_that_stands_still_is_reported_once_and_a_beating_one_never() {
     // Rank 1 is a thread of this running process: silent, but not stopped.
     assert!(matches!(found, (1, _, Lost::Silent { silent_ms }) if silent_ms >= 1200), "{found:?}");
     assert!(lost.try_recv().is_err());
+}
+
+#[test]
+fn each_group_hears_of_the_losses_among_its_ranks_under_its_own_numbers() {
+    let mut planes = world(4);
+    let ((pair, pair_lost), (trio, trio_lost)) = (recorder(4), recorder(4));
+    let watch = planes[0].watch(Arc::new([0, 1]), pair);
+    planes[0].watch(Arc::new([3, 0, 2]), trio);
+    drop(planes.pop());
+    assert!(matches!(trio_lost.recv(), Ok((0, _, Lost::Left))));
+    planes[0].unwatch(watch);
+    drop(planes.pop());
+    assert!(matches!(trio_lost.recv(), Ok((2, _, Lost::Left))));
+    drop(planes.pop());
+    while planes[0].mailbox().lost(1).is_none() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(pair_lost.try_recv().is_err() && trio_lost.try_recv().is_err());
+    // Who watches later is told what has happened already.
+    let (late, late_lost) = recorder(4);
+    planes[0].watch(Arc::new([2, 1]), late);
+    let mut told = [late_lost.recv().unwrap().0, late_lost.recv().unwrap().0];
+    told.sort_unstable();
+    assert_eq!(told, [0, 1]);
 }
 
 #[test]
@@ -141,8 +172,8 @@ fn a_rank_that_only_looks_is_no_stranger_and_does_not_disturb() {
     std::thread::sleep(Duration::from_millis(700));
     let right = NodePlane::connect(&right, &second, soon()).unwrap();
     let left = thread.join().unwrap().unwrap();
-    left.send(1, 1, b"hello", &[], soon()).unwrap();
-    assert_eq!(right.receive(0, 1, "hello", soon(), &|| false).unwrap().body, b"hello");
+    left.send(1, TAG, b"hello", &[], soon()).unwrap();
+    assert_eq!(right.mailbox().receive(0, TAG, "hello", soon(), &|| false).unwrap().body, b"hello");
 }
 
 #[test]
@@ -161,8 +192,8 @@ fn a_stranger_is_turned_away_and_the_ranks_still_meet() {
     let thread = std::thread::spawn(move || NodePlane::connect(&left, &first, soon()));
     let right = NodePlane::connect(&right, &second, soon()).unwrap();
     let left = thread.join().unwrap().unwrap();
-    left.send(1, 1, b"hello", &[], soon()).unwrap();
-    assert_eq!(right.receive(0, 1, "hello", soon(), &|| false).unwrap().body, b"hello");
+    left.send(1, TAG, b"hello", &[], soon()).unwrap();
+    assert_eq!(right.mailbox().receive(0, TAG, "hello", soon(), &|| false).unwrap().body, b"hello");
 }
 
 #[test]
