@@ -81,7 +81,8 @@ impl Group {
 /// The collective that most ranks wait in, of those with the highest number.
 fn front(snapshot: &Snapshot) -> Option<&Record> {
     let waiting = || {
-        snapshot.ranks.iter().filter_map(|rank| match rank.standing() {
+        let lives = |rank: &&RankView| rank.process != Process::Ended;
+        snapshot.ranks.iter().filter(lives).filter_map(|rank| match rank.standing() {
             Standing::Waiting(record) if record.number.is_some() => Some(record),
             _ => None,
         })
@@ -183,7 +184,7 @@ fn others(snapshot: &Snapshot, front: Option<&Record>) -> Vec<Group> {
             (true, true) => "{is|are} not recorded".to_owned(),
         };
         let is_blamed = is_halted
-            || snapshot.ranks.iter().any(|other| snapshot.waits_for(other.rank).contains(&rank.rank));
+            || snapshot.ranks.iter().any(|other| waits_for(snapshot, other.rank).contains(&rank.rank));
         let pid = (is_blamed && rank.pid != 0).then_some(rank.pid);
         Group::add(&mut groups, rank.rank, pid, Said::new(&said));
     }
@@ -227,6 +228,7 @@ fn call_phrase(rank: &RankView, standing: Standing<'_>, front: Option<&Record>, 
                 Some(_) if !has_begun => {
                     format!("{{has|have}} not begun it: {{it has|they have}} been in {record} for {since}")
                 }
+                _ if rank.process == Process::Ended => format!("{{was|were}} in {record}, begun {since} ago"),
                 _ => format!("{{has|have}} been in {record} for {since}"),
             }
         }
@@ -237,10 +239,18 @@ fn call_phrase(rank: &RankView, standing: Standing<'_>, front: Option<&Record>, 
     }
 }
 
+/// As [`Snapshot::waits_for`]; whoever is dead waits no more.
+fn waits_for(snapshot: &Snapshot, rank: usize) -> Vec<usize> {
+    match snapshot.ranks[rank].process {
+        Process::Ended => Vec::new(),
+        _ => snapshot.waits_for(rank),
+    }
+}
+
 /// Names a circle of ranks that wait for each other and for nobody else.
 fn deadlock(snapshot: &Snapshot) -> Option<String> {
     // Whoever waits for one rank that does not go on itself does not either.
-    let next: Vec<Vec<usize>> = (0..snapshot.ranks.len()).map(|rank| snapshot.waits_for(rank)).collect();
+    let next: Vec<Vec<usize>> = (0..snapshot.ranks.len()).map(|rank| waits_for(snapshot, rank)).collect();
     let circle = (0..next.len()).find_map(|start| {
         let mut path = vec![start];
         while let [only] = next[path[path.len() - 1]].as_slice() {
@@ -281,7 +291,7 @@ fn advice(snapshot: &Snapshot) -> Option<String> {
     let waited_for: Vec<&RankView> = of(Process::Running)
         .filter(|rank| matches!(rank.standing(), Standing::Outside(_) | Standing::Nowhere))
         .filter(|rank| rank.presence == Presence::Here)
-        .filter(|rank| snapshot.ranks.iter().any(|other| snapshot.waits_for(other.rank) == [rank.rank]))
+        .filter(|rank| snapshot.ranks.iter().any(|other| waits_for(snapshot, other.rank) == [rank.rank]))
         .collect();
     match waited_for.as_slice() {
         [rank] if rank.pid != 0 => {

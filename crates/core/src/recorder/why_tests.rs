@@ -222,6 +222,20 @@ fn a_failure_comes_first_with_its_cause() {
 }
 
 #[test]
+fn the_dead_wait_no_more() {
+    let mut all = snapshot(vec![vec![call(SUM, 812, 12, End::Failed(S(2)))], waits(0)]);
+    all.ranks[1].process = Process::Ended;
+    let sentence = "rank 1 (host vm, pid 4120) died during all_reduce #812: its socket closed.".to_owned();
+    all.failure = Some(super::super::snapshot::Failure { found_by: 0, sentence });
+    check(
+        &all,
+        "This communicator has failed: rank 1 (host vm, pid 4120) died during all_reduce #812: its socket closed. Rank 0 has \
+         failed in all_reduce #812 (f32, 4096, sum) 2 s ago. Rank 1 (pid 4120) was in all_reduce #812 (f32, 4096, sum), begun \
+         12 s ago; its process has ended.",
+    );
+}
+
+#[test]
 fn the_end_and_a_recorder_that_is_off_are_said() {
     let mut all = snapshot(vec![behind(), behind()]);
     all.ranks.iter_mut().for_each(|rank| rank.presence = Presence::Destroyed);
