@@ -102,6 +102,13 @@ impl<M> Mailbox<M> {
         is_new
     }
 
+    /// Messages that are kept, and how many the counts say.
+    #[cfg(feature = "fuzzing")]
+    pub(crate) fn counts(&self) -> (usize, usize) {
+        let state = self.state();
+        (state.messages.values().map(VecDeque::len).sum(), state.unread.values().sum())
+    }
+
     /// How `rank` was lost, if it was.
     pub fn lost(&self, rank: usize) -> Option<Lost> {
         self.state().lost.get(&rank).map(|(_, lost)| *lost)

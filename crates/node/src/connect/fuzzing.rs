@@ -19,7 +19,8 @@ pub fn connection(messages: &[&[u8]]) {
         secret: SECRET,
         liveness: None,
     };
-    let meeting = Meeting { config: &config, links: Vec::new(), pending: Vec::new(), suspects: Vec::new() };
+    let meeting =
+        Meeting { config: &config, links: Vec::new(), pending: Vec::new(), suspects: Vec::new(), refused: 0 };
     hold(&meeting, Stage::Introduction, messages);
     let handshake = Box::new(Handshake::new(Role::Initiator, &SECRET, b"fuzz", [1; 32]));
     hold(&meeting, Stage::Proof { rank: 1, handshake }, messages);
@@ -29,7 +30,7 @@ fn hold(meeting: &Meeting<'_>, stage: Stage, messages: &[&[u8]]) {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
     let dialled = !matches!(stage, Stage::Introduction);
-    let mut pending = Pending { socket: ours, since: Instant::now(), pid: 1, stage, dialled };
+    let mut pending = Pending { socket: ours, since: Instant::now(), pid: Some(1), stage, dialled };
     pending.flush().unwrap();
     let mut buffer = vec![0; MAX_MESSAGE_BYTES];
     for message in messages {

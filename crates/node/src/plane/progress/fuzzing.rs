@@ -5,7 +5,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use unisono_core::Secret;
 use unisono_core::auth::{Handshake, Role, Session};
 
-use super::super::{Inbox, Peer};
+use super::super::Peer;
 use super::*;
 use crate::socket::{MAX_FDS, Sent};
 
@@ -20,10 +20,18 @@ pub fn plane_messages(parts: &[&[u8]]) {
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
     let (ours_session, mut theirs_session) = sessions();
     let shared = Arc::new(Shared {
-        peers: vec![Peer { rank: 1, pid: 1, socket: ours, pidfd: None, sealer: ours_session.sealer.into() }],
-        inbox: Inbox::default().into(),
-        arrived: std::sync::Condvar::new(),
-        events: std::sync::OnceLock::new(),
+        peers: vec![Peer {
+            rank: 1,
+            pid: 1,
+            seen_pid: Some(1),
+            socket: ours,
+            pidfd: None,
+            sealer: ours_session.sealer.into(),
+        }],
+        mailbox: crate::mailbox::Mailbox::default(),
+        watchers: std::sync::Mutex::default(),
+        watches: unisono_sync::Counter::new(0),
+        process: crate::fork::Process::this(),
         wake: rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap(),
         stopping: unisono_sync::Flag::new(),
         liveness: None,
@@ -44,11 +52,10 @@ pub fn plane_messages(parts: &[&[u8]]) {
             break;
         }
         thread.read(0, &mut buffer);
-        let inbox = shared.inbox();
-        let kept: usize = inbox.messages.values().map(std::collections::VecDeque::len).sum();
-        assert_eq!(inbox.unread.values().sum::<usize>(), kept);
+        let (kept, counted) = shared.mailbox.counts();
+        assert_eq!(counted, kept);
         assert!(kept <= MAX_UNREAD, "{kept} messages are kept");
-        if inbox.lost.contains_key(&1) {
+        if shared.mailbox.lost(1).is_some() {
             break;
         }
     }
@@ -74,8 +81,10 @@ fn sessions() -> (Session, Session) {
 
 /// Messages with and without descriptors, a farewell, and one that is not sealed.
 pub fn plane_seeds() -> Vec<Vec<Vec<u8>>> {
-    let message =
-        |fds: u8, tag: u64, body: &[u8]| [&[16 | fds, MESSAGE as u8][..], &tag.to_le_bytes(), body].concat();
+    let message = |fds: u8, item: u32, body: &[u8]| {
+        let tag = Tag { group: 0, generation: 0, item }.to_bytes();
+        [&[16 | fds, MESSAGE as u8][..], &tag, body].concat()
+    };
     vec![
         vec![message(0, 1, b"hello"), message(2, 1, b"memory"), message(8, 2, b"")],
         vec![message(1, 3, &[7; 300]), vec![16, FAREWELL as u8]],
