@@ -11,8 +11,11 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 mod bench;
+mod doctor;
+mod hardware;
 mod logging;
 mod output;
+mod ranks;
 mod run;
 
 /// The command itself failed, not the program that it ran.
@@ -45,6 +48,8 @@ struct Common {
 enum Command {
     /// Measure and verify collectives on this host, with ranks of its own
     Bench(bench::Arguments),
+    /// Check what this machine and its settings give to a job, and say what mends the rest
+    Doctor(doctor::Arguments),
     /// Start a program several times on this host, as the ranks of one job
     Run(run::Arguments),
 }
@@ -66,6 +71,7 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     logging::start(&cli.common);
     let done = match cli.command {
         Command::Bench(arguments) => bench::execute(&arguments, &cli.common),
+        Command::Doctor(arguments) => doctor::execute(&arguments, &cli.common),
         Command::Run(arguments) => run::execute(arguments, &cli.common),
     };
     done.map_or_else(

@@ -1,4 +1,4 @@
-//! Where results go that were asked for as JSON.
+//! What several commands do with their results: JSON to where it was asked for, and lines that fit a terminal.
 
 use std::convert::Infallible;
 use std::io::Write as _;
@@ -41,5 +41,37 @@ impl FromStr for Target {
 
     fn from_str(text: &str) -> Result<Self, Infallible> {
         Ok(if text == "-" { Self::Stdout } else { Self::File(PathBuf::from(text)) })
+    }
+}
+
+/// Cuts `text` at spaces into lines of at most `width` characters; a longer word has a line of its own.
+pub(crate) fn wrap(text: &str, width: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    let mut used = 0;
+    for word in text.split_whitespace() {
+        let length = word.chars().count();
+        if used > 0 && used + 1 + length > width {
+            lines.push(String::new());
+            used = 0;
+        }
+        if let Some(line) = lines.last_mut() {
+            let space = if used > 0 { " " } else { "" };
+            *line += space;
+            *line += word;
+            used += space.len() + length;
+        }
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_cut_at_spaces() {
+        assert_eq!(wrap("one two three", 7), ["one two", "three"]);
+        assert_eq!(wrap("a longer-than-that b", 5), ["a", "longer-than-that", "b"]);
+        assert_eq!(wrap("", 5), [""]);
     }
 }

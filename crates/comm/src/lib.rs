@@ -34,6 +34,7 @@ pub mod communicator;
 mod control;
 pub mod error;
 pub mod group;
+pub mod host;
 pub mod launch;
 mod neighbours;
 pub mod observer;
