@@ -1,9 +1,12 @@
-//! The processors of this machine, as the kernel describes them below `/sys`: sockets, NUMA nodes, cores, caches.
+//! This machine: its processors as the kernel describes them below `/sys` (sockets, NUMA nodes, cores, caches), and its
+//! network interfaces.
 //!
-//! Everything is read from files, so tests give a directory of their own. What a file does not tell is left out: a
+//! Processors are read from files, so tests give a directory of their own. What a file does not tell is left out: a
 //! container may hide `/sys`, and then each processor is a core of its own on one socket and one node.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -119,8 +122,29 @@ pub(crate) fn allowed() -> Vec<usize> {
     (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)).collect()
 }
 
+/// An address of a network interface.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub(crate) struct Interface {
+    name: String,
+    address: IpAddr,
+}
+
+impl fmt::Display for Interface {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.name, self.address)
+    }
+}
+
+/// The network interfaces that have an address, without addresses that hold for one link only.
+pub(crate) fn interfaces() -> Vec<Interface> {
+    // Where they cannot be listed there is nothing to list; who needs one finds out when it is used.
+    let all = if_addrs::get_if_addrs().unwrap_or_default();
+    let wide = all.into_iter().filter(|interface| !interface.is_link_local());
+    wide.map(|interface| Interface { address: interface.ip(), name: interface.name }).collect()
+}
+
 fn distinct(numbers: impl Iterator<Item = usize>) -> usize {
-    numbers.collect::<std::collections::BTreeSet<_>>().len()
+    numbers.collect::<BTreeSet<_>>().len()
 }
 
 fn text(path: &Path) -> Option<String> {

@@ -17,6 +17,7 @@ mod logging;
 mod output;
 mod ranks;
 mod run;
+mod topo;
 
 /// The command itself failed, not the program that it ran.
 const EXIT_OWN_FAILURE: u8 = 125;
@@ -52,6 +53,8 @@ enum Command {
     Doctor(doctor::Arguments),
     /// Start a program several times on this host, as the ranks of one job
     Run(run::Arguments),
+    /// Show who reaches whom, and how: the ranks of a job, or the processors of this machine
+    Topo(topo::Arguments),
 }
 
 /// Runs the command line `arguments`, the first of which is the name of the program, and answers its exit code.
@@ -73,6 +76,7 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
         Command::Bench(arguments) => bench::execute(&arguments, &cli.common),
         Command::Doctor(arguments) => doctor::execute(&arguments, &cli.common),
         Command::Run(arguments) => run::execute(arguments, &cli.common),
+        Command::Topo(arguments) => topo::execute(&arguments, &cli.common),
     };
     done.map_or_else(
         |failure| {

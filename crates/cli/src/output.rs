@@ -64,6 +64,26 @@ pub(crate) fn wrap(text: &str, width: usize) -> Vec<String> {
     lines
 }
 
+/// The first line of what describes this machine.
+pub(crate) fn heading() -> String {
+    let bold = anstyle::Style::new().bold();
+    let system = rustix::system::uname();
+    let (name, release) = (system.nodename().to_string_lossy(), system.release().to_string_lossy());
+    format!("{bold}unisono {} · {name} · Linux {release}{bold:#}", env!("CARGO_PKG_VERSION"))
+}
+
+/// `1.5 GiB`, for people.
+pub(crate) fn bytes(bytes: u64) -> String {
+    let (value, unit) = match bytes {
+        0..0x400 => return format!("{bytes} B"),
+        0x400..0x10_0000 => (bytes as f64 / 1024.0, "KiB"),
+        0x10_0000..0x4000_0000 => (bytes as f64 / 1_048_576.0, "MiB"),
+        _ => (bytes as f64 / 1_073_741_824.0, "GiB"),
+    };
+    let text = format!("{value:.1}");
+    format!("{} {unit}", text.strip_suffix(".0").unwrap_or(&text))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -73,5 +93,10 @@ mod tests {
         assert_eq!(wrap("one two three", 7), ["one two", "three"]);
         assert_eq!(wrap("a longer-than-that b", 5), ["a", "longer-than-that", "b"]);
         assert_eq!(wrap("", 5), [""]);
+    }
+
+    #[test]
+    fn sizes_are_short() {
+        assert_eq!([12, 1536, 64 << 20, 3 << 29].map(bytes), ["12 B", "1.5 KiB", "64 MiB", "1.5 GiB"]);
     }
 }

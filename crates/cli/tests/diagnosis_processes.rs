@@ -70,3 +70,35 @@ fn the_settings_are_listed_with_their_values_here() {
     assert_eq!((row["value"].as_str(), row["default"].as_str()), (Some("7s"), Some("600s")));
     assert!(rows.as_array().unwrap().iter().all(|row| row["name"] != "UNISONO_SECRET_FD"));
 }
+
+#[test]
+fn the_topology_of_a_job_names_where_its_ranks_run() {
+    let unisono_itself = env!("CARGO_BIN_EXE_unisono");
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("topo.json");
+    let option = format!("--json={}", file.display());
+    let output = unisono(&["run", "-n", "3", "--timeout=60s", "--", unisono_itself, "topo", &option])
+        .output()
+        .unwrap();
+    let text = text(&output.stdout);
+    assert!(output.status.success(), "{output:?}");
+    assert!(text.contains("3 ranks of this job"), "{text}");
+    assert!(text.contains("rank 1     SHM self  SHM   pid "), "{text}");
+    assert!(text.lines().all(|line| line.chars().count() <= 124), "{text}");
+    let document: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    let pids: Vec<u64> =
+        document["places"].as_array().unwrap().iter().map(|place| place["pid"].as_u64().unwrap()).collect();
+    assert!(pids.len() == 3 && pids[0] != pids[1] && pids[1] != pids[2], "{pids:?}");
+    assert_eq!(document["links"][0][0], "self");
+}
+
+#[test]
+fn the_topology_of_ranks_that_are_not_there_is_planned() {
+    let output = unisono(&["topo", "-n", "1000", "--json"]).output().unwrap();
+    let document = json(&output);
+    assert_eq!(document["places"].as_array().unwrap().len(), 1000);
+    assert_eq!(document["links"][999].as_array().unwrap().len(), 1000);
+    let half = unisono(&["topo"]).env("RANK", "0").output().unwrap();
+    assert_eq!(half.status.code(), Some(125));
+    assert!(text(&half.stderr).contains("RANK=0 is set but WORLD_SIZE is not"), "{half:?}");
+}

@@ -12,9 +12,9 @@ use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::process::PidfdFlags;
 use unisono::host;
 
-use super::{Finding, bytes};
-use crate::Failure;
-use crate::ranks;
+use super::Finding;
+use crate::output::bytes;
+use crate::{Failure, ranks};
 
 /// What a filter of system calls is, and how to lift it.
 const FILTER: &str = "a system call filter (seccomp) of the container forbids it; try: docker run --security-opt seccomp=unconfined";

@@ -3,7 +3,8 @@
 use rustix::process::{Resource, getrlimit};
 use unisono::host;
 
-use super::{Finding, bytes};
+use super::Finding;
+use crate::output::bytes;
 
 /// Descriptors that a rank holds for itself, and for each other rank of its host (a socket, a process).
 const OWN_FILES: u64 = 64;

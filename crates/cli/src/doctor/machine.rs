@@ -98,7 +98,7 @@ fn interfaces() -> Finding {
     if let Err(error) = loopback() {
         return Finding::fail(CHECK, format!("127.0.0.1 does not work: {error}"), "ip link set lo up");
     }
-    let there_are = names_and_addresses();
+    let there_are = hardware::interfaces().iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
     match std::env::var("UNISONO_INTERFACE").ok().filter(|name| !name.trim().is_empty()) {
         Some(name) => match unisono::store::interface_address(name.trim()) {
             Ok(address) => Finding::ok(CHECK, format!("{there_are}; UNISONO_INTERFACE={name} is {address}")),
@@ -110,13 +110,6 @@ fn interfaces() -> Finding {
         },
         None => Finding::ok(CHECK, there_are),
     }
-}
-
-/// `lo 127.0.0.1, eth0 10.0.0.5`, without addresses that hold for one link only.
-pub(crate) fn names_and_addresses() -> String {
-    let Ok(interfaces) = if_addrs::get_if_addrs() else { return "interfaces cannot be listed".to_owned() };
-    let listed = interfaces.iter().filter(|interface| !interface.is_link_local());
-    listed.map(|interface| format!("{} {}", interface.name, interface.ip())).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]

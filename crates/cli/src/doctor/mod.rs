@@ -6,11 +6,11 @@
 
 use std::io::Write as _;
 
-use anstyle::{AnsiColor, Style};
+use anstyle::AnsiColor;
 use clap::Args;
 use serde::Serialize;
 
-use crate::output::{Target, wrap};
+use crate::output::{Target, heading, wrap};
 use crate::{Common, Failure};
 
 mod environment;
@@ -114,13 +114,6 @@ pub(crate) fn execute(arguments: &Arguments, common: &Common) -> Result<u8, Fail
     report.conclude(common)
 }
 
-fn heading() -> String {
-    let bold = Style::new().bold();
-    let system = rustix::system::uname();
-    let (name, release) = (system.nodename().to_string_lossy(), system.release().to_string_lossy());
-    format!("{bold}unisono {} · {name} · Linux {release}{bold:#}", env!("CARGO_PKG_VERSION"))
-}
-
 struct Report {
     /// Whether only what is wrong is printed, or nothing.
     least: Option<Verdict>,
@@ -178,18 +171,6 @@ impl Report {
     }
 }
 
-/// `1.5 GiB`, for people.
-fn bytes(bytes: u64) -> String {
-    let (value, unit) = match bytes {
-        0..0x400 => return format!("{bytes} B"),
-        0x400..0x10_0000 => (bytes as f64 / 1024.0, "KiB"),
-        0x10_0000..0x4000_0000 => (bytes as f64 / 1_048_576.0, "MiB"),
-        _ => (bytes as f64 / 1_073_741_824.0, "GiB"),
-    };
-    let text = format!("{value:.1}");
-    format!("{} {unit}", text.strip_suffix(".0").unwrap_or(&text))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -205,10 +186,5 @@ mod tests {
         assert_eq!(lines.len(), 4);
         assert_eq!(lines[3], format!("{:24}→ ulimit -n 65536", ""));
         assert!(lines.iter().all(|line| line.chars().count() <= 120));
-    }
-
-    #[test]
-    fn sizes_are_short() {
-        assert_eq!([12, 1536, 64 << 20, 3 << 29].map(bytes), ["12 B", "1.5 KiB", "64 MiB", "1.5 GiB"]);
     }
 }
