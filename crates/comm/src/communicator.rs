@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use unisono_core::call::CallHeader;
-use unisono_core::layout::ControlLayout;
+use unisono_core::layout::{ControlLayout, WindowLayout};
 use unisono_core::select::Algorithm;
 use unisono_core::settings::{AlgorithmChoice, Settings, Spin};
 use unisono_core::topology::Topology;
@@ -204,17 +204,8 @@ impl Communicator {
             CallHeader { dtype: Some(T::DTYPE), count: count as u64, ..CallHeader::bare(Kind::Window) };
         engine.meet(header, self.patience)?;
         let id = engine.next_window_id();
-        let too_large = || {
-            let (got, cap) = (count as u64, (isize::MAX as usize / size_of::<T>()) as u64);
-            Error::Core(unisono_core::Error::TooLarge { what: "window", got, cap })
-        };
-        let bytes = count.checked_mul(size_of::<T>()).ok_or_else(too_large)?;
-        let stride =
-            bytes.max(1).checked_next_multiple_of(unisono_core::layout::PAGE).ok_or_else(too_large)?;
-        let total = stride
-            .checked_mul(self.world_size())
-            .filter(|total| isize::try_from(*total).is_ok())
-            .ok_or_else(too_large)?;
+        let layout = WindowLayout::new(self.world_size(), count, size_of::<T>())?;
+        let total = layout.total_bytes();
         let deadline = self.patience.map_or(Deadline::NEVER, Deadline::after);
         let is_aborted = || self.control.abort().raised().is_some();
         let memory = self.neighbours.share((self.rank, self.world_size()), id, total, deadline, &is_aborted);
@@ -229,20 +220,19 @@ impl Communicator {
             let message = "another rank of this host could not map it".to_owned();
             return Err(Error::Node(unisono_node::Error::Memory { bytes: total, action: "window", message }));
         }
-        engine.open_window(id, memory.clone(), stride, bytes);
-        // SAFETY: our own part lies within the mapping: `rank` strides from its start.
-        let base = unsafe { memory.as_ptr().add(self.rank * stride) };
-        Ok(Window::new(self.control.clone(), memory, base, id, count))
+        engine.open_window(id, memory.clone(), layout);
+        Ok(Window::new(self.control.clone(), memory, layout, id, count))
     }
 
-    /// Ends window `id`, made by the communicator of `owner`, on all ranks. Collective.
+    /// Ends window `id`, made by the communicator of `owner`, for collectives: because it is closed or becomes one-sided, as
+    /// `kind` says. Collective.
     ///
     /// # Errors
     /// [`Error::Argument`] if that is another communicator; those of a failed one.
-    pub(crate) fn close_window(&self, id: u64, owner: &Arc<Control>) -> Result<()> {
+    pub(crate) fn end_window(&self, kind: Kind, id: u64, owner: &Arc<Control>) -> Result<()> {
         if !Arc::ptr_eq(owner, &self.control) {
             return Err(Error::Argument {
-                call: Kind::CloseWindow.name(),
+                call: kind.name(),
                 rank: self.rank,
                 what: "window",
                 expected: "a window of this communicator".to_owned(),
@@ -250,7 +240,7 @@ impl Communicator {
             });
         }
         let mut engine = self.engine.borrow_mut();
-        let header = CallHeader { target_window: id, ..CallHeader::bare(Kind::CloseWindow) };
+        let header = CallHeader { target_window: id, ..CallHeader::bare(kind) };
         engine.meet(header, self.patience)?;
         engine.close_window(id);
         Ok(())

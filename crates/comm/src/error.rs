@@ -122,6 +122,22 @@ pub enum Error {
         /// Why the communicator failed.
         cause: String,
     },
+    /// A signal did not come in time. The communicator still works.
+    #[error(
+        "rank {rank} waited {waited:.1?} for signal {slot} to reach {expected}; it holds {got}. A peer raises it with signal()."
+    )]
+    Signal {
+        /// The rank that waited.
+        rank: usize,
+        /// The slot.
+        slot: usize,
+        /// The value that was waited for.
+        expected: u32,
+        /// The value that it holds.
+        got: u32,
+        /// How long was waited.
+        waited: Duration,
+    },
     /// Not all ranks met before the deadline.
     #[error(
         "{met} of {world_size} ranks met at {store} within {waited:.1?}; missing: {}. Were they started, and can they reach it? UNISONO_INIT_TIMEOUT=60s waits longer.",

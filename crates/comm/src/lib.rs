@@ -46,6 +46,7 @@ mod rendezvous;
 pub mod scope;
 pub mod store;
 pub mod stream;
+pub mod symmetric;
 pub mod window;
 
 pub use buffer::{Buf, BufMut, Place, RawBuffer};
@@ -58,6 +59,7 @@ pub use observer::{Observer, State};
 pub use operations::Operations;
 pub use scope::{Pending, Scope};
 pub use stream::{OnStream, Stream};
+pub use symmetric::Symmetric;
 pub use unisono_core::element::{Bool8, f8e4m3, f8e5m2};
 pub use unisono_core::select::Algorithm;
 pub use unisono_core::settings::{Order, Require};

@@ -5,12 +5,15 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use unisono_core::Element;
+use unisono_core::call::Kind;
+use unisono_core::layout::WindowLayout;
 use unisono_node::SharedMemory;
 
 use crate::buffer::{Buf, BufMut, Place, RawBuffer};
 use crate::communicator::Communicator;
 use crate::control::Control;
 use crate::error::{Error, Result};
+use crate::symmetric::Symmetric;
 
 /// Where the memory of a window lies.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -29,24 +32,27 @@ pub enum Memory {
 pub struct Window<T: Element> {
     control: Arc<Control>,
     memory: Arc<SharedMemory>,
-    base: *mut u8,
+    layout: WindowLayout,
     id: u64,
     count: usize,
     elem: PhantomData<T>,
 }
 
-// SAFETY: `base` points into `memory`, which any thread may use; `lend` takes `&mut self`, so one at a time.
-unsafe impl<T: Element> Send for Window<T> {}
-
 impl<T: Element> Window<T> {
     pub(crate) fn new(
         control: Arc<Control>,
         memory: Arc<SharedMemory>,
-        base: *mut u8,
+        layout: WindowLayout,
         id: u64,
         count: usize,
     ) -> Self {
-        Self { control, memory, base, id, count, elem: PhantomData }
+        Self { control, memory, layout, id, count, elem: PhantomData }
+    }
+
+    /// The first element of this rank's copy.
+    fn base(&self) -> *mut u8 {
+        // SAFETY: the copy lies in the mapping, whose length was agreed.
+        unsafe { self.memory.as_ptr().add(self.layout.copy(self.control.member().0).offset) }
     }
 
     /// Elements of this rank's copy.
@@ -73,10 +79,9 @@ impl<T: Element> Window<T> {
             let cause = cause.into_error("a collective", self.control.member()).to_string();
             return Err(Error::Poisoned { id: self.id, cause });
         }
-        debug_assert!((self.base as usize) < self.memory.as_ptr() as usize + self.memory.bytes());
-        // SAFETY: `base` is page-aligned, `count` elements long, lives as long as `memory`, and every bit pattern is a
+        // SAFETY: the base is page-aligned, `count` elements long, lives as long as `memory`, and every bit pattern is a
         // valid `T`. Peers read and write it only while we are inside a collective, which needs this borrow to be over.
-        Ok(unsafe { std::slice::from_raw_parts_mut(self.base.cast(), self.count) })
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.base().cast(), self.count) })
     }
 
     /// The elements of `range` as an input.
@@ -101,7 +106,18 @@ impl<T: Element> Window<T> {
     /// [`Error::Argument`] if `communicator` did not make this window; those of a failed communicator. This rank's hold
     /// on the memory ends in any case.
     pub fn close(self, communicator: &Communicator) -> Result<()> {
-        communicator.close_window(self.id, &self.control)
+        communicator.end_window(Kind::CloseWindow, self.id, &self.control)
+    }
+
+    /// Makes this window one-sided memory: from now on every rank reads and writes all copies at any time, and no collective
+    /// works on it. What the copies hold stays. Collective: when it returns, every rank has given its window up.
+    ///
+    /// # Errors
+    /// As [`Window::close`].
+    pub fn into_symmetric(self, communicator: &Communicator) -> Result<Symmetric<T>> {
+        communicator.end_window(Kind::Symmetric, self.id, &self.control)?;
+        let policy = communicator.engine().policy();
+        Ok(Symmetric::new(self.control, self.memory, self.layout, (self.id, self.count), policy))
     }
 
     fn raw(&self, range: Range<usize>) -> RawBuffer {
@@ -110,7 +126,7 @@ impl<T: Element> Window<T> {
             "range {range:?} of a window of {} elements",
             self.count
         );
-        let address = self.base.expose_provenance() + range.start * size_of::<T>();
+        let address = self.base().expose_provenance() + range.start * size_of::<T>();
         RawBuffer {
             ptr: address as u64,
             count: range.len(),

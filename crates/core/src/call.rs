@@ -113,6 +113,8 @@ pub enum Kind {
     Window,
     /// Collective end of a window.
     CloseWindow,
+    /// Collective change of a window into one-sided memory.
+    Symmetric,
 }
 
 impl Kind {
@@ -141,6 +143,7 @@ impl Kind {
             Self::Destroy => "destroy",
             Self::Window => "window",
             Self::CloseWindow => "close window",
+            Self::Symmetric => "into_symmetric",
         }
     }
 
@@ -153,6 +156,7 @@ impl Kind {
             Self::Destroy => 5,
             Self::Window => 6,
             Self::CloseWindow => 7,
+            Self::Symmetric => 23,
             Self::Reduce { .. } => 8,
             Self::ReduceScatter { .. } => 9,
             Self::Gather { .. } => 10,
@@ -303,6 +307,7 @@ impl CallHeader {
             5 => Kind::Destroy,
             6 => Kind::Window,
             7 => Kind::CloseWindow,
+            23 => Kind::Symmetric,
             _ => return None,
         };
         let dtype = match dtype {

@@ -200,6 +200,67 @@ impl ControlLayout {
     }
 }
 
+/// Signal slots of each rank in a window.
+pub const SIGNAL_SLOTS: usize = 64;
+/// Bytes from one signal slot to the next.
+pub const SIGNAL_STRIDE: usize = 64;
+
+/// The memory of a window: for each rank a page of signal slots, a page with the count of who sleeps on them, and its copy
+/// of the elements, in whole pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct WindowLayout {
+    ranks: usize,
+    bytes: usize,
+    stride: usize,
+}
+
+impl WindowLayout {
+    /// The layout for copies of `count` elements of `size` bytes.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] if no address space has room for it.
+    pub fn new(ranks: usize, count: usize, size: usize) -> Result<Self> {
+        let too_large = || {
+            let cap = (isize::MAX as usize / size.max(1) / ranks.max(1)) as u64;
+            Error::TooLarge { what: "window", got: count as u64, cap }
+        };
+        let bytes = count.checked_mul(size).ok_or_else(too_large)?;
+        let stride = bytes.checked_next_multiple_of(PAGE).and_then(|bytes| bytes.checked_add(2 * PAGE));
+        let total = stride.and_then(|stride| stride.checked_mul(ranks));
+        match (stride, total) {
+            (Some(stride), Some(total)) if isize::try_from(total).is_ok() => {
+                Ok(Self { ranks, bytes, stride })
+            }
+            _ => Err(too_large()),
+        }
+    }
+
+    /// Bytes of one copy, as they were asked for.
+    pub const fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Bytes of the whole mapping.
+    pub const fn total_bytes(&self) -> usize {
+        self.ranks * self.stride
+    }
+
+    /// The signal slots of `rank`: a `u64` every [`SIGNAL_STRIDE`] bytes, written by peers.
+    pub const fn signals(&self, rank: usize) -> Field {
+        Field { offset: rank * self.stride, bytes: SIGNAL_SLOTS * SIGNAL_STRIDE }
+    }
+
+    /// `u32`: how many threads of `rank` sleep on its slots.
+    pub const fn sleepers(&self, rank: usize) -> Field {
+        Field { offset: rank * self.stride + PAGE, bytes: 4 }
+    }
+
+    /// The copy of `rank`, in whole pages.
+    pub const fn copy(&self, rank: usize) -> Field {
+        Field { offset: rank * self.stride + 2 * PAGE, bytes: self.stride - 2 * PAGE }
+    }
+}
+
 /// Line number `index` from `base`.
 const fn line(base: usize, index: usize) -> Field {
     Field { offset: base + index * LINE, bytes: LINE }
@@ -242,6 +303,28 @@ mod tests {
         assert!(ControlLayout::new(64).rank_bytes() <= 16 << 20);
         assert_eq!(SLOT_HEADER + crate::call::HEADER_WORDS, SLOT_WORDS - 1);
         assert_eq!((1 + SLOT_HEADER) * 8, 64, "the header starts the slot's second line");
+    }
+
+    #[test]
+    fn windows_have_all_fields_apart_and_refuse_what_no_memory_holds() {
+        for (ranks, count, size) in [(1, 0, 4), (3, 1, 1), (5, 4096, 8), (64, 100_000, 2)] {
+            let layout = WindowLayout::new(ranks, count, size).unwrap();
+            let mut end = 0;
+            for rank in 0..ranks {
+                for field in [layout.signals(rank), layout.sleepers(rank), layout.copy(rank)] {
+                    assert!(
+                        field.offset >= end && field.offset.is_multiple_of(PAGE),
+                        "{ranks} {rank} {field:?}"
+                    );
+                    end = field.end();
+                }
+                assert!(layout.copy(rank).bytes >= count * size && layout.bytes() == count * size);
+            }
+            assert_eq!(end, layout.total_bytes());
+        }
+        for (ranks, count) in [(1, usize::MAX), (2, usize::MAX / 8), (1024, isize::MAX as usize / 512)] {
+            assert!(matches!(WindowLayout::new(ranks, count, 8), Err(Error::TooLarge { .. })));
+        }
     }
 
     #[test]

@@ -55,13 +55,13 @@ fn an_epoch_flag_announces_what_was_written_before() {
 #[test]
 fn a_signal_announces_what_was_written_before() {
     loom::model(|| {
-        let shared = Arc::new(([AtomicU32::new(0), AtomicU32::new(0)], Chunk::new()));
+        let shared = Arc::new(([AtomicU64::new(0), AtomicU64::new(0)], Chunk::new()));
         let writer = shared.clone();
         let thread = thread::spawn(move || {
             writer.1.write(5);
-            assert!(SignalPad::<Loom>::new(&writer.0).signal(1, 1));
+            assert!(SignalPad::<Loom>::new(&writer.0, 1).signal(1, 1));
         });
-        until(|| SignalPad::<Loom>::new(&shared.0).has_reached(1, 1));
+        until(|| SignalPad::<Loom>::new(&shared.0, 1).has_reached(1, 1));
         assert_eq!(shared.1.read(), 5);
         thread.join().unwrap();
     });

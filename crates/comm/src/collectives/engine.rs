@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use unisono_core::call::{CallHeader, HEADER_WORDS, Kind};
 use unisono_core::layout::{
-    CALL_SLOTS, CHUNK_BYTES, CHUNKS, INLINE_WORDS, SLOT_CHAIN, SLOT_DATA, SLOT_HEADER,
+    CALL_SLOTS, CHUNK_BYTES, CHUNKS, INLINE_WORDS, SLOT_CHAIN, SLOT_DATA, SLOT_HEADER, WindowLayout,
 };
 use unisono_core::select::Algorithm;
 use unisono_node::SharedMemory;
@@ -57,13 +57,12 @@ pub(super) struct State {
     pub(super) knows_sizes: bool,
 }
 
-/// A window that peers map too: `stride` bytes per rank.
+/// A window that peers map too.
 #[derive(Clone, Debug)]
 pub(super) struct OpenWindow {
     id: u64,
     memory: Arc<SharedMemory>,
-    stride: usize,
-    bytes: usize,
+    layout: WindowLayout,
 }
 
 /// One rank's side of all collectives of one communicator. Used by one thread at a time.
@@ -394,6 +393,11 @@ impl Engine {
         result
     }
 
+    /// How it waits.
+    pub(crate) const fn policy(&self) -> WaitPolicy {
+        self.policy
+    }
+
     /// The algorithm that was asked for.
     pub(crate) const fn forced(&self) -> Option<Algorithm> {
         self.forced
@@ -405,9 +409,9 @@ impl Engine {
         self.next_window - 1
     }
 
-    /// From now on, buffers in `memory` are known to lie in window `id`, of which each rank has `bytes`, `stride` apart.
-    pub(crate) fn open_window(&mut self, id: u64, memory: Arc<SharedMemory>, stride: usize, bytes: usize) {
-        self.windows.push(OpenWindow { id, memory, stride, bytes });
+    /// From now on, buffers in `memory` are known to lie in window `id`.
+    pub(crate) fn open_window(&mut self, id: u64, memory: Arc<SharedMemory>, layout: WindowLayout) {
+        self.windows.push(OpenWindow { id, memory, layout });
     }
 
     /// Forgets window `id`.
@@ -424,9 +428,14 @@ impl Engine {
         bytes: usize,
     ) -> Result<*mut u8> {
         let window = self.windows.iter().find(|window| window.id == id);
-        match window.filter(|window| offset.checked_add(bytes).is_some_and(|end| end <= window.bytes)) {
-            // SAFETY: the range lies within the peer's part of the mapping, as was just checked.
-            Some(window) => Ok(unsafe { window.memory.as_ptr().add(peer * window.stride + offset) }),
+        let fits =
+            |window: &&OpenWindow| offset.checked_add(bytes).is_some_and(|end| end <= window.layout.bytes());
+        match window.filter(fits) {
+            Some(window) => {
+                let start = window.layout.copy(peer).offset + offset;
+                // SAFETY: the range lies within the peer's copy in the mapping, as was just checked.
+                Ok(unsafe { window.memory.as_ptr().add(start) })
+            }
             None => Err(self.abort_with(Cause::Mismatch {
                 left: self.call_name(),
                 right: format!("an offset of {offset} outside window {id} on {}", self.control.name(peer)),
@@ -469,7 +478,7 @@ pub(super) const fn chunk(step: u64) -> usize {
 
 fn find_window(windows: &[OpenWindow], rank: usize, id: u64, ptr: u64, bytes: usize) -> Option<WindowPlace> {
     let window = windows.iter().find(|window| window.id == id)?;
-    let base = window.memory.as_ptr().expose_provenance() + rank * window.stride;
+    let base = window.memory.as_ptr().expose_provenance() + window.layout.copy(rank).offset;
     let offset = (ptr as usize).checked_sub(base)?;
-    (offset.checked_add(bytes)? <= window.bytes).then_some(WindowPlace { id, offset })
+    (offset.checked_add(bytes)? <= window.layout.bytes()).then_some(WindowPlace { id, offset })
 }

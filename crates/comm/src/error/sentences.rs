@@ -77,6 +77,8 @@ sentences! {
         got: "cuda:1".into(),
     } => "all_reduce on rank 0 got a buffer in cuda:1; this communicator works on host memory and its windows. Nothing was \
           written.";
+    Signal: Error::Signal { rank: 1, slot: 3, expected: 8, got: 7, waited: Duration::from_millis(1500) }
+        => "rank 1 waited 1.5s for signal 3 to reach 8; it holds 7. A peer raises it with signal().";
     Poisoned: Error::Poisoned { id: 2, cause: "rank 3 died".into() }
         => "window 2 is poisoned: its communicator failed while peers could touch it (rank 3 died). Make a new \
             communicator.";

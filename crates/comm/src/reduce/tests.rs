@@ -8,6 +8,9 @@ use unisono_core::{DType, ReduceOp};
 use super::Reduction;
 use super::level::Level;
 
+#[path = "../../../../tests/golden/inputs.rs"]
+mod inputs;
+
 /// Bytes before and after every buffer, which no kernel may write.
 const MARGIN: usize = 32;
 const POISON: u8 = 0xa5;
@@ -275,4 +278,25 @@ fn a_missing_scalar_is_a_broken_invariant() {
     let reduction = Reduction::new(DType::F32, ReduceOp::PreMulSum(1.0)).unwrap();
     // SAFETY: all buffers have one element.
     unsafe { reduction.run(&[a.as_ptr(), b.as_ptr()], &[1.0], out.as_mut_ptr(), 1) };
+}
+
+#[test]
+fn every_level_comes_to_the_golden_hashes() {
+    let golden = std::fs::read_to_string(inputs::PATH).unwrap();
+    let golden: Vec<&str> = golden.lines().collect();
+    for level in Level::available() {
+        for (dtype, op) in inputs::reductions() {
+            let reduction = Reduction::at_level(dtype, op, level).unwrap();
+            for world_size in inputs::WORLDS {
+                let buffers = inputs::inputs(dtype, op, world_size);
+                let sources: Vec<*const u8> = buffers.iter().map(|buffer| buffer.as_ptr()).collect();
+                let scalars: Vec<f64> = (0..world_size).map(inputs::scalar).collect();
+                let mut output = vec![0xee; inputs::COUNT * dtype.size()];
+                // SAFETY: all buffers hold `COUNT` elements, and this machine has the level.
+                unsafe { reduction.run(&sources, &scalars, output.as_mut_ptr(), inputs::COUNT) };
+                let line = inputs::line(dtype, op, world_size, &output);
+                assert!(golden.contains(&line.as_str()), "{level:?}: {line}");
+            }
+        }
+    }
 }
