@@ -52,10 +52,7 @@ pub(crate) struct Cache {
 impl Hardware {
     /// This machine.
     pub(crate) fn here() -> Self {
-        let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-        let model = model.map_or(std::env::consts::ARCH, |(_, name)| name.trim());
-        Self::read(Path::new("/sys/devices/system"), model)
+        Self::read(Path::new("/sys/devices/system"), &unisono::host::processor_model())
     }
 
     fn read(root: &Path, model: &str) -> Self {

@@ -6,8 +6,7 @@ use std::time::Duration;
 
 use unisono_core::call::CallHeader;
 use unisono_core::layout::{ControlLayout, WindowLayout};
-use unisono_core::select::Algorithm;
-use unisono_core::settings::{AlgorithmChoice, Settings, Spin};
+use unisono_core::settings::{Settings, Spin};
 use unisono_core::topology::Topology;
 use unisono_core::{Element, ReduceOp};
 use unisono_node::{SharedMemory, ThreadHub};
@@ -23,6 +22,7 @@ use crate::neighbours::Neighbours;
 use crate::observer::Observer;
 use crate::operations::Operations;
 use crate::stream::{OnStream, Stream};
+use crate::tuning::{AskedBy, Selection};
 use crate::window::{Memory, Window};
 
 /// Tag under which the control memory is handed over; windows use their ids, which start at 1.
@@ -41,6 +41,7 @@ pub struct Communicator {
     control: Arc<Control>,
     neighbours: Neighbours,
     topology: Arc<Topology>,
+    selection: Arc<Selection>,
     rank: usize,
     patience: Option<Duration>,
     destroyed: bool,
@@ -54,6 +55,8 @@ pub(crate) struct Parts {
     pub(crate) topology: Arc<Topology>,
     pub(crate) neighbours: Neighbours,
     pub(crate) memory: Arc<SharedMemory>,
+    /// How algorithms are chosen.
+    pub(crate) selection: Arc<Selection>,
 }
 
 impl Communicator {
@@ -83,6 +86,8 @@ impl Communicator {
     pub(crate) fn threads_with(world_size: usize, settings: &Settings) -> Result<Vec<Self>> {
         unisono_core::Member::new(0, world_size)?;
         ControlLayout::check(world_size)?;
+        let tuning = crate::tuning::of_settings(settings)?;
+        let selection = Arc::new(Selection::new(settings, tuning.as_ref(), AskedBy::Setting, world_size));
         let host = unisono_node::identity::host();
         let topology = Arc::new(Topology::one_host(&host.name, world_size));
         let memory = Arc::new(SharedMemory::create(Control::bytes(world_size))?);
@@ -95,6 +100,7 @@ impl Communicator {
             topology: topology.clone(),
             neighbours: Neighbours::Threads(hub.clone()),
             memory: memory.clone(),
+            selection: selection.clone(),
         };
         let ranks: Vec<_> = (0..world_size).map(|rank| Self::assemble(parts(rank), settings)).collect();
         ranks.iter().for_each(|rank| rank.engine.borrow_mut().have_met());
@@ -102,7 +108,7 @@ impl Communicator {
     }
 
     pub(crate) fn assemble(parts: Parts, settings: &Settings) -> Self {
-        let world_size = parts.names.len();
+        let (world_size, selection) = (parts.names.len(), parts.selection);
         let control = Arc::new(Control::new(parts.memory, parts.rank, parts.names));
         if let Neighbours::Processes(plane) = &parts.neighbours {
             plane.watch(control.clone());
@@ -111,13 +117,14 @@ impl Communicator {
             control: control.clone(),
             rank: parts.rank,
             policy: wait_policy(settings, world_size),
-            forced: forced_algorithm(settings.algorithm),
+            rules: selection.rules,
         });
         Self {
             engine: RefCell::new(engine),
             control,
             neighbours: parts.neighbours,
             topology: parts.topology,
+            selection,
             rank: parts.rank,
             patience: settings.timeout,
             destroyed: false,
@@ -166,8 +173,7 @@ impl Communicator {
 
     /// A handle for other threads: it can abort and inspect this communicator at any time.
     pub fn observer(&self) -> Observer {
-        let forced = self.engine.borrow().forced();
-        Observer::new(self.control.clone(), self.topology.clone(), self.rank, forced)
+        Observer::new(self.control.clone(), self.topology.clone(), self.rank, self.selection.clone())
     }
 
     /// The same operations in the order of `stream`. On [`Stream::host`] they are complete on return.
@@ -294,14 +300,5 @@ fn wait_policy(settings: &Settings, local_ranks: usize) -> WaitPolicy {
         yield_for: Duration::from_millis(2),
         patience: settings.timeout,
         warn_after: settings.warn_after,
-    }
-}
-
-fn forced_algorithm(choice: AlgorithmChoice) -> Option<Algorithm> {
-    match choice {
-        AlgorithmChoice::Auto => None,
-        AlgorithmChoice::OneShot => Some(Algorithm::OneShot),
-        AlgorithmChoice::TwoShot => Some(Algorithm::TwoShot),
-        AlgorithmChoice::Direct => Some(Algorithm::Direct),
     }
 }

@@ -3,7 +3,7 @@
 pub use unisono_core::hello::HostIdentity;
 pub use unisono_core::topology::Host;
 pub use unisono_node::cgroup::{memory_left, processor_quota};
-pub use unisono_node::identity::{host, processors};
+pub use unisono_node::identity::{host, processor_model, processors};
 pub use unisono_node::memory::available_bytes;
 pub use unisono_sync::wait::check_futex;
 

@@ -268,7 +268,7 @@ impl Rank<'_> {
             return if operation == Operation::SendRecv { "channel" } else { "flags" }.to_owned();
         };
         let bytes = count * self.workload.dtype.size();
-        self.communicator.observer().algorithm(kind, bytes, self.workload.windows)
+        self.communicator.observer().choice(kind, bytes, self.workload.windows).name().to_owned()
     }
 
     /// GB/s as nccl-tests counts: of the operation, and over the bus.

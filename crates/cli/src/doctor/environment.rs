@@ -61,7 +61,9 @@ fn judge(variables: &Variables) -> Vec<Finding> {
 /// Reads one setting as a job would.
 fn read(row: &Setting, value: &str) -> Result<(), String> {
     let lookup = |name: &str| (name == row.name).then(|| value.to_owned());
-    Settings::from_lookup(&lookup).map(|_| ()).map_err(|error| error.to_string())
+    let settings = Settings::from_lookup(&lookup).map_err(|error| error.to_string())?;
+    let tuning = settings.tune_file.as_deref().map(unisono::tuning::load).transpose();
+    tuning.map(|_| ()).map_err(|error| error.to_string())
 }
 
 #[derive(Serialize)]

@@ -11,7 +11,7 @@ use unisono_core::call::{CallHeader, HEADER_WORDS, Kind};
 use unisono_core::layout::{
     CALL_SLOTS, CHUNK_BYTES, CHUNKS, INLINE_WORDS, SLOT_CHAIN, SLOT_DATA, SLOT_HEADER, WindowLayout,
 };
-use unisono_core::select::Algorithm;
+use unisono_core::select::Rules;
 use unisono_node::SharedMemory;
 use unisono_sync::{EpochFlag, SpinBudget, WaitPolicy};
 
@@ -32,7 +32,7 @@ pub(crate) struct EngineConfig {
     pub(crate) control: Arc<Control>,
     pub(crate) rank: usize,
     pub(crate) policy: WaitPolicy,
-    pub(crate) forced: Option<Algorithm>,
+    pub(crate) rules: Rules,
 }
 
 /// What is known of a peer without looking.
@@ -74,7 +74,7 @@ pub(crate) struct Engine {
     pub(super) budget: SpinBudget,
     /// Whether a wait ends the call as pending instead of blocking.
     pub(super) polling: bool,
-    forced: Option<Algorithm>,
+    rules: Rules,
     /// Calls begun; the current one, while one runs.
     pub(super) epoch: u64,
     pub(super) chain: u64,
@@ -130,7 +130,7 @@ impl Engine {
             policy: config.policy,
             budget: SpinBudget::new(&config.policy),
             polling: false,
-            forced: config.forced,
+            rules: config.rules,
             epoch: 0,
             chain: 0,
             step: 0,
@@ -171,12 +171,8 @@ impl Engine {
     #[inline]
     pub(super) fn plan(&self, call: &Call<'_>) -> Result<Plan> {
         let find = |id, ptr, bytes| find_window(&self.windows, self.rank, id, ptr, bytes);
-        let situation = Situation {
-            rank: self.rank,
-            world_size: self.world_size,
-            forced: self.forced,
-            find_window: &find,
-        };
+        let situation =
+            Situation { rank: self.rank, world_size: self.world_size, rules: self.rules, find_window: &find };
         Plan::new(call, &situation)
     }
 
@@ -396,11 +392,6 @@ impl Engine {
     /// How it waits.
     pub(crate) const fn policy(&self) -> WaitPolicy {
         self.policy
-    }
-
-    /// The algorithm that was asked for.
-    pub(crate) const fn forced(&self) -> Option<Algorithm> {
-        self.forced
     }
 
     /// The id that the next window gets, equal on all ranks because windows are made in the same order.

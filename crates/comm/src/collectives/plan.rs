@@ -1,7 +1,7 @@
 //! From a call with its buffers to what the algorithms need: addresses, counts and the header, all checked.
 
 use unisono_core::call::{CallHeader, Kind};
-use unisono_core::select::Algorithm;
+use unisono_core::select::{Algorithm, Rules};
 use unisono_core::{DType, select};
 
 use super::parts::{Uneven, plan_multi, plan_uneven};
@@ -40,7 +40,7 @@ pub(crate) struct Plan {
 pub(crate) struct Situation<'a> {
     pub(crate) rank: usize,
     pub(crate) world_size: usize,
-    pub(crate) forced: Option<Algorithm>,
+    pub(crate) rules: Rules,
     /// Finds the place of an address range in an open window.
     pub(crate) find_window: &'a dyn Fn(u64, u64, usize) -> Option<WindowPlace>,
 }
@@ -73,9 +73,7 @@ impl Plan {
         let question = select::Question {
             kind: call.kind,
             bytes: count * dtype.size(),
-            world_size: situation.world_size,
             in_windows: source_window.is_some() && target_window.is_some(),
-            forced: situation.forced,
         };
         let header = CallHeader {
             kind: call.kind,
@@ -87,7 +85,7 @@ impl Plan {
         };
         Ok(Self {
             kind: call.kind,
-            algorithm: select::algorithm(&question),
+            algorithm: select::algorithm(&question, &situation.rules),
             header,
             dtype,
             count,
