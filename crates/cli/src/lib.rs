@@ -18,6 +18,7 @@ mod output;
 mod ranks;
 mod run;
 mod topo;
+mod tune;
 
 /// The command itself failed, not the program that it ran.
 const EXIT_OWN_FAILURE: u8 = 125;
@@ -55,6 +56,8 @@ enum Command {
     Run(run::Arguments),
     /// Show who reaches whom, and how: the ranks of a job, or the processors of this machine
     Topo(topo::Arguments),
+    /// Measure here where algorithms change, and write a tuning file
+    Tune(tune::Arguments),
 }
 
 /// Runs the command line `arguments`, the first of which is the name of the program, and answers its exit code.
@@ -77,6 +80,7 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
         Command::Doctor(arguments) => doctor::execute(&arguments, &cli.common),
         Command::Run(arguments) => run::execute(arguments, &cli.common),
         Command::Topo(arguments) => topo::execute(&arguments, &cli.common),
+        Command::Tune(arguments) => tune::execute(&arguments, &cli.common),
     };
     done.map_or_else(
         |failure| {

@@ -1,0 +1,168 @@
+//! One rank of `unisono tune`: three communicators over the same ranks, each with one algorithm, timed in turns.
+//!
+//! Turns of a few milliseconds go round the algorithms until the time is used, so that a change of the machine's mood
+//! hits all of them alike. A turn's time is that of the slowest rank; what counts is the lower quartile over turns. Direct
+//! needs windows; the staged ones are timed on plain memory, where they do the same work.
+
+use std::io::Write as _;
+use std::time::{Duration, Instant};
+
+use unisono::settings::AlgorithmChoice;
+use unisono::{Builder, Communicator, Memory, Operations, ReduceOp, Window};
+
+use super::{Measured, Operation};
+
+type Result<T, E = unisono::Error> = std::result::Result<T, E>;
+
+/// Sizes that are measured: powers of two between these.
+const SIZES: std::ops::RangeInclusive<u32> = 9..=20;
+/// How long one turn should take.
+const TURN: Duration = Duration::from_millis(2);
+/// The fewest turns of each algorithm.
+const LEAST_TURNS: usize = 7;
+
+/// Measures all sizes, as the rank that the environment says; rank 0 writes a line for each.
+pub(super) fn run(time: Duration) -> Result<()> {
+    let with = |name: &str, algorithm| {
+        // Neither the settings nor an older tuning file may choose here.
+        let builder = Builder::from_env()?.tune_file(None).algorithm(algorithm);
+        builder.job(format!("tune-{name}")).build()
+    };
+    let one_shot = with("one-shot", AlgorithmChoice::OneShot)?;
+    let two_shot = with("two-shot", AlgorithmChoice::TwoShot)?;
+    let direct = with("direct", AlgorithmChoice::Direct)?;
+    for operation in [Operation::AllReduce, Operation::Broadcast, Operation::AllGather] {
+        for bytes in SIZES.map(|shift| 1usize << shift) {
+            let mut plain = Plain::new(&one_shot, &two_shot, bytes);
+            let mut windows = Windows::new(&direct, bytes)?;
+            let (times, spread) = measure(operation, time, &mut plain, &mut windows)?;
+            windows.close()?;
+            let measured = Measured {
+                operation,
+                bytes,
+                one_shot_us: times[0],
+                two_shot_us: (operation == Operation::AllReduce).then_some(times[1]),
+                direct_us: times[2],
+                spread,
+            };
+            if one_shot.rank() == 0
+                && let Ok(line) = serde_json::to_string(&measured)
+            {
+                // If the parent is gone, so are we.
+                let _ = writeln!(std::io::stdout(), "{line}");
+            }
+        }
+    }
+    one_shot.destroy()?;
+    two_shot.destroy()?;
+    direct.destroy()
+}
+
+/// The buffers of the staged algorithms.
+struct Plain<'c> {
+    communicators: [&'c Communicator; 2],
+    source: Vec<f32>,
+    target: Vec<f32>,
+    all: Vec<f32>,
+}
+
+impl<'c> Plain<'c> {
+    fn new(one_shot: &'c Communicator, two_shot: &'c Communicator, bytes: usize) -> Self {
+        let count = bytes / size_of::<f32>();
+        let all = vec![0.0; count * one_shot.world_size()];
+        Self { communicators: [one_shot, two_shot], source: vec![1.0; count], target: vec![0.0; count], all }
+    }
+
+    fn call(&mut self, operation: Operation, algorithm: usize) -> Result<()> {
+        let communicator = self.communicators[algorithm];
+        match operation {
+            Operation::AllReduce => {
+                communicator.all_reduce_into(&self.source, &mut self.target, ReduceOp::Sum)
+            }
+            Operation::Broadcast => communicator.broadcast_into(&self.source, &mut self.target, 0),
+            Operation::AllGather => communicator.all_gather_into(&self.source, &mut self.all),
+        }
+    }
+}
+
+/// Those of direct.
+struct Windows<'c> {
+    communicator: &'c Communicator,
+    source: Window<f32>,
+    target: Window<f32>,
+    all: Window<f32>,
+}
+
+impl<'c> Windows<'c> {
+    fn new(communicator: &'c Communicator, bytes: usize) -> Result<Self> {
+        let count = bytes / size_of::<f32>();
+        let window = |count| communicator.window(count, Memory::Host);
+        let all = window(count * communicator.world_size())?;
+        Ok(Self { communicator, source: window(count)?, target: window(count)?, all })
+    }
+
+    fn call(&mut self, operation: Operation) -> Result<()> {
+        let source = self.source.range(0..self.source.len());
+        let (count, all) = (self.target.len(), self.all.len());
+        match operation {
+            Operation::AllReduce => {
+                self.communicator.all_reduce_into(source, self.target.range_mut(0..count), ReduceOp::Sum)
+            }
+            Operation::Broadcast => {
+                self.communicator.broadcast_into(source, self.target.range_mut(0..count), 0)
+            }
+            Operation::AllGather => self.communicator.all_gather_into(source, self.all.range_mut(0..all)),
+        }
+    }
+
+    fn close(self) -> Result<()> {
+        self.source.close(self.communicator)?;
+        self.target.close(self.communicator)?;
+        self.all.close(self.communicator)
+    }
+}
+
+/// The microseconds per call of one-shot, two-shot and direct, and how much longer the median turn of the worst took.
+fn measure(
+    operation: Operation,
+    time: Duration,
+    plain: &mut Plain<'_>,
+    windows: &mut Windows<'_>,
+) -> Result<([f64; 3], f64)> {
+    let judge = plain.communicators[0];
+    let mut timed = |algorithm: usize, calls: usize| -> Result<f64> {
+        judge.barrier()?;
+        let start = Instant::now();
+        for _ in 0..calls {
+            match algorithm {
+                2 => windows.call(operation)?,
+                staged => plain.call(operation, staged)?,
+            }
+        }
+        let mut slowest = [start.elapsed().as_secs_f64() * 1e6 / calls as f64];
+        judge.all_reduce(&mut slowest, ReduceOp::Max)?;
+        Ok(slowest[0])
+    };
+    // All ranks see the same times, so they do the same number of calls and turns.
+    let mut calls = [1; 3];
+    for (algorithm, calls) in calls.iter_mut().enumerate() {
+        timed(algorithm, 8)?;
+        let us = timed(algorithm, 8)?.max(0.01);
+        *calls = ((TURN.as_secs_f64() * 1e6 / us) as usize).clamp(4, 20_000);
+    }
+    let turns = ((time.as_secs_f64() / TURN.as_secs_f64()) as usize).max(LEAST_TURNS);
+    let mut times: [Vec<f64>; 3] = Default::default();
+    for _ in 0..turns {
+        for (algorithm, times) in times.iter_mut().enumerate() {
+            times.push(timed(algorithm, calls[algorithm])?);
+        }
+    }
+    let mut spread = 1f64;
+    let quartiles = times.map(|mut times| {
+        times.sort_by(f64::total_cmp);
+        let quartile = times[times.len() / 4];
+        spread = spread.max(times[times.len() / 2] / quartile.max(1e-3));
+        quartile
+    });
+    Ok((quartiles, spread))
+}
