@@ -1,5 +1,5 @@
-//! The collectives between processes: one world per size runs every operation with every algorithm, dtype, reduction and
-//! kind of size, in and out of place, then a long sequence without barriers.
+//! Every operation between processes: one world per size runs every operation with every algorithm, dtype, reduction and
+//! kind of size, in and out of place, then a long sequence without barriers, some of it in scopes and groups.
 //!
 //! The test program starts itself once for each rank. Afterwards the same calls are made by threads of this process,
 //! which must give the same bits.
@@ -17,6 +17,7 @@ use support::processes::{self, Orders};
 use support::random;
 use support::rank::Rank;
 use support::threads;
+use support::verify::Digests;
 use support::workload::{self, Workload};
 use unisono::settings::AlgorithmChoice;
 use unisono::store::{FileStore, MemoryStore, Store};
@@ -31,21 +32,21 @@ const WINDOW_BYTES: usize = 3 << 20;
 const fn workload(world_size: usize) -> Workload {
     let all = usize::MAX;
     match world_size {
-        1 => Workload { small: all, borders_ms: 200, sequence: 500, huge: false },
-        2 => Workload { small: all, borders_ms: 2000, sequence: 2000, huge: true },
-        3 => Workload { small: all, borders_ms: 2000, sequence: 2000, huge: false },
-        5 => Workload { small: 600, borders_ms: 1500, sequence: 2000, huge: false },
-        4 | 8 => Workload { small: 300, borders_ms: 1500, sequence: 600, huge: false },
-        16 => Workload { small: 100, borders_ms: 600, sequence: 200, huge: false },
-        _ => Workload { small: 20, borders_ms: 300, sequence: 20, huge: false },
+        1 => Workload { small: all, small_others: all, borders_ms: 200, sequence: 500, huge: false },
+        2 => Workload { small: all, small_others: all, borders_ms: 1500, sequence: 2000, huge: true },
+        3 => Workload { small: all, small_others: 800, borders_ms: 800, sequence: 1500, huge: false },
+        5 => Workload { small: 600, small_others: 600, borders_ms: 1000, sequence: 1000, huge: false },
+        4 | 8 => Workload { small: 300, small_others: 300, borders_ms: 1000, sequence: 500, huge: false },
+        16 => Workload { small: 100, small_others: 100, borders_ms: 500, sequence: 150, huge: false },
+        _ => Workload { small: 30, small_others: 0, borders_ms: 300, sequence: 20, huge: false },
     }
 }
 
 fn main() -> ExitCode {
     if let Some(orders) = Orders::from_env() {
         return match run_rank(&orders) {
-            Ok(digest) => {
-                orders.report(digest);
+            Ok(digests) => {
+                orders.report(digests);
                 ExitCode::SUCCESS
             }
             Err(problem) => {
@@ -56,7 +57,7 @@ fn main() -> ExitCode {
     }
     let seed = random::seed();
     let test = |world_size| {
-        let name = format!("every_collective_in_a_world_of_{world_size}");
+        let name = format!("every_operation_in_a_world_of_{world_size}");
         Trial::test(name, move || run_world(world_size, seed))
     };
     let trials = WORLD_SIZES.into_iter().map(test).collect();
@@ -65,14 +66,14 @@ fn main() -> ExitCode {
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 
-fn run_rank(orders: &Orders) -> Result<u64, String> {
+fn run_rank(orders: &Orders) -> Result<Digests, String> {
     let deadline = Deadline::after(Duration::from_secs(30));
     let store = FileStore::open(&orders.store, deadline).map_err(|error| error.to_string())?;
     run_calls(&(Arc::new(store) as Arc<dyn Store>), orders.rank, orders.world_size, orders.seed)
 }
 
 /// The calls of one rank, wherever it runs: one communicator for each algorithm, all over one store.
-fn run_calls(store: &Arc<dyn Store>, rank: usize, world_size: usize, seed: u64) -> Result<u64, String> {
+fn run_calls(store: &Arc<dyn Store>, rank: usize, world_size: usize, seed: u64) -> Result<Digests, String> {
     let join = |algorithm: AlgorithmChoice| {
         let name = format!("{algorithm:?}");
         let communicator = Communicator::builder()
@@ -89,15 +90,15 @@ fn run_calls(store: &Arc<dyn Store>, rank: usize, world_size: usize, seed: u64) 
     // The largest world is about meeting and waiting: one communicator is enough.
     let algorithms = if world_size > 16 { &ALGORITHMS[..1] } else { &ALGORITHMS };
     let mut ranks = algorithms.iter().copied().map(join).collect::<Result<Vec<_>, _>>().map_err(failed)?;
-    let digest = workload::run(seed, &mut ranks, &workload(world_size))?;
+    let digests = workload::run(seed, &mut ranks, &workload(world_size))?;
     ranks.into_iter().try_for_each(Rank::end).map_err(failed)?;
-    Ok(digest)
+    Ok(digests)
 }
 
 fn run_world(world_size: usize, seed: u64) -> Result<(), Failed> {
     let reports = processes::run(world_size, seed)?;
-    // Every operation gives every rank the same result.
-    assert_eq!(reports, vec![reports[0]; world_size], "UNISONO_TEST_SEED={seed}");
+    let common: Vec<u64> = reports.iter().map(|report| report.common).collect();
+    assert_eq!(common, vec![common[0]; world_size], "ranks differ, UNISONO_TEST_SEED={seed}");
     if world_size == 3 {
         let store = MemoryStore::new();
         let digests = threads::run(world_size, move |rank| {

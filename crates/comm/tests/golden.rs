@@ -6,9 +6,7 @@
 #[allow(dead_code, reason = "other tests use the rest")]
 #[path = "../../../tests/golden/inputs.rs"]
 mod inputs;
-#[allow(dead_code, reason = "other tests use the rest")]
-#[path = "support/processes.rs"]
-mod processes;
+mod support;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -16,7 +14,8 @@ use std::time::Duration;
 
 use inputs::{COUNT, PATH, line, reductions, scalar};
 use libtest_mimic::{Arguments, Failed, Trial};
-use processes::Orders;
+use support::processes::{self, Orders};
+use support::verify::Digests;
 use unisono::settings::AlgorithmChoice;
 use unisono::store::{FileStore, MemoryStore, Store};
 use unisono::{Call, Communicator, DType, Deadline, Kind, Memory, Operations, RawBuffer, ReduceOp, Window};
@@ -35,7 +34,7 @@ fn main() -> ExitCode {
             .and_then(|store| run(&(Arc::new(store) as Arc<dyn Store>), orders.rank, orders.world_size));
         return match result {
             Ok(()) => {
-                orders.report(0);
+                orders.report(Digests { common: 0, all: 0 });
                 ExitCode::SUCCESS
             }
             Err(problem) => {

@@ -352,6 +352,8 @@ impl fmt::Display for CallHeader {
         match (self.source_window, self.target_window) {
             (0, 0) => Ok(()),
             (source, target) if source == target => write!(f, ", window {target}"),
+            (source, 0) => write!(f, ", from window {source}"),
+            (0, target) => write!(f, ", into window {target}"),
             (source, target) => write!(f, ", windows {source} to {target}"),
         }
     }

@@ -68,8 +68,14 @@ impl Plan {
             return plan_multi(call, situation);
         }
         let Buffers { source, target, count, dtype } = Buffers::new(call, situation)?;
-        let source_window = window_of(call.kind, &source, situation)?;
-        let target_window = window_of(call.kind, &target, situation)?;
+        // A window counts where every rank has that side: what only the root has, the others cannot tell.
+        let everywhere = match call.kind {
+            Kind::Reduce { .. } | Kind::Gather { .. } => (true, false),
+            Kind::Scatter { .. } => (false, true),
+            _ => (true, true),
+        };
+        let source_window = window_of(call.kind, &source, situation)?.filter(|_| everywhere.0);
+        let target_window = window_of(call.kind, &target, situation)?.filter(|_| everywhere.1);
         let question = select::Question {
             kind: call.kind,
             bytes: count * dtype.size(),

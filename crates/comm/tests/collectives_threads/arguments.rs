@@ -4,7 +4,8 @@
 use unisono::{Communicator, DType, Error, Kind, Operations, Place, RawBuffer, ReduceOp, Result};
 use unisono_core::Error as CoreError;
 
-use crate::support::region::{Region, submit_raw};
+use crate::support::doors::submit_raw;
+use crate::support::region::Region;
 use crate::support::threads::on_threads;
 
 /// One rank of three makes `wrong`, which must be refused with `expected`; then all make a call that works.
@@ -160,4 +161,48 @@ fn kinds_that_are_not_operations_are_refused() {
             communicator.barrier().unwrap();
         });
     }
+}
+
+#[test]
+fn parts_must_fit_the_ranks_and_what_is_refused_writes_nothing() {
+    on_threads(3, |rank| {
+        let me = rank.rank();
+        let refused = |result: Result<(), Error>, expected: &str| {
+            let error = result.unwrap_err();
+            assert!(matches!(&error, Error::Argument { rank, .. } if *rank == me), "{error:?}");
+            assert!(error.to_string().contains(expected), "{error}");
+        };
+        let mut four = [7u32; 4];
+        refused(rank.all_to_all(&mut four), "count should be a multiple of 3, got 4");
+        refused(rank.reduce_scatter(&mut four, ReduceOp::Sum), "count should be a multiple of 3, got 4");
+        refused(rank.reduce(&mut four, ReduceOp::Sum, 3), "root should be below 3, got 3");
+        refused(rank.scatter(&[0u32; 12], &mut four, usize::MAX), "root should be below 3");
+        refused(rank.all_to_all_into(&[0u32; 3], &mut four), "count of the output should be 3, got 4");
+        refused(
+            rank.reduce_scatter_into(&[0u32; 11], &mut four, ReduceOp::Sum),
+            "count of the input should be 12, got 11",
+        );
+        if me == 1 {
+            refused(rank.gather(&[0u32; 4], &mut [0u32; 11], 1), "count of the output should be 12, got 11");
+            refused(rank.scatter(&[0u32; 11], &mut four, 1), "count of the input should be 12, got 11");
+        }
+        let mut region = Region::plain(40, 0);
+        region.bytes().fill(0xa5);
+        let one = [region.raw(0, 3, DType::F32)];
+        refused(submit_raw(&rank, Kind::Gather { root: 0 }, &one), "number of buffers should be 2, got 1");
+        let overlapping = [region.raw(0, 9, DType::F32), region.raw(4, 9, DType::F32)];
+        refused(submit_raw(&rank, Kind::AllToAll, &overlapping), "a partial overlap");
+        let misplaced = [region.raw(0, 9, DType::F32), region.raw(((me + 1) % 3) * 12, 3, DType::F32)];
+        refused(
+            submit_raw(&rank, Kind::ReduceScatter { op: ReduceOp::Sum }, &misplaced),
+            "a partial overlap",
+        );
+        let floats = rank.reduce(&mut [0f32; 4], ReduceOp::BitAnd, 0);
+        assert!(matches!(floats, Err(Error::Core(unisono_core::Error::Unsupported { .. }))), "{floats:?}");
+        assert_eq!(four, [7; 4]);
+        assert!(region.bytes().iter().all(|byte| *byte == 0xa5));
+        rank.all_reduce(&mut four, ReduceOp::Sum).unwrap();
+        assert_eq!(four, [21; 4]);
+        rank.destroy().unwrap();
+    });
 }

@@ -13,7 +13,7 @@ const COUNT: usize = 20_011;
 /// The input of `rank`: sums of it depend on their order.
 fn input(seed: u64, rank: usize) -> Vec<f32> {
     let mut bytes = vec![0; 4 * COUNT];
-    fill((seed, 1), rank, 0, DType::F32, Style::Moderate, &mut bytes);
+    fill((seed, 1), (rank, 0), 0, (DType::F32, Style::Moderate), &mut bytes);
     bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
 }
 

@@ -22,7 +22,7 @@ const fn attempt(
 }
 
 /// Calls for two ranks, all different, small and large, with and without data, and collective ones that move nothing.
-const ATTEMPTS: [Attempt; 14] = [
+const ATTEMPTS: [Attempt; 28] = [
     attempt("barrier", "", |world| world.barrier()),
     attempt("all_reduce", " (f32, 4, sum)", |world| world.all_reduce(&mut [0f32; 4], ReduceOp::Sum)),
     attempt("all_reduce", " (f32, 4, max)", |world| world.all_reduce(&mut [0f32; 4], ReduceOp::Max)),
@@ -40,6 +40,36 @@ const ATTEMPTS: [Attempt; 14] = [
     attempt("broadcast", " (u8, 1, root 1)", |world| world.broadcast(&mut [0u8], 1)),
     attempt("broadcast", " (u8, 900000, root 0)", |world| world.broadcast(&mut vec![0u8; 900_000], 0)),
     attempt("broadcast", " (u8, 900000, root 1)", |world| world.broadcast(&mut vec![0u8; 900_000], 1)),
+    attempt("reduce", " (f32, 4, sum, root 0)", |world| world.reduce(&mut [0f32; 4], ReduceOp::Sum, 0)),
+    attempt("reduce", " (f32, 70000, sum, root 1)", |world| {
+        world.reduce(&mut vec![0f32; 70_000], ReduceOp::Sum, 1)
+    }),
+    attempt("reduce_scatter", " (f32, 2, sum)", |world| world.reduce_scatter(&mut [0f32; 4], ReduceOp::Sum)),
+    attempt("gather", " (u8, 3, root 1)", |world| world.gather(&[1; 3], &mut [0u8; 6], 1)),
+    attempt("gather", " (u8, 900000, root 0)", |world| {
+        world.gather(&vec![1; 900_000], &mut vec![0u8; 1_800_000], 0)
+    }),
+    attempt("scatter", " (u8, 3, root 0)", |world| world.scatter(&[1; 6], &mut [0u8; 3], 0)),
+    attempt("all_to_all", " (u16, 4)", |world| world.all_to_all(&mut [0u16; 8])),
+    attempt("all_gather_v", " (u8, 3 in parts #", |world| {
+        world.all_gather_v(&[1; 3][..1 + world.rank()], &mut [0u8; 3], &[1, 2])
+    }),
+    attempt("reduce_scatter_v", " (u8, 3, max in parts #", |world| {
+        world.reduce_scatter_v(&[1; 3], &mut [0u8; 3][..1 + world.rank()], &[1, 2], ReduceOp::Max)
+    }),
+    attempt("gather_v", " (u8, 3, root 0 in parts #", |world| {
+        world.gather_v(&[1; 3][..1 + world.rank()], &mut [0u8; 3], &[1, 2], 0)
+    }),
+    attempt("scatter_v", " (u8, 3, root 1 in parts #", |world| {
+        world.scatter_v(&[1; 3], &mut [0u8; 3][..1 + world.rank()], &[1, 2], 1)
+    }),
+    attempt("all_to_all_v", " (u8, 0)", |world| world.all_to_all_v(&[1; 2], &[1, 1], &mut [0u8; 2], &[1, 1])),
+    attempt("all_reduce_multi", " (f32, 4, sum, 1 buffer)", |world| {
+        world.all_reduce_multi(vec![(&mut [0f32; 4]).into()], ReduceOp::Sum)
+    }),
+    attempt("broadcast_multi", " (u8, 1, root 0, its buffer 0)", |world| {
+        world.broadcast_multi(vec![(&mut [0u8]).into()], 0, 0)
+    }),
     attempt("window", " (u64, 3)", |world| world.window::<u64>(3, Memory::Host).map(drop)),
 ];
 
@@ -62,7 +92,12 @@ fn names_both(error: &Error, calls: [String; 2]) {
     if got[0].contains("on rank 1") {
         got.reverse();
     }
-    assert_eq!(got, calls);
+    // The hash of parts is not ours to know.
+    let fits = |(got, expected): (&String, &String)| match expected.ends_with('#') {
+        true => got.starts_with(expected),
+        false => got == expected,
+    };
+    assert!(got.iter().zip(&calls).all(fits), "{got:?} instead of {calls:?}");
 }
 
 #[test]
@@ -91,7 +126,7 @@ fn every_pair_of_different_calls_is_named_on_both_sides() {
 
 #[test]
 fn ranks_that_meet_as_processes_do_are_told_too() {
-    for (left, right) in [(0, 1), (1, 2), (9, 10), (11, 12), (6, 5), (13, 0)] {
+    for (left, right) in [(0, 1), (1, 2), (9, 10), (11, 12), (6, 5), (27, 0), (14, 17)] {
         let errors = on_built(
             2,
             |builder| builder,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use unisono::{Communicator, Error, Memory, Operations, ReduceOp, Result};
+use unisono::{Communicator, Error, Kind, Memory, Operations, ReduceOp, Result};
 
 use super::parts::{Part, expect, setting};
 use super::random::Random;
@@ -18,15 +18,19 @@ enum Made {
     Broadcast(usize, usize),
     BroadcastBytes(usize, usize),
     Gather(usize),
+    /// An operation on parts or on several buffers: the elements of each.
+    Parts(Kind, usize),
     Window(usize),
     Destroy,
 }
 
+/// Ranks of the world.
+const RANKS: usize = 3;
 /// Larger than all the staging of a rank: a root cannot run ahead to the end of it.
 const HUGE: usize = 5 << 20;
 
 /// Variations of operation, dtype, count, reduction and root; sizes of every algorithm.
-const TABLE: [Made; 17] = [
+const TABLE: [Made; 31] = [
     Made::Barrier,
     Made::ReduceF32(4, ReduceOp::Sum),
     Made::ReduceF32(4, ReduceOp::Max),
@@ -42,6 +46,20 @@ const TABLE: [Made; 17] = [
     Made::BroadcastBytes(HUGE, 1),
     Made::Gather(4),
     Made::Gather(3000),
+    Made::Parts(Kind::Reduce { op: ReduceOp::Sum, root: 0 }, 4),
+    Made::Parts(Kind::Reduce { op: ReduceOp::Sum, root: 1 }, 3000),
+    Made::Parts(Kind::ReduceScatter { op: ReduceOp::Sum }, 4),
+    Made::Parts(Kind::Gather { root: 1 }, 4),
+    Made::Parts(Kind::Gather { root: 0 }, HUGE / 4),
+    Made::Parts(Kind::Scatter { root: 0 }, 4),
+    Made::Parts(Kind::AllToAll, 4),
+    Made::Parts(Kind::AllGatherV, 4),
+    Made::Parts(Kind::ReduceScatterV { op: ReduceOp::Sum }, 4),
+    Made::Parts(Kind::GatherV { root: 0 }, 4),
+    Made::Parts(Kind::ScatterV { root: 1 }, 4),
+    Made::Parts(Kind::AllToAllV, 4),
+    Made::Parts(Kind::AllReduceMulti { op: ReduceOp::Sum }, 4),
+    Made::Parts(Kind::BroadcastMulti { root: 1, buffer: 0 }, 4),
     Made::Window(10),
     Made::Destroy,
 ];
@@ -59,6 +77,16 @@ impl Made {
             Self::Broadcast(count, root) => ("broadcast", format!("(f32, {count}, root {root})")),
             Self::BroadcastBytes(count, root) => ("broadcast", format!("(u8, {count}, root {root})")),
             Self::Gather(count) => ("all_gather", format!("(f32, {count})")),
+            Self::Parts(kind, count) => {
+                let count = match kind {
+                    Kind::AllToAllV => 0,
+                    _ if kind.is_uneven() => RANKS * count,
+                    _ => count,
+                };
+                let op = if kind.op().is_some() { ", sum" } else { "" };
+                let root = kind.root().map_or(String::new(), |root| format!(", root {root}"));
+                (kind.name(), format!("(f32, {count}{op}{root}"))
+            }
             Self::Window(count) => ("window", format!("(f32, {count})")),
             Self::Destroy => ("destroy", String::new()),
         }
@@ -96,6 +124,7 @@ impl Made {
                 communicator.all_gather_into(&vec![INPUT; count], &mut all)?;
                 expect(all.iter().all(|x| *x == INPUT), || format!("{self:?} gave {:?}", all.first()));
             }
+            Self::Parts(kind, count) => make_parts(&communicator, kind, count)?,
             Self::Window(count) => drop(communicator.window::<f32>(count, Memory::Host)?),
             Self::Destroy => return communicator.destroy().map(|()| None),
         }
@@ -103,12 +132,49 @@ impl Made {
     }
 }
 
+/// Makes an operation on parts of `count` elements, and checks what this rank gets.
+fn make_parts(communicator: &Communicator, kind: Kind, count: usize) -> Result<()> {
+    let size = communicator.world_size();
+    let (mine, all, counts) = (vec![INPUT; count], vec![INPUT; count * size], vec![count; size]);
+    let (mut one, mut every) = (vec![f32::NAN; count], vec![f32::NAN; count * size]);
+    let root = kind.root().map_or(usize::MAX, |root| root as usize);
+    match kind {
+        Kind::Reduce { op, root: _ } => communicator.reduce_into(&mine, &mut one, op, root)?,
+        Kind::ReduceScatter { op } => communicator.reduce_scatter_into(&all, &mut one, op)?,
+        Kind::Gather { .. } => communicator.gather(&mine, &mut every, root)?,
+        Kind::Scatter { .. } => communicator.scatter(&all, &mut one, root)?,
+        Kind::AllToAll => communicator.all_to_all_into(&all, &mut every)?,
+        Kind::AllGatherV => communicator.all_gather_v(&mine, &mut every, &counts)?,
+        Kind::ReduceScatterV { op } => communicator.reduce_scatter_v(&all, &mut one, &counts, op)?,
+        Kind::GatherV { .. } => communicator.gather_v(&mine, &mut every, &counts, root)?,
+        Kind::ScatterV { .. } => communicator.scatter_v(&all, &mut one, &counts, root)?,
+        Kind::AllToAllV => communicator.all_to_all_v(&all, &counts, &mut every, &counts)?,
+        Kind::AllReduceMulti { op } => {
+            one.fill(INPUT);
+            communicator.all_reduce_multi(vec![(&mut one).into()], op)?;
+        }
+        Kind::BroadcastMulti { .. } => {
+            one.fill(INPUT);
+            communicator.broadcast_multi(vec![(&mut one).into()], root, 0)?;
+        }
+        _ => unreachable!("{kind:?} has no parts"),
+    }
+    let is_ours = !matches!(kind, Kind::Reduce { .. } | Kind::Gather { .. } | Kind::GatherV { .. });
+    let expected = if kind.op().is_some() { INPUT * size as f32 } else { INPUT };
+    // The other one of the two was not written.
+    let written = if one.first().is_none_or(|x| x.is_nan()) { every } else { one };
+    if is_ours || root == communicator.rank() {
+        expect(written.iter().all(|x| *x == expected), || format!("{kind:?} gave {:?}", written.first()));
+    }
+    Ok(())
+}
+
 /// Row 15.
 pub(crate) fn both_calls_are_named_on_every_rank() {
     let server = server();
     let seed = Random::fresh_seed();
     println!("seed {seed}");
-    let setup = Setup::new("mismatches", 3, server.unique_id())
+    let setup = Setup::new("mismatches", RANKS, server.unique_id())
         .with("FAULTS_SEED", seed)
         .with("FAULTS_ROUNDS", scale())
         .with("FAULTS_TIMEOUT_MS", 20_000);
@@ -149,7 +215,7 @@ pub(crate) fn all_pairs(part: &Part) -> Result<()> {
 }
 
 fn is_large(made: Made) -> bool {
-    matches!(made, Made::Broadcast(count, _) | Made::BroadcastBytes(count, _) | Made::ReduceF32(count, _) if count > 10_000)
+    matches!(made, Made::Broadcast(count, _) | Made::BroadcastBytes(count, _) | Made::ReduceF32(count, _) | Made::Parts(_, count) if count > 10_000)
 }
 
 /// Makes equal calls, then `mine`, and if that succeeds a barrier; the error of either.

@@ -21,9 +21,15 @@ pub(crate) enum Style {
     Tame,
 }
 
-/// Fills `out` with piece `piece` of the input of `rank` to case `case`.
-pub(crate) fn fill(key: (u64, u64), rank: usize, piece: usize, dtype: DType, style: Style, out: &mut [u8]) {
-    let mut random = Random::of(&[key.0, key.1, rank as u64, piece as u64]);
+/// Fills `out` with piece `piece` of part `part` of what `rank` puts in; `key` is the seed and the number of the case.
+pub(crate) fn fill(
+    key: (u64, u64),
+    (rank, part): (usize, usize),
+    piece: usize,
+    (dtype, style): (DType, Style),
+    out: &mut [u8],
+) {
+    let mut random = Random::of(&[key.0, key.1, rank as u64, part as u64, piece as u64]);
     match dtype {
         DType::Bool => {
             for byte in out {

@@ -8,9 +8,13 @@
 
 pub(crate) mod case;
 pub(crate) mod data;
+pub(crate) mod doors;
+pub(crate) mod prepared;
 pub(crate) mod processes;
 pub(crate) mod random;
 pub(crate) mod rank;
 pub(crate) mod region;
+pub(crate) mod sides;
 pub(crate) mod threads;
+pub(crate) mod verify;
 pub(crate) mod workload;

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use super::verify::Digests;
+
 /// Set for a rank: `rank world_size seed store`.
 const RANK: &str = "UNISONO_TEST_RANK";
 /// Under the two minutes that a test may take.
@@ -33,9 +35,10 @@ impl Orders {
         Some(Self { rank, world_size, seed, store: PathBuf::from(words.next().expect(RANK)) })
     }
 
-    /// Tells the parent the result.
-    pub(crate) fn report(&self, result: u64) {
-        writeln!(std::io::stdout(), "{result:016x}").expect("the parent reads");
+    /// Tells the parent the results.
+    pub(crate) fn report(&self, results: Digests) {
+        writeln!(std::io::stdout(), "{:016x} {:016x}", results.common, results.all)
+            .expect("the parent reads");
     }
 }
 
@@ -55,7 +58,7 @@ impl Drop for Ranks {
 ///
 /// # Errors
 /// The output of the ranks that failed, or the ranks that did not end.
-pub(crate) fn run(world_size: usize, seed: u64) -> Result<Vec<u64>, String> {
+pub(crate) fn run(world_size: usize, seed: u64) -> Result<Vec<Digests>, String> {
     let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
     let start = Instant::now();
     let mut ranks = Ranks(Vec::new());
@@ -91,8 +94,13 @@ pub(crate) fn run(world_size: usize, seed: u64) -> Result<Vec<u64>, String> {
     if !complaints.is_empty() {
         return Err(format!("world of {world_size} processes, UNISONO_TEST_SEED={seed}\n{complaints}"));
     }
-    let report = |rank| u64::from_str_radix(read(rank, "out").trim(), 16);
-    (0..world_size).map(|rank| report(rank).map_err(|error| format!("rank {rank}: {error}"))).collect()
+    let report = |rank| {
+        let text = read(rank, "out");
+        let mut words = text.split_whitespace().map(|word| u64::from_str_radix(word, 16).ok());
+        let mut word = || words.next().flatten().ok_or_else(|| format!("rank {rank} reported `{text}`"));
+        Ok(Digests { common: word()?, all: word()? })
+    };
+    (0..world_size).map(report).collect()
 }
 
 fn spawn(folder: &Path, rank: usize, world_size: usize, seed: u64) -> std::io::Result<Child> {

@@ -1,40 +1,17 @@
 //! One rank that runs cases: it lays out buffers, submits a batch of calls back to back, and then verifies each alone.
 //!
-//! What ranks may do differently in one call is drawn per rank: in place or not, byte addresses, the door to the library.
+//! What ranks may do differently in one call is drawn per rank: in place or not, byte addresses, the door to the library,
+//! whether it blocks, or runs in a scope or a group.
 
-use unisono::{Communicator, Kind, Observer, Stream, Window, reduce_op};
+use unisono::{Communicator, Kind, Observer, Pending, Result, Stream, Window, group};
 
-use super::case::{Case, Memory};
-use super::data::{PIECE_BYTES, fill};
+use super::case::{Action, Case, Memory};
+use super::doors::{submit, take_from_anybody};
+use super::prepared::{Buffer, Door, Form, Layout, Prepared};
 use super::random::Random;
-use super::region::{MAX_SHIFT, Region, footprint, submit_raw, submit_slices, with_scalar};
-
-/// Which buffers a rank hands over.
-#[derive(Clone, Copy, PartialEq, Debug)]
-enum Form {
-    /// One buffer.
-    InPlace,
-    /// Two that are the same memory: for an all-gather, the own part at its place.
-    SameMemory,
-    OutOfPlace,
-}
-
-/// The door to the library.
-#[derive(Clone, Copy, PartialEq, Debug)]
-enum Door {
-    Raw,
-    Slices,
-    Stream,
-}
-
-/// A case with its buffers.
-struct Prepared {
-    case: Case,
-    form: Form,
-    door: Door,
-    source: Option<Region>,
-    target: Region,
-}
+use super::region::{MAX_SHIFT, Region, footprint};
+use super::sides::{Side, sides};
+use super::verify::{Digests, Verifier, lay_out, scalar};
 
 /// What runs between calls, to make ranks early and late.
 pub(crate) type Pause<'a> = &'a mut dyn FnMut();
@@ -46,9 +23,7 @@ pub(crate) struct Rank {
     seed: u64,
     /// What messages call the communicator.
     name: String,
-    /// Inputs of one piece, by rank; then the expected result.
-    inputs: Vec<Vec<u8>>,
-    expected: Vec<u8>,
+    verifier: Verifier,
 }
 
 impl Rank {
@@ -58,11 +33,11 @@ impl Rank {
         name: &str,
         seed: u64,
         window_bytes: usize,
-    ) -> unisono::Result<Self> {
+    ) -> Result<Self> {
         let window = || communicator.window::<u8>(window_bytes, unisono::Memory::Host);
         let windows = [window()?, window()?];
-        let inputs = vec![Vec::new(); communicator.world_size()];
-        Ok(Self { communicator, windows, seed, name: name.to_owned(), inputs, expected: Vec::new() })
+        let verifier = Verifier::new(seed);
+        Ok(Self { communicator, windows, seed, name: name.to_owned(), verifier })
     }
 
     pub(crate) const fn rank(&self) -> usize {
@@ -78,35 +53,30 @@ impl Rank {
     }
 
     /// Ends the world: closes one window, leaves the other to the communicator. Collective.
-    pub(crate) fn end(self) -> unisono::Result<()> {
+    pub(crate) fn end(self) -> Result<()> {
         let [first, _second] = self.windows;
         first.close(&self.communicator)?;
         self.communicator.destroy()
     }
 
-    /// Runs these cases back to back, then verifies each. The digest of all results.
-    pub(crate) fn run(&mut self, cases: &[Case], pause: Pause<'_>) -> Result<u64, String> {
+    /// Runs these cases back to back, then verifies each. The digests of all results.
+    pub(crate) fn run(&mut self, cases: &[Case], pause: Pause<'_>) -> std::result::Result<Digests, String> {
         let mut used = [0; 2];
         let mut prepared = Vec::with_capacity(cases.len());
         for case in cases {
             let ready = self.prepare(*case, &mut used);
             prepared.push(ready.map_err(|error| self.complaint(case, &error.to_string()))?);
         }
-        for ready in &prepared {
-            pause();
-            self.submit(ready).map_err(|error| {
-                self.complaint(&ready.case, &format!("{:?} {:?}: {error}", ready.form, ready.door))
-            })?;
-        }
-        let mut digest = 0;
+        self.submit_all(&prepared, pause)?;
+        let mut digests = Digests::default();
         for ready in &mut prepared {
-            self.verify(ready).map_err(|problem| {
+            let of_case = self.verifier.verify(ready).map_err(|problem| {
                 let doors = format!("{:?} {:?}: {problem}", ready.form, ready.door);
                 self.complaint(&ready.case, &doors)
             })?;
-            digest = digest_of(digest, ready.target.bytes());
+            digests = of_case.after(digests);
         }
-        Ok(digest)
+        Ok(digests)
     }
 
     fn complaint(&self, case: &Case, problem: &str) -> String {
@@ -117,7 +87,7 @@ impl Rank {
     /// Where the buffers of `case` lie: plain where the windows, of which `used` bytes are taken, are full. Equal on all
     /// ranks.
     fn memory(&self, case: &Case, used: &[usize; 2]) -> Memory {
-        let both = footprint(case.bytes()) + footprint(case.result_bytes(self.world_size()));
+        let both = 2 * footprint(case.most_bytes(self.world_size()));
         let fits = |which: usize| used[which] + both <= self.windows[which].len();
         match case.memory {
             Memory::OneWindow | Memory::ToWindow if fits(1) => case.memory,
@@ -127,24 +97,9 @@ impl Rank {
         }
     }
 
-    /// A region in window `which` behind what is used of it, or in plain memory.
-    fn region(
-        &mut self,
-        which: Option<usize>,
-        used: &[usize; 2],
-        bytes: usize,
-        shift: usize,
-    ) -> unisono::Result<Region> {
-        match which {
-            None => Ok(Region::plain(bytes, shift)),
-            Some(which) => Region::in_window(&mut self.windows[which], used[which], bytes, shift),
-        }
-    }
-
-    fn prepare(&mut self, case: Case, used: &mut [usize; 2]) -> unisono::Result<Prepared> {
-        let rank = self.rank();
+    fn prepare(&mut self, case: Case, used: &mut [usize; 2]) -> Result<Prepared> {
+        let (rank, world_size) = (self.rank(), self.world_size());
         let mut own = Random::of(&[self.seed, case.number, rank as u64, 1]);
-        let (bytes, result_bytes) = (case.bytes(), case.result_bytes(self.world_size()));
         let (source_window, target_window) = match self.memory(&case, used) {
             Memory::Plain => (None, None),
             Memory::OneWindow => (Some(1), Some(1)),
@@ -152,153 +107,174 @@ impl Rank {
             Memory::FromWindow => (Some(0), None),
             Memory::ToWindow => (None, Some(1)),
         };
-        let form = match source_window == target_window {
-            true => own.pick(&[Form::InPlace, Form::SameMemory, Form::OutOfPlace, Form::OutOfPlace]),
-            false => Form::OutOfPlace,
-        };
+        let (mut source, target) = sides(&case, rank, world_size, &mut own);
+        let form = form(&case, (&source, &target), source_window == target_window, &mut own);
+        if form == Form::SameMemory && case.action == Action::Call(Kind::AllToAllV) {
+            source.spread = target.spread.clone();
+        }
         let is_plain = (source_window, target_window) == (None, None);
         let door = match is_plain && form != Form::SameMemory {
             true => own.pick(&[Door::Raw, Door::Slices, Door::Stream]),
             false => Door::Raw,
         };
-        let mut shift = || if door == Door::Raw && own.once_in(2) { own.below(MAX_SHIFT + 1) } else { 0 };
-        let (source_shift, target_shift) = (shift(), shift());
-        let mut target = self.region(target_window, used, result_bytes, target_shift)?;
-        if let Some(which) = target_window {
-            used[which] += footprint(result_bytes);
-        }
-        let mut source = match form {
-            Form::OutOfPlace => Some(self.region(source_window, used, bytes, source_shift)?),
-            _ => None,
+        let is_from_anybody = matches!(case.action, Action::ToAnybody { .. });
+        let poison = own.next() as u8;
+        let most = case.most_bytes(world_size);
+        let mut buffer = |layout: Layout, which: Option<usize>| -> Result<Buffer> {
+            // Who takes from anybody hands over slices.
+            let is_shifted = door == Door::Raw && !is_from_anybody && own.once_in(2);
+            let shift = if is_shifted { own.below(MAX_SHIFT + 1) } else { 0 };
+            // A side in which we have no part: nothing, or something that must stay as it is.
+            let idle = if own.once_in(2) { case.count } else { 0 };
+            let count = if layout.is_idle() { idle } else { layout.spread.room };
+            let bytes = count * case.dtype.size();
+            let region = match which {
+                None => Region::plain(bytes, shift),
+                Some(which) => Region::in_window(&mut self.windows[which], used[which], bytes, shift)?,
+            };
+            if let Some(which) = which {
+                used[which] += footprint(most);
+            }
+            let mut buffer =
+                Buffer { region, parts: layout.parts(case.dtype.size()), results: layout.results };
+            lay_out(self.seed, &case, poison, &mut buffer);
+            Ok(buffer)
         };
-        if let Some(which) = source_window {
+        let (first, second) = if form == Form::OutOfPlace {
+            (
+                buffer(Layout::input(&source), source_window)?,
+                Some(buffer(Layout::output(&target), target_window)?),
+            )
+        } else {
+            (buffer(Layout::both(&source, &target, rank), target_window)?, None)
+        };
+        if let (Some(which), None) = (source_window, &second) {
             // Taken in any case: ranks that are in place must find as much room as the others for what comes.
-            used[which] += footprint(bytes);
+            used[which] += footprint(most);
         }
-        target.bytes().fill(own.next() as u8);
-        let input = match (&mut source, case.kind) {
-            (Some(source), _) => source.bytes(),
-            (None, Kind::AllGather) => &mut target.bytes()[rank * bytes..(rank + 1) * bytes],
-            (None, _) => target.bytes(),
-        };
-        for (piece, out) in input.chunks_mut(PIECE_BYTES).enumerate() {
-            fill((self.seed, case.number), rank, piece, case.dtype, case.style, out);
-        }
-        Ok(Prepared { case, form, door, source, target })
+        Ok(Prepared {
+            case,
+            form,
+            door,
+            rank,
+            world_size,
+            scalar: scalar(self.seed, &case, rank),
+            out: source.spread,
+            into: target.spread,
+            first,
+            second,
+            poison,
+            senders: Vec::new().into(),
+        })
     }
 
-    fn submit(&self, ready: &Prepared) -> unisono::Result<()> {
-        let Prepared { case, form, door, source, target } = ready;
-        let kind = with_scalar(case.kind, self.scalar(case, self.rank()));
-        let result_count = case.result_bytes(self.world_size()) / case.dtype.size();
-        match door {
-            Door::Slices => submit_slices(&self.communicator, kind, case.dtype, source.as_ref(), target),
-            Door::Stream => {
-                let stream = Stream::host();
-                let on_stream = self.communicator.on(&stream);
-                submit_slices(&on_stream, kind, case.dtype, source.as_ref(), target)
-            }
-            Door::Raw => {
-                let output = target.raw(0, result_count, case.dtype);
-                let at_home = if kind == Kind::AllGather { self.rank() * case.bytes() } else { 0 };
-                let input = match source {
-                    Some(source) => source.raw(0, case.count, case.dtype),
-                    None => target.raw(at_home, case.count, case.dtype),
-                };
-                match (kind, form) {
-                    (Kind::Barrier, _) => submit_raw(&self.communicator, kind, &[]),
-                    (_, Form::InPlace) => submit_raw(&self.communicator, kind, &[output]),
-                    _ => submit_raw(&self.communicator, kind, &[input, output]),
-                }
-            }
+    /// Submits all, in order: one after the other, or some in a scope or a group.
+    fn submit_all(&self, prepared: &[Prepared], pause: Pause<'_>) -> std::result::Result<(), String> {
+        let mut own = Random::of(&[
+            self.seed,
+            prepared.first().map_or(0, |one| one.case.number),
+            self.rank() as u64,
+            4,
+        ]);
+        let mut rest = prepared;
+        while !rest.is_empty() {
+            let some = 1 + own.below(rest.len().min(10));
+            // Who takes from anybody blocks: it is in no group.
+            let free = rest.iter().take(some).take_while(|one| !one.takes_from_anybody()).count();
+            let (way, length, result) = match own.below(10) {
+                0 => ("in a scope", some, self.in_scope(&rest[..some], &mut own, pause)),
+                1 if free > 0 => ("in a group", free, self.in_group(&rest[..free], &mut own)),
+                _ => ("alone", 1, self.alone(&rest[0], pause)),
+            };
+            let (now, later) = rest.split_at(length);
+            result.map_err(|error| {
+                let calls: Vec<_> = now.iter().map(|one| (one.case.action, one.form, one.door)).collect();
+                self.complaint(&now[0].case, &format!("{way} {calls:?}: {error}"))
+            })?;
+            rest = later;
         }
+        Ok(())
     }
 
-    /// The scalar of a pre-multiplied sum that `rank` uses.
-    fn scalar(&self, case: &Case, rank: usize) -> f64 {
-        let mut random = Random::of(&[self.seed, case.number, rank as u64, 2]);
-        random.pick(&[0.5, -1.0, 3.0, 1.0 / 3.0, 0.0, 1e-3, 65_536.0])
+    fn alone(&self, ready: &Prepared, pause: Pause<'_>) -> Result<()> {
+        pause();
+        if ready.takes_from_anybody() {
+            return take_from_anybody(&self.communicator, ready);
+        }
+        let stream = Stream::host();
+        for kind in ready.kinds(false) {
+            match ready.door {
+                Door::Stream => submit(&self.communicator.on(&stream), ready, kind)?,
+                _ => submit(&self.communicator, ready, kind)?,
+            }
+        }
+        Ok(())
     }
 
-    fn verify(&mut self, ready: &mut Prepared) -> Result<(), String> {
-        let (rank, world_size, key) = (self.rank(), self.world_size(), (self.seed, ready.case.number));
-        let case = ready.case;
-        if !ready.target.is_guarded() {
-            return Err("bytes around the output were written".to_owned());
-        }
-        if let Some(source) = &mut ready.source {
-            if !source.is_guarded() {
-                return Err("bytes around the input were written".to_owned());
-            }
-            for (piece, got) in source.bytes().chunks(PIECE_BYTES).enumerate() {
-                self.expected.resize(got.len(), 0);
-                fill(key, rank, piece, case.dtype, case.style, &mut self.expected);
-                compare("the input", piece, got, &self.expected)?;
-            }
-        }
-        let target = ready.target.bytes();
-        match case.kind {
-            Kind::AllReduce { op } => {
-                let scalars: Vec<f64> = (0..world_size).map(|rank| self.scalar(&case, rank)).collect();
-                for (piece, got) in target.chunks(PIECE_BYTES).enumerate() {
-                    for (rank, input) in self.inputs.iter_mut().enumerate() {
-                        input.resize(got.len(), 0);
-                        fill(key, rank, piece, case.dtype, case.style, input);
+    /// Waits, tests and forgets in any order; some calls in between block.
+    fn in_scope(&self, prepared: &[Prepared], own: &mut Random, pause: Pause<'_>) -> Result<()> {
+        self.communicator.scope(|scope| {
+            let mut pending: Vec<Pending<'_>> = Vec::new();
+            for ready in prepared {
+                if ready.takes_from_anybody() || own.once_in(4) {
+                    self.alone(ready, pause)?;
+                } else {
+                    for kind in ready.kinds(own.once_in(2)) {
+                        pending.push(submit(scope, ready, kind)?);
                     }
-                    self.expected.resize(got.len(), 0);
-                    let inputs: Vec<&[u8]> = self.inputs.iter().map(Vec::as_slice).collect();
-                    reduce_op::reference(case.dtype, op, &inputs, &scalars, &mut self.expected)
-                        .map_err(|error| error.to_string())?;
-                    compare("the output", piece, got, &self.expected)?;
+                }
+                if !pending.is_empty() && own.once_in(4) {
+                    let at = own.below(pending.len());
+                    let _: bool = pending[at].test()?;
                 }
             }
-            Kind::Broadcast { root } => self.verify_part(&case, root as usize, target)?,
-            Kind::AllGather => {
-                for rank in 0..world_size {
-                    self.verify_part(&case, rank, &target[rank * case.bytes()..(rank + 1) * case.bytes()])?;
+            while !pending.is_empty() {
+                let mut one = pending.swap_remove(own.below(pending.len()));
+                match own.below(4) {
+                    0 => one.wait()?,
+                    1 => while !one.test()? {},
+                    // Not asked for again: the end of the scope waits for it.
+                    _ => {}
                 }
             }
-            _ => {}
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
-    /// `got` is what `rank` contributed.
-    fn verify_part(&mut self, case: &Case, rank: usize, got: &[u8]) -> Result<(), String> {
-        for (piece, got) in got.chunks(PIECE_BYTES).enumerate() {
-            self.expected.resize(got.len(), 0);
-            fill((self.seed, case.number), rank, piece, case.dtype, case.style, &mut self.expected);
-            compare(&format!("the part of rank {rank}"), piece, got, &self.expected)?;
+    /// Collectives keep their order; messages that have a tag of their own go anywhere.
+    fn in_group(&self, prepared: &[Prepared], own: &mut Random) -> Result<()> {
+        let mut all: Vec<&Prepared> = prepared.iter().collect();
+        for _ in 0..all.len() {
+            let (from, to) = (own.below(all.len()), own.below(all.len()));
+            if !matches!(all[from].case.action, Action::Call(_)) && all[from].case.has_own_tag() {
+                let moved = all.remove(from);
+                all.insert(to, moved);
+            }
         }
-        Ok(())
+        let stream = Stream::host();
+        group(|group| {
+            let on = group.on(&self.communicator, &stream);
+            for ready in &all {
+                for kind in ready.kinds(own.once_in(2)) {
+                    submit(&on, ready, kind)?;
+                }
+            }
+            Ok(())
+        })
     }
 }
 
-fn compare(what: &str, piece: usize, got: &[u8], expected: &[u8]) -> Result<(), String> {
-    match got.iter().zip(expected).position(|(got, expected)| got != expected) {
-        None => Ok(()),
-        Some(at) => {
-            let wrong = got.iter().zip(expected).filter(|(got, expected)| got != expected).count();
-            let show = |bytes: &[u8]| format!("{:02x?}", &bytes[at & !15..bytes.len().min((at & !15) + 16)]);
-            Err(format!(
-                "{what} differs first at byte {} ({wrong} of {} bytes of this piece differ): expected {}, got {}",
-                piece * PIECE_BYTES + at,
-                got.len(),
-                show(expected),
-                show(got)
-            ))
-        }
+/// Which buffers a rank hands over; both sides may lie in one where they are in the same memory.
+fn form(case: &Case, (source, target): (&Side, &Side), may_be_one: bool, own: &mut Random) -> Form {
+    let Action::Call(kind) = case.action else { return Form::OutOfPlace };
+    if kind.is_multi() {
+        return Form::InPlace;
     }
-}
-
-/// A digest of `bytes` after `before`.
-fn digest_of(before: u64, bytes: &[u8]) -> u64 {
-    let words = bytes.chunks(8).map(|chunk| {
-        let mut word = [0; 8];
-        word[..chunk.len()].copy_from_slice(chunk);
-        u64::from_le_bytes(word)
-    });
-    words.fold(before ^ bytes.len() as u64, |digest, word| {
-        (digest ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(31)
-    })
+    let is_equal = kind != Kind::AllToAllV || source.spread.counts == target.spread.counts;
+    if kind == Kind::Barrier || !may_be_one || !is_equal {
+        return Form::OutOfPlace;
+    }
+    let needs_two = kind.is_uneven() || matches!(kind, Kind::Gather { .. } | Kind::Scatter { .. });
+    let one = if needs_two { Form::SameMemory } else { Form::InPlace };
+    own.pick(&[one, Form::SameMemory, Form::OutOfPlace, Form::OutOfPlace])
 }

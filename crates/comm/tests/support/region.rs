@@ -1,11 +1,6 @@
-//! Memory for one buffer of a collective, at any byte address, with guards on both sides: plain or inside a window. Also
-//! the two doors to the library: descriptions of raw memory, and slices of the dtype's own type.
+//! Memory for one buffer of a call, at any byte address, with guards on both sides: plain or inside a window.
 
-use unisono::half::{bf16, f16};
-use unisono::{
-    Bool8, Call, Communicator, Complex, DType, Element, Kind, Operations, Place, RawBuffer, ReduceOp,
-    Reducible, Result, Window, f8e4m3, f8e5m2,
-};
+use unisono::{DType, Element, Place, RawBuffer, Result, Window};
 
 /// Bytes on each side of a buffer that no collective may touch.
 pub(crate) const GUARD: usize = 64;
@@ -70,89 +65,37 @@ impl Region {
         all[..GUARD].iter().chain(&all[end..]).all(|byte| *byte == GUARD_BYTE)
     }
 
+    /// Length of the buffer in bytes.
+    pub(crate) const fn len(&self) -> usize {
+        self.bytes
+    }
+
     /// `count` elements from byte `at` of the buffer on, as the library is told about them.
     pub(crate) fn raw(&self, at: usize, count: usize, dtype: DType) -> RawBuffer {
         assert!(at + count * dtype.size() <= self.bytes);
         let ptr = (self.base.expose_provenance() + at) as u64;
         RawBuffer { ptr, count, dtype, place: self.place }
     }
-}
 
-/// Submits through the door for other languages.
-pub(crate) fn submit_raw(communicator: &Communicator, kind: Kind, buffers: &[RawBuffer]) -> Result<()> {
-    // SAFETY: the buffers were made by `Region::raw`, of regions that nobody touches during this blocking call.
-    communicator.submit(unsafe { Call::from_raw(kind, buffers, &[]) })
-}
-
-/// Submits through the methods that take slices. The regions lie in plain memory, aligned for the dtype.
-pub(crate) fn submit_slices<O>(
-    operations: &O,
-    kind: Kind,
-    dtype: DType,
-    source: Option<&Region>,
-    target: &Region,
-) -> Result<()>
-where
-    O: for<'b> Operations<'b, Done = ()>,
-{
-    match dtype {
-        DType::Bool => slices::<Bool8, O>(operations, kind, source, target),
-        DType::I8 => slices::<i8, O>(operations, kind, source, target),
-        DType::U8 => slices::<u8, O>(operations, kind, source, target),
-        DType::I16 => slices::<i16, O>(operations, kind, source, target),
-        DType::U16 => slices::<u16, O>(operations, kind, source, target),
-        DType::I32 => slices::<i32, O>(operations, kind, source, target),
-        DType::U32 => slices::<u32, O>(operations, kind, source, target),
-        DType::I64 => slices::<i64, O>(operations, kind, source, target),
-        DType::U64 => slices::<u64, O>(operations, kind, source, target),
-        DType::F16 => slices::<f16, O>(operations, kind, source, target),
-        DType::BF16 => slices::<bf16, O>(operations, kind, source, target),
-        DType::F32 => slices::<f32, O>(operations, kind, source, target),
-        DType::F64 => slices::<f64, O>(operations, kind, source, target),
-        DType::F8E4M3 => slices::<f8e4m3, O>(operations, kind, source, target),
-        DType::F8E5M2 => slices::<f8e5m2, O>(operations, kind, source, target),
-        DType::Complex64 => slices::<Complex<f32>, O>(operations, kind, source, target),
-        DType::Complex128 => slices::<Complex<f64>, O>(operations, kind, source, target),
+    /// `count` elements from byte `at` on, of plain memory or a window.
+    pub(crate) fn slice<T: Element>(&self, at: usize, count: usize) -> &[T] {
+        let ptr = self.checked::<T>(at, count);
+        // SAFETY: the range lies in the buffer, is aligned as was just checked, and valid for every bit pattern; nobody
+        // writes it while the call runs.
+        unsafe { std::slice::from_raw_parts(ptr, count) }
     }
-}
 
-fn slices<T: Reducible, O>(operations: &O, kind: Kind, source: Option<&Region>, target: &Region) -> Result<()>
-where
-    O: for<'b> Operations<'b, Done = ()>,
-{
-    let target = elements_mut::<T>(target);
-    match (kind, source.map(elements::<T>)) {
-        (Kind::AllReduce { op }, None) => operations.all_reduce(target, op),
-        (Kind::AllReduce { op }, Some(source)) => operations.all_reduce_into(source, target, op),
-        (Kind::Broadcast { root }, None) => operations.broadcast(target, root as usize),
-        (Kind::Broadcast { root }, Some(source)) => operations.broadcast_into(source, target, root as usize),
-        (Kind::AllGather, None) => operations.all_gather(target),
-        (Kind::AllGather, Some(source)) => operations.all_gather_into(source, target),
-        _ => operations.barrier(),
+    /// The same to be written.
+    #[expect(clippy::mut_from_ref, reason = "the region is a cell; each part of it has one user, a call")]
+    pub(crate) fn slice_mut<T: Element>(&self, at: usize, count: usize) -> &mut [T] {
+        let ptr = self.checked::<T>(at, count);
+        // SAFETY: as above; no other slice of these elements is held by the caller.
+        unsafe { std::slice::from_raw_parts_mut(ptr, count) }
     }
-}
 
-fn elements<T: Element>(region: &Region) -> &[T] {
-    check_alignment::<T>(region);
-    // SAFETY: the memory is live, aligned as was just checked, and valid for every bit pattern; nobody writes it.
-    unsafe { std::slice::from_raw_parts(region.base.cast(), region.bytes / size_of::<T>()) }
-}
-
-#[expect(clippy::mut_from_ref, reason = "the region is a cell whose one user is this call")]
-fn elements_mut<T: Element>(region: &Region) -> &mut [T] {
-    check_alignment::<T>(region);
-    // SAFETY: as above; source and target are different regions, and the caller holds no slice of this one.
-    unsafe { std::slice::from_raw_parts_mut(region.base.cast(), region.bytes / size_of::<T>()) }
-}
-
-fn check_alignment<T>(region: &Region) {
-    assert!(region.base.cast::<T>().is_aligned() && region.bytes.is_multiple_of(size_of::<T>()));
-}
-
-/// The same reduction with this rank's own scalar.
-pub(crate) fn with_scalar(kind: Kind, scalar: f64) -> Kind {
-    match kind {
-        Kind::AllReduce { op: ReduceOp::PreMulSum(_) } => Kind::AllReduce { op: ReduceOp::PreMulSum(scalar) },
-        kind => kind,
+    fn checked<T>(&self, at: usize, count: usize) -> *mut T {
+        let ptr = self.base.wrapping_add(at).cast::<T>();
+        assert!(at + count * size_of::<T>() <= self.bytes && ptr.is_aligned());
+        ptr
     }
 }

@@ -1,5 +1,5 @@
 //! What a world does: the matrix of small cases, cases near borders until a budget is used up, a long sequence without
-//! barriers, and one call of each operation with 64 MiB and one byte.
+//! barriers, and one call of each operation with 64 MiB and one byte (16 MiB of each part, where there are several).
 //!
 //! Budgets are estimates of the cases' cost and not time, because all ranks must make the same calls.
 
@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use unisono::{DType, Kind, ReduceOp};
 
-use super::case::{Case, Cases, Memory};
+use super::case::{Action, Case, Cases, Memory};
 use super::data::Style;
 use super::random::Random;
 use super::rank::Rank;
+use super::verify::Digests;
 
 /// One byte more than this: a count that divides by nothing.
 const HUGE_BYTES: usize = 64 << 20;
@@ -22,8 +23,10 @@ const BATCH_BYTES: usize = 8 << 20;
 /// How much of everything.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub(crate) struct Workload {
-    /// Small cases with each algorithm; `usize::MAX` for all of them.
+    /// Small cases with the first communicator; `usize::MAX` for all of them.
     pub(crate) small: usize,
+    /// The same with each other one.
+    pub(crate) small_others: usize,
     /// Estimated milliseconds of processor time of cases near borders, with each algorithm.
     pub(crate) borders_ms: usize,
     /// Calls of the sequence.
@@ -32,15 +35,16 @@ pub(crate) struct Workload {
     pub(crate) huge: bool,
 }
 
-/// Everything, with each of these communicators. The digest of all results, equal in every run with this seed.
-pub(crate) fn run(seed: u64, ranks: &mut [Rank], workload: &Workload) -> Result<u64, String> {
-    let mut digest = 0u64;
+/// Everything, with each of these communicators. The digests of all results, equal in every run with this seed.
+pub(crate) fn run(seed: u64, ranks: &mut [Rank], workload: &Workload) -> Result<Digests, String> {
+    let mut digests = Digests::default();
     let world_size = ranks[0].world_size();
     for (index, rank) in ranks.iter_mut().enumerate() {
         let mut cases = Cases::new(seed, 1 + index as u64, world_size);
-        digest = digest.rotate_left(1) ^ batches(rank, &small(&mut cases, workload.small), &mut || ())?;
+        let most = if index == 0 { workload.small } else { workload.small_others };
+        digests = batches(rank, &small(&mut cases, most), &mut || ())?.after(digests);
         let borders = borders(&mut cases, workload.borders_ms, world_size);
-        digest = digest.rotate_left(1) ^ batches(rank, &borders, &mut || ())?;
+        digests = batches(rank, &borders, &mut || ())?.after(digests);
     }
     let mut cases = Cases::new(seed, 100, world_size);
     for with_pauses in [false, true] {
@@ -51,12 +55,12 @@ pub(crate) fn run(seed: u64, ranks: &mut [Rank], workload: &Workload) -> Result<
                 pause(&mut random)
             }
         };
-        digest = digest.rotate_left(1) ^ batches(&mut ranks[0], &sequence, &mut pause)?;
+        digests = batches(&mut ranks[0], &sequence, &mut pause)?.after(digests);
     }
     if workload.huge {
-        digest = digest.rotate_left(1) ^ batches(&mut ranks[0], &huge(&mut cases), &mut || ())?;
+        digests = batches(&mut ranks[0], &huge(&mut cases), &mut || ())?.after(digests);
     }
-    Ok(digest)
+    Ok(digests)
 }
 
 fn small(cases: &mut Cases, most: usize) -> Vec<Case> {
@@ -84,41 +88,36 @@ fn borders(cases: &mut Cases, budget_ms: usize, world_size: usize) -> Vec<Case> 
 
 /// One call of each operation, on memory that is not aligned to anything.
 fn huge(cases: &mut Cases) -> Vec<Case> {
-    let kinds = [
-        Kind::AllReduce { op: ReduceOp::Sum },
-        Kind::AllReduce { op: ReduceOp::BitXor },
-        cases.broadcast(),
-        Kind::AllGather,
-    ];
-    kinds
-        .into_iter()
-        .map(|kind| Case {
-            memory: Memory::Plain,
-            style: Style::Wild,
-            ..cases.case(kind, DType::U8, HUGE_BYTES + 1)
-        })
-        .collect()
+    let mut actions = cases.reducing(ReduceOp::BitXor).to_vec();
+    actions.push(Action::Call(Kind::AllReduce { op: ReduceOp::Sum }));
+    actions.extend(cases.moving());
+    let huge = |action: Action| {
+        let has_many = action.has_part_for_all() || action.is_multi();
+        let count = if has_many { HUGE_BYTES / 4 } else { HUGE_BYTES } + 1;
+        Case { memory: Memory::Plain, style: Style::Wild, ..cases.case(action, DType::U8, count) }
+    };
+    actions.into_iter().map(huge).collect()
 }
 
 /// Runs the cases in batches of random length.
-fn batches(rank: &mut Rank, cases: &[Case], pause: super::rank::Pause<'_>) -> Result<u64, String> {
+fn batches(rank: &mut Rank, cases: &[Case], pause: super::rank::Pause<'_>) -> Result<Digests, String> {
     let world_size = rank.world_size();
     let mut random = Random::of(&[cases.first().map_or(0, |case| case.number)]);
-    let (mut digest, mut rest) = (0u64, cases);
+    let (mut digests, mut rest) = (Digests::default(), cases);
     while !rest.is_empty() {
         let mut bytes = 0;
         let fits = rest
             .iter()
             .take_while(|case| {
-                bytes += case.result_bytes(world_size);
+                bytes += case.most_bytes(world_size);
                 bytes <= BATCH_BYTES
             })
             .count();
         let (now, later) = rest.split_at((1 + random.below(BATCH)).min(fits.max(1)));
-        digest = digest.rotate_left(1) ^ rank.run(now, pause)?;
+        digests = rank.run(now, pause)?.after(digests);
         rest = later;
     }
-    Ok(digest)
+    Ok(digests)
 }
 
 /// Sometimes nothing, sometimes some microseconds of work, sometimes a sleep.

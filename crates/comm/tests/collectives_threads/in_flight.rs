@@ -1,57 +1,14 @@
-//! Calls in flight: scopes and groups in random programs, ends by error and panic, patience and disagreement while nobody blocks.
+//! Calls in flight: one thread that drives many ranks, ends by error and panic, patience and disagreement while nobody blocks.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use unisono::settings::parse_duration;
-use unisono::store::MemoryStore;
-use unisono::{Communicator, Error, Memory, Operations, Pending, ReduceOp, Stream, group};
+use unisono::{Builder, Communicator, Error, Memory, Operations, ReduceOp, Stream, group};
 
-/// Runs `body` on every rank of a world of threads; what each returned, by rank.
-fn on_threads<T: Send + 'static>(
-    world_size: usize,
-    body: impl Fn(Communicator) -> T + Send + Sync + 'static,
-) -> Vec<T> {
-    run_all(Communicator::threads(world_size).unwrap(), body)
-}
-
-fn run_all<T: Send + 'static>(
-    ranks: Vec<Communicator>,
-    body: impl Fn(Communicator) -> T + Send + Sync + 'static,
-) -> Vec<T> {
-    let body = Arc::new(body);
-    let threads: Vec<_> = ranks
-        .into_iter()
-        .map(|rank| {
-            let body = body.clone();
-            thread::spawn(move || body(rank))
-        })
-        .collect();
-    threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-}
-
-/// Numbers that follow from a seed.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ mixed >> 31
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        (self.next() % limit as u64) as usize
-    }
-}
-
-fn seed() -> u64 {
-    let seed = std::env::var("UNISONO_TEST_SEED").ok().and_then(|text| text.parse().ok());
-    seed.unwrap_or_else(|| u64::from(std::process::id()) << 20 | 99)
-}
+use crate::support::random::{self, Random};
+use crate::support::threads::{on_built, on_threads};
 
 /// One thing that all ranks do.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -96,7 +53,7 @@ fn draw(random: &mut Random, number: u32, world_size: usize) -> Action {
 /// What `rank` puts in.
 fn input(action: &Action, rank: usize, world_size: usize) -> Vec<u32> {
     let parts = if action.kind == Kind::AllToAll { world_size } else { 1 };
-    let mut random = Random(u64::from(action.number) << 32 | rank as u64);
+    let mut random = Random::of(&[u64::from(action.number), rank as u64]);
     (0..action.count * parts).map(|_| random.next() as u32).collect()
 }
 
@@ -170,112 +127,12 @@ impl Buffers {
     }
 }
 
-/// Random actions in scopes; waits, tests and forgets in an order of each rank's own; blocking calls in between.
-fn random_scopes(world_size: usize, rounds: u32) {
-    let seed = seed();
-    on_threads(world_size, move |rank| {
-        let me = rank.rank();
-        let (mut shared, mut own) = (Random(seed), Random(seed ^ (me as u64 + 1) << 40));
-        for round in 0..rounds {
-            let number = 1 + shared.below(8) as u32;
-            let actions: Vec<_> =
-                (0..number).map(|at| draw(&mut shared, round * 100 + at, world_size)).collect();
-            let mut buffers = Buffers::new(&actions, me, world_size);
-            let Buffers { sources, targets } = &mut buffers;
-            rank.scope(|scope| {
-                let mut pending: Vec<Pending<'_>> = Vec::new();
-                for (action, (source, target)) in actions.iter().zip(sources.iter().zip(targets)) {
-                    pending.extend(submit(scope, (me, world_size), action, source, target));
-                    if own.below(4) == 0 {
-                        let at = own.below(pending.len());
-                        let _: bool = pending[at].test()?;
-                    }
-                }
-                if shared.below(3) == 0 {
-                    let mut sum = [1u8];
-                    rank.all_reduce(&mut sum, ReduceOp::Sum)?;
-                    assert_eq!(usize::from(sum[0]), world_size);
-                }
-                while !pending.is_empty() {
-                    let mut one = pending.swap_remove(own.below(pending.len()));
-                    match own.below(4) {
-                        1 => while !one.test()? {},
-                        2 => one.wait()?,
-                        // Not asked for again: the end of the scope waits for it.
-                        _ => {}
-                    }
-                }
-                Ok(())
-            })
-            .unwrap_or_else(|error| panic!("rank {me}, round {round}, seed {seed}: {error}"));
-            buffers.verify(&actions, me, world_size, seed);
-        }
-        rank.destroy().unwrap();
-    });
-}
-
-#[test]
-fn scopes_of_one_rank() {
-    random_scopes(1, 100);
-}
-
-#[test]
-fn scopes_of_two_ranks() {
-    random_scopes(2, 150);
-}
-
-#[test]
-fn scopes_of_three_ranks() {
-    random_scopes(3, 100);
-}
-
-#[test]
-fn scopes_of_seven_ranks() {
-    random_scopes(7, 30);
-}
-
-/// Random actions in groups; each rank submits its messages at other places than its peers.
-#[test]
-fn groups_post_everything_before_they_wait() {
-    let seed = seed();
-    on_threads(4, move |rank| {
-        let (me, world_size) = (rank.rank(), rank.world_size());
-        let (mut shared, mut own) = (Random(seed), Random(seed ^ (me as u64 + 1) << 40));
-        let stream = Stream::host();
-        for round in 0..60 {
-            let number = 1 + shared.below(8) as u32;
-            let actions: Vec<_> =
-                (0..number).map(|at| draw(&mut shared, round * 100 + at, world_size)).collect();
-            let mut buffers = Buffers::new(&actions, me, world_size);
-            let mut all: Vec<_> =
-                actions.iter().zip(buffers.sources.iter().zip(&mut buffers.targets)).collect();
-            // Collectives keep their order; messages, which have tags of their own, go anywhere.
-            for _ in 0..all.len() {
-                let (from, to) = (own.below(all.len()), own.below(all.len()));
-                if matches!(all[from].0.kind, Kind::Shift { .. }) {
-                    let moved = all.remove(from);
-                    all.insert(to, moved);
-                }
-            }
-            group(|group| {
-                let on = group.on(&rank, &stream);
-                for (action, (source, target)) in all {
-                    submit(&on, (me, world_size), action, source, target);
-                }
-                Ok(())
-            })
-            .unwrap_or_else(|error| panic!("rank {me}, round {round}, seed {seed}: {error}"));
-            buffers.verify(&actions, me, world_size, seed);
-        }
-        rank.destroy().unwrap();
-    });
-}
-
 #[test]
 fn one_thread_drives_all_ranks_of_a_world() {
+    let seed = random::seed();
     for world_size in [1, 2, 5, 16] {
         let ranks = Communicator::threads(world_size).unwrap();
-        let (mut random, stream) = (Random(seed()), Stream::host());
+        let (mut random, stream) = (Random::of(&[seed]), Stream::host());
         for round in 0..20 {
             let actions: Vec<_> = (0..4).map(|at| draw(&mut random, round * 100 + at, world_size)).collect();
             let mut all: Vec<_> = (0..world_size).map(|me| Buffers::new(&actions, me, world_size)).collect();
@@ -291,7 +148,7 @@ fn one_thread_drives_all_ranks_of_a_world() {
             })
             .unwrap();
             for (me, buffers) in all.iter().enumerate() {
-                buffers.verify(&actions, me, world_size, 0);
+                buffers.verify(&actions, me, world_size, seed);
             }
         }
     }
@@ -397,23 +254,10 @@ fn a_scope_that_ends_by_an_error_completes_what_it_started() {
     });
 }
 
-fn world(world_size: usize, timeout: &str) -> Vec<Communicator> {
-    let (store, timeout) = (Arc::new(MemoryStore::new()), parse_duration(timeout).unwrap());
-    let builders: Vec<_> = (0..world_size)
-        .map(|rank| {
-            let store = store.clone();
-            thread::spawn(move || {
-                let builder = Communicator::builder().store(store).rank(rank).world_size(world_size);
-                builder.timeout(Some(timeout)).build().unwrap()
-            })
-        })
-        .collect();
-    builders.into_iter().map(|builder| builder.join().unwrap()).collect()
-}
-
 #[test]
 fn who_only_tests_runs_out_of_patience_too() {
-    run_all(world(2, "300ms"), |rank| {
+    let impatient = |builder: Builder| builder.timeout(parse_duration("300ms"));
+    on_built(2, impatient, |rank| {
         if rank.rank() == 1 {
             // Comes too late, and is told so.
             thread::sleep(Duration::from_millis(900));

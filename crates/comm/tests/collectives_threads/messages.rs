@@ -1,55 +1,17 @@
-//! Messages from rank to rank: every size and type, tags out of order, exchanges in circles, mismatches, and collectives in
-//! between.
+//! Messages from rank to rank: sizes, tags out of order, exchanges in circles, mismatches.
 
-use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use unisono::settings::parse_duration;
-use unisono::store::MemoryStore;
-use unisono::{Communicator, Error, Operations, ReduceOp};
+use unisono::{Builder, Communicator, Error, Operations};
 
-/// Runs `body` on every rank of a world of threads; what each returned, by rank.
-fn on_threads<T: Send + 'static>(
-    world_size: usize,
-    body: impl Fn(Communicator) -> T + Send + Sync + 'static,
-) -> Vec<T> {
-    let body = Arc::new(body);
-    let threads: Vec<_> = Communicator::threads(world_size)
-        .unwrap()
-        .into_iter()
-        .map(|communicator| {
-            let body = body.clone();
-            thread::spawn(move || body(communicator))
-        })
-        .collect();
-    threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-}
-
-/// Numbers that follow from a seed.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ mixed >> 31
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        (self.next() % limit as u64) as usize
-    }
-}
-
-fn seed() -> u64 {
-    let seed = std::env::var("UNISONO_TEST_SEED").ok().and_then(|text| text.parse().ok());
-    seed.unwrap_or_else(|| u64::from(std::process::id()) << 20 | 77)
-}
+use crate::support::random::Random;
+use crate::support::threads::{on_built, on_threads};
 
 /// The content of a message, from what both sides know of it.
 fn content(key: u64, count: usize) -> Vec<u16> {
-    let mut random = Random(key);
+    let mut random = Random::of(&[key]);
     (0..count).map(|_| random.next() as u16).collect()
 }
 
@@ -158,35 +120,6 @@ fn a_message_from_anybody_tells_its_sender_and_all_are_served() {
 }
 
 #[test]
-fn random_messages_and_collectives_in_between_are_all_right() {
-    let seed = seed();
-    on_threads(4, move |rank| {
-        let mut random = Random(seed);
-        let me = rank.rank();
-        for number in 0..600u64 {
-            let from = random.below(4);
-            let to = (from + 1 + random.below(3)) % 4;
-            let bits = random.below(18);
-            let (count, tag) = (random.below(1 << bits), random.below(3) as u32);
-            let key = seed ^ number << 8;
-            if random.below(5) == 0 {
-                let mut sum = [me as u32; 100];
-                rank.all_reduce(&mut sum, ReduceOp::Sum).unwrap();
-                assert_eq!(sum, [6; 100]);
-            }
-            if me == from {
-                rank.send(&content(key, count), to, tag).unwrap();
-            } else if me == to {
-                let mut got = vec![0u16; count];
-                rank.recv(&mut got, from, tag).unwrap();
-                assert!(got == content(key, count), "message {number}, UNISONO_TEST_SEED={seed}");
-            }
-        }
-        rank.destroy().unwrap();
-    });
-}
-
-#[test]
 fn a_message_of_another_type_or_count_is_named_on_both_ranks() {
     let errors = on_threads(2, |rank| {
         if rank.rank() == 0 {
@@ -221,29 +154,19 @@ fn the_other_end_must_be_another_rank_and_nothing_is_sent_otherwise() {
 
 #[test]
 fn a_message_that_nobody_sends_or_receives_ends_by_the_timeout_and_is_named() {
-    let store = Arc::new(MemoryStore::new());
-    let threads: Vec<_> = (0..2)
-        .map(|rank| {
-            let store = store.clone();
-            thread::spawn(move || {
-                let builder = Communicator::builder().store(store).rank(rank).world_size(2);
-                let communicator = builder.timeout(parse_duration("300ms")).build().unwrap();
-                let error = match rank {
-                    0 => communicator.recv(&mut [0u8; 3], 1, 5).unwrap_err(),
-                    _ => {
-                        thread::sleep(Duration::from_millis(500));
-                        communicator.send(&vec![0u8; 1 << 20], 0, 6).unwrap_err()
-                    }
-                };
-                (rank, error)
-            })
-        })
-        .collect();
-    for (rank, error) in threads.into_iter().map(|thread| thread.join().unwrap()) {
+    let impatient = |builder: Builder| builder.timeout(parse_duration("300ms"));
+    let errors = on_built(2, impatient, |rank| match rank.rank() {
+        0 => rank.recv(&mut [0u8; 3], 1, 5).unwrap_err(),
+        _ => {
+            thread::sleep(Duration::from_millis(500));
+            rank.send(&vec![0u8; 1 << 20], 0, 6).unwrap_err()
+        }
+    });
+    for error in errors {
         assert!(
             matches!(&error, Error::Timeout { rank: 0, call, missing, .. }
                 if call == "recv from rank 1 (tag 5)" && missing[0].starts_with("rank 1")),
-            "rank {rank}: {error:?}"
+            "{error:?}"
         );
     }
 }
