@@ -28,7 +28,7 @@ use crate::tuning::{AskedBy, Origin, Selection};
 pub struct Choice {
     /// The operation.
     pub kind: Kind,
-    /// Bytes per rank.
+    /// Bytes per rank; of all parts together, where they have sizes of their own.
     pub bytes: usize,
     /// Number of ranks.
     pub world_size: usize,
@@ -123,7 +123,13 @@ impl fmt::Display for Choice {
             _ => {}
         }
         let size = format_size(self.bytes as u64);
-        write!(f, "{name} of {size} per rank among {ranks} ranks takes {}, ", self.decision.algorithm)?;
+        let size = match self.kind {
+            // Only sender and receiver know the size of a part.
+            Kind::AllToAllV => String::new(),
+            kind if kind.is_uneven() => format!(" of {size} in all"),
+            _ => format!(" of {size} per rank"),
+        };
+        write!(f, "{name}{size} among {ranks} ranks takes {}, ", self.decision.algorithm)?;
         self.reason(f)?;
         if self.is_inline() {
             write!(f, "; inline, because {INLINE_BYTES} bytes fit into the call slot")?;
@@ -259,6 +265,9 @@ mod tests {
             BOTH,
             "all_to_all of 4 KiB per rank among 2 ranks takes one-shot, its only form with buffers where they are",
         );
+        let only = "among 2 ranks takes one-shot, its only form with buffers where they are";
+        says(Kind::AllGatherV, 4096, NONE, &format!("all_gather_v of 4 KiB in all {only}"));
+        says(Kind::AllToAllV, 0, NONE, &format!("all_to_all_v {only}"));
         says(Kind::Barrier, 0, NONE, "barrier among 2 ranks moves flags only");
         says(Kind::Send { to: 1, tag: 0 }, 8, NONE, "send goes through the channel between the two ranks");
     }

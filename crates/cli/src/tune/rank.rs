@@ -16,6 +16,8 @@ type Result<T, E = unisono::Error> = std::result::Result<T, E>;
 
 /// Sizes that are measured: powers of two between these.
 const SIZES: std::ops::RangeInclusive<u32> = 9..=20;
+/// The most that all ranks' outputs take together: all-gathers among many ranks end at a smaller size.
+const MOST_OUTPUT_BYTES: usize = 256 << 20;
 /// How long one turn should take.
 const TURN: Duration = Duration::from_millis(2);
 /// The fewest turns of each algorithm.
@@ -33,8 +35,21 @@ pub(super) fn run(time: Duration) -> Result<()> {
     let direct = with("direct", AlgorithmChoice::Direct)?;
     for operation in [Operation::AllReduce, Operation::Broadcast, Operation::AllGather] {
         for bytes in SIZES.map(|shift| 1usize << shift) {
-            let mut plain = Plain::new(&one_shot, &two_shot, bytes);
-            let mut windows = Windows::new(&direct, bytes)?;
+            let outputs = outputs(operation, bytes, one_shot.world_size());
+            if outputs * size_of::<f32>() * one_shot.world_size() > MOST_OUTPUT_BYTES {
+                break;
+            }
+            let inputs = bytes / size_of::<f32>();
+            let mut plain = Plain {
+                communicators: [&one_shot, &two_shot],
+                source: vec![1.0; inputs],
+                target: vec![0.0; outputs],
+            };
+            let mut windows = Windows {
+                communicator: &direct,
+                source: direct.window(inputs, Memory::Host)?,
+                target: direct.window(outputs, Memory::Host)?,
+            };
             let (times, spread) = measure(operation, time, &mut plain, &mut windows)?;
             windows.close()?;
             let measured = Measured {
@@ -58,21 +73,20 @@ pub(super) fn run(time: Duration) -> Result<()> {
     direct.destroy()
 }
 
+/// Elements of the output, for `bytes` of input.
+fn outputs(operation: Operation, bytes: usize, world_size: usize) -> usize {
+    let parts = if operation == Operation::AllGather { world_size } else { 1 };
+    bytes / size_of::<f32>() * parts
+}
+
 /// The buffers of the staged algorithms.
 struct Plain<'c> {
     communicators: [&'c Communicator; 2],
     source: Vec<f32>,
     target: Vec<f32>,
-    all: Vec<f32>,
 }
 
-impl<'c> Plain<'c> {
-    fn new(one_shot: &'c Communicator, two_shot: &'c Communicator, bytes: usize) -> Self {
-        let count = bytes / size_of::<f32>();
-        let all = vec![0.0; count * one_shot.world_size()];
-        Self { communicators: [one_shot, two_shot], source: vec![1.0; count], target: vec![0.0; count], all }
-    }
-
+impl Plain<'_> {
     fn call(&mut self, operation: Operation, algorithm: usize) -> Result<()> {
         let communicator = self.communicators[algorithm];
         match operation {
@@ -80,7 +94,7 @@ impl<'c> Plain<'c> {
                 communicator.all_reduce_into(&self.source, &mut self.target, ReduceOp::Sum)
             }
             Operation::Broadcast => communicator.broadcast_into(&self.source, &mut self.target, 0),
-            Operation::AllGather => communicator.all_gather_into(&self.source, &mut self.all),
+            Operation::AllGather => communicator.all_gather_into(&self.source, &mut self.target),
         }
     }
 }
@@ -90,35 +104,22 @@ struct Windows<'c> {
     communicator: &'c Communicator,
     source: Window<f32>,
     target: Window<f32>,
-    all: Window<f32>,
 }
 
-impl<'c> Windows<'c> {
-    fn new(communicator: &'c Communicator, bytes: usize) -> Result<Self> {
-        let count = bytes / size_of::<f32>();
-        let window = |count| communicator.window(count, Memory::Host);
-        let all = window(count * communicator.world_size())?;
-        Ok(Self { communicator, source: window(count)?, target: window(count)?, all })
-    }
-
+impl Windows<'_> {
     fn call(&mut self, operation: Operation) -> Result<()> {
-        let source = self.source.range(0..self.source.len());
-        let (count, all) = (self.target.len(), self.all.len());
+        let (inputs, outputs) = (self.source.len(), self.target.len());
+        let (source, target) = (self.source.range(0..inputs), self.target.range_mut(0..outputs));
         match operation {
-            Operation::AllReduce => {
-                self.communicator.all_reduce_into(source, self.target.range_mut(0..count), ReduceOp::Sum)
-            }
-            Operation::Broadcast => {
-                self.communicator.broadcast_into(source, self.target.range_mut(0..count), 0)
-            }
-            Operation::AllGather => self.communicator.all_gather_into(source, self.all.range_mut(0..all)),
+            Operation::AllReduce => self.communicator.all_reduce_into(source, target, ReduceOp::Sum),
+            Operation::Broadcast => self.communicator.broadcast_into(source, target, 0),
+            Operation::AllGather => self.communicator.all_gather_into(source, target),
         }
     }
 
     fn close(self) -> Result<()> {
         self.source.close(self.communicator)?;
-        self.target.close(self.communicator)?;
-        self.all.close(self.communicator)
+        self.target.close(self.communicator)
     }
 }
 
