@@ -18,7 +18,7 @@ type Result<T, E = unisono::Error> = std::result::Result<T, E>;
 const SIZES: std::ops::RangeInclusive<u32> = 9..=20;
 /// The most that all ranks' outputs take together: all-gathers among many ranks end at a smaller size.
 const MOST_OUTPUT_BYTES: usize = 256 << 20;
-/// How long one turn should take.
+/// How long one turn should take, at most.
 const TURN: Duration = Duration::from_millis(2);
 /// The fewest turns of each algorithm.
 const LEAST_TURNS: usize = 7;
@@ -145,13 +145,14 @@ fn measure(
         Ok(slowest[0])
     };
     // All ranks see the same times, so they do the same number of calls and turns.
+    let turn = TURN.min(time / LEAST_TURNS as u32).as_secs_f64();
     let mut calls = [1; 3];
     for (algorithm, calls) in calls.iter_mut().enumerate() {
         timed(algorithm, 8)?;
         let us = timed(algorithm, 8)?.max(0.01);
-        *calls = ((TURN.as_secs_f64() * 1e6 / us) as usize).clamp(4, 20_000);
+        *calls = ((turn * 1e6 / us) as usize).clamp(1, 20_000);
     }
-    let turns = ((time.as_secs_f64() / TURN.as_secs_f64()) as usize).max(LEAST_TURNS);
+    let turns = ((time.as_secs_f64() / turn.max(1e-9)) as usize).clamp(LEAST_TURNS, 10_000);
     let mut times: [Vec<f64>; 3] = Default::default();
     for _ in 0..turns {
         for (algorithm, times) in times.iter_mut().enumerate() {
