@@ -1,7 +1,7 @@
 //! The `unisono` command as a library: [`main()`] takes the arguments and answers the exit code.
 //!
 //! Each subcommand is a module with its `Arguments` and an `execute`; this file holds the grammar that they share.
-//! Exit codes: 0 all went well, 2 wrong arguments, 125 the command itself failed; `run` otherwise hands on the code of
+//! Exit codes: 0 all went well, 1 a result was wrong or there is nothing to look at, 2 wrong arguments, 125 the command itself failed; `run` otherwise hands on the code of
 //! the program.
 
 use std::ffi::OsString;
@@ -14,6 +14,7 @@ mod bench;
 mod doctor;
 mod hardware;
 mod logging;
+mod look;
 mod output;
 mod ranks;
 mod run;
@@ -52,12 +53,18 @@ enum Command {
     Bench(bench::Arguments),
     /// Check what this machine and its settings give to a job, and say what mends the rest
     Doctor(doctor::Arguments),
+    /// Show the last calls of every rank of running jobs
+    Dump(look::dump::Arguments),
     /// Start a program several times on this host, as the ranks of one job
     Run(run::Arguments),
+    /// Show what every rank of running jobs is doing
+    Top(look::top::Arguments),
     /// Show who reaches whom, and how: the ranks of a job, or the processors of this machine
     Topo(topo::Arguments),
     /// Measure here where algorithms change, and write a tuning file
     Tune(tune::Arguments),
+    /// Say in plain English why a job does not go on
+    Why(look::why::Arguments),
 }
 
 /// Runs the command line `arguments`, the first of which is the name of the program, and answers its exit code.
@@ -78,9 +85,12 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let done = match cli.command {
         Command::Bench(arguments) => bench::execute(&arguments, &cli.common),
         Command::Doctor(arguments) => doctor::execute(&arguments, &cli.common),
+        Command::Dump(arguments) => look::dump::execute(&arguments, &cli.common),
         Command::Run(arguments) => run::execute(arguments, &cli.common),
+        Command::Top(arguments) => look::top::execute(&arguments, &cli.common),
         Command::Topo(arguments) => topo::execute(&arguments, &cli.common),
         Command::Tune(arguments) => tune::execute(&arguments, &cli.common),
+        Command::Why(arguments) => look::why::execute(&arguments, &cli.common),
     };
     done.map_or_else(
         |failure| {

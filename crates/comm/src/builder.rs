@@ -16,6 +16,7 @@ use unisono_node::{Endpoint, NodePlane, PeerAddress, PlaneConfig, identity};
 use unisono_sync::Deadline;
 
 use crate::communicator::{Communicator, Parts};
+use crate::control::About;
 use crate::error::{Error, Result};
 use crate::launch::{JobDirectory, Launch, StoreAddress, read_secret};
 use crate::neighbours::Neighbours;
@@ -65,6 +66,7 @@ struct Overrides {
     order: Option<Order>,
     require: Option<Require>,
     tune_file: Option<Option<String>>,
+    recorder: Option<bool>,
 }
 
 impl Builder {
@@ -181,6 +183,13 @@ impl Builder {
         self
     }
 
+    /// Whether this rank records its last calls in shared memory, where `unisono top`, `dump` and `why` read them. Default
+    /// on.
+    pub const fn recorder(mut self, is_on: bool) -> Self {
+        self.overrides.recorder = Some(is_on);
+        self
+    }
+
     /// Meets the other ranks and connects. Collective: every rank builds at the same time.
     ///
     /// # Errors
@@ -256,7 +265,13 @@ impl Builder {
         let memory = Communicator::share_control(&neighbours, rank, world_size, deadline).map_err(explain)?;
         let names = table.hellos().iter().map(Hello::who).collect();
         let selection = Arc::new(Selection::new(&settings, tuning.as_ref(), asked_by, world_size));
-        let parts = Parts { rank, names, topology, neighbours, memory, selection };
+        let about = About {
+            job: hello.job.clone(),
+            generation: hello.generation,
+            host: hello.host.name.clone(),
+            is_recording: settings.recorder,
+        };
+        let parts = Parts { rank, names, topology, neighbours, memory, selection, about };
         let communicator = Communicator::assemble(parts, &settings);
         communicator.meet(deadline.remaining_up_to(settings.init_timeout)).map_err(explain)?;
         store.end(rank);
@@ -276,6 +291,7 @@ impl Builder {
             settings.tune_file.clone_from(path);
         }
         settings.require = overrides.require.unwrap_or(settings.require);
+        settings.recorder = overrides.recorder.unwrap_or(settings.recorder);
         Ok(settings)
     }
 }

@@ -33,6 +33,13 @@ impl Cause {
         }
     }
 
+    /// Reads a shared record: its length in bytes, then the bytes. `None` if it makes no sense.
+    pub(crate) fn from_words(words: &[u64]) -> Option<Self> {
+        let (length, words) = words.split_first()?;
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        Self::from_bytes(bytes.get(..usize::try_from(*length).ok()?)?)
+    }
+
     pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
         postcard::from_bytes(bytes).ok()
     }

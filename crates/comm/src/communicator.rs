@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use unisono_core::call::CallHeader;
 use unisono_core::layout::{ControlLayout, WindowLayout};
+use unisono_core::recorder::Presence;
 use unisono_core::settings::{Settings, Spin};
 use unisono_core::topology::Topology;
 use unisono_core::{Element, ReduceOp};
@@ -16,7 +17,7 @@ use crate::builder::Builder;
 use crate::call::{Call, Kind};
 use crate::cause::Cause;
 use crate::collectives::{Engine, EngineConfig};
-use crate::control::Control;
+use crate::control::{About, Control};
 use crate::error::{Error, Result};
 use crate::neighbours::Neighbours;
 use crate::observer::Observer;
@@ -57,6 +58,8 @@ pub(crate) struct Parts {
     pub(crate) memory: Arc<SharedMemory>,
     /// How algorithms are chosen.
     pub(crate) selection: Arc<Selection>,
+    /// What the memory tells readers of other processes.
+    pub(crate) about: About,
 }
 
 impl Communicator {
@@ -101,6 +104,12 @@ impl Communicator {
             neighbours: Neighbours::Threads(hub.clone()),
             memory: memory.clone(),
             selection: selection.clone(),
+            about: About {
+                job: "threads".to_owned(),
+                generation: 0,
+                host: host.name.clone(),
+                is_recording: settings.recorder,
+            },
         };
         let ranks: Vec<_> = (0..world_size).map(|rank| Self::assemble(parts(rank), settings)).collect();
         ranks.iter().for_each(|rank| rank.engine.borrow_mut().have_met());
@@ -109,7 +118,7 @@ impl Communicator {
 
     pub(crate) fn assemble(parts: Parts, settings: &Settings) -> Self {
         let (world_size, selection) = (parts.names.len(), parts.selection);
-        let control = Arc::new(Control::new(parts.memory, parts.rank, parts.names));
+        let control = Arc::new(Control::new(parts.memory, parts.rank, parts.names, parts.about));
         if let Neighbours::Processes(plane) = &parts.neighbours {
             plane.watch(control.clone());
         }
@@ -261,6 +270,7 @@ impl Communicator {
         let patience = self.patience.map_or(DESTROY_PATIENCE, |patience| patience.min(DESTROY_PATIENCE));
         let result = self.engine.borrow_mut().meet(CallHeader::bare(Kind::Destroy), Some(patience));
         self.destroyed = true;
+        self.control.leave(if result.is_ok() { Presence::Destroyed } else { Presence::Dropped });
         result
     }
 }
@@ -278,6 +288,7 @@ impl Drop for Communicator {
     fn drop(&mut self) {
         if !self.destroyed && self.control.world_size() > 1 {
             self.control.fail(&Cause::Dropped { rank: self.rank as u32 });
+            self.control.leave(Presence::Dropped);
         }
     }
 }

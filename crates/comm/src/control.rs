@@ -6,10 +6,12 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use unisono_core::layout::{CAUSE_BYTES, ControlLayout, Field, RankFields, SLOT_WORDS};
+use unisono_core::layout::{CAUSE_BYTES, ControlLayout, Field, RECORD_WORDS, RankFields, SLOT_WORDS};
+use unisono_core::recorder::{JobLabel, Presence, RankLabel, TickSource};
+use unisono_node::identity::{self, ProcessStatus};
 use unisono_node::{Lost, PlaneEvents, SharedMemory};
 use unisono_sync::memory::{words32, words64};
-use unisono_sync::{AbortWord, EpochFlag, Sleepers, SlotRing, Word};
+use unisono_sync::{AbortWord, EpochFlag, Journal, Sleepers, SlotRing, Ticks, Word};
 
 use crate::cause::Cause;
 
@@ -32,6 +34,8 @@ pub(crate) struct RankWords<'m> {
     pub(crate) sleepers: Sleepers<'m>,
     /// Its call slots.
     pub(crate) slots: SlotRing<'m>,
+    /// What it did last.
+    pub(crate) records: Journal<'m, RECORD_WORDS>,
     /// First byte of its staged input.
     pub(crate) staging_in: *mut u8,
     /// First byte of its staged results.
@@ -51,6 +55,16 @@ pub(crate) struct Channel<'m> {
     pub(crate) bytes: usize,
 }
 
+/// What the memory tells readers of other processes about its job.
+#[derive(Clone, Debug)]
+pub(crate) struct About {
+    pub(crate) job: String,
+    pub(crate) generation: u32,
+    pub(crate) host: String,
+    /// Whether this rank records its calls.
+    pub(crate) is_recording: bool,
+}
+
 /// The shared memory of all ranks of a communicator on this host.
 pub(crate) struct Control {
     words: Vec<RankWords<'static>>,
@@ -60,6 +74,7 @@ pub(crate) struct Control {
     me: usize,
     /// Names of the ranks, for causes.
     names: Vec<String>,
+    about: About,
     /// Held while our record is written: the operating thread, the plane's and observers' may all find a cause.
     recording: Mutex<()>,
     /// Declared last, so that it is unmapped after everything above is gone.
@@ -87,18 +102,57 @@ impl Control {
         ControlLayout::new(ranks).total_bytes()
     }
 
-    /// The control region in `memory`, seen by rank `me`; `names[r]` is how messages call rank r.
+    /// The control region in `memory`, seen by rank `me`; `names[r]` is how messages call rank r. Tells readers of other
+    /// processes that this rank is there.
     ///
     /// # Panics
     /// If `memory` is shorter than the layout: it was created or checked with that very length.
-    pub(crate) fn new(memory: Arc<SharedMemory>, me: usize, names: Vec<String>) -> Self {
+    pub(crate) fn new(memory: Arc<SharedMemory>, me: usize, names: Vec<String>, about: About) -> Self {
         let layout = ControlLayout::new(names.len());
         assert!(memory.bytes() >= layout.total_bytes(), "{} < {}", memory.bytes(), layout.total_bytes());
         let base = memory.as_ptr();
         let words = (0..names.len()).map(|rank| rank_words(base, &layout.rank(rank))).collect();
         // SAFETY: the abort word lies in the mapping, which is kept alive by `memory` beside it.
         let abort = AbortWord::new(unsafe { &words32(base.add(layout.abort().offset), 1)[0] });
-        Self { words, abort, layout, me, names, recording: Mutex::new(()), memory }
+        let control = Self { words, abort, layout, me, names, about, recording: Mutex::new(()), memory };
+        control.introduce();
+        control
+    }
+
+    /// Writes who we are, and as rank 0 what job this is.
+    fn introduce(&self) {
+        let ticks = Ticks::here();
+        let label = RankLabel {
+            presence: Presence::Here,
+            pid: identity::pid(),
+            started: ProcessStatus::of(identity::pid()).map_or(0, |status| status.started),
+            ticks: if ticks == Ticks::Clock { TickSource::Clock } else { TickSource::Counter },
+            is_recording: self.about.is_recording,
+        };
+        self.tell(self.layout.rank(self.me).identity, &label.to_words());
+        if self.me == 0 {
+            let About { job, generation, host, .. } = self.about.clone();
+            let label = JobLabel { ranks: self.names.len(), generation, created: ticks.now(), job, host };
+            self.tell(self.layout.job(), &label.to_words());
+        }
+    }
+
+    /// Tells readers that this rank takes part no more.
+    pub(crate) fn leave(&self, presence: Presence) {
+        let identity = self.words_of(self.layout.rank(self.me).identity);
+        identity[RankLabel::PRESENCE].store_release(presence as u64);
+    }
+
+    /// Writes `content` so that its first word, which makes the rest valid, is seen last.
+    fn tell(&self, field: Field, content: &[u64]) {
+        let words = self.words_of(field);
+        words.iter().zip(content).skip(1).for_each(|(word, value)| word.store_relaxed(*value));
+        words[0].store_release(content[0]);
+    }
+
+    /// What this memory tells about its job.
+    pub(crate) const fn about(&self) -> &About {
+        &self.about
     }
 
     /// The words of `rank`.
@@ -170,19 +224,15 @@ impl Control {
         if member >= self.words.len() {
             return Some(unreadable());
         }
-        let record = self.record(member);
-        let length = (record[0].load_relaxed() as usize).min(CAUSE_BYTES - 8);
-        let mut bytes: Vec<u8> = record[1..]
-            .iter()
-            .take(length.div_ceil(8))
-            .flat_map(|word| word.load_relaxed().to_le_bytes())
-            .collect();
-        bytes.truncate(length);
-        Some(Cause::from_bytes(&bytes).unwrap_or_else(unreadable))
+        let words: Vec<u64> = self.record(member).iter().map(Word::load_relaxed).collect();
+        Some(Cause::from_words(&words).unwrap_or_else(unreadable))
     }
 
     fn record(&self, rank: usize) -> &[impl Word<u64>] {
-        let field = self.layout.rank(rank).cause;
+        self.words_of(self.layout.rank(rank).cause)
+    }
+
+    fn words_of(&self, field: Field) -> &[impl Word<u64>] {
         // SAFETY: the field lies in the mapping, aligned to a line, and is accessed as 64-bit atomics only.
         unsafe { words64(self.memory.as_ptr().add(field.offset), field.bytes / 8) }
     }
@@ -225,6 +275,7 @@ fn rank_words(base: *mut u8, fields: &RankFields) -> RankWords<'static> {
         heartbeat: flag(fields.liveness, 0),
         sleepers: Sleepers::new(sleepers),
         slots: SlotRing::new(words(fields.slots), SLOT_WORDS),
+        records: Journal::new(words(fields.records)),
         staging_in: at(fields.staging_in),
         staging_out: at(fields.staging_out),
     }
@@ -236,7 +287,8 @@ mod tests {
 
     fn control(me: usize) -> Control {
         let memory = SharedMemory::create(Control::bytes(2)).unwrap();
-        Control::new(Arc::new(memory), me, vec!["rank 0".into(), "rank 1".into()])
+        let about = About { job: "test".into(), generation: 0, host: "here".into(), is_recording: true };
+        Control::new(Arc::new(memory), me, vec!["rank 0".into(), "rank 1".into()], about)
     }
 
     #[test]

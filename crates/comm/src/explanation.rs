@@ -80,8 +80,7 @@ impl Choice {
 
     /// Whether the data travels in the call slot.
     fn is_inline(&self) -> bool {
-        let can_be = matches!(self.kind, Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::AllGather);
-        can_be && self.decision.algorithm == Algorithm::OneShot && self.bytes <= INLINE_BYTES
+        self.decision.algorithm == Algorithm::OneShot && select::travels_inline(self.kind, self.bytes)
     }
 
     /// `because …`, without what was not taken.

@@ -147,7 +147,7 @@ impl Kind {
         }
     }
 
-    const fn code(self) -> u8 {
+    pub(crate) const fn code(self) -> u8 {
         match self {
             Self::Barrier => 1,
             Self::AllReduce { .. } => 2,

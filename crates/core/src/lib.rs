@@ -19,6 +19,7 @@ pub mod fp8;
 pub mod hello;
 pub mod layout;
 pub mod member;
+pub mod recorder;
 pub mod reduce_op;
 pub mod select;
 pub mod settings;

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use crate::call::Kind;
 use crate::error::{Error, Result};
+use crate::layout::INLINE_BYTES;
 
 /// How a collective is carried out over shared memory.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -48,6 +49,11 @@ impl FromStr for Algorithm {
             .find(|algorithm| algorithm.name() == name)
             .ok_or_else(|| Error::UnknownName { kind: "algorithm", got: name.to_owned() })
     }
+}
+
+/// Whether small data of this operation travels inside the call slot: one-shot is then called *inline*.
+pub const fn travels_inline(kind: Kind, bytes: usize) -> bool {
+    bytes <= INLINE_BYTES && matches!(kind, Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::AllGather)
 }
 
 /// What the choice depends on.

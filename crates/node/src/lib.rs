@@ -3,7 +3,7 @@
 //! What is in here: sealed anonymous memory ([`SharedMemory`]), the identity of this machine ([`identity`]), what its control groups allow
 //! ([`cgroup`]), the sockets
 //! between the processes of a host ([`NodePlane`]) and their counterpart for threads of one process
-//! ([`ThreadHub`]). Nothing of it has a name in a file system, so nothing is left behind by a kill.
+//! ([`ThreadHub`]), and a look at the shared memory of other processes ([`inspect`]). Nothing of it has a name in a file system, so nothing is left behind by a kill.
 //!
 //! What never will be: a collective, a store, or any idea of what the memory is for.
 
@@ -11,6 +11,7 @@ pub mod cgroup;
 pub mod connect;
 pub mod error;
 pub mod identity;
+pub mod inspect;
 pub mod memory;
 pub mod plane;
 pub mod socket;
@@ -18,6 +19,7 @@ pub mod threads;
 
 pub use connect::{Endpoint, PeerAddress, PlaneConfig};
 pub use error::{Error, Lost, Result};
+pub use inspect::ForeignMemory;
 pub use memory::SharedMemory;
 pub use plane::{NodePlane, PlaneEvents};
 pub use threads::ThreadHub;

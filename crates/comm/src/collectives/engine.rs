@@ -18,6 +18,7 @@ use unisono_sync::{EpochFlag, SpinBudget, WaitPolicy};
 use super::flight::Flight;
 use super::messages::Messages;
 use super::plan::{Plan, Situation, WindowPlace};
+use super::recorder::Recorder;
 use super::waiting::{Halt, On, Step};
 use crate::call::Call;
 use crate::cause::Cause;
@@ -93,6 +94,7 @@ pub(crate) struct Engine {
     /// Calls that were posted and are not complete.
     pub(super) flight: Flight,
     pub(super) messages: Messages,
+    pub(super) recorder: Recorder,
     windows: Vec<OpenWindow>,
     next_window: u64,
     /// Inline data of all ranks in the current call; `inline_sources[r]` points to `inline[r]`.
@@ -121,6 +123,7 @@ impl std::fmt::Debug for Engine {
 impl Engine {
     pub(crate) fn new(config: EngineConfig) -> Self {
         let world_size = config.control.world_size();
+        let recorder = Recorder::new(config.control.about().is_recording);
         let inline = vec![[0; INLINE_WORDS]; world_size].into_boxed_slice();
         let inline_sources = inline.iter().map(|data| data.as_ptr().cast()).collect();
         Self {
@@ -143,6 +146,7 @@ impl Engine {
             failed: None,
             flight: Flight::default(),
             messages: Messages::new(world_size),
+            recorder,
             windows: Vec::new(),
             next_window: 1,
             inline,
@@ -180,6 +184,7 @@ impl Engine {
     pub(super) fn remember<T>(&mut self, result: Result<T>) -> Result<T> {
         if let Err(error) = &result {
             self.failed = Some(error.clone());
+            self.record_failure();
             self.abandon();
         }
         result
@@ -226,6 +231,7 @@ impl Engine {
         if !at.has_begun {
             at.has_begun = true;
             self.begin(plan.kind, header);
+            self.record_collective(plan, header);
         }
         if self.epoch > self.credit.epoch + CALL_SLOTS as u64 {
             self.wait_for_epoch(self.epoch - CALL_SLOTS as u64)?;
@@ -247,6 +253,7 @@ impl Engine {
             _ => self.barrier(header, at),
         }?;
         self.finish(steps);
+        self.record_done();
         Ok(())
     }
 

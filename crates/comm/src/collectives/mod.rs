@@ -28,6 +28,7 @@ mod messages;
 mod multi;
 mod parts;
 mod plan;
+mod recorder;
 mod reduce_scatter;
 mod transfer;
 mod waiting;

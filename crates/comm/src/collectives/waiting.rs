@@ -149,7 +149,10 @@ impl Engine {
             self.keep(&mut vigil, blocked, stopped)?;
             let asleep = WaitPolicy { spins: 0, yield_for: Duration::ZERO, ..self.slice(LOOK_EVERY) };
             match wait(&asleep, self.watch(blocked), ready, || {}) {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    self.record_wait_over();
+                    return Ok(());
+                }
                 Err(again) => stopped = again,
             }
         }
@@ -191,6 +194,7 @@ impl Engine {
         if stopped == Stopped::Aborted {
             return Err(self.first_cause(blocked));
         }
+        self.record_wait(blocked);
         for other in self.peers() {
             self.compare(other).map_err(|at| self.mismatch(other, at))?;
         }
