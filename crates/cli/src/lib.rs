@@ -11,10 +11,15 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 mod bench;
+mod doctor;
+mod hardware;
 mod logging;
 mod look;
 mod output;
+mod ranks;
 mod run;
+mod topo;
+mod tune;
 
 /// The command itself failed, not the program that it ran.
 const EXIT_OWN_FAILURE: u8 = 125;
@@ -46,12 +51,18 @@ struct Common {
 enum Command {
     /// Measure and verify collectives on this host, with ranks of its own
     Bench(bench::Arguments),
+    /// Check what this machine and its settings give to a job, and say what mends the rest
+    Doctor(doctor::Arguments),
     /// Show the last calls of every rank of running jobs
     Dump(look::dump::Arguments),
     /// Start a program several times on this host, as the ranks of one job
     Run(run::Arguments),
     /// Show what every rank of running jobs is doing
     Top(look::top::Arguments),
+    /// Show who reaches whom, and how: the ranks of a job, or the processors of this machine
+    Topo(topo::Arguments),
+    /// Measure here where algorithms change, and write a tuning file
+    Tune(tune::Arguments),
     /// Say in plain English why a job does not go on
     Why(look::why::Arguments),
 }
@@ -73,9 +84,12 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     logging::start(&cli.common);
     let done = match cli.command {
         Command::Bench(arguments) => bench::execute(&arguments, &cli.common),
+        Command::Doctor(arguments) => doctor::execute(&arguments, &cli.common),
         Command::Dump(arguments) => look::dump::execute(&arguments, &cli.common),
         Command::Run(arguments) => run::execute(arguments, &cli.common),
         Command::Top(arguments) => look::top::execute(&arguments, &cli.common),
+        Command::Topo(arguments) => topo::execute(&arguments, &cli.common),
+        Command::Tune(arguments) => tune::execute(&arguments, &cli.common),
         Command::Why(arguments) => look::why::execute(&arguments, &cli.common),
     };
     done.map_or_else(

@@ -1,6 +1,6 @@
 //! How a communicator is made: who we are, where the ranks meet, and what holds for all of them.
 //!
-//! Argument > builder > `UNISONO_*` > default. Building is collective: it returns when every rank has met, shares the
+//! Argument > builder > `UNISONO_*` > tuning file > default. Building is collective: it returns when every rank has met, shares the
 //! control memory and passed a first barrier, or fails on all of them by the deadline.
 
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -15,7 +15,7 @@ use unisono_core::{Member, Secret, UniqueId};
 use unisono_node::{Endpoint, NodePlane, PeerAddress, PlaneConfig, identity};
 use unisono_sync::Deadline;
 
-use crate::communicator::{Communicator, Manner, Parts};
+use crate::communicator::{Communicator, Parts, wait_policy};
 use crate::control::About;
 use crate::error::{Error, Result};
 use crate::launch::{JobDirectory, Launch, StoreAddress, read_secret};
@@ -25,6 +25,7 @@ use crate::store::{
     FileStore, Store, StoreServer, StoreServerConfig, TcpStore, TorchStore, TorchStoreServer,
     interface_address,
 };
+use crate::tuning::{AskedBy, Selection};
 
 /// Makes a [`Communicator`]. Rank, world size and a store (or unique id) are needed; the rest has defaults.
 ///
@@ -64,6 +65,7 @@ struct Overrides {
     algorithm: Option<AlgorithmChoice>,
     order: Option<Order>,
     require: Option<Require>,
+    tune_file: Option<Option<String>>,
     recorder: Option<bool>,
 }
 
@@ -168,6 +170,13 @@ impl Builder {
         self
     }
 
+    /// The tuning file that `unisono tune` wrote, or `None` for the defaults, whatever `UNISONO_TUNE_FILE` says. The same
+    /// content on all ranks.
+    pub fn tune_file(mut self, path: Option<&str>) -> Self {
+        self.overrides.tune_file = Some(path.map(str::to_owned));
+        self
+    }
+
     /// What to refuse to run without.
     pub const fn require(mut self, require: Require) -> Self {
         self.overrides.require = Some(require);
@@ -186,9 +195,12 @@ impl Builder {
     /// # Errors
     /// [`Error::Builder`] if something is missing; [`Error::InitTimeout`] listing the ranks that did not come;
     /// [`Error::Core`] naming both sides of a disagreement (world size, rank, options, version);
-    /// [`Error::StaleGeneration`]; [`Error::SeveralHosts`]; those of the store and of the node plane.
+    /// [`Error::StaleGeneration`]; [`Error::SeveralHosts`]; [`Error::TuneFile`]; those of the store and of the node plane.
     pub fn build(self) -> Result<Communicator> {
         let settings = self.settings()?;
+        let tuning = crate::tuning::of_settings(&settings)?;
+        let options = settings.agreement_bytes(tuning.as_ref());
+        let asked_by = self.overrides.algorithm.map_or(AskedBy::Setting, |_| AskedBy::Builder);
         let lacks = |problem| Error::Builder { problem };
         let rank = self.rank.ok_or(lacks("rank() was not given"))?;
         let world_size = self.world_size.ok_or(lacks("world_size() was not given"))?;
@@ -213,8 +225,8 @@ impl Builder {
             host: identity::host(),
             pid: identity::pid(),
             endpoint: endpoint.name(),
-            options: settings.agreement_bytes(),
-            options_text: String::from_utf8_lossy(&settings.agreement_bytes()).trim().replace('\n', " "),
+            options_text: String::from_utf8_lossy(&options).trim().replace('\n', " "),
+            options,
         };
         let meeting = Rendezvous::new(store.store.as_ref(), &hello, deadline);
         let table = meeting.meet()?;
@@ -253,14 +265,15 @@ impl Builder {
         let neighbours = Neighbours::world(host, rank, world_size, self.generation);
         let memory = Communicator::share_control(&neighbours, deadline, &|| false).map_err(explain)?;
         let places = table.hellos().iter().map(Hello::place).collect();
+        let selection = Arc::new(Selection::new(&settings, tuning, asked_by, world_size));
         let about = About {
             job: hello.job.clone(),
             generation: hello.generation,
             host: hello.host.name.clone(),
             is_recording: settings.recorder,
         };
-        let parts = Parts { places, topology, neighbours, memory, about };
-        let communicator = Communicator::assemble(parts, Manner::new(&settings, world_size));
+        let parts = Parts { places, topology, neighbours, memory, selection, about };
+        let communicator = Communicator::assemble(parts, wait_policy(&settings, world_size));
         communicator.meet(deadline.remaining_up_to(settings.init_timeout)).map_err(explain)?;
         store.end(rank);
         Ok(communicator)
@@ -275,6 +288,9 @@ impl Builder {
         settings.warn_after = overrides.warn_after.unwrap_or(settings.warn_after);
         settings.algorithm = overrides.algorithm.unwrap_or(settings.algorithm);
         settings.order = overrides.order.unwrap_or(settings.order);
+        if let Some(path) = &overrides.tune_file {
+            settings.tune_file.clone_from(path);
+        }
         settings.require = overrides.require.unwrap_or(settings.require);
         settings.recorder = overrides.recorder.unwrap_or(settings.recorder);
         Ok(settings)

@@ -7,8 +7,7 @@ use std::time::Duration;
 use unisono_core::call::CallHeader;
 use unisono_core::layout::{ControlLayout, WindowLayout};
 use unisono_core::recorder::Presence;
-use unisono_core::select::Algorithm;
-use unisono_core::settings::{AlgorithmChoice, Settings, Spin};
+use unisono_core::settings::{Settings, Spin};
 use unisono_core::topology::Topology;
 use unisono_core::{Element, ReduceOp};
 use unisono_node::{SharedMemory, ThreadHub};
@@ -24,6 +23,7 @@ use crate::neighbours::{Host, Neighbours, Watch};
 use crate::observer::Observer;
 use crate::operations::Operations;
 use crate::stream::{OnStream, Stream};
+use crate::tuning::{AskedBy, Selection};
 use crate::window::{Memory, Window};
 
 /// Under which the control memory is handed over; windows use their ids, which start at 1.
@@ -48,6 +48,7 @@ pub struct Communicator {
     /// Where each rank runs, for messages.
     pub(crate) places: Arc<[String]>,
     pub(crate) topology: Arc<Topology>,
+    pub(crate) selection: Arc<Selection>,
     rank: usize,
     pub(crate) patience: Option<Duration>,
     pub(crate) destroyed: bool,
@@ -60,23 +61,10 @@ pub(crate) struct Parts {
     pub(crate) topology: Arc<Topology>,
     pub(crate) neighbours: Neighbours,
     pub(crate) memory: Arc<SharedMemory>,
+    /// How algorithms are chosen.
+    pub(crate) selection: Arc<Selection>,
     /// What the memory tells readers of other processes.
     pub(crate) about: About,
-}
-
-/// How a communicator works.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Manner {
-    pub(crate) policy: WaitPolicy,
-    pub(crate) forced: Option<Algorithm>,
-}
-
-impl Manner {
-    /// As the settings say, for this many ranks on this host.
-    pub(crate) fn new(settings: &Settings, local_ranks: usize) -> Self {
-        let (policy, forced) = (wait_policy(settings, local_ranks), forced_algorithm(settings.algorithm));
-        Self { policy, forced }
-    }
 }
 
 impl Communicator {
@@ -106,6 +94,8 @@ impl Communicator {
     pub(crate) fn threads_with(world_size: usize, settings: &Settings) -> Result<Vec<Self>> {
         unisono_core::Member::new(0, world_size)?;
         ControlLayout::check(world_size)?;
+        let tuning = crate::tuning::of_settings(settings)?;
+        let selection = Arc::new(Selection::new(settings, tuning, AskedBy::Setting, world_size));
         let host = unisono_node::identity::host();
         let topology = Arc::new(Topology::one_host(&host.name, world_size));
         let memory = Arc::new(SharedMemory::create(Control::bytes(world_size))?);
@@ -117,6 +107,7 @@ impl Communicator {
             topology: topology.clone(),
             neighbours: Neighbours::world(Host::Threads(hub.clone()), rank, world_size, 0),
             memory: memory.clone(),
+            selection: selection.clone(),
             about: About {
                 job: "threads".to_owned(),
                 generation: 0,
@@ -124,14 +115,14 @@ impl Communicator {
                 is_recording: settings.recorder,
             },
         };
-        let manner = Manner::new(settings, world_size);
-        let ranks: Vec<_> = (0..world_size).map(|rank| Self::assemble(parts(rank), manner)).collect();
+        let policy = wait_policy(settings, world_size);
+        let ranks: Vec<_> = (0..world_size).map(|rank| Self::assemble(parts(rank), policy)).collect();
         ranks.iter().for_each(|rank| rank.engine().have_met());
         Ok(ranks)
     }
 
-    pub(crate) fn assemble(parts: Parts, manner: Manner) -> Self {
-        let Parts { places, topology, neighbours, memory, about } = parts;
+    pub(crate) fn assemble(parts: Parts, policy: WaitPolicy) -> Self {
+        let Parts { places, topology, neighbours, memory, selection, about } = parts;
         let rank = neighbours.me();
         let name = |(rank, place): (usize, &String)| format!("rank {rank} ({place})");
         let names = places.iter().enumerate().map(name).collect();
@@ -140,7 +131,8 @@ impl Communicator {
         let engine = Engine::new(EngineConfig {
             control: control.clone(),
             rank,
-            manner,
+            policy,
+            rules: selection.rules,
             generation: neighbours.generation(),
         });
         Self {
@@ -151,7 +143,8 @@ impl Communicator {
             places,
             topology,
             rank,
-            patience: manner.policy.patience,
+            selection,
+            patience: policy.patience,
             destroyed: false,
         }
     }
@@ -203,8 +196,7 @@ impl Communicator {
 
     /// A handle for other threads: it can abort and inspect this communicator at any time.
     pub fn observer(&self) -> Observer {
-        let forced = self.engine.borrow().forced();
-        Observer::new(self.control.clone(), self.topology.clone(), self.rank, forced)
+        Observer::new(self.control.clone(), self.topology.clone(), self.rank, self.selection.clone())
     }
 
     /// The same operations in the order of `stream`. On [`Stream::host`] they are complete on return.
@@ -324,7 +316,7 @@ impl Drop for Communicator {
 /// How this world waits. A peer on another core answers within a microsecond, so a few are spun; from then on every
 /// poll offers the core to others, because the scheduler may have put the peer on ours. Where ranks outnumber cores,
 /// spinning keeps the peer from running.
-fn wait_policy(settings: &Settings, local_ranks: usize) -> WaitPolicy {
+pub(crate) fn wait_policy(settings: &Settings, local_ranks: usize) -> WaitPolicy {
     /// A pause and a poll, roughly; the exact figure does not matter.
     const SPIN_NS: u128 = 12;
     // Not those that this rank is bound to: its peers are bound to others.
@@ -339,14 +331,5 @@ fn wait_policy(settings: &Settings, local_ranks: usize) -> WaitPolicy {
         yield_for: Duration::from_millis(2),
         patience: settings.timeout,
         warn_after: settings.warn_after,
-    }
-}
-
-fn forced_algorithm(choice: AlgorithmChoice) -> Option<Algorithm> {
-    match choice {
-        AlgorithmChoice::Auto => None,
-        AlgorithmChoice::OneShot => Some(Algorithm::OneShot),
-        AlgorithmChoice::TwoShot => Some(Algorithm::TwoShot),
-        AlgorithmChoice::Direct => Some(Algorithm::Direct),
     }
 }

@@ -85,8 +85,9 @@ impl Communicator {
         let places = members.iter().map(|member| self.places[*member].clone()).collect();
         let topology = Arc::new(self.topology.of(&members));
         let about = self.control.about().clone();
-        let parts = Parts { places, topology, neighbours, memory, about };
-        let child = Self::assemble(parts, engine.manner());
+        let selection = Arc::new(self.selection.of_world(members.len()));
+        let parts = Parts { places, topology, neighbours, memory, selection, about };
+        let child = Self::assemble(parts, engine.policy());
         child.engine().have_met();
         Ok(Some(child))
     }

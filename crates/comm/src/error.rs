@@ -358,6 +358,16 @@ pub enum Error {
         /// What is wrong with it.
         message: String,
     },
+    /// The tuning file cannot be read, is damaged, or was measured on another kind of machine.
+    #[error(
+        "the tuning file {path} cannot be used: {message}. Make one here with `unisono tune`, or do without UNISONO_TUNE_FILE"
+    )]
+    TuneFile {
+        /// Its path.
+        path: String,
+        /// What is wrong with it.
+        message: String,
+    },
     /// A network interface that is not there.
     #[error("this host has no network interface {name} with an address; there are: {there_are}")]
     Interface {

@@ -34,10 +34,12 @@ pub mod communicator;
 mod control;
 mod derive;
 pub mod error;
+pub mod explanation;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod group;
+pub mod host;
 pub mod launch;
 mod neighbours;
 pub mod observer;
@@ -52,6 +54,7 @@ mod shrink;
 pub mod store;
 pub mod stream;
 pub mod symmetric;
+pub mod tuning;
 pub mod window;
 
 pub use buffer::{Buf, BufMut, Place, RawBuffer};
@@ -59,6 +62,7 @@ pub use builder::Builder;
 pub use call::{Call, Counts, Kind};
 pub use communicator::Communicator;
 pub use error::{Error, Result};
+pub use explanation::{Choice, Explanation};
 pub use group::{Group, Grouped, group};
 pub use observer::{Observer, State};
 pub use operations::Operations;

@@ -1,16 +1,16 @@
 //! A view of a communicator for other threads: abort it, see what it does, ask why it chose what it chose.
 
-use std::fmt::Write as _;
 use std::sync::Arc;
 
 use unisono_core::call::{CallHeader, Kind};
 use unisono_core::layout::SLOT_HEADER;
-use unisono_core::select::{self, Algorithm};
 use unisono_core::topology::Topology;
 
 use crate::cause::Cause;
 use crate::control::Control;
 use crate::error::Error;
+use crate::explanation::{Choice, Explanation, NOT_ALL};
+use crate::tuning::Selection;
 
 /// A handle on a communicator that any thread may hold and use, at any time.
 #[derive(Clone, Debug)]
@@ -18,7 +18,7 @@ pub struct Observer {
     control: Arc<Control>,
     topology: Arc<Topology>,
     rank: usize,
-    forced: Option<Algorithm>,
+    selection: Arc<Selection>,
 }
 
 /// What a communicator is doing, as far as can be seen from outside.
@@ -38,9 +38,9 @@ impl Observer {
         control: Arc<Control>,
         topology: Arc<Topology>,
         rank: usize,
-        forced: Option<Algorithm>,
+        selection: Arc<Selection>,
     ) -> Self {
-        Self { control, topology, rank, forced }
+        Self { control, topology, rank, selection }
     }
 
     /// Fails the communicator on all ranks: whoever waits returns [`Error::Aborted`] with `reason`. The first cause
@@ -61,41 +61,37 @@ impl Observer {
         State { completed: completed.saturating_sub(1), current, failure }
     }
 
-    /// How this world is connected and which algorithm calls take, in a few lines; with the latest call and its own.
-    pub fn explain(&self) -> String {
-        let world_size = self.control.world_size();
-        let mut text = String::new();
-        for host in self.topology.hosts() {
-            let _ = writeln!(text, "{}: ranks {:?}, connected by shared memory", host.name, host.ranks);
-        }
-        let _ = match self.forced {
-            Some(algorithm) => {
-                writeln!(text, "algorithm: {algorithm} where it can serve, because it was asked for")
-            }
-            None => writeln!(text, "algorithm: chosen by size, world size and windows"),
-        };
+    /// How this world is connected, how it chooses algorithms, and what the latest collective of this rank took and why.
+    /// Print it, or look at its fields.
+    pub fn explain(&self) -> Explanation {
         let epoch = self.control.rank(self.rank).completed.current();
-        if let Some(header) = self.header(epoch)
-            && let Some(dtype) = header.dtype
-        {
-            let bytes = (header.count as usize).saturating_mul(dtype.size());
-            let algorithm = self.algorithm(header.kind, bytes, header.is_in_windows());
-            let call = header.describe(epoch - 1, self.rank as u32);
-            let _ =
-                writeln!(text, "latest: {call}: {algorithm} ({bytes} bytes per rank, {world_size} ranks)");
+        let latest = self.header(epoch).and_then(|header| {
+            let bytes = (header.count as usize).saturating_mul(header.dtype?.size());
+            let windows = match (header.source_window, header.target_window) {
+                _ if header.is_in_windows() => Ok(()),
+                (0, 0) => Err(NOT_ALL),
+                (0, _) => Err("the input lies in no window"),
+                (_, 0) => Err("the output lies in no window"),
+                _ => Err("input and output lie in the same window"),
+            };
+            let choice =
+                Choice::new(&self.selection, self.control.world_size(), (header.kind, bytes), windows);
+            Some((header.describe(epoch - 1, self.rank as u32), choice))
+        });
+        let rules = self.selection.rules;
+        Explanation {
+            hosts: self.topology.hosts().to_vec(),
+            forced: rules.forced.map(|algorithm| (algorithm, self.selection.asked_by)),
+            thresholds: rules.thresholds,
+            origin: self.selection.origin.clone(),
+            latest,
         }
-        text
     }
 
-    /// The algorithm that a call takes: of `kind`, with `bytes` per rank, its buffers in windows or not. `inline` is
-    /// one-shot with the data inside the call slot.
-    pub fn algorithm(&self, kind: Kind, bytes: usize, in_windows: bool) -> String {
-        let world_size = self.control.world_size();
-        let question = select::Question { kind, bytes, world_size, in_windows, forced: self.forced };
-        match select::algorithm(&question) {
-            Algorithm::OneShot if select::is_inline(kind, bytes, world_size) => "inline".to_owned(),
-            algorithm => algorithm.to_string(),
-        }
+    /// What a call takes and why: of `kind`, with `bytes` per rank, all its buffers in windows or not.
+    pub fn choice(&self, kind: Kind, bytes: usize, in_windows: bool) -> Choice {
+        let windows = if in_windows { Ok(()) } else { Err(NOT_ALL) };
+        Choice::new(&self.selection, self.control.world_size(), (kind, bytes), windows)
     }
 
     fn describe(&self, epoch: u64) -> Option<String> {

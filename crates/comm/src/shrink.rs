@@ -336,7 +336,7 @@ impl Decision {
     fn carry_over(self, mut old: Communicator, members: &[usize]) -> Communicator {
         let neighbours = old.neighbours.next_generation(members);
         let (windows, first_window) = old.engine().windows();
-        let manner = old.engine().manner();
+        let policy = old.engine().policy();
         old.control.supersede(neighbours.generation());
         if self.must_quarantine {
             quarantine(old.control.memory().clone());
@@ -345,8 +345,9 @@ impl Decision {
         let places = members.iter().map(|member| old.places[*member].clone()).collect();
         let topology = Arc::new(old.topology.of(members));
         let about = About { generation: neighbours.generation(), ..old.control.about().clone() };
-        let parts = Parts { places, topology, neighbours, memory: self.memory, about };
-        let next = Communicator::assemble(parts, manner);
+        let selection = Arc::new(old.selection.of_world(members.len()));
+        let parts = Parts { places, topology, neighbours, memory: self.memory, selection, about };
+        let next = Communicator::assemble(parts, policy);
         next.engine().begin_windows_at(first_window);
         // From here on, this rank answers in the new memory only.
         old.control.leave(Presence::Destroyed);

@@ -139,6 +139,24 @@ pub enum Error {
         /// What it should look like.
         expected: &'static str,
     },
+    /// A tuning file that cannot be read.
+    #[error("line {line}: expected {expected}, got {got}")]
+    Tuning {
+        /// The line, from 1.
+        line: usize,
+        /// What should be there.
+        expected: String,
+        /// What is there.
+        got: String,
+    },
+    /// A tuning file of another kind of machine.
+    #[error("it was measured on {there}; this machine is {here}")]
+    ForeignTuning {
+        /// This machine.
+        here: String,
+        /// The machine of the file.
+        there: String,
+    },
 }
 
 #[cfg(test)]

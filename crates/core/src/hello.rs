@@ -59,7 +59,7 @@ pub struct Hello {
     pub endpoint: [u8; 16],
     /// Every option that changes an algorithm, in the encoding of the settings.
     pub options: Vec<u8>,
-    /// The same for people: `algorithm=auto order=fixed`.
+    /// The same for people: `algorithm=auto order=fixed tuning=none`.
     pub options_text: String,
 }
 

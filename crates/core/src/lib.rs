@@ -27,6 +27,7 @@ pub mod reduce_op;
 pub mod select;
 pub mod settings;
 pub mod topology;
+pub mod tuning;
 pub mod unique_id;
 pub mod wire;
 

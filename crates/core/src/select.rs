@@ -58,15 +58,37 @@ pub struct Question {
     pub kind: Kind,
     /// Bytes per rank.
     pub bytes: usize,
-    /// Number of ranks.
-    pub world_size: usize,
     /// Whether all buffers that every rank has lie in windows; of an all-to-all, in two different ones.
     pub in_windows: bool,
-    /// An algorithm that was asked for, taken where it can serve the call.
-    pub forced: Option<Algorithm>,
 }
 
-/// Below this all-reduces are one-shot, measured with two ranks on two Zen 5 cores (`unisono bench all_reduce`).
+/// What holds for all calls of a communicator; equal on all ranks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Rules {
+    /// An algorithm that was asked for, taken where it can serve the call.
+    pub forced: Option<Algorithm>,
+    /// The sizes at which the choice changes otherwise.
+    pub thresholds: Thresholds,
+}
+
+/// The sizes, in bytes per rank, at which one algorithm becomes faster than another in worlds of one size.
+/// `usize::MAX` as an upper end is “always”, as a lower end “never”.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Thresholds {
+    /// All-reduces up to this are one-shot, larger ones two-shot.
+    pub all_reduce_one_shot_to: usize,
+    /// All-reduces in windows are direct from here on.
+    pub all_reduce_direct_from: usize,
+    /// Broadcasts in windows are direct from here on.
+    pub broadcast_direct_from: usize,
+    /// All-gathers in windows are direct from here on.
+    pub all_gather_direct_from: usize,
+    /// The other collectives in windows are direct from here on.
+    pub others_direct_from: usize,
+}
+
+/// Up to this much read per rank all-reduces are one-shot, measured with two ranks on two Zen 5 cores (`unisono bench
+/// all_reduce`).
 const ONE_SHOT_BYTES: usize = 16 * 1024;
 /// Windows are worth their extra barrier from here on (same measurement).
 const DIRECT_BYTES: usize = 16 * 1024;
@@ -86,27 +108,116 @@ pub const fn is_inline(kind: Kind, bytes: usize, world_size: usize) -> bool {
     }
 }
 
+impl Thresholds {
+    /// What holds without a tuning file.
+    pub const fn for_world(world_size: usize) -> Self {
+        // One-shot reads (n − 1)·S and two-shot about 2·S: with more ranks the border moves down. A rank that is alone
+        // reads nothing.
+        let all_reduce_one_shot_to = match world_size {
+            0 | 1 => usize::MAX,
+            several => ONE_SHOT_BYTES / (several - 1),
+        };
+        Self {
+            all_reduce_one_shot_to,
+            all_reduce_direct_from: DIRECT_BYTES,
+            broadcast_direct_from: DIRECT_BYTES,
+            all_gather_direct_from: DIRECT_BYTES,
+            others_direct_from: DIRECT_BYTES,
+        }
+    }
+
+    /// From where on `kind` is direct, if all its buffers lie in windows; `None` if it has no direct form.
+    pub const fn direct_from(&self, kind: Kind) -> Option<usize> {
+        match kind {
+            Kind::AllReduce { .. } => Some(self.all_reduce_direct_from),
+            Kind::Broadcast { .. } => Some(self.broadcast_direct_from),
+            Kind::AllGather => Some(self.all_gather_direct_from),
+            Kind::Reduce { .. }
+            | Kind::ReduceScatter { .. }
+            | Kind::Gather { .. }
+            | Kind::Scatter { .. }
+            | Kind::AllToAll => Some(self.others_direct_from),
+            // Parts of any size, and several buffers of a rank, are staged, in windows or not.
+            _ => None,
+        }
+    }
+}
+
+/// What was chosen and why.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Decision {
+    /// The choice.
+    pub algorithm: Algorithm,
+    /// Why this one.
+    pub reason: Reason,
+    /// Why not direct, where the operation has that form and nobody asked for another.
+    pub not_direct: Option<NotDirect>,
+    /// What was asked for but cannot serve this call.
+    pub unserved: Option<Algorithm>,
+}
+
+/// Why an algorithm was taken.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum Reason {
+    /// It was asked for.
+    Forced,
+    /// The operation has no other, with buffers where they are.
+    OnlyOne,
+    /// The message has at most this many bytes.
+    UpTo(usize),
+    /// The message has more bytes than this.
+    Above(usize),
+    /// All buffers lie in windows, and the message has at least this many bytes.
+    Windows(usize),
+}
+
+/// Why a call is not direct.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum NotDirect {
+    /// A buffer lies in no window.
+    NoWindows,
+    /// It is smaller than this, from where on direct is faster.
+    Below(usize),
+}
+
 /// The algorithm for this call.
-pub fn algorithm(question: &Question) -> Algorithm {
+#[inline]
+pub fn algorithm(question: &Question, rules: &Rules) -> Algorithm {
+    decide(question, rules).algorithm
+}
+
+/// The algorithm for this call, with the reasons.
+#[inline]
+pub fn decide(question: &Question, rules: &Rules) -> Decision {
     let reduces = matches!(question.kind, Kind::AllReduce { .. });
-    // Parts of any size, and several buffers of a rank, are staged, in windows or not.
-    let can_be_direct = !question.kind.is_uneven() && !question.kind.is_multi();
-    let in_windows = question.in_windows && can_be_direct;
-    match question.forced {
-        Some(Algorithm::Direct) if in_windows => return Algorithm::Direct,
-        Some(Algorithm::TwoShot) if reduces => return Algorithm::TwoShot,
-        Some(Algorithm::OneShot) => return Algorithm::OneShot,
-        _ => {}
+    let direct_from = rules.thresholds.direct_from(question.kind);
+    let can_be_direct = question.in_windows && direct_from.is_some();
+    let serves = |algorithm| match algorithm {
+        Algorithm::OneShot => true,
+        Algorithm::TwoShot => reduces,
+        Algorithm::Direct => can_be_direct,
+    };
+    let decision = |algorithm, reason| Decision { algorithm, reason, not_direct: None, unserved: None };
+    if let Some(forced) = rules.forced.filter(|forced| serves(*forced)) {
+        return decision(forced, Reason::Forced);
     }
-    if in_windows && question.bytes >= DIRECT_BYTES {
-        return Algorithm::Direct;
-    }
-    // One-shot reads (n − 1)·S and two-shot about 2·S: with more ranks the border moves down.
-    if reduces && question.bytes.saturating_mul(question.world_size - 1) > ONE_SHOT_BYTES {
-        Algorithm::TwoShot
-    } else {
-        Algorithm::OneShot
-    }
+    let not_direct = match direct_from {
+        None => None,
+        Some(_) if !question.in_windows => Some(NotDirect::NoWindows),
+        Some(from) if question.bytes < from => Some(NotDirect::Below(from)),
+        Some(from) => {
+            return Decision { unserved: rules.forced, ..decision(Algorithm::Direct, Reason::Windows(from)) };
+        }
+    };
+    let border = rules.thresholds.all_reduce_one_shot_to;
+    let staged = match reduces {
+        false => decision(Algorithm::OneShot, Reason::OnlyOne),
+        true if question.bytes <= border => decision(Algorithm::OneShot, Reason::UpTo(border)),
+        true => decision(Algorithm::TwoShot, Reason::Above(border)),
+    };
+    Decision { not_direct, unserved: rules.forced, ..staged }
 }
 
 #[cfg(test)]
@@ -114,39 +225,69 @@ mod tests {
     use super::*;
     use crate::reduce_op::ReduceOp;
 
-    const SUM: Question = Question {
-        kind: Kind::AllReduce { op: ReduceOp::Sum },
-        bytes: 8,
-        world_size: 2,
-        in_windows: false,
-        forced: None,
-    };
+    const SUM: Question =
+        Question { kind: Kind::AllReduce { op: ReduceOp::Sum }, bytes: 8, in_windows: false };
+    const MIB: Question = Question { bytes: 1 << 20, ..SUM };
 
-    #[test]
-    fn small_calls_take_one_shot_large_ones_two_and_windows_none() {
-        assert_eq!(algorithm(&SUM), Algorithm::OneShot);
-        assert_eq!(algorithm(&Question { bytes: 1 << 20, ..SUM }), Algorithm::TwoShot);
-        assert_eq!(algorithm(&Question { bytes: 1 << 20, in_windows: true, ..SUM }), Algorithm::Direct);
-        assert_eq!(algorithm(&Question { bytes: 1 << 20, kind: Kind::AllGather, ..SUM }), Algorithm::OneShot);
+    fn chosen(question: Question) -> Algorithm {
+        algorithm(&question, &Rules { forced: None, thresholds: Thresholds::for_world(2) })
+    }
+
+    fn forced(forced: Algorithm, question: Question) -> Decision {
+        decide(&question, &Rules { forced: Some(forced), thresholds: Thresholds::for_world(2) })
     }
 
     #[test]
-    fn with_more_ranks_the_border_to_two_shot_is_lower() {
-        let question = |world_size, bytes| Question { world_size, bytes, ..SUM };
-        assert_eq!(algorithm(&question(2, ONE_SHOT_BYTES)), Algorithm::OneShot);
-        assert_eq!(algorithm(&question(5, ONE_SHOT_BYTES / 4)), Algorithm::OneShot);
-        assert_eq!(algorithm(&question(5, ONE_SHOT_BYTES / 4 + 8)), Algorithm::TwoShot);
+    fn small_calls_take_one_shot_large_ones_two_and_windows_none() {
+        assert_eq!(chosen(SUM), Algorithm::OneShot);
+        assert_eq!(chosen(MIB), Algorithm::TwoShot);
+        assert_eq!(chosen(Question { in_windows: true, ..MIB }), Algorithm::Direct);
+        assert_eq!(chosen(Question { kind: Kind::AllGather, ..MIB }), Algorithm::OneShot);
+        assert_eq!(chosen(Question { kind: Kind::AllToAll, in_windows: true, ..MIB }), Algorithm::Direct);
+        assert_eq!(chosen(Question { kind: Kind::AllToAllV, in_windows: true, ..MIB }), Algorithm::OneShot);
+    }
+
+    #[test]
+    fn borders_belong_to_the_smaller_side_and_move_with_the_world() {
+        let at = |bytes, world| {
+            let rules = Rules { forced: None, thresholds: Thresholds::for_world(world) };
+            algorithm(&Question { bytes, ..SUM }, &rules)
+        };
+        assert_eq!([at(16_384, 2), at(16_385, 2)], [Algorithm::OneShot, Algorithm::TwoShot]);
+        assert_eq!([at(2340, 8), at(2341, 8)], [Algorithm::OneShot, Algorithm::TwoShot]);
+        assert_eq!(at(usize::MAX, 1), Algorithm::OneShot);
     }
 
     #[test]
     fn what_was_asked_for_is_taken_where_it_can_serve() {
-        let force = |algorithm| Question { forced: Some(algorithm), ..SUM };
-        assert_eq!(algorithm(&force(Algorithm::TwoShot)), Algorithm::TwoShot);
-        assert_eq!(algorithm(&force(Algorithm::Direct)), Algorithm::OneShot);
-        assert_eq!(algorithm(&Question { in_windows: true, ..force(Algorithm::Direct) }), Algorithm::Direct);
-        assert_eq!(algorithm(&Question { bytes: 1 << 24, ..force(Algorithm::OneShot) }), Algorithm::OneShot);
-        let gather = Question { kind: Kind::AllGather, ..force(Algorithm::TwoShot) };
-        assert_eq!(algorithm(&gather), Algorithm::OneShot);
+        let algorithm = |asked, question| forced(asked, question).algorithm;
+        assert_eq!(algorithm(Algorithm::TwoShot, SUM), Algorithm::TwoShot);
+        assert_eq!(algorithm(Algorithm::Direct, SUM), Algorithm::OneShot);
+        assert_eq!(algorithm(Algorithm::Direct, Question { in_windows: true, ..SUM }), Algorithm::Direct);
+        assert_eq!(algorithm(Algorithm::OneShot, Question { bytes: 1 << 24, ..SUM }), Algorithm::OneShot);
+        assert_eq!(
+            algorithm(Algorithm::TwoShot, Question { kind: Kind::AllGather, ..SUM }),
+            Algorithm::OneShot
+        );
+    }
+
+    #[test]
+    fn each_choice_has_its_reasons() {
+        let rules = Rules { forced: None, thresholds: Thresholds::for_world(2) };
+        let no_windows = Some(NotDirect::NoWindows);
+        let expected =
+            |algorithm, reason, not_direct| Decision { algorithm, reason, not_direct, unserved: None };
+        assert_eq!(decide(&SUM, &rules), expected(Algorithm::OneShot, Reason::UpTo(16_384), no_windows));
+        assert_eq!(decide(&MIB, &rules), expected(Algorithm::TwoShot, Reason::Above(16_384), no_windows));
+        let small = Question { in_windows: true, ..SUM };
+        let below = Some(NotDirect::Below(16_384));
+        assert_eq!(decide(&small, &rules), expected(Algorithm::OneShot, Reason::UpTo(16_384), below));
+        let large = Question { in_windows: true, ..MIB };
+        assert_eq!(decide(&large, &rules), expected(Algorithm::Direct, Reason::Windows(16_384), None));
+        let only = Question { kind: Kind::AllToAllV, ..large };
+        assert_eq!(decide(&only, &rules), expected(Algorithm::OneShot, Reason::OnlyOne, None));
+        assert_eq!(forced(Algorithm::TwoShot, large).reason, Reason::Forced);
+        assert_eq!(forced(Algorithm::Direct, MIB).unserved, Some(Algorithm::Direct));
     }
 
     #[test]

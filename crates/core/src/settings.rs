@@ -7,12 +7,13 @@
 use std::time::Duration;
 
 use crate::error::{Error, Result};
+use crate::tuning::Tuning;
 
 mod names;
 mod values;
 
 pub use names::unknown_names;
-pub use values::{parse_duration, parse_duration_or_never, parse_size};
+pub use values::{format_size, parse_duration, parse_duration_or_never, parse_size};
 
 /// What the values of a setting look like.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -125,6 +126,12 @@ pub const SETTINGS: &[Setting] = &[
         ORDERS,
         "fixed",
         "The order of sums: fixed is the same in every run; rank is strictly 0 to n − 1, whatever the algorithm.",
+    )),
+    agreed(setting(
+        "UNISONO_TUNE_FILE",
+        ValueKind::Text("the path of a file that unisono tune wrote"),
+        "",
+        "Where algorithms change on this machine; without it, defaults that were measured on another one.",
     )),
     setting(
         "UNISONO_REQUIRE",
@@ -252,6 +259,8 @@ pub struct Settings {
     pub algorithm: AlgorithmChoice,
     /// The order of sums. Equal on all ranks.
     pub order: Order,
+    /// The path of the tuning file. Its content is equal on all ranks.
+    pub tune_file: Option<String>,
     /// What to refuse to run without.
     pub require: Require,
     /// Where the ranks meet, as written.
@@ -274,6 +283,7 @@ impl Default for Settings {
             warn_after: Some(Duration::from_secs(10)),
             algorithm: AlgorithmChoice::Auto,
             order: Order::Fixed,
+            tune_file: None,
             require: Require::None,
             store: None,
             interface: None,
@@ -307,6 +317,7 @@ impl Settings {
                 "rank" => Some(Order::Rank),
                 _ => None,
             })?,
+            tune_file: read.text("UNISONO_TUNE_FILE"),
             require: read.parsed("UNISONO_REQUIRE", default.require, |word| match word {
                 "none" => Some(Require::None),
                 "auth" => Some(Require::Auth),
@@ -327,9 +338,9 @@ impl Settings {
         })
     }
 
-    /// A stable encoding of the settings that change an algorithm, for the hash in the hello. Two ranks whose bytes
-    /// differ must not work together.
-    pub fn agreement_bytes(&self) -> Vec<u8> {
+    /// A stable encoding of the settings that change an algorithm, for the hello; of the tuning file that was read, its
+    /// identity. Two ranks whose bytes differ must not work together.
+    pub fn agreement_bytes(&self, tuning: Option<&Tuning>) -> Vec<u8> {
         let algorithm = match self.algorithm {
             AlgorithmChoice::Auto => "auto",
             AlgorithmChoice::OneShot => "one-shot",
@@ -340,7 +351,8 @@ impl Settings {
             Order::Fixed => "fixed",
             Order::Rank => "rank",
         };
-        format!("algorithm={algorithm}\norder={order}\n").into_bytes()
+        let tuning = tuning.map_or_else(|| "none".to_owned(), Tuning::identity);
+        format!("algorithm={algorithm}\norder={order}\ntuning={tuning}\n").into_bytes()
     }
 }
 

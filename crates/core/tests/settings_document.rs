@@ -10,7 +10,8 @@ const PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/settings.md"
 const OPENING: &str = "\
 # Settings
 
-The methods of the builder and the options of the command line stand above these variables, and these above the defaults.
+The methods of the builder and the options of the command line stand above these variables, and these above the tuning
+file (`unisono tune`) and the defaults. `unisono doctor --env` shows them with their values in your shell.
 A value that cannot be read is an error that says what was expected. A `UNISONO_*` name that is no setting is a warning,
 with the nearest name that is one. Rows that end with “The same on all ranks” are compared when the ranks meet; ranks
 that differ are refused, and the error names both sides.

@@ -28,6 +28,13 @@ pub fn processors() -> usize {
     }
 }
 
+/// The name that the processors of this machine give themselves; the architecture, where they give none.
+pub fn processor_model() -> String {
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    model.map_or(std::env::consts::ARCH, |(_, name)| name.trim()).to_owned()
+}
+
 /// Our process id.
 pub fn pid() -> u32 {
     std::process::id()
@@ -85,6 +92,7 @@ mod tests {
         assert!(!host.name.is_empty() && !host.boot_id.is_empty());
         assert!(host.is_same_host(&super::host()));
         assert!(processors() >= std::thread::available_parallelism().unwrap().get());
+        assert!(!processor_model().is_empty());
         assert_eq!(is_stopped(pid()), Some(false));
         assert_eq!(is_stopped(u32::MAX), None);
         let status = ProcessStatus::of(pid()).unwrap();

@@ -118,22 +118,16 @@ pub fn quarantined_bytes() -> usize {
     memories.iter().map(|memory| memory.bytes()).sum()
 }
 
-/// What could be allocated now, by the machine's own account and that of our control group. Anonymous memory has no
+/// Bytes that could be allocated now, by the machine's own account and that of our control group. Anonymous memory has no
 /// quota of its own: asking for more would not fail but bring the machine's out-of-memory killer.
-fn available_bytes() -> usize {
-    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<usize>().ok();
+pub fn available_bytes() -> usize {
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let field = |name: &str| {
         let line = meminfo.lines().find(|line| line.starts_with(name))?;
         line.split_whitespace().nth(1)?.parse::<usize>().ok().map(|kilobytes| kilobytes << 10)
     };
     let machine = field("MemAvailable:").map_or(usize::MAX, |free| free + field("SwapFree:").unwrap_or(0));
-    let group = std::fs::read_to_string("/proc/self/cgroup").ok().and_then(|groups| {
-        let path = groups.lines().find_map(|line| line.strip_prefix("0::"))?.trim_end_matches('/').to_owned();
-        let limit = number(&format!("/sys/fs/cgroup{path}/memory.max"))?;
-        Some(limit.saturating_sub(number(&format!("/sys/fs/cgroup{path}/memory.current"))?))
-    });
-    machine.min(group.unwrap_or(usize::MAX))
+    machine.min(crate::cgroup::memory_left().unwrap_or(usize::MAX))
 }
 
 impl AsFd for SharedMemory {

@@ -9,6 +9,7 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use rustix::thread::futex;
 
 use crate::atomics::Word;
@@ -72,6 +73,27 @@ impl<'m> Sleepers<'m> {
 fn wake_word(word: &AtomicU64) {
     // An error here can only mean that the kernel has no futex, and then nobody sleeps on one either.
     let _ = futex::wake(low_half(word), futex::Flags::empty(), i32::MAX as u32);
+}
+
+/// Whether the kernel lets this process sleep on a word in shared memory; otherwise what it says. A filter of system
+/// calls may forbid it, and then every wait that lasts would poll.
+///
+/// # Errors
+/// What the kernel answers instead of sleeping.
+pub fn check_futex() -> std::io::Result<()> {
+    let word = AtomicU32::new(7);
+    let moment = futex::Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+    // A word that has moved is not slept on; one that has not is, until the time is over or a signal comes.
+    let moved = futex::wait(&word, futex::Flags::empty(), 8, Some(&moment));
+    let slept = futex::wait(&word, futex::Flags::empty(), 7, Some(&moment));
+    let woken = futex::wake(&word, futex::Flags::empty(), 1);
+    match (moved, slept, woken) {
+        (Err(Errno::AGAIN), Err(Errno::TIMEDOUT | Errno::INTR) | Ok(()), Ok(0)) => Ok(()),
+        (Err(errno), ..) if errno != Errno::AGAIN => Err(errno.into()),
+        (_, Err(errno), _) if errno != Errno::TIMEDOUT => Err(errno.into()),
+        (.., Err(errno)) => Err(errno.into()),
+        other => Err(std::io::Error::other(format!("it answered {other:?}"))),
+    }
 }
 
 /// The low 32 bits of `word`, which change whenever a count moves: what the kernel compares.
@@ -282,6 +304,11 @@ mod tests {
         wait(&POLICY, words.watch(&budget), || words.word.load(Ordering::Acquire) == 7, || {}).unwrap();
         thread.join().unwrap();
         assert_eq!(words.sleepers.load(Ordering::Acquire), 0);
+    }
+
+    #[test]
+    fn this_kernel_sleeps_on_shared_words() {
+        check_futex().unwrap();
     }
 
     #[test]

@@ -129,9 +129,9 @@ pub(super) const PATCHES: &[Patch] = &[
     Patch {
         name: "more ranks do not move the border to two-shot",
         file: "crates/core/src/select.rs",
-        line: "if reduces && question.bytes * (question.world_size - 1) > ONE_SHOT_BYTES {",
-        instead: "if reduces && question.bytes > ONE_SHOT_BYTES {",
-        test: core("select::tests::with_more_ranks_the_border_to_two_shot_is_lower"),
+        line: "several => ONE_SHOT_BYTES / (several - 1),",
+        instead: "several => ONE_SHOT_BYTES / several,",
+        test: core("select::tests::borders_belong_to_the_smaller_side_and_move_with_the_world"),
     },
     // unisono-node
     Patch {

@@ -3,7 +3,6 @@
 //! The parent starts itself again as every rank (`bench --as-rank`), with the variables and the secret that
 //! `unisono run` gives; rank 0 writes a line per size, which the parent prints. A rank that fails ends the run.
 
-use std::ffi::OsString;
 use std::io::{BufRead as _, BufReader, IsTerminal as _, Write as _};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -11,13 +10,13 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use unisono::{DType, ReduceOp, settings};
 
+use crate::ranks::{self, Ranks};
 use crate::{Common, Failure};
 use record::{Line, Machine, Measured, Run};
 
 mod pattern;
 mod rank;
 mod record;
-mod spawn;
 mod table;
 
 /// Exit code when a result was wrong or a rank failed.
@@ -186,9 +185,9 @@ pub(crate) fn execute(arguments: &Arguments, common: &Common) -> Result<u8, Fail
     if arguments.as_rank {
         return rank::run(&workload).map(|()| 0).map_err(Failure::new);
     }
-    let mut ranks = spawn::Ranks::start(arguments.ranks, own_arguments()?, !arguments.no_bind)?;
-    let mut report = Report::new(arguments, common, ranks.is_bound());
-    for line in BufReader::new(ranks.take_output()?).lines() {
+    let mut started = Ranks::start(arguments.ranks, ranks::own_arguments()?, !arguments.no_bind)?;
+    let mut report = Report::new(arguments, common, started.is_bound());
+    for line in BufReader::new(started.take_output()?).lines() {
         let line = line.map_err(|error| Failure::new(format!("rank 0 cannot be read: {error}")))?;
         match serde_json::from_str(&line) {
             Ok(Line::Ready { sizes }) => report.begin(sizes),
@@ -197,24 +196,14 @@ pub(crate) fn execute(arguments: &Arguments, common: &Common) -> Result<u8, Fail
             Err(_) => report.print(&line),
         }
     }
-    let failed = ranks.wait();
+    let failed = started.wait();
     let code = report.conclude(failed.is_none());
     if let Some(failure) = failed {
-        return Err(Failure { message: failure, exit_code: EXIT_WRONG });
+        let message = format!("the benchmark failed {failure}");
+        return Err(Failure { message, exit_code: EXIT_WRONG });
     }
     report.write_json(arguments, common)?;
     Ok(code)
-}
-
-/// How to start this program again as a rank: with the same arguments, and one more.
-fn own_arguments() -> Result<Vec<OsString>, Failure> {
-    let program = std::env::current_exe().map_err(|error| {
-        Failure::new(format!("this program cannot find itself to start the ranks: {error}"))
-    })?;
-    let mut command = vec![program.into_os_string()];
-    command.extend(std::env::args_os().skip(1));
-    command.push("--as-rank".into());
-    Ok(command)
 }
 
 /// The table on standard output, the progress bar on standard error, and what was measured.

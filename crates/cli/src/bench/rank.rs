@@ -270,7 +270,7 @@ impl Rank<'_> {
         let bytes = count * self.workload.dtype.size();
         // An all-to-all in place has one window, and reads nothing there.
         let in_windows = self.workload.windows && !(self.workload.in_place && kind == Kind::AllToAll);
-        self.communicator.observer().algorithm(kind, bytes, in_windows)
+        self.communicator.observer().choice(kind, bytes, in_windows).name().to_owned()
     }
 
     /// GB/s as nccl-tests counts: of the operation, and over the bus.

@@ -61,10 +61,8 @@ pub(crate) struct Machine {
 
 impl Machine {
     pub(crate) fn here() -> Self {
-        let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
         Self {
-            processor: model.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.to_owned()),
+            processor: unisono::host::processor_model(),
             cores: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
             kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
         }

@@ -2,6 +2,8 @@
 
 use anstyle::{AnsiColor, Style};
 
+use unisono::settings::format_size;
+
 use super::record::Measured;
 
 const HEADING: Style = Style::new().bold();
@@ -25,7 +27,7 @@ pub(super) fn row(measured: &Measured) -> String {
     };
     format!(
         "{:>10}  {:<11} {:>11} {:>11} {:>9} {:>9}  {ok}",
-        bytes(measured.bytes),
+        format_size(measured.bytes),
         measured.algorithm,
         time(measured.p50_us),
         time(measured.p99_us),
@@ -39,16 +41,6 @@ pub(super) fn footer(results: &[Measured]) -> String {
     let wrong = results.iter().filter(|measured| measured.wrong > 0).count();
     let style = if wrong > 0 { WRONG } else { Style::new() };
     format!("{style}{} sizes verified, {wrong} wrong{style:#}", results.len())
-}
-
-/// `64 KiB`, or plain bytes where that is no whole number.
-pub(super) fn bytes(bytes: u64) -> String {
-    for (shift, unit) in [(30, "GiB"), (20, "MiB"), (10, "KiB")] {
-        if bytes >= 1 << shift && bytes.is_multiple_of(1 << shift) {
-            return format!("{} {unit}", bytes >> shift);
-        }
-    }
-    format!("{bytes} B")
 }
 
 fn time(us: f64) -> String {
@@ -93,13 +85,5 @@ mod tests {
         let plain = |text: String| anstream::adapter::strip_str(&text).to_string();
         assert!(plain(row(&measured(3))).ends_with("3 WRONG"));
         assert_eq!(plain(footer(&[measured(0), measured(3)])), "2 sizes verified, 1 wrong");
-    }
-
-    #[test]
-    fn sizes_are_named_in_whole_units() {
-        assert_eq!(
-            ["8 B", "1 KiB", "1025 B", "64 MiB", "2 GiB"],
-            [8, 1024, 1025, 64 << 20, 2 << 30].map(bytes)
-        );
     }
 }

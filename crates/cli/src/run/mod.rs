@@ -69,7 +69,8 @@ pub(crate) struct Arguments {
     pub(crate) program: Vec<OsString>,
 }
 
-fn rank_count(text: &str) -> Result<usize, String> {
+/// Reads a number of ranks that this host can have.
+pub(crate) fn rank_count(text: &str) -> Result<usize, String> {
     let count = text.parse().ok().filter(|count| (1..=MAX_RANKS).contains(count));
     count.ok_or_else(|| {
         format!("a job has 1 to {MAX_RANKS} ranks, for example: unisono run -n 4 -- python train.py")

@@ -15,7 +15,7 @@ use unisono::store::StoreServer;
 use super::secret;
 use super::signals::SignalMask;
 use super::writer::{Source, Stream};
-use crate::Failure;
+use crate::{Failure, hardware};
 
 /// What all ranks of a job have in common, and the store in which they meet.
 pub(crate) struct Job {
@@ -89,8 +89,7 @@ impl Job {
 
     /// From now on binds each rank to a processor of its own, if there are enough; whether there are.
     pub(crate) fn bind(&mut self) -> bool {
-        let allowed = rustix::thread::sched_getaffinity(None).unwrap_or_else(|_| CpuSet::new());
-        let processors: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)).collect();
+        let processors = hardware::allowed();
         let enough = processors.len() >= self.world_size;
         self.processors = enough.then_some(processors);
         enough

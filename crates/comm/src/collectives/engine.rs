@@ -11,7 +11,7 @@ use unisono_core::call::{CallHeader, HEADER_WORDS, Kind};
 use unisono_core::layout::{
     CALL_SLOTS, CHUNK_BYTES, CHUNKS, INLINE_WORDS, SLOT_CHAIN, SLOT_DATA, SLOT_HEADER,
 };
-use unisono_core::select::{self, Algorithm};
+use unisono_core::select::{self, Rules};
 use unisono_sync::{EpochFlag, SpinBudget, WaitPolicy};
 
 use super::flight::Flight;
@@ -22,7 +22,6 @@ use super::waiting::{Halt, On, Step};
 use super::windows::Windows;
 use crate::call::Call;
 use crate::cause::Cause;
-use crate::communicator::Manner;
 use crate::control::{Control, RankWords};
 use crate::error::{Error, Result};
 
@@ -33,7 +32,8 @@ pub(super) const HISTORY: u64 = 4 * CALL_SLOTS as u64;
 pub(crate) struct EngineConfig {
     pub(crate) control: Arc<Control>,
     pub(crate) rank: usize,
-    pub(crate) manner: Manner,
+    pub(crate) policy: WaitPolicy,
+    pub(crate) rules: Rules,
     pub(crate) generation: u32,
 }
 
@@ -68,7 +68,7 @@ pub(crate) struct Engine {
     pub(super) budget: SpinBudget,
     /// Whether a wait ends the call as pending instead of blocking.
     pub(super) polling: bool,
-    forced: Option<Algorithm>,
+    rules: Rules,
     /// Calls begun; the current one, while one runs.
     pub(super) epoch: u64,
     pub(super) chain: u64,
@@ -123,10 +123,10 @@ impl Engine {
             control: config.control,
             rank: config.rank,
             world_size,
-            policy: config.manner.policy,
-            budget: SpinBudget::new(&config.manner.policy),
+            policy: config.policy,
+            budget: SpinBudget::new(&config.policy),
             polling: false,
-            forced: config.manner.forced,
+            rules: config.rules,
             epoch: 0,
             chain: 0,
             step: 0,
@@ -171,7 +171,7 @@ impl Engine {
         let situation = Situation {
             rank: self.rank,
             world_size: self.world_size,
-            forced: self.forced,
+            rules: self.rules,
             find_window: &find,
             first_window: self.windows.first,
             generation: self.generation,
@@ -419,19 +419,9 @@ impl Engine {
         result
     }
 
-    /// How this engine works, for others like it.
-    pub(crate) const fn manner(&self) -> Manner {
-        Manner { policy: self.policy, forced: self.forced }
-    }
-
     /// How it waits.
     pub(crate) const fn policy(&self) -> WaitPolicy {
         self.policy
-    }
-
-    /// The algorithm that was asked for.
-    pub(crate) const fn forced(&self) -> Option<Algorithm> {
-        self.forced
     }
 
     /// `all_reduce #812`; the meeting at the beginning is number 0.

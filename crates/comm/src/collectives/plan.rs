@@ -1,7 +1,7 @@
 //! From a call with its buffers to what the algorithms need: addresses, counts and the header, all checked.
 
 use unisono_core::call::{CallHeader, Kind};
-use unisono_core::select::Algorithm;
+use unisono_core::select::{Algorithm, Rules};
 use unisono_core::{DType, select};
 
 use super::parts::{Uneven, plan_multi, plan_uneven};
@@ -40,7 +40,7 @@ pub(crate) struct Plan {
 pub(crate) struct Situation<'a> {
     pub(crate) rank: usize,
     pub(crate) world_size: usize,
-    pub(crate) forced: Option<Algorithm>,
+    pub(crate) rules: Rules,
     /// Finds the place of an address range in an open window.
     pub(crate) find_window: &'a dyn Fn(u64, u64, usize) -> Option<WindowPlace>,
     /// Windows with lower ids belong to earlier generations than this one.
@@ -85,13 +85,11 @@ impl Plan {
         let question = select::Question {
             kind: call.kind,
             bytes: count * dtype.size(),
-            world_size: situation.world_size,
             in_windows: header.is_in_windows(),
-            forced: situation.forced,
         };
         Ok(Self {
             kind: call.kind,
-            algorithm: select::algorithm(&question),
+            algorithm: select::algorithm(&question, &situation.rules),
             header,
             dtype,
             count,

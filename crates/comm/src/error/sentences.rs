@@ -150,6 +150,9 @@ sentences! {
         => "the job's secret cannot be read from UNISONO_SECRET_FD=7: it holds 12 bytes, not 32";
     JobDirectory: Error::JobDirectory { path: "/run/user/1000/unisono".into(), message: "belongs to another user".into() }
         => "the job directory /run/user/1000/unisono belongs to another user";
+    TuneFile: Error::TuneFile { path: "a.tune".into(), message: "line 3: expected a checksum, got the end of the file".into() }
+        => "the tuning file a.tune cannot be used: line 3: expected a checksum, got the end of the file. Make one here \
+            with `unisono tune`, or do without UNISONO_TUNE_FILE";
     StoreAddress: Error::StoreAddress {
         address: std::net::SocketAddr::from(([0, 0, 0, 0], 29500)),
         reason: "name the address of one interface, or 127.0.0.1",

@@ -78,19 +78,30 @@ fn explain_tells_the_connection_and_the_algorithm_of_the_latest_call() {
         let observer = communicator.observer();
         let mut window = communicator.window::<f32>(100_000, Memory::Host).unwrap();
         let latest = |expected: &str| {
-            let text = observer.explain();
+            let text = observer.explain().to_string();
             assert!(text.contains("ranks [0, 1, 2, 3], connected by shared memory"), "{text}");
-            assert!(text.contains("algorithm: chosen by size, world size and windows"), "{text}");
+            assert!(
+                text.contains(
+                    "all_reduce: one-shot up to 5461 B, then two-shot; in windows direct from 16 KiB"
+                ),
+                "{text}"
+            );
             assert!(text.contains(expected), "expected {expected}\n{text}");
         };
         communicator.all_reduce(&mut [1f32; 2], ReduceOp::Sum).unwrap();
-        latest(&format!("on rank {rank} (f32, 2, sum): inline (8 bytes per rank, 4 ranks)"));
+        latest(&format!(
+            "on rank {rank} (f32, 2, sum): all_reduce of 8 B per rank among 4 ranks takes one-shot"
+        ));
         communicator.all_reduce(&mut vec![1f32; 100_000], ReduceOp::Sum).unwrap();
-        latest(&format!("on rank {rank} (f32, 100000, sum): two-shot (400000 bytes per rank, 4 ranks)"));
+        latest(&format!(
+            "on rank {rank} (f32, 100000, sum): all_reduce of 400000 B per rank among 4 ranks takes two-shot"
+        ));
         communicator.all_reduce(&mut window, ReduceOp::Sum).unwrap();
-        latest(": direct (400000 bytes per rank, 4 ranks)");
+        latest("takes direct, because all buffers lie in windows and it is at least 16 KiB (default)");
         communicator.all_gather(&mut [0u8; 4]).unwrap();
-        latest("(u8, 1): inline (1 bytes per rank, 4 ranks)");
+        latest("(u8, 1): all_gather of 1 B per rank among 4 ranks takes one-shot");
+        communicator.all_to_all(&mut window).unwrap();
+        latest("not direct, because input and output lie in the same window");
         communicator.destroy().unwrap();
     });
 }
@@ -108,7 +119,7 @@ fn an_observer_outlives_its_communicator() {
     }
     for observer in observers {
         observer.abort("nobody is there any more");
-        assert!(observer.explain().contains("shared memory"));
+        assert!(observer.explain().to_string().contains("shared memory"));
     }
 }
 

@@ -62,4 +62,8 @@ sentences! {
     } => "two processes claim rank 1: rank 1 (host a, pid 12) and rank 1 (host a, pid 34)";
     Setting: Error::Setting { name: "UNISONO_TIMEOUT".into(), value: "soon".into(), expected: "a duration such as 30s" }
         => "UNISONO_TIMEOUT=soon cannot be read: expected a duration such as 30s";
+    Tuning: Error::Tuning { line: 3, expected: "a checksum".into(), got: "the end of the file".into() }
+        => "line 3: expected a checksum, got the end of the file";
+    ForeignTuning: Error::ForeignTuning { here: "Xeon, 8 processors".into(), there: "EPYC, 2 processors".into() }
+        => "it was measured on EPYC, 2 processors; this machine is Xeon, 8 processors";
 }

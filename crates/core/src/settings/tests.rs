@@ -34,6 +34,7 @@ fn every_setting_is_read_into_its_own_field() {
         ("UNISONO_WARN_AFTER", "never"),
         ("UNISONO_ALGORITHM", "two-shot"),
         ("UNISONO_ORDER", "rank"),
+        ("UNISONO_TUNE_FILE", "/etc/Unisono.tune"),
         ("UNISONO_REQUIRE", "AUTH"),
         ("UNISONO_STORE", "tcp://Head:29500"),
         ("UNISONO_INTERFACE", "ens5"),
@@ -48,6 +49,7 @@ fn every_setting_is_read_into_its_own_field() {
         warn_after: None,
         algorithm: AlgorithmChoice::TwoShot,
         order: Order::Rank,
+        tune_file: Some("/etc/Unisono.tune".to_owned()),
         require: Require::Auth,
         store: Some("tcp://Head:29500".to_owned()),
         interface: Some("ens5".to_owned()),
@@ -76,10 +78,13 @@ fn exactly_the_agreed_settings_change_the_agreement() {
         ValueKind::Text(_) => "x",
         _ => "7s",
     };
-    let base = Settings::default().agreement_bytes();
-    assert_eq!(base, b"algorithm=auto\norder=fixed\n");
+    let base = Settings::default().agreement_bytes(None);
+    assert_eq!(base, b"algorithm=auto\norder=fixed\ntuning=none\n");
+    let tuning = Tuning::new("this machine", std::collections::BTreeMap::new());
     for row in SETTINGS {
-        let other = from(&[(row.name, changed(row.name))]).unwrap().agreement_bytes();
+        let settings = from(&[(row.name, changed(row.name))]).unwrap();
+        // A file counts by what it holds, wherever it lies.
+        let other = settings.agreement_bytes(settings.tune_file.as_ref().map(|_| &tuning));
         assert_eq!(other != base, row.agreed, "{}", row.name);
     }
 }

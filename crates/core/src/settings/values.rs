@@ -59,6 +59,21 @@ pub fn parse_size(text: &str) -> Option<u64> {
     u64::try_from(bytes).ok()
 }
 
+/// Writes `64 KiB`, or plain bytes where that is no whole number.
+///
+/// ```
+/// # use unisono_core::settings::format_size;
+/// assert_eq!([8, 1024, 1025, 64 << 20].map(format_size), ["8 B", "1 KiB", "1025 B", "64 MiB"]);
+/// ```
+pub fn format_size(bytes: u64) -> String {
+    for (shift, unit) in [(30, "GiB"), (20, "MiB"), (10, "KiB")] {
+        if bytes >= 1 << shift && bytes.is_multiple_of(1 << shift) {
+            return format!("{} {unit}", bytes >> shift);
+        }
+    }
+    format!("{bytes} B")
+}
+
 /// `number [unit]` in the smallest unit; digits after the point that are finer than that are refused.
 fn scaled(text: &str, units: &[(&str, u128)], plain_unit: u128) -> Option<u128> {
     let unit = units.iter().find_map(|(suffix, unit)| Some((text.strip_suffix(suffix)?, *unit)));

@@ -252,7 +252,7 @@ pub(super) fn settings(bytes: &[u8]) {
     let lookup =
         |name: &str| pairs.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
     match Settings::from_lookup(&lookup) {
-        Ok(settings) => drop(settings.agreement_bytes()),
+        Ok(settings) => drop(settings.agreement_bytes(None)),
         Err(error) => drop(error.to_string()),
     }
     let unknown = unknown_names(pairs.iter().map(|(name, _)| *name));

@@ -1,4 +1,4 @@
-//! The ranks of a benchmark, as processes of this program.
+//! Ranks that the command starts for itself (to measure, to test), as processes of this program.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -11,8 +11,24 @@ use crate::run::{Job, Rank};
 /// The most that is kept of what a rank says on standard error.
 const MAX_COMPLAINT_BYTES: u64 = 64 * 1024;
 
+/// How to start this program again as a rank: with the same arguments, and `--as-rank`.
+pub(crate) fn own_arguments() -> Result<Vec<OsString>, Failure> {
+    let mut command = own_program()?;
+    command.extend(std::env::args_os().skip(1));
+    command.push("--as-rank".into());
+    Ok(command)
+}
+
+/// This program, as the beginning of a command.
+pub(crate) fn own_program() -> Result<Vec<OsString>, Failure> {
+    let program = std::env::current_exe().map_err(|error| {
+        Failure::new(format!("this program cannot find itself to start the ranks: {error}"))
+    })?;
+    Ok(vec![program.into_os_string()])
+}
+
 /// Running ranks. Dropping it ends those that still run.
-pub(super) struct Ranks {
+pub(crate) struct Ranks {
     ranks: Vec<Rank>,
     output: Option<File>,
     is_bound: bool,
@@ -23,7 +39,7 @@ pub(super) struct Ranks {
 
 impl Ranks {
     /// Starts `count` ranks of `program`, each on a processor of its own if `bind` and there are enough.
-    pub(super) fn start(count: usize, program: Vec<OsString>, bind: bool) -> Result<Self, Failure> {
+    pub(crate) fn start(count: usize, program: Vec<OsString>, bind: bool) -> Result<Self, Failure> {
         let mut job = Job::new(count, program, None)?;
         let is_bound = bind && job.bind();
         let mut started =
@@ -43,17 +59,17 @@ impl Ranks {
     }
 
     /// Whether each rank has a processor of its own.
-    pub(super) const fn is_bound(&self) -> bool {
+    pub(crate) const fn is_bound(&self) -> bool {
         self.is_bound
     }
 
     /// Standard output of rank 0.
-    pub(super) fn take_output(&mut self) -> Result<File, Failure> {
+    pub(crate) fn take_output(&mut self) -> Result<File, Failure> {
         self.output.take().ok_or_else(|| Failure::new("no rank was started"))
     }
 
-    /// Waits for all ranks; if any failed, what they said.
-    pub(super) fn wait(mut self) -> Option<String> {
+    /// Waits for all ranks; if any failed, how they ended and what they said.
+    pub(crate) fn wait(mut self) -> Option<String> {
         let mut failed = Vec::new();
         for (index, rank) in self.ranks.iter_mut().enumerate() {
             match rank.child.wait() {
@@ -68,7 +84,7 @@ impl Ranks {
         if failed.is_empty() {
             return None;
         }
-        Some(format!("the benchmark failed ({})\n{}", failed.join(", "), said.trim_end()))
+        Some(format!("({})\n{}", failed.join(", "), said.trim_end()))
     }
 }
 

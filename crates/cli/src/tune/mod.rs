@@ -1,0 +1,365 @@
+//! `unisono tune`: measures here from which size on each algorithm is the faster one, and writes a tuning file.
+//!
+//! For each number of ranks the command starts itself as these ranks (`tune --as-rank`), which time every size with every
+//! algorithm, taking turns ([`rank`]). From the times come the thresholds ([`border`]): the border that loses least
+//! over all sizes, and the default where that loses hardly more. `UNISONO_TUNE_FILE` then names the file.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anstyle::Style;
+use clap::Args;
+use serde::{Deserialize, Serialize};
+use unisono::settings::format_size;
+use unisono::tuning::{Thresholds, Tuning, machine};
+use unisono::{host, settings};
+
+use crate::output::Target;
+use crate::ranks::{Ranks, own_arguments};
+use crate::{Common, Failure};
+use border::{Border, Point};
+
+mod border;
+mod rank;
+
+/// The arguments of `unisono tune`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "The file is used by jobs with UNISONO_TUNE_FILE=FILE, the same on all ranks, on machines of this kind.\nRun it \
+                  on a machine that does nothing else."
+)]
+pub(crate) struct Arguments {
+    /// Where to write what was measured
+    #[arg(value_name = "FILE", default_value = "unisono.tune")]
+    file: PathBuf,
+    /// Numbers of ranks to measure [for example 2,4,8]; otherwise powers of two up to the processors
+    #[arg(short = 'n', long = "ranks", value_delimiter = ',', value_name = "N", value_parser = rank_count)]
+    ranks: Vec<usize>,
+    /// How long to measure each size with each algorithm
+    #[arg(long, value_name = "DURATION", default_value = "40ms", value_parser = duration)]
+    time: Duration,
+    /// Only print; write no file
+    #[arg(long)]
+    dry_run: bool,
+    /// Be a rank: how the command calls itself
+    #[arg(long, hide = true)]
+    as_rank: bool,
+}
+
+fn rank_count(text: &str) -> Result<usize, String> {
+    let count = crate::run::rank_count(text)?;
+    if count < 2 { Err("a rank that is alone has nothing to choose".to_owned()) } else { Ok(count) }
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    settings::parse_duration(text)
+        .filter(|time| !time.is_zero())
+        .ok_or_else(|| "expected a duration such as 40ms or 1s".to_owned())
+}
+
+/// An operation with thresholds.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Operation {
+    AllReduce,
+    Broadcast,
+    AllGather,
+}
+
+/// What rank 0 writes: one size of one operation. Times are microseconds per call of the slowest rank: the
+/// lower quartile over turns, because other work on the machine only ever adds.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+struct Measured {
+    operation: Operation,
+    bytes: usize,
+    one_shot_us: f64,
+    /// Where the operation has it.
+    two_shot_us: Option<f64>,
+    /// With buffers in windows.
+    direct_us: f64,
+    /// How much longer than that the median turn took, of the worst algorithm: 1 on a quiet machine.
+    spread: f64,
+}
+
+/// What was found for one number of ranks.
+#[derive(Serialize)]
+struct World {
+    ranks: usize,
+    bound: bool,
+    measured: Vec<Measured>,
+    borders: Vec<Named>,
+}
+
+#[derive(Serialize)]
+struct Named {
+    name: &'static str,
+    #[serde(flatten)]
+    border: Border,
+}
+
+#[derive(Serialize)]
+struct Document {
+    version: &'static str,
+    machine: String,
+    /// Where it was written, if it was.
+    file: Option<PathBuf>,
+    worlds: Vec<World>,
+}
+
+/// Measures, writes the file and answers the exit code.
+pub(crate) fn execute(arguments: &Arguments, common: &Common) -> Result<u8, Failure> {
+    if arguments.as_rank {
+        return rank::run(arguments.time).map(|()| 0).map_err(|error| Failure::new(error.to_string()));
+    }
+    let quiet = common.quiet || matches!(common.json, Some(Target::Stdout));
+    let print = |line: &str| {
+        if !quiet {
+            // Whoever closed our output does not want the rest.
+            let _ = writeln!(anstream::stdout(), "{line}");
+        }
+    };
+    let mut worlds = Vec::new();
+    for ranks in worlds_to_measure(arguments) {
+        let world = measure(ranks)?;
+        world.lines().iter().for_each(|line| print(line));
+        if world.is_noisy() {
+            tracing::warn!(
+                "times with {ranks} ranks varied much: other work ran here, so measure again on a quiet machine"
+            );
+        }
+        worlds.push(world);
+    }
+    let thresholds: BTreeMap<usize, Thresholds> =
+        worlds.iter().map(|world| (world.ranks, world.thresholds())).collect();
+    let tuning = Tuning::new(&machine(), thresholds);
+    if !arguments.dry_run {
+        write(arguments, &tuning)?;
+        let path = arguments.file.canonicalize().unwrap_or_else(|_| arguments.file.clone());
+        print(&format!("written; use it with: export UNISONO_TUNE_FILE={}", path.display()));
+    }
+    let file = (!arguments.dry_run).then(|| arguments.file.clone());
+    let document = Document { version: env!("CARGO_PKG_VERSION"), machine: machine(), file, worlds };
+    common.json.as_ref().map_or(Ok(()), |target| target.write(&document))?;
+    Ok(0)
+}
+
+/// Those that were named, once each; otherwise powers of two and all processors.
+fn worlds_to_measure(arguments: &Arguments) -> Vec<usize> {
+    let processors = host::processors().clamp(2, 1024);
+    let powers =
+        std::iter::successors(Some(2), |ranks| Some(ranks * 2)).take_while(|ranks| *ranks <= processors);
+    let mut ranks = if arguments.ranks.is_empty() {
+        powers.chain([processors]).collect()
+    } else {
+        arguments.ranks.clone()
+    };
+    ranks.sort_unstable();
+    ranks.dedup();
+    ranks
+}
+
+fn measure(ranks: usize) -> Result<World, Failure> {
+    let mut started = Ranks::start(ranks, own_arguments()?, true)?;
+    let bound = started.is_bound();
+    let mut measured = Vec::new();
+    for line in BufReader::new(started.take_output()?).lines() {
+        let line = line.map_err(|error| Failure::new(format!("rank 0 cannot be read: {error}")))?;
+        // What is not ours was printed by a library.
+        measured.extend(serde_json::from_str::<Measured>(&line).ok());
+    }
+    if let Some(failed) = started.wait() {
+        return Err(Failure::new(format!("the measurement failed {failed}")));
+    }
+    let borders = borders(ranks, &measured);
+    Ok(World { ranks, bound, measured, borders })
+}
+
+/// The borders of all operations, in the order of [`World::thresholds`].
+fn borders(ranks: usize, measured: &[Measured]) -> Vec<Named> {
+    let default = Thresholds::for_world(ranks);
+    let of = |operation| measured.iter().filter(move |measured| measured.operation == operation);
+    let one_or_two: Vec<Point> = of(Operation::AllReduce)
+        .filter_map(|at| Some(Point { bytes: at.bytes, small_us: at.one_shot_us, large_us: at.two_shot_us? }))
+        .collect();
+    // `one_shot_to` belongs to the smaller side: the border stands behind it.
+    let one_shot = border::best(&one_or_two, default.all_reduce_one_shot_to.saturating_add(1));
+    let staged_us = |at: &Measured| match at.two_shot_us {
+        Some(two) if at.bytes >= one_shot.chosen => two,
+        _ => at.one_shot_us,
+    };
+    let direct = |operation, default| {
+        let point =
+            |at: &Measured| Point { bytes: at.bytes, small_us: staged_us(at), large_us: at.direct_us };
+        border::best(&of(operation).map(point).collect::<Vec<_>>(), default)
+    };
+    vec![
+        Named { name: "all_reduce: two-shot from", border: one_shot },
+        Named {
+            name: "all_reduce in windows: direct from",
+            border: direct(Operation::AllReduce, default.all_reduce_direct_from),
+        },
+        Named {
+            name: "broadcast in windows: direct from",
+            border: direct(Operation::Broadcast, default.broadcast_direct_from),
+        },
+        Named {
+            name: "all_gather in windows: direct from",
+            border: direct(Operation::AllGather, default.all_gather_direct_from),
+        },
+    ]
+}
+
+fn write(arguments: &Arguments, tuning: &Tuning) -> Result<(), Failure> {
+    let notes = [
+        format!(
+            "Made by unisono tune {}, {:?} per size and algorithm.",
+            env!("CARGO_PKG_VERSION"),
+            arguments.time
+        ),
+        "Bytes per rank at which one algorithm becomes faster than another.".to_owned(),
+    ];
+    let failed = |error: std::io::Error| {
+        Failure::new(format!("the tuning file cannot be written to {}: {error}", arguments.file.display()))
+    };
+    // Whoever reads it meanwhile sees the old file or the new one.
+    let mut beside = arguments.file.clone().into_os_string();
+    beside.push(format!(".{}", std::process::id()));
+    std::fs::write(&beside, tuning.to_text(&notes)).map_err(failed)?;
+    std::fs::rename(&beside, &arguments.file).map_err(|error| {
+        // What could not be moved must not stay either; the first error tells.
+        let _ = std::fs::remove_file(&beside);
+        failed(error)
+    })
+}
+
+impl World {
+    fn thresholds(&self) -> Thresholds {
+        let border = |at: usize| self.borders[at].border.chosen;
+        Thresholds {
+            all_reduce_one_shot_to: match border(0) {
+                usize::MAX => usize::MAX,
+                from => from.saturating_sub(1),
+            },
+            all_reduce_direct_from: border(1),
+            broadcast_direct_from: border(2),
+            all_gather_direct_from: border(3),
+            // Not measured.
+            others_direct_from: Thresholds::for_world(self.ranks).others_direct_from,
+        }
+    }
+
+    /// Whether most sizes took much longer in half of their turns than in the quickest quarter.
+    fn is_noisy(&self) -> bool {
+        const MUCH: f64 = 1.3;
+        let noisy = self.measured.iter().filter(|at| at.spread > MUCH).count();
+        2 * noisy > self.measured.len()
+    }
+
+    fn lines(&self) -> Vec<String> {
+        let bold = Style::new().bold();
+        let bound = if self.bound { "a core each" } else { "more than processors" };
+        let mut lines = vec![
+            format!("{bold}{} ranks, {bound}{bold:#} · µs per call, the fastest marked", self.ranks),
+            format!("{:12}{:<33}│ {:<21}│ all_gather", "", "all_reduce", "broadcast"),
+            format!(
+                "{:>10}  {:>9}  {:>9}  {:>9}  │{:>9}  {:>9}  │{:>9}  {:>9}",
+                "bytes", "one-shot", "two-shot", "direct", "one-shot", "direct", "one-shot", "direct"
+            ),
+        ];
+        let of =
+            |operation, bytes| self.measured.iter().find(|at| at.operation == operation && at.bytes == bytes);
+        for at in self.measured.iter().filter(|at| at.operation == Operation::AllReduce) {
+            let mut line = format!("{:>10}  ", format_size(at.bytes as u64));
+            line += &times(&[Some(at.one_shot_us), at.two_shot_us, Some(at.direct_us)]);
+            for operation in [Operation::Broadcast, Operation::AllGather] {
+                let both = of(operation, at.bytes)
+                    .map_or([None, None], |at| [Some(at.one_shot_us), Some(at.direct_us)]);
+                line += &format!("│{}", times(&both));
+            }
+            lines.push(line.trim_end().to_owned());
+        }
+        lines.push(String::new());
+        lines.push(format!("{:<38}{:>10} {:>10}   why", "", "chosen", "default"));
+        for Named { name, border } in &self.borders {
+            lines.push(format!(
+                "{name:<38}{:>10} {:>10}   {}",
+                size(border.chosen),
+                size(border.default),
+                border.why()
+            ));
+        }
+        lines.push(String::new());
+        lines
+    }
+}
+
+/// A border for people. Measured ones are powers of two; others stand behind the size up to which the first serves.
+fn size(bytes: usize) -> String {
+    match bytes {
+        0 => "always".to_owned(),
+        usize::MAX => "never".to_owned(),
+        size if size.is_power_of_two() => format_size(size as u64),
+        behind => format!("> {}", format_size(behind as u64 - 1)),
+    }
+}
+
+/// Times beside each other, a star at the least.
+fn times(times: &[Option<f64>]) -> String {
+    let least = times.iter().flatten().copied().min_by(f64::total_cmp);
+    let text = |time: &Option<f64>| match time {
+        Some(us) => format!("{us:>9.2}{} ", if Some(*us) == least { "*" } else { " " }),
+        None => format!("{:>9}  ", "–"),
+    };
+    times.iter().map(text).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn measured(operation: Operation, bytes: usize, times: (f64, Option<f64>, f64)) -> Measured {
+        Measured {
+            operation,
+            bytes,
+            one_shot_us: times.0,
+            two_shot_us: times.1,
+            direct_us: times.2,
+            spread: 1.1,
+        }
+    }
+
+    #[test]
+    fn thresholds_come_from_the_times() {
+        let mut all = Vec::new();
+        for (at, bytes) in [1024, 2048, 4096, 8192, 16_384, 32_768].into_iter().enumerate() {
+            let at = at as f64;
+            // Two-shot wins from 4 KiB on, direct wins against the better of both from 16 KiB on.
+            let (one, two) = (1.0 + at, 2.5 + at / 4.0);
+            all.push(measured(Operation::AllReduce, bytes, (one, Some(two), 4.0 - at / 4.0 + 0.2)));
+            all.push(measured(Operation::Broadcast, bytes, (one, None, 99.0)));
+            all.push(measured(Operation::AllGather, bytes, (one, None, 0.1)));
+        }
+        let borders = borders(2, &all);
+        let world = World { ranks: 2, bound: true, measured: all, borders };
+        assert_eq!(
+            world.thresholds(),
+            Thresholds {
+                all_reduce_one_shot_to: 4095,
+                all_reduce_direct_from: 16_384,
+                broadcast_direct_from: usize::MAX,
+                all_gather_direct_from: 0,
+                others_direct_from: 16_384,
+            }
+        );
+        assert!(!world.is_noisy());
+        let lines: Vec<String> =
+            world.lines().iter().map(|line| anstream::adapter::strip_str(line).to_string()).collect();
+        assert_eq!(
+            lines[3],
+            "     1 KiB       1.00*      2.50       4.20  │     1.00*     99.00  │     1.00       0.10*"
+        );
+        assert!(lines.iter().all(|line| line.chars().count() <= 120), "{lines:#?}");
+    }
+}

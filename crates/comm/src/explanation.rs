@@ -1,0 +1,314 @@
+//! Why a call takes the algorithm that it takes, as data and as sentences.
+
+use std::fmt;
+
+use unisono_core::call::Kind;
+use unisono_core::layout::INLINE_BYTES;
+use unisono_core::select::{self, Algorithm, Decision, NotDirect, Question, Reason, Thresholds};
+use unisono_core::settings::format_size;
+use unisono_core::topology::Host;
+
+use crate::tuning::{AskedBy, Origin, Selection};
+
+/// What is said of buffers outside of windows, where nothing more is known.
+pub(crate) const NOT_ALL: &str = "not all buffers lie in windows";
+
+/// What was chosen for one call, and why. Its `Display` is a sentence:
+///
+/// ```
+/// # use unisono::{Communicator, Kind, ReduceOp};
+/// let ranks = Communicator::threads(2)?;
+/// let choice = ranks[0].observer().choice(Kind::AllReduce { op: ReduceOp::Sum }, 1 << 20, false);
+/// assert_eq!(
+///     choice.to_string(),
+///     "all_reduce of 1 MiB per rank among 2 ranks takes two-shot, because it is above 16 KiB, up to which one-shot is \
+///      faster (default); not direct, because not all buffers lie in windows"
+/// );
+/// # Ok::<(), unisono::Error>(())
+/// ```
+#[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
+pub struct Choice {
+    /// The operation.
+    pub kind: Kind,
+    /// Bytes per rank; of all parts together, where they have sizes of their own.
+    pub bytes: usize,
+    /// Number of ranks.
+    pub world_size: usize,
+    /// What was chosen and why.
+    pub decision: Decision,
+    /// Who asked for an algorithm, if somebody did.
+    pub asked_by: Option<AskedBy>,
+    /// Where the sizes come from at which the choice changes.
+    pub origin: Origin,
+    /// What lies in no window, where that matters.
+    outside: &'static str,
+}
+
+impl Choice {
+    /// The choice for a call whose buffers lie in windows, or say what does not.
+    pub(crate) fn new(
+        selection: &Selection,
+        world_size: usize,
+        (kind, bytes): (Kind, usize),
+        windows: Result<(), &'static str>,
+    ) -> Self {
+        let question = Question { kind, bytes, in_windows: windows.is_ok() };
+        let outside = windows.err().unwrap_or_default();
+        Self {
+            kind,
+            bytes,
+            world_size,
+            decision: select::decide(&question, &selection.rules),
+            asked_by: selection.rules.forced.map(|_| selection.asked_by),
+            origin: selection.origin.clone(),
+            outside,
+        }
+    }
+
+    /// The name of what runs: that of the algorithm; `inline` if it is one-shot with the data in the call slot; `channel` for
+    /// messages, `flags` for a barrier.
+    pub fn name(&self) -> &'static str {
+        match self.kind {
+            Kind::Barrier => "flags",
+            kind if kind.is_message() => "channel",
+            _ if self.is_inline() => "inline",
+            _ => self.decision.algorithm.name(),
+        }
+    }
+
+    /// Whether the data travels in the call slot.
+    fn is_inline(&self) -> bool {
+        self.decision.algorithm == Algorithm::OneShot
+            && select::is_inline(self.kind, self.bytes, self.world_size)
+    }
+
+    /// `because …`, without what was not taken.
+    fn reason(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let asked_by = self.asked_by.unwrap_or(AskedBy::Setting);
+        match self.decision.reason {
+            Reason::Forced => write!(f, "because {asked_by} asks for it"),
+            Reason::UpTo(usize::MAX) => {
+                write!(f, "because it is faster at every size ({})", self.origin)
+            }
+            Reason::UpTo(size) => {
+                write!(f, "because it is faster up to {} ({})", format_size(size as u64), self.origin)
+            }
+            Reason::Above(size) => write!(
+                f,
+                "because it is above {}, up to which one-shot is faster ({})",
+                format_size(size as u64),
+                self.origin
+            ),
+            Reason::Windows(size) => write!(
+                f,
+                "because all buffers lie in windows and it is at least {} ({})",
+                format_size(size as u64),
+                self.origin
+            ),
+            _ => f.write_str("its only form with buffers where they are"),
+        }
+    }
+}
+
+impl fmt::Display for Choice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (name, ranks) = (self.kind.name(), self.world_size);
+        match self.kind {
+            Kind::Barrier => return write!(f, "barrier among {ranks} ranks moves flags only"),
+            kind if kind.is_message() => {
+                return write!(f, "{name} goes through the channel between the two ranks");
+            }
+            _ => {}
+        }
+        let size = format_size(self.bytes as u64);
+        let size = match self.kind {
+            // Only sender and receiver know the size of a part.
+            Kind::AllToAllV => String::new(),
+            kind if kind.is_uneven() => format!(" of {size} in all"),
+            _ => format!(" of {size} per rank"),
+        };
+        write!(f, "{name}{size} among {ranks} ranks takes {}, ", self.decision.algorithm)?;
+        self.reason(f)?;
+        if self.is_inline() {
+            write!(f, "; inline, because {INLINE_BYTES} bytes fit into the call slot")?;
+        }
+        if let (Some(asked), Some(by)) = (self.decision.unserved, self.asked_by) {
+            let why = match asked {
+                Algorithm::Direct if self.decision.not_direct.is_some() => self.outside,
+                _ => "the operation has no such form",
+            };
+            return write!(f, "; not {asked}, for which {by} asks, because {why}");
+        }
+        match self.decision.not_direct {
+            Some(NotDirect::Below(usize::MAX)) => {
+                write!(f, "; not direct, which is slower at every size ({})", self.origin)
+            }
+            Some(NotDirect::Below(size)) => {
+                write!(f, "; not direct, which is faster from {} on", format_size(size as u64))
+            }
+            Some(NotDirect::NoWindows) => write!(f, "; not direct, because {}", self.outside),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// How a world is connected, how it chooses algorithms, and what its latest call took. Its `Display` is a few lines.
+#[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
+pub struct Explanation {
+    /// The hosts and their ranks.
+    pub hosts: Vec<Host>,
+    /// An algorithm that was asked for, and by whom.
+    pub forced: Option<(Algorithm, AskedBy)>,
+    /// The sizes at which the choice changes otherwise.
+    pub thresholds: Thresholds,
+    /// Where they come from.
+    pub origin: Origin,
+    /// The latest collective of this rank, as `all_reduce #812 on rank 2 (bf16, 4096, sum)`, and its choice.
+    pub latest: Option<(String, Choice)>,
+}
+
+impl fmt::Display for Explanation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for host in &self.hosts {
+            writeln!(f, "{}: ranks {:?}, connected by shared memory", host.name, host.ranks)?;
+        }
+        match self.forced {
+            Some((algorithm, by)) => {
+                writeln!(
+                    f,
+                    "algorithm: {algorithm} where it can serve, because {by} asks for it; otherwise"
+                )?;
+            }
+            None => writeln!(f, "algorithm: by size per rank and windows")?,
+        }
+        let direct = |from: usize| match from {
+            usize::MAX => "never direct".to_owned(),
+            from => format!("in windows direct from {}", format_size(from as u64)),
+        };
+        let thresholds = &self.thresholds;
+        let staged = match thresholds.all_reduce_one_shot_to {
+            usize::MAX => "one-shot".to_owned(),
+            size => format!("one-shot up to {}, then two-shot", format_size(size as u64)),
+        };
+        writeln!(f, "  all_reduce: {staged}; {}", direct(thresholds.all_reduce_direct_from))?;
+        writeln!(f, "  broadcast: one-shot; {}", direct(thresholds.broadcast_direct_from))?;
+        writeln!(f, "  all_gather: one-shot; {}", direct(thresholds.all_gather_direct_from))?;
+        writeln!(f, "  others: one-shot; {}", direct(thresholds.others_direct_from))?;
+        writeln!(f, "sizes from: {}", self.origin)?;
+        if let Some((call, choice)) = &self.latest {
+            writeln!(f, "latest: {call}: {choice}")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use unisono_core::ReduceOp;
+    use unisono_core::settings::Settings;
+
+    use super::*;
+
+    fn selection(forced: Option<Algorithm>) -> Selection {
+        let mut selection = Selection::new(&Settings::default(), None, AskedBy::Setting, 2);
+        selection.rules.forced = forced;
+        selection
+    }
+
+    fn sentence(
+        selection: &Selection,
+        kind: Kind,
+        bytes: usize,
+        windows: Result<(), &'static str>,
+    ) -> String {
+        Choice::new(selection, 2, (kind, bytes), windows).to_string()
+    }
+
+    const SUM: Kind = Kind::AllReduce { op: ReduceOp::Sum };
+    const BOTH: Result<(), &str> = Ok(());
+    const NONE: Result<(), &str> = Err(NOT_ALL);
+
+    #[test]
+    fn each_choice_is_a_sentence() {
+        let auto = selection(None);
+        let says = |kind, bytes, windows, expected: &str| {
+            assert_eq!(sentence(&auto, kind, bytes, windows), expected);
+        };
+        says(
+            SUM,
+            8,
+            NONE,
+            "all_reduce of 8 B per rank among 2 ranks takes one-shot, because it is faster up to 16 KiB (default); \
+             inline, because 48 bytes fit into the call slot; not direct, because not all buffers lie in windows",
+        );
+        says(
+            SUM,
+            1 << 20,
+            Err("the output lies in no window"),
+            "all_reduce of 1 MiB per rank among 2 ranks takes two-shot, because it is above 16 KiB, up to which one-shot \
+             is faster (default); not direct, because the output lies in no window",
+        );
+        says(
+            SUM,
+            1 << 20,
+            BOTH,
+            "all_reduce of 1 MiB per rank among 2 ranks takes direct, because all buffers lie in windows and it is at \
+             least 16 KiB (default)",
+        );
+        says(
+            Kind::AllGather,
+            4096,
+            BOTH,
+            "all_gather of 4 KiB per rank among 2 ranks takes one-shot, its only form with buffers where they are; not \
+             direct, which is faster from 16 KiB on",
+        );
+        says(
+            Kind::AllToAll,
+            4096,
+            BOTH,
+            "all_to_all of 4 KiB per rank among 2 ranks takes one-shot, its only form with buffers where they are; not \
+             direct, which is faster from 16 KiB on",
+        );
+        let only = "among 2 ranks takes one-shot, its only form with buffers where they are";
+        says(Kind::AllGatherV, 4096, NONE, &format!("all_gather_v of 4 KiB in all {only}"));
+        says(Kind::AllToAllV, 0, NONE, &format!("all_to_all_v {only}"));
+        says(Kind::Barrier, 0, NONE, "barrier among 2 ranks moves flags only");
+        says(Kind::Send { to: 1, tag: 0 }, 8, NONE, "send goes through the channel between the two ranks");
+    }
+
+    #[test]
+    fn what_was_asked_for_is_said_and_what_could_not_be_served() {
+        let direct = selection(Some(Algorithm::Direct));
+        assert_eq!(
+            sentence(&direct, SUM, 64, BOTH),
+            "all_reduce of 64 B per rank among 2 ranks takes direct, because UNISONO_ALGORITHM asks for it"
+        );
+        assert_eq!(
+            sentence(&direct, Kind::AllGather, 4096, Err("the input lies in no window")),
+            "all_gather of 4 KiB per rank among 2 ranks takes one-shot, its only form with buffers where they are; not \
+             direct, for which UNISONO_ALGORITHM asks, because the input lies in no window"
+        );
+        let mut two = selection(Some(Algorithm::TwoShot));
+        two.asked_by = AskedBy::Builder;
+        assert_eq!(
+            sentence(&two, Kind::Broadcast { root: 0 }, 4096, NONE),
+            "broadcast of 4 KiB per rank among 2 ranks takes one-shot, its only form with buffers where they are; not \
+             two-shot, for which Builder::algorithm asks, because the operation has no such form"
+        );
+    }
+
+    #[test]
+    fn a_tuning_file_is_named() {
+        let mut tuned = selection(None);
+        tuned.origin = Origin::TuningFile("/etc/u.tune".to_owned());
+        tuned.rules.thresholds.all_reduce_one_shot_to = usize::MAX;
+        tuned.rules.thresholds.all_reduce_direct_from = usize::MAX;
+        assert_eq!(
+            sentence(&tuned, SUM, 1 << 20, BOTH),
+            "all_reduce of 1 MiB per rank among 2 ranks takes one-shot, because it is faster at every size (tuning file \
+             /etc/u.tune); not direct, which is slower at every size (tuning file /etc/u.tune)"
+        );
+    }
+}
