@@ -71,9 +71,8 @@ impl Communicator {
         {
             return Err(error);
         }
-        // Whoever still works here learns that it is over.
-        let reason = "it called shrink()".to_owned();
-        self.control.fail(&Cause::Aborted { rank: self.rank() as u32, reason });
+        // Whoever waits for us here learns that it is over; what others can still complete without us, they do.
+        self.control.fail(&Cause::Dropped { rank: self.rank() as u32 });
         let mut current = self;
         loop {
             let decision = Regrouping::new(&current).run()?;
