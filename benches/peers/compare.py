@@ -3,8 +3,10 @@
 
     cargo build --release
     python3 benches/peers/compare.py --rounds 5 --ranks 2 --out docs/cpu-results/NAME
+    python3 benches/peers/compare.py --operations reduce gather --sizes 8 4096 --time-ms 50 --rounds 2
 
 Needs nothing but Python; uses whichever of Open MPI and MPICH are installed (Debian: openmpi-bin libopenmpi-dev mpich).
+Bytes are those of one part: what each rank contributes, or gets where it contributes a part to every rank.
 Every round runs each library once, in turn; a figure is the median over rounds of the p50 of each, so that drift of a
 shared machine meets all of them. The ratio is the median over rounds of the ratios within a round.
 """
@@ -20,7 +22,11 @@ import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
-OPERATIONS = ["all_reduce", "broadcast", "all_gather"]
+OPERATIONS = [
+    "all_reduce", "broadcast", "all_gather", "reduce", "reduce_scatter", "gather", "scatter", "all_to_all", "send_recv",
+    "barrier",
+]
+SIZES = [8, 64, 512, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 512 << 10, 4 << 20, 16 << 20, 64 << 20]
 MPIS = {"Open MPI": ("mpicc.openmpi", "mpirun.openmpi"), "MPICH": ("mpicc.mpich", "mpirun.mpich")}
 
 
@@ -28,16 +34,17 @@ def found(program):
     return subprocess.run(["which", program], capture_output=True).returncode == 0
 
 
-def peers(folder, ranks, wanted):
+def peers(folder, options):
     """The MPI libraries that are here and wanted, each as a command that prints a JSON line per size."""
     commands = {}
     for name, (compiler, launcher) in MPIS.items():
-        if name not in wanted or not (found(compiler) and found(launcher)):
+        if name not in options.peers or not (found(compiler) and found(launcher)):
             continue
         binary = os.path.join(folder, compiler)
         subprocess.run([compiler, "-O2", "-o", binary, os.path.join(HERE, "mpi_collectives.c")], check=True)
         flags = ["--allow-run-as-root", "--oversubscribe"] if name == "Open MPI" else []
-        commands[name] = [launcher, *flags, "-n", str(ranks), binary, *OPERATIONS]
+        settings = ["-t", str(options.time_ms), "-s", ",".join(map(str, options.sizes))]
+        commands[name] = [launcher, *flags, "-n", str(options.ranks), binary, *settings, *options.operations]
     return commands
 
 
@@ -47,8 +54,9 @@ def measure_peer(command):
     return {(figure["operation"], figure["bytes"]): figure["p50_us"] for figure in figures}
 
 
-def measure_unisono(unisono, ranks, extra):
-    command = [unisono, "bench", *OPERATIONS, "-n", str(ranks), "--json", *extra]
+def measure_unisono(options, extra):
+    settings = ["--time", f"{options.time_ms}ms", "--sizes", ",".join(map(str, options.sizes))]
+    command = [options.unisono, "bench", *options.operations, "-n", str(options.ranks), "--json", *settings, *extra]
     run = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert all(result["wrong"] == 0 for result in run["results"])
     return {(result["operation"], result["bytes"]): result["p50_us"] for result in run["results"]}, run
@@ -72,23 +80,27 @@ def main():
     arguments.add_argument("--out", help="writes OUT.json and OUT.md")
     arguments.add_argument("--unisono", default=os.path.join(ROOT, "target", "release", "unisono"))
     arguments.add_argument("--peers", nargs="+", default=list(MPIS), choices=list(MPIS))
+    arguments.add_argument("--operations", nargs="+", default=OPERATIONS[:3], choices=OPERATIONS, help="default: the first three")
+    arguments.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="bytes of one part")
+    arguments.add_argument("--time-ms", type=int, default=250, help="how long to measure each size")
     options = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        commands = peers(folder, options.ranks, options.peers)
+        commands = peers(folder, options)
         rounds, run = [], None
         for number in range(options.rounds):
             figures = {}
-            figures["unisono"], run = measure_unisono(options.unisono, options.ranks, [])
-            figures["unisono, windows"], _ = measure_unisono(options.unisono, options.ranks, ["--windows"])
+            figures["unisono"], run = measure_unisono(options, [])
+            figures["unisono, windows"], _ = measure_unisono(options, ["--windows"])
             for name, command in commands.items():
                 figures[name] = measure_peer(command)
             rounds.append(figures)
             print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
     names = ["unisono", "unisono, windows", *commands]
     text = []
-    for operation in OPERATIONS:
-        text.append(f"\n**{operation}**, f32, {options.ranks} ranks, p50\n")
-        text.append("| bytes per rank | " + " | ".join(names) + " | unisono / best MPI (min – max over rounds) |")
+    for operation in options.operations:
+        what = ", a round trip" if operation == "send_recv" else ""
+        text.append(f"\n**{operation}**{what}, f32, {options.ranks} ranks, p50\n")
+        text.append("| bytes of a part | " + " | ".join(names) + " | unisono / best MPI (min – max over rounds) |")
         text.append("| --- |" + " --- |" * (len(names) + 1))
         for _, count in sorted(key for key in rounds[0]["unisono"] if key[0] == operation):
             key = (operation, count)
@@ -97,7 +109,7 @@ def main():
                 figures["unisono"][key] / min(figures[name][key] for name in commands) for figures in rounds if commands
             ]
             spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})" if ratios else "–"
-            text.append(f"| {size(count)} | " + " | ".join(cells) + f" | {spread} |")
+            text.append(f"| {size(count) if count else '–'} | " + " | ".join(cells) + f" | {spread} |")
     table = "\n".join(text)
     print(table)
     if options.out:

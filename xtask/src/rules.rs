@@ -49,6 +49,8 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/src/symmetric.rs",
     // Lends a window as a slice.
     "crates/comm/src/window.rs",
+    // Forks, and handles signals.
+    "crates/comm/tests/faults/forks.rs",
     // Forks a child that inherits sockets, as a data loader does.
     "crates/comm/tests/faults/kills.rs",
     // Hands a window over as any element.
@@ -58,10 +60,18 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/tests/support/region.rs",
     // Gives a window that is none any more to a collective.
     "crates/comm/tests/symmetric.rs",
+    // A structure that the kernel fills.
+    "crates/node/src/credentials.rs",
+    // Maps a page that is wiped on fork.
+    "crates/node/src/fork.rs",
+    // Writes to a mapping of its own, in a test.
+    "crates/node/src/inspect.rs",
     // Maps memory.
     "crates/node/src/memory.rs",
     // Words in shared memory, and the half of one that the kernel compares.
     "crates/sync/src/memory.rs",
+    // Reads the time stamp counter.
+    "crates/sync/src/ticks.rs",
     "crates/sync/src/wait.rs",
     // Loom's cells.
     "crates/sync/tests/loom.rs",

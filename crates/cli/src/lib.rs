@@ -1,7 +1,7 @@
 //! The `unisono` command as a library: [`main()`] takes the arguments and answers the exit code.
 //!
 //! Each subcommand is a module with its `Arguments` and an `execute`; this file holds the grammar that they share.
-//! Exit codes: 0 all went well, 2 wrong arguments, 125 the command itself failed; `run` otherwise hands on the code of
+//! Exit codes: 0 all went well, 1 a result was wrong or there is nothing to look at, 2 wrong arguments, 125 the command itself failed; `run` otherwise hands on the code of
 //! the program.
 
 use std::ffi::OsString;
@@ -12,6 +12,7 @@ use clap::{Args, Parser, Subcommand};
 
 mod bench;
 mod logging;
+mod look;
 mod output;
 mod run;
 
@@ -45,8 +46,14 @@ struct Common {
 enum Command {
     /// Measure and verify collectives on this host, with ranks of its own
     Bench(bench::Arguments),
+    /// Show the last calls of every rank of running jobs
+    Dump(look::dump::Arguments),
     /// Start a program several times on this host, as the ranks of one job
     Run(run::Arguments),
+    /// Show what every rank of running jobs is doing
+    Top(look::top::Arguments),
+    /// Say in plain English why a job does not go on
+    Why(look::why::Arguments),
 }
 
 /// Runs the command line `arguments`, the first of which is the name of the program, and answers its exit code.
@@ -66,7 +73,10 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     logging::start(&cli.common);
     let done = match cli.command {
         Command::Bench(arguments) => bench::execute(&arguments, &cli.common),
+        Command::Dump(arguments) => look::dump::execute(&arguments, &cli.common),
         Command::Run(arguments) => run::execute(arguments, &cli.common),
+        Command::Top(arguments) => look::top::execute(&arguments, &cli.common),
+        Command::Why(arguments) => look::why::execute(&arguments, &cli.common),
     };
     done.map_or_else(
         |failure| {

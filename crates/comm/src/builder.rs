@@ -16,6 +16,7 @@ use unisono_node::{Endpoint, NodePlane, PeerAddress, PlaneConfig, identity};
 use unisono_sync::Deadline;
 
 use crate::communicator::{Communicator, Manner, Parts};
+use crate::control::About;
 use crate::error::{Error, Result};
 use crate::launch::{JobDirectory, Launch, StoreAddress, read_secret};
 use crate::neighbours::{Host, Neighbours};
@@ -63,6 +64,7 @@ struct Overrides {
     algorithm: Option<AlgorithmChoice>,
     order: Option<Order>,
     require: Option<Require>,
+    recorder: Option<bool>,
 }
 
 impl Builder {
@@ -172,6 +174,13 @@ impl Builder {
         self
     }
 
+    /// Whether this rank records its last calls in shared memory, where `unisono top`, `dump` and `why` read them. Default
+    /// on.
+    pub const fn recorder(mut self, is_on: bool) -> Self {
+        self.overrides.recorder = Some(is_on);
+        self
+    }
+
     /// Meets the other ranks and connects. Collective: every rank builds at the same time.
     ///
     /// # Errors
@@ -244,7 +253,13 @@ impl Builder {
         let neighbours = Neighbours::world(host, rank, world_size, self.generation);
         let memory = Communicator::share_control(&neighbours, deadline, &|| false).map_err(explain)?;
         let places = table.hellos().iter().map(Hello::place).collect();
-        let parts = Parts { places, topology, neighbours, memory };
+        let about = About {
+            job: hello.job.clone(),
+            generation: hello.generation,
+            host: hello.host.name.clone(),
+            is_recording: settings.recorder,
+        };
+        let parts = Parts { places, topology, neighbours, memory, about };
         let communicator = Communicator::assemble(parts, Manner::new(&settings, world_size));
         communicator.meet(deadline.remaining_up_to(settings.init_timeout)).map_err(explain)?;
         store.end(rank);
@@ -261,6 +276,7 @@ impl Builder {
         settings.algorithm = overrides.algorithm.unwrap_or(settings.algorithm);
         settings.order = overrides.order.unwrap_or(settings.order);
         settings.require = overrides.require.unwrap_or(settings.require);
+        settings.recorder = overrides.recorder.unwrap_or(settings.recorder);
         Ok(settings)
     }
 }

@@ -18,6 +18,8 @@ pub(crate) enum Cause {
     Aborted { rank: u32, reason: String },
     /// A rank dropped its communicator without `destroy`, or shrinks it.
     Dropped { rank: u32 },
+    /// A word of `who` says what no rank can have written.
+    Damaged { rank: u32, who: String, word: String },
 }
 
 impl Cause {
@@ -31,6 +33,13 @@ impl Cause {
             Ok(bytes) if bytes.len() <= cap => bytes,
             _ => postcard::to_stdvec(&self.shortened(cap / 8)).unwrap_or_default(),
         }
+    }
+
+    /// Reads a shared record: its length in bytes, then the bytes. `None` if it makes no sense.
+    pub(crate) fn from_words(words: &[u64]) -> Option<Self> {
+        let (length, words) = words.split_first()?;
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        Self::from_bytes(bytes.get(..usize::try_from(*length).ok()?)?)
     }
 
     pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
@@ -50,6 +59,9 @@ impl Cause {
             },
             Self::Aborted { rank, reason } => Self::Aborted { rank: *rank, reason: cut(reason) },
             Self::Dropped { rank } => Self::Dropped { rank: *rank },
+            Self::Damaged { rank, who, word } => {
+                Self::Damaged { rank: *rank, who: cut(who), word: cut(word) }
+            }
         }
     }
 
@@ -70,6 +82,9 @@ impl Cause {
             }
             Self::Aborted { rank, reason } => Error::Aborted { rank: rank as usize, during, reason },
             Self::Dropped { rank } => Error::PeerLeft { rank: rank as usize, during },
+            Self::Damaged { rank, who, word } => {
+                Error::DamagedMemory { rank: rank as usize, during, who, word }
+            }
         }
     }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use unisono_core::call::CallHeader;
 use unisono_core::layout::{ControlLayout, WindowLayout};
+use unisono_core::recorder::Presence;
 use unisono_core::select::Algorithm;
 use unisono_core::settings::{AlgorithmChoice, Settings, Spin};
 use unisono_core::topology::Topology;
@@ -17,7 +18,7 @@ use crate::builder::Builder;
 use crate::call::{Call, Kind};
 use crate::cause::Cause;
 use crate::collectives::{Engine, EngineConfig};
-use crate::control::{Control, LEFT};
+use crate::control::{About, Control, LEFT};
 use crate::error::{Error, Result};
 use crate::neighbours::{Host, Neighbours, Watch};
 use crate::observer::Observer;
@@ -59,6 +60,8 @@ pub(crate) struct Parts {
     pub(crate) topology: Arc<Topology>,
     pub(crate) neighbours: Neighbours,
     pub(crate) memory: Arc<SharedMemory>,
+    /// What the memory tells readers of other processes.
+    pub(crate) about: About,
 }
 
 /// How a communicator works.
@@ -114,6 +117,12 @@ impl Communicator {
             topology: topology.clone(),
             neighbours: Neighbours::world(Host::Threads(hub.clone()), rank, world_size, 0),
             memory: memory.clone(),
+            about: About {
+                job: "threads".to_owned(),
+                generation: 0,
+                host: host.name.clone(),
+                is_recording: settings.recorder,
+            },
         };
         let manner = Manner::new(settings, world_size);
         let ranks: Vec<_> = (0..world_size).map(|rank| Self::assemble(parts(rank), manner)).collect();
@@ -122,10 +131,11 @@ impl Communicator {
     }
 
     pub(crate) fn assemble(parts: Parts, manner: Manner) -> Self {
-        let Parts { places, topology, neighbours, memory } = parts;
+        let Parts { places, topology, neighbours, memory, about } = parts;
         let rank = neighbours.me();
         let name = |(rank, place): (usize, &String)| format!("rank {rank} ({place})");
-        let control = Arc::new(Control::new(memory, rank, places.iter().enumerate().map(name).collect()));
+        let names = places.iter().enumerate().map(name).collect();
+        let control = Arc::new(Control::new(memory, rank, names, about));
         let watch = neighbours.watch(control.clone());
         let engine = Engine::new(EngineConfig {
             control: control.clone(),
@@ -284,6 +294,7 @@ impl Communicator {
     pub fn destroy(mut self) -> Result<()> {
         let patience = self.patience.map_or(DESTROY_PATIENCE, |patience| patience.min(DESTROY_PATIENCE));
         let result = self.engine.borrow_mut().meet(CallHeader::bare(Kind::Destroy), Some(patience));
+        self.control.leave(if result.is_ok() { Presence::Destroyed } else { Presence::Dropped });
         self.destroyed = result.is_ok();
         result
     }
@@ -302,6 +313,7 @@ impl Drop for Communicator {
     fn drop(&mut self) {
         if !self.destroyed && self.control.world_size() > 1 {
             self.control.fail(&Cause::Dropped { rank: self.rank as u32 });
+            self.control.leave(Presence::Dropped);
             // Those who agree on who goes on need not wait for us, and we do not ask any more what they say.
             self.control.fate(self.rank).settle(LEFT);
             self.neighbours.close();

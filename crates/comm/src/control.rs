@@ -6,13 +6,15 @@
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use unisono_core::layout::{CAUSE_BYTES, ControlLayout, Field, RankFields, SLOT_WORDS};
-use unisono_node::{Lost, PlaneEvents, SharedMemory};
+use unisono_core::layout::{CAUSE_BYTES, ControlLayout, Field, RECORD_WORDS, RankFields, SLOT_WORDS};
+use unisono_core::recorder::{JobLabel, Presence, RankLabel, TickSource};
+use unisono_node::identity::{self, ProcessStatus};
+use unisono_node::{Lost, PlaneEvents, Process, SharedMemory};
 use unisono_sync::memory::{words32, words64};
-use unisono_sync::{AbortWord, EpochFlag, Fate, Sleepers, SlotRing, Word};
+use unisono_sync::{AbortWord, EpochFlag, Fate, Journal, Sleepers, SlotRing, Ticks, Word};
 
 use crate::cause::Cause;
-use crate::error::Error;
+use crate::error::{Error, Result};
 
 /// Settles the fate of a rank that leaves: no rank has this number.
 pub(crate) const LEFT: u32 = u32::MAX - 1;
@@ -38,6 +40,8 @@ pub(crate) struct RankWords<'m> {
     fate: Fate<'m>,
     /// Its call slots.
     pub(crate) slots: SlotRing<'m>,
+    /// What it did last.
+    pub(crate) records: Journal<'m, RECORD_WORDS>,
     /// First byte of its staged input.
     pub(crate) staging_in: *mut u8,
     /// First byte of its staged results.
@@ -57,6 +61,16 @@ pub(crate) struct Channel<'m> {
     pub(crate) bytes: usize,
 }
 
+/// What the memory tells readers of other processes about its job.
+#[derive(Clone, Debug)]
+pub(crate) struct About {
+    pub(crate) job: String,
+    pub(crate) generation: u32,
+    pub(crate) host: String,
+    /// Whether this rank records its calls.
+    pub(crate) is_recording: bool,
+}
+
 /// The shared memory of all ranks of a communicator on this host.
 pub(crate) struct Control {
     words: Vec<RankWords<'static>>,
@@ -66,6 +80,9 @@ pub(crate) struct Control {
     me: usize,
     /// Names of the ranks, for causes.
     names: Vec<String>,
+    about: About,
+    /// Who made this: a child that was forked from it has no part in the job.
+    process: Process,
     /// Held while our record is written: the operating thread, the plane's and observers' may all find a cause.
     recording: Mutex<()>,
     /// The generation that went on in other memory.
@@ -95,27 +112,59 @@ impl Control {
         ControlLayout::new(ranks).total_bytes()
     }
 
-    /// The control region in `memory`, seen by rank `me`; `names[r]` is how messages call rank r.
+    /// The control region in `memory`, seen by rank `me`; `names[r]` is how messages call rank r. Tells readers of other
+    /// processes that this rank is there.
     ///
     /// # Panics
     /// If `memory` is shorter than the layout: it was created or checked with that very length.
-    pub(crate) fn new(memory: Arc<SharedMemory>, me: usize, names: Vec<String>) -> Self {
+    pub(crate) fn new(memory: Arc<SharedMemory>, me: usize, names: Vec<String>, about: About) -> Self {
         let layout = ControlLayout::new(names.len());
         assert!(memory.bytes() >= layout.total_bytes(), "{} < {}", memory.bytes(), layout.total_bytes());
         let base = memory.as_ptr();
         let words = (0..names.len()).map(|rank| rank_words(base, &layout.rank(rank))).collect();
         // SAFETY: the abort word lies in the mapping, which is kept alive by `memory` beside it.
         let abort = AbortWord::new(unsafe { &words32(base.add(layout.abort().offset), 1)[0] });
-        Self {
-            words,
-            abort,
-            layout,
-            me,
-            names,
-            recording: Mutex::new(()),
-            superseded: OnceLock::new(),
-            memory,
+        let (process, recording) = (Process::this(), Mutex::new(()));
+        let superseded = OnceLock::new();
+        let control = Self { words, abort, layout, me, names, about, process, recording, superseded, memory };
+        control.introduce();
+        control
+    }
+
+    /// Writes who we are, and as rank 0 what job this is.
+    fn introduce(&self) {
+        let ticks = Ticks::here();
+        let label = RankLabel {
+            presence: Presence::Here,
+            pid: identity::pid(),
+            started: ProcessStatus::of(identity::pid()).map_or(0, |status| status.started),
+            ticks: if ticks == Ticks::Clock { TickSource::Clock } else { TickSource::Counter },
+            is_recording: self.about.is_recording,
+        };
+        self.tell(self.layout.rank(self.me).identity, &label.to_words());
+        if self.me == 0 {
+            let About { job, generation, host, .. } = self.about.clone();
+            let label = JobLabel { ranks: self.names.len(), generation, created: ticks.now(), job, host };
+            self.tell(self.layout.job(), &label.to_words());
         }
+    }
+
+    /// Tells readers that this rank takes part no more.
+    pub(crate) fn leave(&self, presence: Presence) {
+        let identity = self.words_of(self.layout.rank(self.me).identity);
+        identity[RankLabel::PRESENCE].store_release(presence as u64);
+    }
+
+    /// Writes `content` so that its first word, which makes the rest valid, is seen last.
+    fn tell(&self, field: Field, content: &[u64]) {
+        let words = self.words_of(field);
+        words.iter().zip(content).skip(1).for_each(|(word, value)| word.store_relaxed(*value));
+        words[0].store_release(content[0]);
+    }
+
+    /// What this memory tells about its job.
+    pub(crate) const fn about(&self) -> &About {
+        &self.about
     }
 
     /// The words of `rank`.
@@ -181,8 +230,22 @@ impl Control {
         self.abort
     }
 
-    /// Records `cause` and ends all waits of all ranks, unless somebody was first.
+    /// Refuses a child that was forked from the process that made this.
+    #[inline(always)]
+    pub(crate) fn check_process(&self) -> Result<()> {
+        if self.process.is_this() { Ok(()) } else { Err(self.forked()) }
+    }
+
+    #[cold]
+    fn forked(&self) -> Error {
+        Error::Forked { rank: self.me, parent: self.process.pid(), child: std::process::id() }
+    }
+
+    /// Records `cause` and ends all waits of all ranks, unless somebody was first. A forked child fails nobody.
     pub(crate) fn fail(&self, cause: &Cause) {
+        if !self.process.is_this() {
+            return;
+        }
         let _guard = self.recording.lock().unwrap_or_else(PoisonError::into_inner);
         if self.abort.raised().is_some() {
             return;
@@ -208,19 +271,15 @@ impl Control {
         if member >= self.words.len() {
             return Some(unreadable());
         }
-        let record = self.record(member);
-        let length = (record[0].load_relaxed() as usize).min(CAUSE_BYTES - 8);
-        let mut bytes: Vec<u8> = record[1..]
-            .iter()
-            .take(length.div_ceil(8))
-            .flat_map(|word| word.load_relaxed().to_le_bytes())
-            .collect();
-        bytes.truncate(length);
-        Some(Cause::from_bytes(&bytes).unwrap_or_else(unreadable))
+        let words: Vec<u64> = self.record(member).iter().map(Word::load_relaxed).collect();
+        Some(Cause::from_words(&words).unwrap_or_else(unreadable))
     }
 
     fn record(&self, rank: usize) -> &[impl Word<u64>] {
-        let field = self.layout.rank(rank).cause;
+        self.words_of(self.layout.rank(rank).cause)
+    }
+
+    fn words_of(&self, field: Field) -> &[impl Word<u64>] {
         // SAFETY: the field lies in the mapping, aligned to a line, and is accessed as 64-bit atomics only.
         unsafe { words64(self.memory.as_ptr().add(field.offset), field.bytes / 8) }
     }
@@ -229,7 +288,8 @@ impl Control {
 impl PlaneEvents for Control {
     fn beat(&self) {
         let heartbeat = self.words[self.me].heartbeat;
-        heartbeat.publish(heartbeat.current() + 1);
+        // Whatever stands there, it must only be another value than before.
+        heartbeat.publish(heartbeat.current().wrapping_add(1));
     }
 
     fn heartbeat_of(&self, rank: usize) -> u64 {
@@ -266,6 +326,7 @@ fn rank_words(base: *mut u8, fields: &RankFields) -> RankWords<'static> {
         sleepers: Sleepers::new(sleepers),
         fate: Fate::new(fate),
         slots: SlotRing::new(words(fields.slots), SLOT_WORDS),
+        records: Journal::new(words(fields.records)),
         staging_in: at(fields.staging_in),
         staging_out: at(fields.staging_out),
     }
@@ -277,7 +338,8 @@ mod tests {
 
     fn control(me: usize) -> Control {
         let memory = SharedMemory::create(Control::bytes(2)).unwrap();
-        Control::new(Arc::new(memory), me, vec!["rank 0".into(), "rank 1".into()])
+        let about = About { job: "test".into(), generation: 0, host: "here".into(), is_recording: true };
+        Control::new(Arc::new(memory), me, vec!["rank 0".into(), "rank 1".into()], about)
     }
 
     #[test]

@@ -84,7 +84,8 @@ impl Communicator {
         }
         let places = members.iter().map(|member| self.places[*member].clone()).collect();
         let topology = Arc::new(self.topology.of(&members));
-        let parts = Parts { places, topology, neighbours, memory };
+        let about = self.control.about().clone();
+        let parts = Parts { places, topology, neighbours, memory, about };
         let child = Self::assemble(parts, engine.manner());
         child.engine().have_met();
         Ok(Some(child))

@@ -81,6 +81,33 @@ pub enum Error {
         /// The reason it gave.
         reason: String,
     },
+    /// A communicator is used in a child that was forked from its process. The parent and the job go on.
+    #[error(
+        "rank {rank} is process {parent}; this is process {child}, forked from it, which has no part in the job. Use the communicator in the parent, or make a new one here."
+    )]
+    Forked {
+        /// The rank of the parent.
+        rank: usize,
+        /// The process that made the communicator.
+        parent: u32,
+        /// This process.
+        child: u32,
+    },
+    /// The shared memory says what no rank can have written: a process wrote to it that should not, or wrongly. The
+    /// communicator has failed on all ranks.
+    #[error(
+        "the shared memory of {who} is damaged: {word} (found by rank {rank} during {during}). Something else than this library wrote there; only a new communicator can go on."
+    )]
+    DamagedMemory {
+        /// The rank that found it.
+        rank: usize,
+        /// What this rank was doing.
+        during: String,
+        /// Whose part of the memory it is, with host and process.
+        who: String,
+        /// Which word, what it says and what it could say.
+        word: String,
+    },
     /// An argument of this rank does not fit. Nothing was sent or written, and the communicator still works.
     #[error("{call} on rank {rank}: {what} should be {expected}, got {got}. Nothing was written.")]
     Argument {

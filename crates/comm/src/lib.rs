@@ -39,6 +39,7 @@ pub mod launch;
 mod neighbours;
 pub mod observer;
 pub mod operations;
+pub mod recorder;
 mod reduce;
 #[cfg(doctest)]
 mod refusals;

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 
 use unisono_core::call::{CallHeader, Kind};
-use unisono_core::layout::{INLINE_BYTES, SLOT_HEADER};
+use unisono_core::layout::SLOT_HEADER;
 use unisono_core::select::{self, Algorithm};
 use unisono_core::topology::Topology;
 
@@ -53,7 +53,7 @@ impl Observer {
     pub fn state(&self) -> State {
         let words = self.control.rank(self.rank);
         let completed = words.completed.current();
-        let next = completed + 1;
+        let next = completed.wrapping_add(1);
         let current = (words.slots.standing(next) == next).then(|| self.describe(next)).flatten();
         let failure =
             self.control.cause().map(|cause| cause.into_error("the current call", self.control.member()));
@@ -79,8 +79,7 @@ impl Observer {
             && let Some(dtype) = header.dtype
         {
             let bytes = (header.count as usize).saturating_mul(dtype.size());
-            let in_windows = header.source_window != 0 && header.target_window != 0;
-            let algorithm = self.algorithm(header.kind, bytes, in_windows);
+            let algorithm = self.algorithm(header.kind, bytes, header.is_in_windows());
             let call = header.describe(epoch - 1, self.rank as u32);
             let _ =
                 writeln!(text, "latest: {call}: {algorithm} ({bytes} bytes per rank, {world_size} ranks)");
@@ -94,7 +93,7 @@ impl Observer {
         let world_size = self.control.world_size();
         let question = select::Question { kind, bytes, world_size, in_windows, forced: self.forced };
         match select::algorithm(&question) {
-            Algorithm::OneShot if bytes <= INLINE_BYTES && travels_inline(kind) => "inline".to_owned(),
+            Algorithm::OneShot if select::is_inline(kind, bytes, world_size) => "inline".to_owned(),
             algorithm => algorithm.to_string(),
         }
     }
@@ -112,9 +111,4 @@ impl Observer {
         let header = CallHeader::from_words(&std::array::from_fn(|at| slots.read(epoch, SLOT_HEADER + at)))?;
         (header.kind != Kind::Destroy).then_some(header)
     }
-}
-
-/// The operations whose small data travels inside the call slot.
-const fn travels_inline(kind: Kind) -> bool {
-    matches!(kind, Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::AllGather)
 }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use unisono_core::ReduceOp;
 use unisono_core::agreement::{Action, Agreement, Message, Outcome, Proposal};
+use unisono_core::recorder::Presence;
 use unisono_core::wire;
 use unisono_node::memory::quarantine;
 use unisono_node::{Lost, SharedMemory};
@@ -21,7 +22,7 @@ use crate::buffer::BufMut;
 use crate::call::{Call, Kind};
 use crate::cause::Cause;
 use crate::communicator::{AGREEMENT_ITEM, Communicator, Parts};
-use crate::control::{Control, LEFT};
+use crate::control::{About, Control, LEFT};
 use crate::error::{Error, Result};
 use crate::neighbours::Letter;
 
@@ -342,10 +343,12 @@ impl Decision {
         }
         let places = members.iter().map(|member| old.places[*member].clone()).collect();
         let topology = Arc::new(old.topology.of(members));
-        let parts = Parts { places, topology, neighbours, memory: self.memory };
+        let about = About { generation: neighbours.generation(), ..old.control.about().clone() };
+        let parts = Parts { places, topology, neighbours, memory: self.memory, about };
         let next = Communicator::assemble(parts, manner);
         next.engine().begin_windows_at(first_window);
         // From here on, this rank answers in the new memory only.
+        old.control.leave(Presence::Destroyed);
         old.destroyed = true;
         old.watch = None;
         old.neighbours.close();

@@ -130,6 +130,7 @@ impl<T: Element> Symmetric<T> {
     /// [`Error::Argument`] if there is no such slot.
     pub fn wait_signal(&self, slot: usize, at_least: u32, timeout: Duration) -> Result<()> {
         let rank = self.rank();
+        self.check_peer("wait_signal", rank)?;
         let pad = self.pad(rank);
         let Some(word) = pad.word(slot) else { return Err(self.no_such_slot("wait_signal", slot)) };
         let policy = WaitPolicy { patience: Some(timeout), warn_after: None, ..self.policy };
@@ -203,6 +204,7 @@ impl<T: Element> Symmetric<T> {
 
     #[inline]
     fn check_peer(&self, call: &'static str, peer: usize) -> Result<()> {
+        self.control.check_process()?;
         let (rank, world_size) = self.control.member();
         if peer < world_size {
             return Ok(());

@@ -74,7 +74,9 @@ impl<T: Element> Window<T> {
     ///
     /// # Errors
     /// [`Error::Poisoned`] once the communicator failed: a peer may have been writing. [`Error::Generation`] once it was shrunk.
+    /// [`Error::Forked`] in a forked child.
     pub fn lend(&mut self) -> Result<&mut [T]> {
+        self.control.check_process()?;
         if let Some(error) = self.control.outdated(self.id) {
             return Err(error);
         }

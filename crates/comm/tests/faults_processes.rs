@@ -27,7 +27,7 @@ fn main() -> ExitCode {
 
 fn trials() -> Vec<Trial> {
     type Test = fn();
-    let tests: [(&str, Test); 27] = [
+    let tests: [(&str, Test); 42] = [
         ("kill::every_survivor_names_the_killed_rank", faults::kills::every_survivor_names_the_killed_rank),
         ("kill::a_forked_child_does_not_hide_it", faults::kills::a_forked_child_does_not_hide_it),
         (
@@ -68,6 +68,60 @@ fn trials() -> Vec<Trial> {
         (
             "mismatch::both_calls_are_named_on_every_rank",
             faults::mismatches::both_calls_are_named_on_every_rank,
+        ),
+        (
+            "shortages::too_few_descriptors_are_an_error_on_all_ranks",
+            faults::shortages::too_few_descriptors_are_an_error_on_all_ranks,
+        ),
+        (
+            "shortages::too_little_memory_is_an_error_on_all_ranks",
+            faults::shortages::too_little_memory_is_an_error_on_all_ranks,
+        ),
+        (
+            "shortages::a_system_call_that_fails_is_an_error_on_all_ranks",
+            faults::shortages::a_system_call_that_fails_is_an_error_on_all_ranks,
+        ),
+        (
+            "forks::a_forked_child_is_refused_and_its_parent_goes_on",
+            faults::forks::a_forked_child_is_refused_and_its_parent_goes_on,
+        ),
+        ("forks::a_storm_of_signals_does_no_harm", faults::forks::a_storm_of_signals_does_no_harm),
+        (
+            "strangers::a_port_scan_does_not_keep_the_ranks_from_meeting",
+            faults::strangers::a_port_scan_does_not_keep_the_ranks_from_meeting,
+        ),
+        (
+            "strangers::a_flood_of_half_open_connections_delays_nobody",
+            faults::strangers::a_flood_of_half_open_connections_delays_nobody,
+        ),
+        ("load::small_calls_without_end_grow_nothing", faults::load::small_calls_without_end_grow_nothing),
+        (
+            "load::a_crowd_of_ranks_reduces_rightly_and_in_time",
+            faults::load::a_crowd_of_ranks_reduces_rightly_and_in_time,
+        ),
+        (
+            "namespaces::ranks_in_other_namespaces_share_memory",
+            faults::namespaces::ranks_in_other_namespaces_share_memory,
+        ),
+        (
+            "namespaces::ranks_in_other_networks_are_told_so",
+            faults::namespaces::ranks_in_other_networks_are_told_so,
+        ),
+        (
+            "intruders::descriptors_of_another_user_are_not_kept",
+            faults::intruders::descriptors_of_another_user_are_not_kept,
+        ),
+        (
+            "intruders::a_name_that_another_user_took_is_refused",
+            faults::intruders::a_name_that_another_user_took_is_refused,
+        ),
+        (
+            "scribbles::nothing_written_to_the_shared_memory_does_harm",
+            faults::scribbles::nothing_written_to_the_shared_memory_does_harm,
+        ),
+        (
+            "scribbles::a_peer_that_scribbles_is_an_error_in_time",
+            faults::scribbles::a_peer_that_scribbles_is_an_error_in_time,
         ),
         (
             "shrink::survivors_go_on_after_kills_at_any_moment",

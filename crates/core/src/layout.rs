@@ -2,9 +2,13 @@
 //! takes named fields from it and does no arithmetic of its own.
 //!
 //! ```text
-//! page 0            the job's own line: the abort word
-//! per rank          produced │ reduced │ consumed │ liveness │ cause │ call slots │ staging in │ staging out │ channels
+//! page 0            the abort word │ what job this is
+//! per rank          produced │ reduced │ consumed │ liveness │ cause │ call slots │ identity │ records │
+//!                   staging in │ staging out │ channels
 //! ```
+//! What the memory says of itself (job, identity, records) is enough to read it from another process:
+//! [`recorder`](crate::recorder).
+//!
 //! Lines are 128 bytes apart: processors fetch neighbouring 64-byte lines in pairs, and two writers must not share one.
 
 use crate::error::{Error, Result};
@@ -31,6 +35,16 @@ pub const SLOT_DATA: usize = 1;
 pub const SLOT_HEADER: usize = 7;
 /// Room for the first cause of a failure, as encoded bytes behind a length word.
 pub const CAUSE_BYTES: usize = 2048;
+/// Changes whenever anything here or in [`recorder`](crate::recorder) does: readers of another one do not guess.
+pub const LAYOUT_VERSION: u64 = 1;
+/// The words in which the memory says what job it belongs to, as [`recorder::JobLabel`](crate::recorder::JobLabel).
+pub const JOB_WORDS: usize = 64;
+/// The words in which a rank says who it is, as [`recorder::RankLabel`](crate::recorder::RankLabel).
+pub const IDENTITY_WORDS: usize = 16;
+/// Calls that the flight recorder of a rank keeps, a power of two.
+pub const RECORDS: usize = 1024;
+/// 64-bit words in a record: one line.
+pub const RECORD_WORDS: usize = 8;
 /// Chunks of staging, a power of two: steps that a rank may be ahead of its slowest peer.
 pub const CHUNKS: usize = 8;
 /// Bytes in a chunk: what one rank stages in one step. Measured on two Zen 5 cores with 1 MiB of L2 each
@@ -71,6 +85,10 @@ pub struct RankFields {
     pub cause: Field,
     /// The ring of [`CALL_SLOTS`] call slots.
     pub slots: Field,
+    /// [`IDENTITY_WORDS`] × `u64`: who this rank is, and whether it is still there.
+    pub identity: Field,
+    /// [`RECORDS`] × [`RECORD_WORDS`] × `u64`: the flight recorder.
+    pub records: Field,
     /// Staged input: [`CHUNKS`] × [`CHUNK_BYTES`].
     pub staging_in: Field,
     /// Staged results: [`CHUNKS`] × [`CHUNK_BYTES`].
@@ -81,7 +99,7 @@ pub struct RankFields {
 
 impl RankFields {
     /// All fields, in order.
-    pub const fn all(&self) -> [Field; 9] {
+    pub const fn all(&self) -> [Field; 11] {
         [
             self.produced,
             self.reduced,
@@ -89,6 +107,8 @@ impl RankFields {
             self.liveness,
             self.cause,
             self.slots,
+            self.identity,
+            self.records,
             self.staging_in,
             self.staging_out,
             self.channels,
@@ -137,6 +157,11 @@ impl ControlLayout {
         Field { offset: 0, bytes: 4 }
     }
 
+    /// [`JOB_WORDS`] × `u64`, written by rank 0: what job this is.
+    pub const fn job(&self) -> Field {
+        Field { offset: LINE, bytes: JOB_WORDS * 8 }
+    }
+
     /// Bytes of one rank's part; staging at most 16 MiB of it.
     pub const fn rank_bytes(&self) -> usize {
         self.rank_at(0).channels.end()
@@ -180,8 +205,15 @@ impl ControlLayout {
     const fn rank_at(&self, base: usize) -> RankFields {
         let cause = Field { offset: base + 4 * LINE, bytes: CAUSE_BYTES };
         let slots = Field { offset: cause.end(), bytes: CALL_SLOTS * SLOT_WORDS * 8 };
-        let staging_in =
-            Field { offset: base + (slots.end() - base).next_multiple_of(PAGE), bytes: CHUNKS * CHUNK_BYTES };
+        let identity = Field { offset: slots.end(), bytes: IDENTITY_WORDS * 8 };
+        let records = Field {
+            offset: base + (identity.end() - base).next_multiple_of(PAGE),
+            bytes: RECORDS * RECORD_WORDS * 8,
+        };
+        let staging_in = Field {
+            offset: base + (records.end() - base).next_multiple_of(PAGE),
+            bytes: CHUNKS * CHUNK_BYTES,
+        };
         let staging_out = Field { offset: staging_in.end(), bytes: CHUNKS * CHUNK_BYTES };
         RankFields {
             produced: line(base, 0),
@@ -190,6 +222,8 @@ impl ControlLayout {
             liveness: line(base, 3),
             cause,
             slots,
+            identity,
+            records,
             staging_in,
             staging_out,
             channels: Field {
@@ -274,7 +308,8 @@ mod tests {
     fn fields_are_aligned_disjoint_and_inside() {
         for ranks in [1, 2, 3, 64] {
             let layout = ControlLayout::new(ranks);
-            let mut end = layout.abort().end();
+            assert!(layout.job().offset >= layout.abort().end() && layout.job().end() <= PAGE);
+            let mut end = PAGE;
             for rank in 0..ranks {
                 for field in layout.rank(rank).all() {
                     assert!(

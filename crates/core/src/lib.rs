@@ -22,6 +22,7 @@ pub mod hello;
 pub mod layout;
 pub mod member;
 pub mod rank_set;
+pub mod recorder;
 pub mod reduce_op;
 pub mod select;
 pub mod settings;

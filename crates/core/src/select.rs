@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use crate::call::Kind;
 use crate::error::{Error, Result};
+use crate::layout::INLINE_BYTES;
 
 /// How a collective is carried out over shared memory.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -59,7 +60,7 @@ pub struct Question {
     pub bytes: usize,
     /// Number of ranks.
     pub world_size: usize,
-    /// Whether all buffers lie in windows, on every rank.
+    /// Whether all buffers that every rank has lie in windows; of an all-to-all, in two different ones.
     pub in_windows: bool,
     /// An algorithm that was asked for, taken where it can serve the call.
     pub forced: Option<Algorithm>,
@@ -70,12 +71,26 @@ const ONE_SHOT_BYTES: usize = 16 * 1024;
 /// Windows are worth their extra barrier from here on (same measurement).
 const DIRECT_BYTES: usize = 16 * 1024;
 
+/// Whether parts of `bytes` travel inside the call slots, where the algorithm is one-shot: all that a rank publishes must fit.
+pub const fn is_inline(kind: Kind, bytes: usize, world_size: usize) -> bool {
+    match kind {
+        Kind::AllReduce { .. }
+        | Kind::Broadcast { .. }
+        | Kind::AllGather
+        | Kind::Reduce { .. }
+        | Kind::Gather { .. } => bytes <= INLINE_BYTES,
+        Kind::ReduceScatter { .. } | Kind::Scatter { .. } | Kind::AllToAll => {
+            bytes <= INLINE_BYTES / world_size
+        }
+        _ => false,
+    }
+}
+
 /// The algorithm for this call.
 pub fn algorithm(question: &Question) -> Algorithm {
     let reduces = matches!(question.kind, Kind::AllReduce { .. });
-    // The others have no direct form yet: their buffers are staged, in windows or not.
-    let can_be_direct =
-        matches!(question.kind, Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::AllGather);
+    // Parts of any size, and several buffers of a rank, are staged, in windows or not.
+    let can_be_direct = !question.kind.is_uneven() && !question.kind.is_multi();
     let in_windows = question.in_windows && can_be_direct;
     match question.forced {
         Some(Algorithm::Direct) if in_windows => return Algorithm::Direct,
@@ -87,7 +102,7 @@ pub fn algorithm(question: &Question) -> Algorithm {
         return Algorithm::Direct;
     }
     // One-shot reads (n − 1)·S and two-shot about 2·S: with more ranks the border moves down.
-    if reduces && question.bytes * (question.world_size - 1) > ONE_SHOT_BYTES {
+    if reduces && question.bytes.saturating_mul(question.world_size - 1) > ONE_SHOT_BYTES {
         Algorithm::TwoShot
     } else {
         Algorithm::OneShot
@@ -124,6 +139,17 @@ mod tests {
         assert_eq!(algorithm(&Question { bytes: 1 << 24, ..force(Algorithm::OneShot) }), Algorithm::OneShot);
         let gather = Question { kind: Kind::AllGather, ..force(Algorithm::TwoShot) };
         assert_eq!(algorithm(&gather), Algorithm::OneShot);
+    }
+
+    #[test]
+    fn small_parts_travel_inside_the_call_where_all_that_a_rank_publishes_fits() {
+        let inline = |kind, bytes, world_size| is_inline(kind, bytes, world_size);
+        assert!(inline(Kind::Gather { root: 1 }, 48, 64) && !inline(Kind::Gather { root: 1 }, 49, 2));
+        assert!(inline(Kind::AllToAll, 24, 2) && !inline(Kind::AllToAll, 25, 2));
+        assert!(
+            inline(Kind::AllToAll, 16, 3) && !inline(Kind::AllToAll, 16, 4) && inline(Kind::AllToAll, 0, 64)
+        );
+        assert!(!inline(Kind::AllToAllV, 1, 2));
     }
 
     #[test]

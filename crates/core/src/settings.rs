@@ -62,6 +62,7 @@ pub struct Setting {
 const ALGORITHMS: ValueKind =
     ValueKind::Choice(&["auto", "one-shot", "two-shot", "direct"], "auto, one-shot, two-shot or direct");
 const ORDERS: ValueKind = ValueKind::Choice(&["fixed", "rank"], "fixed or rank");
+const SWITCH: ValueKind = ValueKind::Choice(&["on", "off"], "on or off");
 const REQUIREMENTS: ValueKind = ValueKind::Choice(&["none", "auth"], "none or auth");
 
 const fn setting(
@@ -148,6 +149,12 @@ pub const SETTINGS: &[Setting] = &[
         ValueKind::DurationOrAuto,
         "auto",
         "How long a wait spins before it sleeps; auto depends on cores and ranks of the host.",
+    ),
+    setting(
+        "UNISONO_RECORDER",
+        SWITCH,
+        "on",
+        "Whether each rank records its last 1,024 calls in shared memory, for unisono top, dump and why.",
     ),
     internal(
         "UNISONO_SECRET_FD",
@@ -253,6 +260,8 @@ pub struct Settings {
     pub interface: Option<String>,
     /// How long a wait spins.
     pub spin: Spin,
+    /// Whether calls are recorded.
+    pub recorder: bool,
 }
 
 impl Default for Settings {
@@ -269,6 +278,7 @@ impl Default for Settings {
             store: None,
             interface: None,
             spin: Spin::Auto,
+            recorder: true,
         }
     }
 }
@@ -308,6 +318,11 @@ impl Settings {
                 "auto" => Some(Spin::Auto),
                 "off" => Some(Spin::For(Duration::ZERO)),
                 word => parse_duration(word).map(Spin::For),
+            })?,
+            recorder: read.parsed("UNISONO_RECORDER", default.recorder, |word| match word {
+                "on" => Some(true),
+                "off" => Some(false),
+                _ => None,
             })?,
         })
     }

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::hello::WorldTable;
+use crate::hello::{HostIdentity, WorldTable};
 
 /// How two ranks reach each other, fastest first.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize)]
@@ -47,15 +47,26 @@ impl Topology {
     /// The topology of this table.
     pub fn new(table: &WorldTable) -> Self {
         let mut hosts: Vec<Host> = Vec::new();
+        let mut identities: Vec<&HostIdentity> = Vec::new();
         let mut keys = std::collections::HashMap::new();
         let mut host_of = Vec::with_capacity(table.hellos().len());
         for (rank, hello) in table.hellos().iter().enumerate() {
             let host = *keys.entry(hello.host.key()).or_insert_with(|| {
+                identities.push(&hello.host);
                 hosts.push(Host { name: hello.host.name.clone(), ranks: Vec::new() });
                 hosts.len() - 1
             });
             hosts[host].ranks.push(rank);
             host_of.push(host);
+        }
+        // Containers of one machine often share its name: what tells them apart is told.
+        for (host, identity) in hosts.iter_mut().zip(&identities) {
+            if identities
+                .iter()
+                .any(|other| other.boot_id == identity.boot_id && !other.is_same_host(identity))
+            {
+                host.name = format!("{} in network namespace {}", identity.name, identity.network_namespace);
+            }
         }
         Self { hosts, host_of }
     }

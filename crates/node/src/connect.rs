@@ -17,6 +17,7 @@ use unisono_core::Secret;
 use unisono_core::auth::{Handshake, Opened, Role, Session};
 use unisono_sync::Deadline;
 
+use crate::credentials::{self, Credentials};
 use crate::error::{Error, Lost, Result};
 use crate::socket::{self, MAX_MESSAGE_BYTES, Received, Sent};
 
@@ -29,8 +30,12 @@ const WELCOME: u16 = 1;
 const PROOF_TIME: Duration = Duration::from_secs(2);
 /// How often the ranks that are waited for are looked at. Two looks in a row must find one gone.
 const LOOK: Duration = Duration::from_millis(250);
-/// Pending connections at once; more are refused.
+/// Pending connections at once; a further one replaces the oldest stranger.
 const MAX_PENDING: usize = 256;
+/// Accepted before those that came earlier are heard: fewer than may be pending, so that nobody is replaced unheard.
+const ACCEPTS_PER_TURN: usize = 64;
+/// How long whoever said its name is not replaced.
+const GRACE: Duration = Duration::from_millis(250);
 
 /// Where a rank listens for the others of its host. While they connect it stands for the rank's life: keep it until all
 /// of them are known to have connected.
@@ -92,7 +97,10 @@ pub struct PlaneConfig {
 #[derive(Debug)]
 pub(crate) struct Link {
     pub(crate) rank: usize,
+    /// Its process, as it says, or as we see it, which is another number where process namespaces differ.
     pub(crate) pid: u32,
+    /// The same, if we see it.
+    pub(crate) seen_pid: Option<u32>,
     pub(crate) socket: OwnedFd,
     pub(crate) pidfd: Option<OwnedFd>,
     pub(crate) session: Session,
@@ -105,7 +113,8 @@ pub(crate) fn connect_all(
     deadline: Deadline,
 ) -> Result<Vec<Link>> {
     let start = Instant::now();
-    let mut meeting = Meeting { config, links: Vec::new(), pending: Vec::new(), suspects: Vec::new() };
+    let mut meeting =
+        Meeting { config, links: Vec::new(), pending: Vec::new(), suspects: Vec::new(), refused: 0 };
     let mut next_look = start + LOOK;
     let mut to_dial: Vec<&PeerAddress> = config.peers.iter().filter(|peer| peer.rank < config.rank).collect();
     let mut buffer = vec![0; MAX_MESSAGE_BYTES];
@@ -137,7 +146,8 @@ pub(crate) fn connect_all(
 struct Pending {
     socket: OwnedFd,
     since: Instant,
-    pid: u32,
+    /// Its process, if it lies in a process namespace that we see.
+    pid: Option<u32>,
     stage: Stage,
     /// The peer we dialled; a failure of such a connection is ours to report.
     dialled: bool,
@@ -158,6 +168,8 @@ struct Meeting<'a> {
     pending: Vec<Pending>,
     /// Ranks whose socket was gone when last looked at.
     suspects: Vec<usize>,
+    /// Connections that were turned away.
+    refused: u64,
 }
 
 impl Meeting<'_> {
@@ -236,12 +248,17 @@ impl Meeting<'_> {
 
     /// Takes what waits on the listener; strangers are turned away with a warning.
     fn accept(&mut self, endpoint: &Endpoint) -> Result<()> {
-        while self.pending.len() < MAX_PENDING {
+        for _ in 0..ACCEPTS_PER_TURN {
+            if self.pending.len() >= MAX_PENDING && !self.replace_a_stranger() {
+                break;
+            }
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
             let socket = match rustix::net::accept_with(&endpoint.listener, flags) {
                 Ok(socket) => socket,
                 Err(Errno::AGAIN) => break,
                 Err(Errno::INTR | Errno::CONNABORTED) => continue,
+                // No descriptor is left: strangers must not take them from us.
+                Err(Errno::MFILE | Errno::NFILE) if self.replace_a_stranger() => continue,
                 Err(errno) => return Err(Error::socket("accept")(errno)),
             };
             match check_user(&socket) {
@@ -252,10 +269,33 @@ impl Meeting<'_> {
                     stage: Stage::Introduction,
                     dialled: false,
                 }),
-                Err(error) => tracing::warn!("rank {}: {error}; refused", self.config.rank),
+                Err(error) => self.refuse(None, &error),
             }
         }
         Ok(())
+    }
+
+    /// Closes the connection that has waited longest without saying who it is, or at least without proving it; false if there
+    /// is none.
+    fn replace_a_stranger(&mut self) -> bool {
+        let is_nameless = |pending: &Pending| matches!(pending.stage, Stage::Introduction);
+        let is_slow = |pending: &Pending| !pending.dialled && pending.since.elapsed() > GRACE;
+        let at = self.pending.iter().position(is_nameless).or_else(|| self.pending.iter().position(is_slow));
+        let Some(at) = at else { return false };
+        let stranger = self.pending.remove(at);
+        let reason = "it did not prove itself while many others came";
+        self.refuse(stranger.pid, &unisono_core::Error::Auth { reason }.into());
+        true
+    }
+
+    /// Warns of a connection that is turned away. A flood must not fill the log: the 1st, 2nd, 4th, 8th … are told.
+    fn refuse(&mut self, pid: Option<u32>, why: &Error) {
+        self.refused += 1;
+        if self.refused.is_power_of_two() {
+            let (rank, refused) = (self.config.rank, self.refused);
+            let who = pid.map_or("a process that we do not see".to_owned(), |pid| format!("process {pid}"));
+            tracing::warn!(refused, "rank {rank}: {who} was refused: {why}");
+        }
     }
 
     /// Moves every pending connection on as far as what arrived allows.
@@ -268,7 +308,7 @@ impl Meeting<'_> {
                 Ok(Progress::Linked(link)) => self.links.push(*link),
                 Ok(Progress::HungUp) => {}
                 Err(error) if dialled => return Err(error),
-                Err(error) => tracing::warn!("rank {}: process {pid} was refused: {error}", self.config.rank),
+                Err(error) => self.refuse(pid, &error),
             }
         }
         self.pending = waiting;
@@ -284,7 +324,7 @@ impl Meeting<'_> {
                     );
                 }
                 Received::Nothing => return Ok(Progress::Waiting(pending)),
-                Received::EndOfFile => return pending.closed(),
+                Received::EndOfFile => return self.closed(&pending),
                 Received::Message(length, fds) => (length, fds),
             };
             let message = &buffer[..length];
@@ -303,13 +343,30 @@ impl Meeting<'_> {
                 }
                 Stage::Welcome { rank, mut session } => {
                     check_welcome(&mut session, message)?;
-                    let (pid, socket) = (pending.pid, pending.socket);
-                    let link = Link { rank, pid, socket, pidfd: fds.into_iter().next(), session: *session };
+                    let (pid, seen_pid) = (self.pid_of(rank, pending.pid), pending.pid);
+                    let (socket, pidfd, session) = (pending.socket, fds.into_iter().next(), *session);
+                    let link = Link { rank, pid, seen_pid, socket, pidfd, session };
                     return Ok(Progress::Linked(Box::new(link)));
                 }
             };
             pending.flush()?;
         }
+    }
+
+    fn closed(&self, pending: &Pending) -> Result<Progress> {
+        match pending.stage.rank() {
+            None => Ok(Progress::HungUp),
+            Some(rank) => {
+                let pid = self.pid_of(rank, pending.pid);
+                Err(Error::PeerLost { rank, pid, lost: Lost::SocketClosed })
+            }
+        }
+    }
+
+    /// How messages call the process of `rank`: as we see it, else as it says itself.
+    fn pid_of(&self, rank: usize, seen: Option<u32>) -> u32 {
+        let told = self.config.peers.iter().find(|peer| peer.rank == rank).map(|peer| peer.pid);
+        seen.or(told).unwrap_or(0)
     }
 
     fn introduced(&self, message: &[u8]) -> Result<Stage> {
@@ -357,13 +414,6 @@ impl Pending {
         }
         Ok(())
     }
-
-    fn closed(&self) -> Result<Progress> {
-        match self.stage.rank() {
-            None => Ok(Progress::HungUp),
-            Some(rank) => Err(Error::PeerLost { rank, pid: self.pid, lost: Lost::SocketClosed }),
-        }
-    }
 }
 
 impl Stage {
@@ -389,13 +439,8 @@ fn check_welcome(session: &mut Session, message: &[u8]) -> Result<()> {
     }
 }
 
-/// Refuses processes of other users; the pid of the other end (0 if it lies outside our view).
-fn check_user(socket: &OwnedFd) -> Result<u32> {
-    let credentials =
-        rustix::net::sockopt::socket_peercred(socket).map_err(Error::socket("peer credentials"))?;
-    let (expected, got) = (getuid().as_raw(), credentials.uid.as_raw());
-    if expected != got {
-        return Err(Error::ForeignUser { expected, got });
-    }
-    Ok(credentials.pid.as_raw_nonzero().get() as u32)
+/// Refuses processes of other users; the pid of the other end, if we see it.
+fn check_user(socket: &OwnedFd) -> Result<Option<u32>> {
+    let (expected, Credentials { pid, uid: got }) = (getuid().as_raw(), credentials::of_peer(socket)?);
+    if expected == got { Ok(pid) } else { Err(Error::ForeignUser { expected, got }) }
 }

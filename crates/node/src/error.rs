@@ -119,6 +119,14 @@ pub enum Error {
         /// How long.
         waited: Duration,
     },
+    /// Other processes, or their memory, cannot be looked at.
+    #[error("{what} cannot be read: {message}")]
+    Inspect {
+        /// What was to be read.
+        what: String,
+        /// What the system said.
+        message: String,
+    },
     /// The wait was given up because the communicator failed meanwhile.
     #[error("given up, because the communicator failed meanwhile; its first cause says why")]
     Aborted,

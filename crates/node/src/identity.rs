@@ -33,12 +33,46 @@ pub fn pid() -> u32 {
     std::process::id()
 }
 
+/// What the system says of a process.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ProcessStatus {
+    /// Its state, as `ps` shows it: `R` runs, `S` sleeps, `T` stopped, `Z` ended and not collected.
+    pub state: char,
+    /// When it started, in clock ticks after the start of the machine: with its pid, this names one process for ever.
+    pub started: u64,
+}
+
+impl ProcessStatus {
+    /// The status of process `pid`; `None` if there is none, or the system does not tell.
+    pub fn of(pid: u32) -> Option<Self> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The command name before the state is in parentheses and may itself contain any character.
+        let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+        let state = fields.next()?.chars().next()?;
+        // The state is the third field, the time of the start the 22nd.
+        let started = fields.nth(18)?.parse().ok()?;
+        Some(Self { state, started })
+    }
+
+    /// Stopped by a signal or a debugger.
+    pub const fn is_stopped(self) -> bool {
+        matches!(self.state, 'T' | 't')
+    }
+
+    /// Ended, though its parent has not collected its status yet.
+    pub const fn has_ended(self) -> bool {
+        matches!(self.state, 'Z' | 'X')
+    }
+}
+
 /// Whether process `pid` is stopped by a signal or a debugger; `None` if that cannot be told.
 pub fn is_stopped(pid: u32) -> Option<bool> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command name before the state is in parentheses and may itself contain any character.
-    let state = stat.rsplit_once(')')?.1.trim_start().chars().next()?;
-    Some(matches!(state, 'T' | 't'))
+    // A /proc of another process namespace knows other numbers.
+    let ourselves = std::fs::read_link("/proc/self").ok()?;
+    if ourselves.to_str()? != std::process::id().to_string() {
+        return None;
+    }
+    Some(ProcessStatus::of(pid)?.is_stopped())
 }
 
 #[cfg(test)]
@@ -53,5 +87,8 @@ mod tests {
         assert!(processors() >= std::thread::available_parallelism().unwrap().get());
         assert_eq!(is_stopped(pid()), Some(false));
         assert_eq!(is_stopped(u32::MAX), None);
+        let status = ProcessStatus::of(pid()).unwrap();
+        assert!(matches!(status.state, 'R' | 'S') && status.started > 0 && !status.has_ended());
+        assert_eq!(ProcessStatus::of(pid()).unwrap().started, status.started);
     }
 }

@@ -1,14 +1,17 @@
 //! One host: the memory that its ranks share, and the plane on which they pass descriptors and watch each other live.
 //!
-//! What is in here: sealed anonymous memory ([`SharedMemory`]), the identity of this machine ([`identity`]), the sockets
+//! What is in here: sealed anonymous memory ([`SharedMemory`]), the identity of this machine ([`identity`]) and of this process ([`fork`]), the sockets
 //! between the processes of a host ([`NodePlane`]) and their counterpart for threads of one process
-//! ([`ThreadHub`]). Nothing of it has a name in a file system, so nothing is left behind by a kill.
+//! ([`ThreadHub`]), and a look at the shared memory of other processes ([`inspect`]). Nothing of it has a name in a file system, so nothing is left behind by a kill.
 //!
 //! What never will be: a collective, a store, or any idea of what the memory is for.
 
 pub mod connect;
+mod credentials;
 pub mod error;
+pub mod fork;
 pub mod identity;
+pub mod inspect;
 pub mod mailbox;
 pub mod memory;
 pub mod plane;
@@ -17,6 +20,8 @@ pub mod threads;
 
 pub use connect::{Endpoint, PeerAddress, PlaneConfig};
 pub use error::{Error, Lost, Result};
+pub use fork::Process;
+pub use inspect::ForeignMemory;
 pub use mailbox::{Mailbox, Tag};
 pub use memory::SharedMemory;
 pub use plane::{NodePlane, PlaneEvents, WatchId};

@@ -127,12 +127,19 @@ pub struct Watch<'m> {
 pub struct SpinBudget {
     polls: Cell<u32>,
     waits: Cell<u32>,
+    slow: Cell<u32>,
 }
 
 impl SpinBudget {
     /// Starts with all that `policy` allows.
     pub const fn new(policy: &WaitPolicy) -> Self {
-        Self { polls: Cell::new(policy.spins), waits: Cell::new(0) }
+        Self { polls: Cell::new(policy.spins), waits: Cell::new(0), slow: Cell::new(0) }
+    }
+
+    /// How many waits outlasted their spin, modulo 2³²: who sees the same number twice has at most spun in between.
+    #[inline(always)]
+    pub const fn slow_waits(&self) -> u32 {
+        self.slow.get()
     }
 
     fn next(&self, policy: &WaitPolicy) -> u32 {
@@ -173,6 +180,7 @@ pub fn wait(
         }
     }
     watch.budget.polls.set(watch.budget.polls.get() / 2);
+    watch.budget.slow.set(watch.budget.slow.get().wrapping_add(1));
     wait_slowly(policy, watch, &ready, warn)
 }
 

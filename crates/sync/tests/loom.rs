@@ -5,7 +5,7 @@
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU32, AtomicU64};
 use loom::thread;
-use unisono_sync::{Atomics, Barrier, EpochFlag, Loom, SignalPad, SlotRing, Word};
+use unisono_sync::{Atomics, Barrier, EpochFlag, Journal, Loom, SignalPad, SlotRing, Word};
 
 fn until(ready: impl Fn() -> bool) {
     while !ready() {
@@ -163,5 +163,27 @@ fn the_abort_word_names_one_cause_that_is_complete() {
         assert_eq!(shared.1[word as usize - 1].read(), u64::from(word) + 99);
         let theirs = thread.join().unwrap();
         assert!(mine ^ theirs);
+    });
+}
+
+#[test]
+fn a_record_of_a_journal_is_whole_or_not_there() {
+    loom::model(|| {
+        let words: Vec<AtomicU64> = (0..3).map(|_| AtomicU64::new(0)).collect();
+        let shared = Arc::new(words);
+        let writer = shared.clone();
+        let thread = thread::spawn(move || {
+            let journal = Journal::<3, Loom>::new(&writer);
+            journal.write(1, &[0, 10, 100]);
+            journal.write(2, &[0, 20, 200]);
+        });
+        let journal = Journal::<3, Loom>::new(&shared);
+        for number in [1, 2] {
+            if let Some(record) = journal.read(number) {
+                assert_eq!(record, [number, number * 10, number * 100]);
+            }
+        }
+        thread.join().unwrap();
+        assert_eq!(journal.read(2), Some([2, 20, 200]));
     });
 }

@@ -268,7 +268,9 @@ impl Rank<'_> {
             return if operation == Operation::SendRecv { "channel" } else { "flags" }.to_owned();
         };
         let bytes = count * self.workload.dtype.size();
-        self.communicator.observer().algorithm(kind, bytes, self.workload.windows)
+        // An all-to-all in place has one window, and reads nothing there.
+        let in_windows = self.workload.windows && !(self.workload.in_place && kind == Kind::AllToAll);
+        self.communicator.observer().algorithm(kind, bytes, in_windows)
     }
 
     /// GB/s as nccl-tests counts: of the operation, and over the bus.

@@ -17,7 +17,8 @@ use unisono::settings;
 
 use crate::output::Target;
 use crate::{Common, Failure};
-use policy::{Action, Ended, OnFailure, Policy, Rules};
+use policy::{Action, Ended, Note, OnFailure, Policy, Rules};
+use recordings::Recordings;
 use signals::Signals;
 pub(crate) use spawn::{Job, Rank};
 
@@ -25,6 +26,7 @@ use writer::Writer;
 
 mod lines;
 mod policy;
+mod recordings;
 mod report;
 mod secret;
 mod signals;
@@ -105,6 +107,7 @@ pub(crate) fn execute(arguments: Arguments, common: &Common) -> Result<u8, Failu
             policy: Policy::new(rules),
             signals,
             writer,
+            recordings: Recordings::new(&job.name),
             started,
             pids,
             quiet: common.quiet,
@@ -151,6 +154,7 @@ struct Supervisor {
     policy: Policy,
     signals: Signals,
     writer: Writer,
+    recordings: Recordings,
     started: Instant,
     pids: Vec<i32>,
     quiet: bool,
@@ -166,6 +170,7 @@ impl Supervisor {
             if self.policy.is_over() {
                 return Ok(());
             }
+            self.recordings.look_in_time(self.started.elapsed(), living(&self.ranks));
             let ended = self.wait()?;
             self.collect(ended)?;
             while let Some(signal) = self.signals.next()? {
@@ -181,9 +186,9 @@ impl Supervisor {
         let files = living.iter().map(|(_, rank)| rank.pidfd.as_fd()).chain([self.signals.as_fd()]);
         let mut polled: Vec<PollFd<'_>> =
             files.map(|file| PollFd::from_borrowed_fd(file, PollFlags::IN)).collect();
-        let timeout =
-            self.policy.next_wake().map(|wake| timespec(wake.saturating_sub(self.started.elapsed())));
-        match poll(&mut polled, timeout.as_ref()) {
+        let look = self.recordings.next_look();
+        let wake = self.policy.next_wake().map_or(look, |wake| wake.min(look));
+        match poll(&mut polled, Some(&timespec(wake.saturating_sub(self.started.elapsed())))) {
             Ok(_) => {}
             Err(Errno::INTR) => return Ok(Vec::new()),
             Err(errno) => return Err(errno.into()),
@@ -227,13 +232,19 @@ impl Supervisor {
         self.send(libc::SIGCONT);
     }
 
-    fn act(&self, action: Action) {
+    fn act(&mut self, action: Action) {
         match action {
             Action::Send(signal) => self.send(signal),
             Action::Announce(note) => {
-                let forwarded = matches!(note, policy::Note::Forwarded { .. });
+                let forwarded = matches!(note, Note::Forwarded { .. });
                 if !(self.quiet && forwarded) {
                     self.writer.say(&report::announcement(note, &self.policy, &self.pids));
+                }
+                if matches!(note, Note::FirstFailure { .. } | Note::TimedOut) {
+                    self.recordings.look(living(&self.ranks));
+                }
+                if note == Note::TimedOut {
+                    self.recordings.why().iter().for_each(|paragraph| self.writer.say(paragraph));
                 }
             }
         }
@@ -251,9 +262,15 @@ impl Supervisor {
     /// Lets the writer finish, writes the report, and answers the exit code.
     fn conclude(self, job: &str, json: Option<&Target>) -> Result<u8, Failure> {
         let code = report::exit_code(&self.policy);
+        let mut lines = report::summary(&self.policy);
+        if !lines.is_empty() {
+            lines.splice(0..0, self.recordings.sentence(self.pids.len()));
+        }
         let result = match json {
             Some(_) => {
-                let report = report::Report::new(job, &self.policy, &self.pids, self.started.elapsed());
+                let last_calls = self.recordings.last_calls(self.pids.len());
+                let report =
+                    report::Report::new(job, &self.policy, &self.pids, last_calls, self.started.elapsed());
                 let text = serde_json::to_string_pretty(&report);
                 text.map_err(|error| Failure::new(format!("the report cannot be written as JSON: {error}")))?
                     + "\n"
@@ -261,7 +278,6 @@ impl Supervisor {
             None => String::new(),
         };
         let to_stdout = matches!(json, Some(Target::Stdout));
-        let lines = report::summary(&self.policy);
         self.writer.finish(&lines, if to_stdout { result.clone().into_bytes() } else { Vec::new() });
         if let Some(Target::File(path)) = json {
             std::fs::write(path, &result).map_err(|error| {
@@ -290,6 +306,11 @@ impl Supervisor {
             }
         }
     }
+}
+
+/// The processes of the ranks that have not ended.
+fn living(ranks: &[Option<Rank>]) -> impl Iterator<Item = u32> {
+    ranks.iter().flatten().map(|rank| rank.pid.as_raw_pid().unsigned_abs())
 }
 
 /// How the rank ended, leaving its status in place.

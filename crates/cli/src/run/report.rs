@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use serde::Serialize;
+use unisono::recorder::ranks_phrase;
 
 use super::policy::{Ended, Note, OnFailure, Policy, TERMINATE_WAIT};
+use super::recordings::LastCall;
 use super::signals;
 
 /// The exit code of a job that its `--timeout` ended.
@@ -156,22 +158,7 @@ fn subject(list: &[usize]) -> String {
 
 /// `rank 3`, `ranks 0, 1`, `ranks 0–6, 9`.
 fn ranks(list: &[usize]) -> String {
-    let mut runs: Vec<(usize, usize)> = Vec::new();
-    for rank in list {
-        match runs.last_mut() {
-            Some((_, last)) if *last + 1 == *rank => *last = *rank,
-            _ => runs.push((*rank, *rank)),
-        }
-    }
-    let text: Vec<String> = runs
-        .into_iter()
-        .map(|(first, last)| match last - first {
-            0 => first.to_string(),
-            1 => format!("{first}, {last}"),
-            _ => format!("{first}–{last}"),
-        })
-        .collect();
-    format!("rank{} {}", if list.len() == 1 { "" } else { "s" }, text.join(", "))
+    ranks_phrase(list).replace(" and ", ", ")
 }
 
 /// `30 ms`, `0.4 s`, `5 s`, `12 s`.
@@ -206,11 +193,20 @@ struct RankReport {
     ended_by: Option<String>,
     /// From the start of the job to its end; missing if it never ended.
     seconds: Option<f64>,
+    /// What it did last; missing if it made no communicator.
+    last_call: Option<LastCall>,
 }
 
 impl<'r> Report<'r> {
-    pub(super) fn new(job: &'r str, policy: &Policy, pids: &[i32], elapsed: Duration) -> Self {
-        let ranks = policy.ends().iter().zip(pids).enumerate().map(|(rank, (end, pid))| RankReport {
+    pub(super) fn new(
+        job: &'r str,
+        policy: &Policy,
+        pids: &[i32],
+        last_calls: Vec<Option<LastCall>>,
+        elapsed: Duration,
+    ) -> Self {
+        let ranks = policy.ends().iter().zip(pids).zip(last_calls).enumerate();
+        let ranks = ranks.map(|(rank, ((end, pid), last_call))| RankReport {
             rank,
             pid: *pid,
             exit_code: end.and_then(|end| if let Ended::Code(code) = end.how { Some(code) } else { None }),
@@ -219,6 +215,7 @@ impl<'r> Report<'r> {
             }),
             ended_by: end.and_then(|end| end.pressed).map(signals::name),
             seconds: end.map(|end| end.at.as_secs_f64()),
+            last_call,
         });
         Self {
             job,

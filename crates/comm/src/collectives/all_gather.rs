@@ -1,7 +1,7 @@
 //! All-gather: every rank stages its part, every peer copies it to its place; or, in windows, reads it in place.
 
 use unisono_core::call::HEADER_WORDS;
-use unisono_core::layout::{CHUNK_BYTES, INLINE_BYTES};
+use unisono_core::layout::CHUNK_BYTES;
 use unisono_core::select::Algorithm;
 
 use super::blocks::Blocks;
@@ -20,11 +20,10 @@ impl Engine {
         header: &[u64; HEADER_WORDS],
         at: &mut State,
     ) -> Step<u64> {
-        let bytes = plan.bytes();
         if plan.algorithm == Algorithm::Direct {
             return self.all_gather_direct(plan, header, at);
         }
-        if bytes <= INLINE_BYTES && plan.uneven.is_none() {
+        if self.is_inline(plan) {
             return self.all_gather_inline(plan, header, at);
         }
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
@@ -50,7 +49,7 @@ impl Engine {
 
     fn all_gather_inline(&mut self, plan: &Plan, header: &[u64; HEADER_WORDS], at: &mut State) -> Step<u64> {
         let bytes = plan.bytes();
-        self.exchange_inline(plan, header, at)?;
+        self.exchange_inline(plan, bytes, Part::ALL, (header, at))?;
         for (rank, data) in self.inline_sources.iter().enumerate() {
             // SAFETY: our own copies of the data; the result is valid for all parts.
             unsafe { copy(*data, plan.target.add(rank * bytes), bytes) };
@@ -61,7 +60,7 @@ impl Engine {
     /// Everybody's part lies in a window: it is read there. One step, for the barrier at the end.
     fn all_gather_direct(&mut self, plan: &Plan, header: &[u64; HEADER_WORDS], at: &mut State) -> Step<u64> {
         let bytes = plan.bytes();
-        if self.exchange_places(plan, header, bytes, at)? {
+        if self.exchange_places(plan, header, (bytes, bytes), at)? {
             for (rank, (source, _)) in self.places.iter().enumerate() {
                 // SAFETY: the place of every source was checked; nobody writes a part but its owner, before it arrived.
                 unsafe { copy(source.cast_const(), plan.target.add(rank * bytes), bytes) };

@@ -14,7 +14,7 @@
 
 use unisono_core::ReduceOp;
 use unisono_core::call::HEADER_WORDS;
-use unisono_core::layout::{CHUNK_BYTES, INLINE_BYTES, SLOT_HEADER};
+use unisono_core::layout::{CHUNK_BYTES, SLOT_HEADER};
 use unisono_core::select::Algorithm;
 
 use super::blocks::Blocks;
@@ -42,7 +42,7 @@ impl Engine {
     ) -> Step<u64> {
         let reduction = Reduction::new(plan.dtype, op)?;
         match plan.algorithm {
-            Algorithm::OneShot if plan.bytes() <= INLINE_BYTES => self.inline(plan, reduction, header, at),
+            Algorithm::OneShot if self.is_inline(plan) => self.inline(plan, reduction, header, at),
             Algorithm::TwoShot => self.two_shot(plan, reduction, header, at),
             Algorithm::Direct => self.direct(plan, reduction, header, at),
             _ => self.one_shot(plan, reduction, header, at),
@@ -57,7 +57,7 @@ impl Engine {
         header: &[u64; HEADER_WORDS],
         at: &mut State,
     ) -> Step<u64> {
-        self.exchange_inline(plan, header, at)?;
+        self.exchange_inline(plan, plan.bytes(), Part::ALL, (header, at))?;
         self.read_scalars(reduction, header);
         // SAFETY: all sources are our own copies of `INLINE_BYTES`; the target is valid for `count` elements.
         unsafe { reduction.run(&self.inline_sources, &self.scalars, plan.target, plan.count) };
@@ -217,7 +217,7 @@ impl Engine {
         header: &[u64; HEADER_WORDS],
         at: &mut State,
     ) -> Step<u64> {
-        self.exchange_places(plan, header, plan.bytes(), at)?;
+        self.exchange_places(plan, header, (plan.bytes(), plan.bytes()), at)?;
         self.read_scalars(reduction, header);
         let blocks = Blocks::new(plan, self.world_size * CHUNK_BYTES / plan.dtype.size());
         // Twice a turn: even ones reduce, odd ones copy what was reduced one turn before.

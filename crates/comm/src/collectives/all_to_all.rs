@@ -2,6 +2,7 @@
 //! own, a first block tells all ranks all sizes.
 
 use unisono_core::call::HEADER_WORDS;
+use unisono_core::select::Algorithm;
 
 use super::blocks::Blocks;
 use super::copy::copy;
@@ -13,13 +14,37 @@ use crate::cause::Cause;
 use crate::error::Result;
 
 impl Engine {
-    /// Returns the number of steps. In place, a block of every part is staged before any of it is overwritten.
+    /// Every rank stages, or leaves in its window, a part for every other. Returns the number of steps. In place, a block of every part is staged before any of it is overwritten.
     pub(super) fn all_to_all(
         &mut self,
         plan: &Plan,
         header: &[u64; HEADER_WORDS],
         at: &mut State,
     ) -> Step<u64> {
+        let bytes = plan.bytes();
+        let all = bytes * self.world_size;
+        if plan.algorithm == Algorithm::Direct {
+            if self.exchange_places(plan, header, (all, 0), at)? {
+                for (rank, (source, _)) in self.places.iter().enumerate() {
+                    // SAFETY: the place of every source was checked; it lies in another window than any target, so nobody writes
+                    // it before all have left.
+                    unsafe {
+                        let part = source.add(self.rank * bytes).cast_const();
+                        copy(part, plan.target.add(rank * bytes), bytes);
+                    }
+                }
+            }
+            self.leave_together(1, at)?;
+            return Ok(1);
+        }
+        if self.is_inline(plan) {
+            self.exchange_inline(plan, all, Part::ALL, (header, at))?;
+            for (rank, data) in self.inline_sources.iter().enumerate() {
+                // SAFETY: our part of our own copy of each rank's source; the target is valid for all parts.
+                unsafe { copy(data.add(self.rank * bytes), plan.target.add(rank * bytes), bytes) };
+            }
+            return Ok(0);
+        }
         let blocks = self.pieces(plan);
         self.swap_pieces(plan, &blocks, (header, at), 0)
     }

@@ -2,11 +2,11 @@
 //! ahead as far as its credit goes.
 
 use unisono_core::call::HEADER_WORDS;
-use unisono_core::layout::{CHUNK_BYTES, INLINE_BYTES, INLINE_WORDS, SLOT_DATA};
+use unisono_core::layout::{CHUNK_BYTES, SLOT_DATA};
 use unisono_core::select::Algorithm;
 
 use super::blocks::Blocks;
-use super::copy::{copy, to_words};
+use super::copy::copy;
 use super::engine::{Engine, State};
 use super::exchange::{Part, stage_source};
 use super::plan::Plan;
@@ -22,11 +22,10 @@ impl Engine {
         header: &[u64; HEADER_WORDS],
         at: &mut State,
     ) -> Step<u64> {
-        let bytes = plan.bytes();
         if plan.algorithm == Algorithm::Direct {
             return self.broadcast_direct(plan, root, header, at);
         }
-        if bytes <= INLINE_BYTES {
+        if self.is_inline(plan) {
             return self.broadcast_inline(plan, root, header, at);
         }
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
@@ -52,20 +51,7 @@ impl Engine {
         at: &mut State,
     ) -> Step<u64> {
         let bytes = plan.bytes();
-        let words = bytes.div_ceil(8);
-        if self.rank == root {
-            // SAFETY: the source is valid for `bytes`, at most the size of the words.
-            let data: [u64; INLINE_WORDS] = unsafe { to_words(plan.source, bytes) };
-            self.arrive(header, &data[..words]);
-            // SAFETY: the root's own target is equal to or disjoint from its source.
-            unsafe { copy(plan.source, plan.target, bytes) };
-            return Ok(0);
-        }
-        self.arrive_once(header, &[], at);
-        self.hear(root)?;
-        for at in 0..words {
-            self.inline[root][at] = self.control.rank(root).slots.read(self.epoch, SLOT_DATA + at);
-        }
+        self.exchange_inline(plan, bytes, Part::from_root(self.rank, root), (header, at))?;
         // SAFETY: our own copy of the data, into a target that is valid for `bytes`.
         unsafe { copy(self.inline_sources[root], plan.target, bytes) };
         Ok(0)
@@ -80,7 +66,7 @@ impl Engine {
         at: &mut State,
     ) -> Step<u64> {
         let bytes = plan.bytes();
-        if self.exchange_places(plan, header, bytes, at)? {
+        if self.exchange_places(plan, header, (bytes, bytes), at)? {
             // SAFETY: the place of the root's source was checked, and the root does not write it before all have left.
             unsafe { copy(self.places[root].0.cast_const(), plan.target, bytes) };
         }
@@ -89,13 +75,13 @@ impl Engine {
     }
 
     /// Tells the peers where our buffers lie in their windows, and learns where theirs do: afterwards `self.places` holds the
-    /// addresses of `bytes` each, by rank, of inputs and of outputs. Every rank is heard. True the first time that it is
+    /// addresses, by rank, of inputs and of outputs, of so many bytes; null where they do not count. Every rank is heard. True the first time that it is
     /// complete: the phase is then 2.
     pub(super) fn exchange_places(
         &mut self,
         plan: &Plan,
         header: &[u64; HEADER_WORDS],
-        bytes: usize,
+        (source_bytes, target_bytes): (usize, usize),
         at: &mut State,
     ) -> Step<bool> {
         if at.phase > 1 {
@@ -114,8 +100,8 @@ impl Engine {
                 let offset = |at| slots.read(self.epoch, SLOT_DATA + at) as usize;
                 offsets = (offset(0), offset(1));
             }
-            let source = self.window_address(rank, source.0, offsets.0, bytes)?;
-            let target = self.window_address(rank, target.0, offsets.1, bytes)?;
+            let source = self.window_address(rank, source.0, offsets.0, source_bytes)?;
+            let target = self.window_address(rank, target.0, offsets.1, target_bytes)?;
             self.places.push((source, target));
         }
         self.heard_all();

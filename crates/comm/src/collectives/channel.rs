@@ -24,11 +24,11 @@ impl Engine {
         channel.bytes.saturating_sub(usize::try_from(ahead).unwrap_or(usize::MAX))
     }
 
-    /// Unread bytes of the ring from `from`, never more than it holds.
+    /// Unread bytes of the ring from `from`, never more than it holds; none if the count makes no sense.
     pub(super) fn unread(&self, from: usize) -> usize {
         let channel = self.channel_from(from);
         let ahead = channel.head.current().wrapping_sub(self.messages.read[from]);
-        usize::try_from(ahead).unwrap_or(usize::MAX).min(channel.bytes)
+        if can_lie_in(&channel, ahead) { (ahead as usize).min(channel.bytes) } else { 0 }
     }
 
     /// Copies `bytes` into the ring to `to`, around its end, without telling the receiver.
@@ -88,4 +88,9 @@ impl Engine {
         channel.tail.publish(tail);
         self.control.rank(self.rank).sleepers.wake(channel.tail.word());
     }
+}
+
+/// Whether the counts of the two sides can differ by so much: the padding of a message may reach beyond the ring.
+pub(super) const fn can_lie_in(channel: &Channel<'_>, ahead: u64) -> bool {
+    ahead <= (channel.bytes + HEADER_BYTES) as u64
 }

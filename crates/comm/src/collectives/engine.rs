@@ -11,12 +11,13 @@ use unisono_core::call::{CallHeader, HEADER_WORDS, Kind};
 use unisono_core::layout::{
     CALL_SLOTS, CHUNK_BYTES, CHUNKS, INLINE_WORDS, SLOT_CHAIN, SLOT_DATA, SLOT_HEADER,
 };
-use unisono_core::select::Algorithm;
+use unisono_core::select::{self, Algorithm};
 use unisono_sync::{EpochFlag, SpinBudget, WaitPolicy};
 
 use super::flight::Flight;
 use super::messages::Messages;
 use super::plan::{Plan, Situation};
+use super::recorder::Recorder;
 use super::waiting::{Halt, On, Step};
 use super::windows::Windows;
 use crate::call::Call;
@@ -86,6 +87,7 @@ pub(crate) struct Engine {
     /// Calls that were posted and are not complete.
     pub(super) flight: Flight,
     pub(super) messages: Messages,
+    pub(super) recorder: Recorder,
     pub(super) windows: Windows,
     generation: u32,
     /// Inline data of all ranks in the current call; `inline_sources[r]` points to `inline[r]`.
@@ -114,6 +116,7 @@ impl std::fmt::Debug for Engine {
 impl Engine {
     pub(crate) fn new(config: EngineConfig) -> Self {
         let world_size = config.control.world_size();
+        let recorder = Recorder::new(config.control.about().is_recording);
         let inline = vec![[0; INLINE_WORDS]; world_size].into_boxed_slice();
         let inline_sources = inline.iter().map(|data| data.as_ptr().cast()).collect();
         Self {
@@ -136,6 +139,7 @@ impl Engine {
             failed: None,
             flight: Flight::default(),
             messages: Messages::new(world_size),
+            recorder,
             windows: Windows::default(),
             generation: config.generation,
             inline,
@@ -179,14 +183,16 @@ impl Engine {
     pub(super) fn remember<T>(&mut self, result: Result<T>) -> Result<T> {
         if let Err(error) = &result {
             self.failed = Some(error.clone());
+            self.record_failure();
             self.abandon();
         }
         result
     }
 
-    /// Ok, or the first cause why this communicator failed. Costs a load.
+    /// Ok, or the first cause why this communicator failed, or that this is a forked child. Costs two loads.
     #[inline]
     pub(crate) fn check(&mut self) -> Result<()> {
+        self.control.check_process()?;
         if self.control.abort().raised().is_none() && self.failed.is_none() {
             return Ok(());
         }
@@ -225,6 +231,7 @@ impl Engine {
         if !at.has_begun {
             at.has_begun = true;
             self.begin(plan.kind, header);
+            self.record_collective(plan, header);
         }
         if self.epoch > self.credit.epoch + CALL_SLOTS as u64 {
             self.wait_for_epoch(self.epoch - CALL_SLOTS as u64)?;
@@ -246,6 +253,7 @@ impl Engine {
             _ => self.barrier(header, at),
         }?;
         self.finish(steps);
+        self.record_done();
         Ok(())
     }
 
@@ -375,6 +383,12 @@ impl Engine {
     pub(crate) fn have_met(&mut self) {
         self.epoch = 1;
         self.finish(0);
+    }
+
+    /// Whether the data of a one-shot call travels in the call slots.
+    #[inline]
+    pub(super) fn is_inline(&self, plan: &Plan) -> bool {
+        select::is_inline(plan.kind, plan.bytes(), self.world_size)
     }
 
     /// A barrier of its own kind, with other patience: for the beginning and the end.

@@ -85,26 +85,46 @@ impl Engine {
         Ok(blocks.end)
     }
 
-    /// Every rank's source, of at most 48 bytes, travels in its call slot: afterwards `self.inline` holds them all.
+    /// The sources, of `bytes`, at most 48, travel in the call slots of those who stage: afterwards `self.inline` holds ours,
+    /// if there is one, and those that we read.
     #[inline]
     pub(super) fn exchange_inline(
         &mut self,
         plan: &Plan,
-        header: &[u64; HEADER_WORDS],
-        at: &mut State,
+        bytes: usize,
+        part: Part,
+        (header, at): (&[u64; HEADER_WORDS], &mut State),
     ) -> Step<()> {
-        let words = plan.bytes().div_ceil(8);
-        // SAFETY: the source is valid for its length, at most the size of the words.
-        let mine: [u64; INLINE_WORDS] = unsafe { to_words(plan.source, plan.bytes()) };
-        self.arrive_once(header, &mine[..words], at);
-        self.inline[self.rank] = mine;
-        for peer in self.peers() {
-            self.hear(peer)?;
-            for at in 0..words {
-                self.inline[peer][at] = self.control.rank(peer).slots.read(self.epoch, SLOT_DATA + at);
+        let words = bytes.div_ceil(8);
+        if part.stages || part.reads == Reads::Everybody {
+            // SAFETY: the source is valid for its length, at most the size of the words.
+            self.inline[self.rank] = unsafe { to_words(plan.source, bytes) };
+        }
+        let published = if part.stages { words } else { 0 };
+        if at.phase == 0 {
+            at.phase = 1;
+            let mine: [u64; INLINE_WORDS] = self.inline[self.rank];
+            self.arrive(header, &mine[..published]);
+        }
+        match part.reads {
+            Reads::Nobody => {}
+            Reads::From(peer) => self.read_inline(peer, words)?,
+            Reads::Everybody => {
+                for peer in self.peers() {
+                    self.read_inline(peer, words)?;
+                }
+                self.heard_all();
             }
         }
-        self.heard_all();
+        Ok(())
+    }
+
+    #[inline]
+    fn read_inline(&mut self, peer: usize, words: usize) -> Step<()> {
+        self.hear(peer)?;
+        for at in 0..words {
+            self.inline[peer][at] = self.control.rank(peer).slots.read(self.epoch, SLOT_DATA + at);
+        }
         Ok(())
     }
 

@@ -69,6 +69,7 @@ impl Engine {
                 self.flight.collectives.push_back(Posted { ticket, plan, header, at: State::default() });
             }
             Prepared::Message(messages) => {
+                self.record_message(&messages, ticket);
                 for message in messages {
                     let posted = self.post_message(message, ticket);
                     self.remember(posted)?;
@@ -85,7 +86,9 @@ impl Engine {
         self.polling = true;
         let result = self.progress_collectives().and_then(|moved| Ok(self.progress_messages()? || moved));
         self.polling = false;
-        if self.remember(result)? {
+        let moved = self.remember(result)?;
+        self.record_progress(moved);
+        if moved {
             self.flight.vigil = None;
         }
         Ok(())

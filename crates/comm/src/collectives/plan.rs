@@ -71,21 +71,9 @@ impl Plan {
             return plan_multi(call, situation);
         }
         let Buffers { source, target, count, dtype } = Buffers::new(call, situation)?;
-        // A window counts where every rank has that side: what only the root has, the others cannot tell.
-        let everywhere = match call.kind {
-            Kind::Reduce { .. } | Kind::Gather { .. } => (true, false),
-            Kind::Scatter { .. } => (false, true),
-            _ => (true, true),
-        };
-        let source_window = window_of(call.kind, &source, situation)?.filter(|_| everywhere.0);
-        let target_window = window_of(call.kind, &target, situation)?.filter(|_| everywhere.1);
-        let question = select::Question {
-            kind: call.kind,
-            bytes: count * dtype.size(),
-            world_size: situation.world_size,
-            in_windows: source_window.is_some() && target_window.is_some(),
-            forced: situation.forced,
-        };
+        let (by_source, by_target) = call.kind.sides_everywhere();
+        let source_window = window_of(call.kind, &source, situation)?.filter(|_| by_source);
+        let target_window = window_of(call.kind, &target, situation)?.filter(|_| by_target);
         let header = CallHeader {
             kind: call.kind,
             dtype: Some(dtype),
@@ -93,6 +81,13 @@ impl Plan {
             parts: 0,
             source_window: source_window.map_or(0, |window| window.id),
             target_window: target_window.map_or(0, |window| window.id),
+        };
+        let question = select::Question {
+            kind: call.kind,
+            bytes: count * dtype.size(),
+            world_size: situation.world_size,
+            in_windows: header.is_in_windows(),
+            forced: situation.forced,
         };
         Ok(Self {
             kind: call.kind,

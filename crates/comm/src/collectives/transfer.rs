@@ -12,6 +12,8 @@ use crate::error::{Error, Result};
 
 /// Bytes after which the other side is told, so that it works while we do.
 const PIECE_BYTES: usize = 16 * 1024;
+/// Pieces of one sender that are read before anything else is looked at.
+const PIECES_PER_LOOK: usize = 64;
 
 impl Engine {
     /// Puts a message behind those that were posted before. One that came early is complete at once.
@@ -106,7 +108,10 @@ impl Engine {
     /// Reads what there is from `from`, as long as somebody waits for it; whether anything moved.
     fn pull(&mut self, from: usize) -> Result<bool> {
         let mut moved = false;
-        while self.is_wanted(from) {
+        for _ in 0..PIECES_PER_LOOK {
+            if !self.is_wanted(from) {
+                return Ok(moved);
+            }
             let mut arriving = std::mem::replace(&mut self.messages.arriving[from], Arriving::Nothing);
             let (step, needed) = match &mut arriving {
                 Arriving::Nothing if self.unread(from) >= HEADER_BYTES => {
@@ -137,14 +142,16 @@ impl Engine {
                 None => {
                     self.messages.arriving[from] = arriving;
                     self.flight.blocked.push(Blocked { peer: from, on: On::News, value: needed as u64 });
-                    break;
+                    return Ok(moved);
                 }
                 Some(false) => self.messages.arriving[from] = arriving,
                 Some(true) => self.arrived(from, arriving)?,
             }
             moved = true;
         }
-        Ok(moved)
+        // There is more; but the others, an abort above all, must not wait for its end.
+        self.flight.blocked.push(Blocked { peer: from, on: On::News, value: 0 });
+        Ok(true)
     }
 
     /// Copies what there is of a message of which `left` bytes are missing, at most `most`, to `target`, and frees the ring;

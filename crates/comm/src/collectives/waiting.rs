@@ -5,12 +5,13 @@
 //! A blocking call waits on the spot; so there is one code for both.
 //!
 //! Every wait ends: by the abort word, by patience, or because a look at all peers, each [`LOOK_EVERY`], shows that they
-//! have made other calls.
+//! have made other calls, or that their words make no sense.
 
 use std::time::{Duration, Instant};
 
 use unisono_sync::{EpochFlag, Stopped, WaitPolicy, Watch, wait};
 
+use super::damage::STEPS_AHEAD;
 use super::engine::Engine;
 use super::messages::HEADER_BYTES;
 use crate::cause::Cause;
@@ -104,9 +105,9 @@ impl Engine {
         let theirs = self.control.rank(peer);
         match on {
             On::Slot => theirs.slots.is_published(value),
-            On::Produced => theirs.produced.has_reached(value),
-            On::Reduced => theirs.reduced.has_reached(value),
-            On::Consumed => theirs.consumed.has_reached(value),
+            On::Produced => theirs.produced.is_within(value, STEPS_AHEAD),
+            On::Reduced => theirs.reduced.is_within(value, STEPS_AHEAD),
+            On::Consumed => theirs.consumed.is_within(value, STEPS_AHEAD),
             On::Completed => self.completed(peer, theirs.trail.current()) >= value,
             On::News => self.unread(peer) as u64 >= value,
             On::Room => self.room(peer) >= HEADER_BYTES,
@@ -149,7 +150,10 @@ impl Engine {
             self.keep(&mut vigil, blocked, stopped)?;
             let asleep = WaitPolicy { spins: 0, yield_for: Duration::ZERO, ..self.slice(LOOK_EVERY) };
             match wait(&asleep, self.watch(blocked), ready, || {}) {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    self.record_wait_over();
+                    return Ok(());
+                }
                 Err(again) => stopped = again,
             }
         }
@@ -191,8 +195,13 @@ impl Engine {
         if stopped == Stopped::Aborted {
             return Err(self.first_cause(blocked));
         }
+        self.record_wait(blocked);
         for other in self.peers() {
             self.compare(other).map_err(|at| self.mismatch(other, at))?;
+        }
+        if let Some(cause) = self.damage(blocked) {
+            self.control.fail(&cause);
+            return Err(self.first_cause(blocked));
         }
         let waited = vigil.since.elapsed();
         if self.policy.patience.is_some_and(|patience| waited >= patience) {

@@ -55,6 +55,17 @@ sentences! {
     PeerLeft: Error::PeerLeft { rank: 3, during: "barrier #9".into() }
         => "rank 3 left before barrier #9 was complete: it dropped its communicator, or shrinks it. Call destroy() on every \
             rank to end together; the others can go on with shrink().";
+    Forked: Error::Forked { rank: 3, parent: 4121, child: 4188 }
+        => "rank 3 is process 4121; this is process 4188, forked from it, which has no part in the job. Use the communicator \
+          in the parent, or make a new one here.";
+    DamagedMemory: Error::DamagedMemory {
+        rank: 0,
+        during: "all_reduce #812".into(),
+        who: WHO.into(),
+        word: "its steps staged are 71234, expected 16 to 48".into(),
+    } => "the shared memory of rank 3 (host gpu07, pid 4121) is damaged: its steps staged are 71234, expected 16 to 48 \
+          (found by rank 0 during all_reduce #812). Something else than this library wrote there; only a new \
+          communicator can go on.";
     Timeout: Error::Timeout {
         rank: 0,
         call: "all_reduce #812".into(),

@@ -15,8 +15,8 @@ const WARM_UP: usize = 20;
 
 /// What this process holds.
 #[derive(Clone, Copy, Debug)]
-struct Usage {
-    descriptors: usize,
+pub(crate) struct Usage {
+    pub(crate) descriptors: usize,
     threads: usize,
     mappings: usize,
     anonymous_kb: usize,
@@ -24,23 +24,26 @@ struct Usage {
 }
 
 impl Usage {
-    fn now() -> Self {
-        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    pub(crate) fn now() -> Self {
+        // Where any system call may be made to fail, the second try succeeds.
+        let read = |path| std::fs::read_to_string(path).or_else(|_| std::fs::read_to_string(path)).unwrap();
+        let list = |path| std::fs::read_dir(path).or_else(|_| std::fs::read_dir(path)).unwrap();
+        let status = read("/proc/self/status");
         let field = |name: &str| -> usize {
             let line = status.lines().find(|line| line.starts_with(name)).unwrap();
             line.split_whitespace().nth(1).unwrap().parse().unwrap()
         };
         Self {
-            descriptors: std::fs::read_dir("/proc/self/fd").unwrap().count(),
+            descriptors: list("/proc/self/fd").count(),
             threads: field("Threads:"),
-            mappings: std::fs::read_to_string("/proc/self/maps").unwrap().lines().count(),
+            mappings: read("/proc/self/maps").lines().count(),
             anonymous_kb: field("RssAnon:"),
             shared_kb: field("RssShmem:"),
         }
     }
 
     /// Row 24's bound: no descriptor, no mapping of shared memory, at most 1 MiB of anything else.
-    fn is_back_at(&self, baseline: &Self) -> bool {
+    pub(crate) fn is_back_at(&self, baseline: &Self) -> bool {
         self.descriptors <= baseline.descriptors
             && self.threads <= baseline.threads
             && self.mappings <= baseline.mappings + 8
@@ -69,7 +72,7 @@ fn churn(rounds: usize, mut round: impl FnMut(usize) -> Result<()>) -> Result<()
 }
 
 /// Threads of the node plane end by themselves, a moment after their communicator.
-fn settle(is_settled: impl Fn(&Usage) -> bool) {
+pub(crate) fn settle(is_settled: impl Fn(&Usage) -> bool) {
     let end = Instant::now() + Duration::from_secs(5);
     while !is_settled(&Usage::now()) && Instant::now() < end {
         std::thread::sleep(Duration::from_millis(2));

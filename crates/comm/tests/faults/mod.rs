@@ -1,14 +1,21 @@
 //! Helpers and tests of `faults_processes`, by subject; what ranks do is in `parts`, how they are started in `world`.
 
+pub(crate) mod forks;
+pub(crate) mod intruders;
 pub(crate) mod kills;
 pub(crate) mod leftovers;
+pub(crate) mod load;
 pub(crate) mod mismatches;
+pub(crate) mod namespaces;
 pub(crate) mod parts;
 pub(crate) mod proxy;
 pub(crate) mod random;
+pub(crate) mod scribbles;
+pub(crate) mod shortages;
 pub(crate) mod shrinks;
 pub(crate) mod start;
 pub(crate) mod stops;
+pub(crate) mod strangers;
 pub(crate) mod traces;
 pub(crate) mod world;
 

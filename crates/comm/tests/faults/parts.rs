@@ -10,7 +10,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use unisono::store::{Store, StoreServer, TcpStore};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use unisono::store::{FileStore, Store, StoreServer, TcpStore};
 use unisono::{Builder, Communicator, Deadline, Error, Operations, ReduceOp, Result, Secret, UniqueId};
 
 use super::random::Random;
@@ -41,6 +42,10 @@ impl Part {
     pub(crate) fn play(&self) -> ExitCode {
         let subscriber = tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false);
         subscriber.with_max_level(tracing::Level::WARN).init();
+        if let Some(descriptors) = setting("FAULTS_SOFT_DESCRIPTORS") {
+            let limit = getrlimit(Resource::Nofile);
+            setrlimit(Resource::Nofile, Rlimit { current: Some(descriptors), ..limit }).unwrap();
+        }
         let result = match self.name.as_str() {
             "collectives" => self.collectives(),
             "late" => self.late(),
@@ -50,6 +55,16 @@ impl Part {
             "holder" => super::kills::hold_descriptors(self),
             "mismatches" => super::mismatches::all_pairs(self),
             "thread churn" => super::leftovers::thread_churn(),
+            "forks" => super::forks::fork_and_go_on(self),
+            "stormed" => super::forks::be_stormed(self),
+            "small calls" => super::load::small_calls(self),
+            "one large call" => super::load::one_large_call(self),
+            "nothing" => Ok(()),
+            "sprayer" => super::intruders::spray(),
+            "squatter" => super::intruders::squat(),
+            "short" => super::shortages::start(self),
+            "scribbled threads" => super::scribbles::threads(),
+            "scribbled process" => super::scribbles::process(self),
             "family churn" => super::leftovers::family_churn(self),
             "shrink churn" => super::leftovers::shrink_churn(),
             "survivor" => super::shrinks::survive(self),
@@ -78,6 +93,10 @@ impl Part {
             .generation(setting("FAULTS_GENERATION").unwrap_or(1));
         if let Some(id) = &self.store {
             builder = builder.unique_id(id.clone());
+        }
+        if let Some(file) = setting::<String>("FAULTS_STORE_FILE") {
+            let store = FileStore::open(file, Deadline::after(Duration::from_secs(20))).unwrap();
+            builder = builder.store(Arc::new(store)).secret(Secret::new([0x5a; 32]));
         }
         if let Some(timeout) = milliseconds("FAULTS_INIT_MS") {
             builder = builder.init_timeout(timeout);

@@ -26,6 +26,11 @@ impl Traces {
         Self { names, files, job: job.to_owned() }
     }
 
+    /// Names of sockets, each with an `@` in front.
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.names.iter().cloned().collect()
+    }
+
     /// How many sockets had names.
     pub(crate) fn socket_names(&self) -> usize {
         self.names.len()

@@ -156,7 +156,11 @@ impl World {
 
     /// Waits until `is_so`; panics with all that was said if that takes too long.
     pub(crate) fn wait_until(&mut self, what: &str, is_so: impl Fn(&Self) -> bool) {
-        let end = Instant::now() + PATIENCE;
+        self.wait_up_to(PATIENCE, what, is_so);
+    }
+
+    fn wait_up_to(&mut self, patience: Duration, what: &str, is_so: impl Fn(&Self) -> bool) {
+        let end = Instant::now() + patience;
         while !is_so(self) {
             if let Ok((at, said)) = self.receiver.recv_timeout(Duration::from_millis(10)) {
                 match said {
@@ -170,7 +174,7 @@ impl World {
                     rank.status = rank.child.try_wait().unwrap();
                 }
             }
-            assert!(Instant::now() < end, "{what}: not within {PATIENCE:?}\n{}", self.transcript());
+            assert!(Instant::now() < end, "{what}: not within {patience:?}\n{}", self.transcript());
         }
     }
 
@@ -181,7 +185,13 @@ impl World {
 
     /// Waits until every process has ended by itself.
     pub(crate) fn wait_for_end(&mut self) {
-        self.wait_until("the end of all processes", |world| world.ranks.iter().all(Rank::has_ended));
+        self.wait_within(PATIENCE);
+    }
+
+    /// The same, for processes that work for long.
+    pub(crate) fn wait_within(&mut self, patience: Duration) {
+        let all_ended = |world: &Self| world.ranks.iter().all(Rank::has_ended);
+        self.wait_up_to(patience, "the end of all processes", all_ended);
     }
 
     /// Asks ranks that loop to end in good order.

@@ -134,12 +134,13 @@ impl Case {
         }
         let mut random = Random::of(&[self.shape, 2]);
         let is_symmetric = random.once_in(3);
-        let mut table: Vec<Vec<usize>> = Vec::with_capacity(world_size);
-        for from in 0..world_size {
-            let drawn = (0..world_size).map(|to| (to, self.size(&mut random)));
-            let row = drawn.map(|(to, size)| if is_symmetric && to < from { table[to][from] } else { size });
-            let row = row.collect();
-            table.push(row);
+        let mut row = || (0..world_size).map(|_| self.size(&mut random)).collect();
+        let mut table: Vec<Vec<usize>> = (0..world_size).map(|_| row()).collect();
+        for from in (0..world_size).filter(|_| is_symmetric) {
+            let (above, below) = table.split_at_mut(from);
+            for (to, row) in above.iter().enumerate() {
+                below[0][to] = row[from];
+            }
         }
         table
     }

@@ -7,8 +7,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use super::verify::Digests;
-
 /// Set for a rank: `rank world_size seed store`.
 const RANK: &str = "UNISONO_TEST_RANK";
 /// Under the two minutes that a test may take.
@@ -36,9 +34,9 @@ impl Orders {
     }
 
     /// Tells the parent the results.
-    pub(crate) fn report(&self, results: Digests) {
-        writeln!(std::io::stdout(), "{:016x} {:016x}", results.common, results.all)
-            .expect("the parent reads");
+    pub(crate) fn report(&self, results: &[u64]) {
+        let text: Vec<String> = results.iter().map(|result| format!("{result:016x}")).collect();
+        writeln!(std::io::stdout(), "{}", text.join(" ")).expect("the parent reads");
     }
 }
 
@@ -58,7 +56,7 @@ impl Drop for Ranks {
 ///
 /// # Errors
 /// The output of the ranks that failed, or the ranks that did not end.
-pub(crate) fn run(world_size: usize, seed: u64) -> Result<Vec<Digests>, String> {
+pub(crate) fn run(world_size: usize, seed: u64) -> Result<Vec<Vec<u64>>, String> {
     let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
     let start = Instant::now();
     let mut ranks = Ranks(Vec::new());
@@ -96,9 +94,8 @@ pub(crate) fn run(world_size: usize, seed: u64) -> Result<Vec<Digests>, String> 
     }
     let report = |rank| {
         let text = read(rank, "out");
-        let mut words = text.split_whitespace().map(|word| u64::from_str_radix(word, 16).ok());
-        let mut word = || words.next().flatten().ok_or_else(|| format!("rank {rank} reported `{text}`"));
-        Ok(Digests { common: word()?, all: word()? })
+        let words = text.split_whitespace().map(|word| u64::from_str_radix(word, 16));
+        words.collect::<Result<_, _>>().map_err(|error| format!("rank {rank} reported `{text}`: {error}"))
     };
     (0..world_size).map(report).collect()
 }

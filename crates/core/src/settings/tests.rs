@@ -38,6 +38,7 @@ fn every_setting_is_read_into_its_own_field() {
         ("UNISONO_STORE", "tcp://Head:29500"),
         ("UNISONO_INTERFACE", "ens5"),
         ("UNISONO_SPIN", "50us"),
+        ("UNISONO_RECORDER", "off"),
     ]);
     let expected = Settings {
         log: "debug,mio=warn".to_owned(),
@@ -51,6 +52,7 @@ fn every_setting_is_read_into_its_own_field() {
         store: Some("tcp://Head:29500".to_owned()),
         interface: Some("ens5".to_owned()),
         spin: Spin::For(Duration::from_micros(50)),
+        recorder: false,
     };
     assert_eq!(settings.unwrap(), expected);
 }

@@ -53,5 +53,7 @@ sentences! {
         => "rank 3 (pid 4121) is gone: it left the job, and its own output says why";
     Timeout: Error::Timeout { rank: 0, what: "its shared memory", waited: Duration::from_secs(30) }
         => "rank 0 did not send its shared memory within 30.0s. Is it alive, or stopped?";
+    Inspect: Error::Inspect { what: "/proc".into(), message: "Permission denied (os error 13)".into() }
+        => "/proc cannot be read: Permission denied (os error 13)";
     Aborted: Error::Aborted => "given up, because the communicator failed meanwhile; its first cause says why";
 }

@@ -18,6 +18,7 @@ use unisono_sync::{Counter, Deadline, Flag};
 
 use crate::connect::{Endpoint, Link, PlaneConfig, connect_all};
 use crate::error::{Error, Lost, Result};
+use crate::fork::Process;
 use crate::mailbox::{Mailbox, Tag};
 use crate::socket::{self, MAX_MESSAGE_BYTES, Sent};
 use progress::PlaneThread;
@@ -61,6 +62,7 @@ struct Shared {
     watchers: Mutex<Vec<Arc<Watcher>>>,
     watches: Counter,
     wake: OwnedFd,
+    process: Process,
     stopping: Flag,
     liveness: Option<Duration>,
 }
@@ -75,6 +77,8 @@ impl std::fmt::Debug for Shared {
 struct Peer {
     rank: usize,
     pid: u32,
+    /// The same, if we see it.
+    seen_pid: Option<u32>,
     socket: OwnedFd,
     pidfd: Option<OwnedFd>,
     sealer: Mutex<Sealer>,
@@ -96,8 +100,8 @@ impl NodePlane {
     pub fn connect(endpoint: &Endpoint, config: &PlaneConfig, deadline: Deadline) -> Result<Self> {
         let links = connect_all(endpoint, config, deadline)?;
         let (mut peers, mut openers) = (Vec::new(), Vec::new());
-        for Link { rank, pid, socket, pidfd, session } in links {
-            peers.push(Peer { rank, pid, socket, pidfd, sealer: Mutex::new(session.sealer) });
+        for Link { rank, pid, seen_pid, socket, pidfd, session } in links {
+            peers.push(Peer { rank, pid, seen_pid, socket, pidfd, sealer: Mutex::new(session.sealer) });
             openers.push(session.opener);
         }
         let wake =
@@ -108,6 +112,7 @@ impl NodePlane {
             watchers: Mutex::default(),
             watches: Counter::new(0),
             wake,
+            process: Process::this(),
             stopping: Flag::new(),
             liveness: config.liveness,
         });
@@ -178,6 +183,10 @@ impl NodePlane {
 
 impl Drop for NodePlane {
     fn drop(&mut self) {
+        // The sockets of a forked child are those of its parent, which goes on.
+        if !self.shared.process.is_this() {
+            return;
+        }
         for peer in &self.shared.peers {
             // A peer that does not read, or is gone, needs no farewell.
             let _ = peer.send(FAREWELL, &[], &[], Deadline::after(Duration::ZERO));

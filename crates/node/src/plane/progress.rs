@@ -165,7 +165,7 @@ impl PlaneThread {
                 continue;
             }
             let silent_ms = silent.as_millis() as u64;
-            match identity::is_stopped(peer.pid) {
+            match peer.seen_pid.and_then(identity::is_stopped) {
                 Some(true) => shared.lose(peer, Lost::Stopped { silent_ms }),
                 _ if silent >= liveness * 3 => shared.lose(peer, Lost::Silent { silent_ms }),
                 _ => {}

@@ -40,7 +40,7 @@ impl StoreServerConfig {
             secret,
             job: None,
             limits: Limits::default(),
-            max_unproved: 1024,
+            max_unproved: most_unproved(),
             handshake_timeout: Duration::from_secs(2),
             stall_timeout: Duration::from_secs(10),
             max_waiting_bytes: 256 * 1024 * 1024,
@@ -86,8 +86,8 @@ impl StoreServerConfig {
         self
     }
 
-    /// The most connections that have not proved yet that they know the secret; a further one replaces the oldest. 1,024
-    /// by default, about 1 KiB each.
+    /// The most connections that have not proved yet that they know the secret; a further one replaces the oldest. By
+    /// default 1,024, about 1 KiB each, but at most half of the descriptors that this process may open.
     #[must_use]
     pub fn max_unproved(mut self, connections: usize) -> Self {
         self.max_unproved = connections.max(1);
@@ -107,6 +107,13 @@ impl StoreServerConfig {
         self.stall_timeout = timeout.min(LONGEST_TIMEOUT);
         self
     }
+}
+
+/// Strangers must not take the descriptors that the process needs for itself.
+fn most_unproved() -> usize {
+    let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let half = descriptors.and_then(|descriptors| usize::try_from(descriptors / 2).ok());
+    half.unwrap_or(1024).clamp(1, 1024)
 }
 
 /// Owns a TCP store: one thread, which ends and closes every connection when this is dropped.

@@ -17,6 +17,8 @@ use tracing::{debug, error, warn};
 
 use super::state::State;
 use super::wire::{Decoded, Request, WAIT_OVER, decode};
+use unisono_node::Process;
+
 use crate::error::{Error, Result};
 
 const LISTENER: Token = Token(0);
@@ -43,6 +45,7 @@ pub struct TorchStoreServer {
     address: SocketAddr,
     stop: Waker,
     thread: Option<JoinHandle<()>>,
+    process: Process,
 }
 
 impl TorchStoreServer {
@@ -72,7 +75,7 @@ impl TorchStoreServer {
             .name("unisono-torch-store".to_owned())
             .spawn(move || service.run())
             .map_err(failed)?;
-        Ok(Self { address, stop, thread: Some(thread) })
+        Ok(Self { address, stop, thread: Some(thread), process: Process::this() })
     }
 
     /// Where it listens, with the port that was chosen.
@@ -83,6 +86,11 @@ impl TorchStoreServer {
 
 impl Drop for TorchStoreServer {
     fn drop(&mut self) {
+        // In a forked child the thread does not exist, and waking it would stop the parent's.
+        if !self.process.is_this() {
+            std::mem::forget(self.thread.take());
+            return;
+        }
         let woken = self.stop.wake();
         if let (Ok(()), Some(thread)) = (woken, self.thread.take()) {
             // A panic of the thread was reported by the panic hook already.

@@ -1,0 +1,126 @@
+//! `unisono dump`: the last calls of every rank, as a table, as JSON, or as a trace for a viewer.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use serde::Serialize;
+use unisono::recorder::{End, Record, Snapshot};
+
+use super::state::{Call, RankState};
+use super::top::bytes;
+use super::trace::Trace;
+use super::{BOLD, Seen, Selection, heading, print};
+use crate::output::Target;
+use crate::{Common, Failure};
+
+/// The arguments of `unisono dump`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Each rank keeps its last 1,024 calls. `at once`: the call was small and never had to do more than spin, so \
+                  nobody took the time of its end. A trace opens in ui.perfetto.dev or chrome://tracing, a line per rank.\n\n\
+                  Exit code: 0, 1 if there is no job to look at."
+)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    selection: Selection,
+    /// Write a trace in the Chrome format to FILE instead
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+}
+
+#[derive(Debug, Serialize)]
+struct Job<'s> {
+    job: &'s str,
+    generation: u32,
+    host: &'s str,
+    world_size: usize,
+    failure: Option<&'s str>,
+    ranks: Vec<Rank>,
+}
+
+#[derive(Debug, Serialize)]
+struct Rank {
+    rank: usize,
+    pid: u32,
+    state: &'static str,
+    waits_for: Vec<usize>,
+    /// Oldest first.
+    calls: Vec<Call>,
+}
+
+impl<'s> Job<'s> {
+    fn new(snapshot: &'s Snapshot) -> Self {
+        let ranks = snapshot.ranks.iter().map(|view| {
+            let RankState { rank, pid, state, waits_for, .. } = RankState::new(snapshot, view);
+            let call = |record| Call::new(record, snapshot.ranks.len());
+            Rank { rank, pid, state, waits_for, calls: view.records.iter().map(call).collect() }
+        });
+        Self {
+            job: &snapshot.job,
+            generation: snapshot.generation,
+            host: &snapshot.host,
+            world_size: snapshot.ranks.len(),
+            failure: snapshot.failure.as_ref().map(|failure| failure.sentence.as_str()),
+            ranks: ranks.collect(),
+        }
+    }
+}
+
+/// Dumps, and answers the exit code.
+pub(crate) fn execute(arguments: &Arguments, common: &Common) -> Result<u8, Failure> {
+    let seen = arguments.selection.look()?;
+    if let Some(path) = &arguments.trace {
+        let trace = Trace::new(seen.iter().map(|seen| (&seen.snapshot, seen.taken)));
+        Target::File(path.clone()).write(&trace)?;
+    }
+    if let Some(target) = &common.json {
+        let jobs: Vec<Job<'_>> = seen.iter().map(|seen| Job::new(&seen.snapshot)).collect();
+        target.write(&jobs)?;
+    }
+    if arguments.trace.is_none() && common.json.is_none() {
+        for (index, Seen { snapshot, .. }) in seen.iter().enumerate() {
+            let blank = if index > 0 { "\n" } else { "" };
+            print(&format!("{blank}{}", table(snapshot)));
+        }
+    }
+    Ok(0)
+}
+
+fn table(snapshot: &Snapshot) -> String {
+    let mut lines = vec![heading(snapshot)];
+    lines.push(format!(
+        "{BOLD}{:>4} {:>14} {:>12} {:>10}  {:<9} {}{BOLD:#}",
+        "rank", "begun before", "took", "bytes", "algorithm", "call"
+    ));
+    for rank in &snapshot.ranks {
+        lines.extend(rank.records.iter().map(|record| row((rank.rank, snapshot.ranks.len()), record)));
+    }
+    lines.join("\n")
+}
+
+fn row((rank, world_size): (usize, usize), record: &Record) -> String {
+    let took = match (record.end, record.took()) {
+        (End::Open, _) => "goes on".to_owned(),
+        (End::AtOnce, _) => "at once".to_owned(),
+        (End::Failed(_), _) => "failed".to_owned(),
+        (End::Done(_), took) => time(took.unwrap_or_default()),
+    };
+    let waits = record.waits.map_or_else(String::new, |waits| format!(" waits for rank {}", waits.peer));
+    format!(
+        "{rank:>4} {:>14} {took:>12} {:>10}  {:<9} {record}{waits}",
+        format!("{:.6} s", record.begun.as_secs_f64()),
+        bytes(record.bytes()),
+        record.way(world_size)
+    )
+}
+
+/// `1.23 µs`, `12.3 ms`, `4.00 s`.
+fn time(time: Duration) -> String {
+    let us = time.as_secs_f64() * 1e6;
+    match us {
+        us if us < 1e3 => format!("{us:.2} µs"),
+        us if us < 1e6 => format!("{:.2} ms", us / 1e3),
+        us => format!("{:.2} s", us / 1e6),
+    }
+}

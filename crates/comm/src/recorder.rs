@@ -1,0 +1,188 @@
+//! What the ranks of this machine do and did last, read from outside: the flight recorder's reading side.
+//!
+//! Every communicator keeps the last calls of its ranks in its shared memory. [`find`] finds the communicators of other
+//! processes of this user, or of some of them; [`Recording::snapshot`] reads one, while it hangs or after its ranks died;
+//! [`why`] says in plain English who waits for whom. Nothing of the job has to answer: it may be stopped.
+//!
+//! ```
+//! use unisono::{Communicator, Operations, recorder};
+//!
+//! let rank = Communicator::threads(1)?.remove(0);
+//! rank.barrier()?;
+//! let found = recorder::find(Some(&[std::process::id()]))?;
+//! let snapshot = found.recordings[0].snapshot()?;
+//! assert_eq!(snapshot.ranks[0].records.last().unwrap().to_string(), "barrier #1");
+//! println!("{}", recorder::why(&snapshot));
+//! # Ok::<(), unisono::Error>(())
+//! ```
+
+use std::num::NonZeroU64;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use unisono_core::layout::{ControlLayout, Field};
+use unisono_core::recorder::{Clock, Clocks, JobLabel};
+pub use unisono_core::recorder::{
+    End, Failure, Presence, Process, RankView, Record, Snapshot, Standing, Waits, WaitsOn, ranks_phrase,
+    time_phrase, why,
+};
+use unisono_node::ForeignMemory;
+use unisono_node::identity::ProcessStatus;
+use unisono_node::inspect;
+use unisono_sync::Ticks;
+use unisono_sync::ticks::monotonic_ns;
+
+use crate::cause::Cause;
+use crate::error::Result;
+
+/// Over so long the rate of the processor's counter is measured, once per process.
+const CALIBRATION: Duration = Duration::from_millis(20);
+
+/// The shared memory of a communicator, held open: it stays readable after its ranks died.
+#[derive(Debug)]
+pub struct Recording {
+    memory: ForeignMemory,
+    label: JobLabel,
+}
+
+/// What a search came to.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// The communicators, oldest first.
+    pub recordings: Vec<Recording>,
+    /// Processes that the system does not let us look at.
+    pub denied: Vec<u32>,
+    /// Why memory that was found cannot be read, a sentence each: it belongs to another version of unisono.
+    pub foreign: Vec<String>,
+}
+
+/// Finds the communicators in which `pids` take part; without them, those of all processes of this user.
+///
+/// # Errors
+/// [`Error::Node`](crate::Error::Node) if `/proc` cannot be read.
+pub fn find(pids: Option<&[u32]>) -> Result<Found> {
+    let search = inspect::search(pids)?;
+    let mut found = Found { denied: search.denied, ..Found::default() };
+    for memory in search.memories {
+        match read_label(&memory) {
+            // Windows are such memory, too, and have no label.
+            None => {}
+            Some(Ok(label)) => found.recordings.push(Recording { memory, label }),
+            Some(Err(error)) => found.foreign.push(error.to_string()),
+        }
+    }
+    found.recordings.sort_by_key(|recording| (recording.label.created, recording.memory.identity()));
+    Ok(found)
+}
+
+/// `pid` and all processes that it started, and those that they did.
+pub fn family(pid: u32) -> Vec<u32> {
+    inspect::family(pid)
+}
+
+/// `None` for memory that is no communicator's.
+fn read_label(memory: &ForeignMemory) -> Option<unisono_core::Result<JobLabel>> {
+    let field = ControlLayout::new(1).job();
+    let words = memory.words(field.offset, field.bytes / 8).ok()?;
+    JobLabel::is_one(&words).then(|| JobLabel::from_words(&words))
+}
+
+impl Recording {
+    /// The job's name.
+    pub fn job(&self) -> &str {
+        &self.label.job
+    }
+
+    /// Number of ranks.
+    pub const fn world_size(&self) -> usize {
+        self.label.ranks
+    }
+
+    /// The processes that held the memory when it was found, ascending.
+    pub fn pids(&self) -> &[u32] {
+        self.memory.holders()
+    }
+
+    /// What tells this communicator from all others of this machine.
+    pub const fn identity(&self) -> (u64, u64) {
+        self.memory.identity()
+    }
+
+    /// What its ranks do now. The first one in a process takes 20 ms, to learn how fast time goes.
+    ///
+    /// # Errors
+    /// [`Error::Core`](crate::Error::Core) if the memory is not what it says; [`Error::Node`](crate::Error::Node) if it cannot be
+    /// read.
+    pub fn snapshot(&self) -> Result<Snapshot> {
+        let rate = counter_rate();
+        let clocks = Clocks {
+            counter: Clock { now: Ticks::here().now(), rate },
+            monotonic: Clock { now: monotonic_ns(), rate: NANOSECONDS },
+        };
+        let fetch =
+            |field: Field| -> Result<Vec<u64>> { Ok(self.memory.words(field.offset, field.bytes / 8)?) };
+        let mut snapshot = Snapshot::read(self.memory.bytes(), &clocks, fetch, explain)?;
+        for rank in &mut snapshot.ranks {
+            (rank.pid, rank.process) = self.process_of(rank);
+        }
+        Ok(snapshot)
+    }
+
+    /// The rank's process, as we call it, and what the system says of it.
+    fn process_of(&self, rank: &RankView) -> (u32, Process) {
+        if rank.presence == Presence::Absent {
+            return (rank.pid, Process::Unknown);
+        }
+        let Some(pid) = self.memory.holder(rank.pid, rank.started) else {
+            // Its number may belong to somebody else by now.
+            let status = ProcessStatus::of(rank.pid).filter(|status| status.started == rank.started);
+            return (rank.pid, status.map_or(Process::Ended, process));
+        };
+        (pid, ProcessStatus::of(pid).map_or(Process::Ended, process))
+    }
+}
+
+const NANOSECONDS: NonZeroU64 = NonZeroU64::new(1_000_000_000).unwrap();
+
+fn process(status: ProcessStatus) -> Process {
+    match status {
+        status if status.has_ended() => Process::Ended,
+        status if status.is_stopped() => Process::Stopped,
+        _ => Process::Running,
+    }
+}
+
+/// The sentence of a cause that the rank `found_by` recorded.
+fn explain(ranks: &[RankView], found_by: usize, words: &[u64]) -> String {
+    let Some(cause) = Cause::from_words(words) else {
+        return "the record of the cause is unreadable".to_owned();
+    };
+    let during = ranks[found_by].standing().record().map_or_else(|| "the job".to_owned(), Record::call);
+    cause.into_error(&during, (usize::MAX, ranks.len())).to_string()
+}
+
+/// Ticks of the processor's counter in a second.
+fn counter_rate() -> NonZeroU64 {
+    static RATE: OnceLock<NonZeroU64> = OnceLock::new();
+    *RATE.get_or_init(|| {
+        let source = Ticks::here();
+        let (ticks, time) = pair(source);
+        std::thread::sleep(CALIBRATION);
+        let (later_ticks, later_time) = pair(source);
+        let (ticks, time) = (later_ticks.saturating_sub(ticks), later_time.saturating_sub(time).max(1));
+        let rate = u128::from(ticks) * 1_000_000_000 / u128::from(time);
+        u64::try_from(rate).ok().and_then(NonZeroU64::new).unwrap_or(NANOSECONDS)
+    })
+}
+
+/// Both clocks at one moment: of several attempts, the one in which least time passed between them.
+fn pair(source: Ticks) -> (u64, u64) {
+    let attempt = |_| {
+        let before = monotonic_ns();
+        let ticks = source.now();
+        let after = monotonic_ns();
+        (after.saturating_sub(before), ticks, before + after.saturating_sub(before) / 2)
+    };
+    let (_, ticks, time) = (0..8).map(attempt).min().unwrap_or_default();
+    (ticks, time)
+}
