@@ -65,8 +65,9 @@ impl Communicator {
     ///
     /// # Errors
     /// [`Error::GivenUp`] if the others go on without this rank; [`Error::Timeout`] naming the ranks that live but do not call it;
-    /// [`Error::Node`] if memory cannot be had (the others go on).
+    /// [`Error::Node`] if memory cannot be had (the others go on); [`Error::Forked`] in a forked child.
     pub fn shrink(self) -> Result<Self> {
+        self.control.check_process()?;
         if let Some(cause @ Cause::Died { .. }) = self.control.cause()
             && let error @ Error::GivenUp { .. } = cause.into_error("an earlier call", self.control.member())
         {
