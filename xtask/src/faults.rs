@@ -1,4 +1,5 @@
-//! `cargo xtask faults [--scale N] [FILTER]`: a campaign of the fault tests, in release, N times as long as in the suite.
+//! `cargo xtask faults [--scale N] [FILTER]`: a campaign of the fault tests, in release, N times as long as in the suite: first
+//! survivors' agreements, simulated, then processes that are killed, stopped, late and so on.
 //!
 //! The counts and times that it prints go into docs/reliability.md.
 
@@ -31,15 +32,22 @@ impl<'a> Campaign<'a> {
         is_count.then_some(Self { scale, filter })
     }
 
-    /// True if all tests passed.
+    /// True if all tests passed. One that fails does not keep the others from running.
     pub(crate) fn run(&self, root: &Path) -> bool {
+        let filter: Vec<&str> = self.filter.into_iter().collect();
+        let simulated = ["-p", "unisono-core", "--lib", "--", "--nocapture", "agreement::simulation"];
+        let processes = [&["-p", "unisono", "--test", "faults_processes", "--"][..], &filter].concat();
+        // What is simulated is a part of what the tests called `shrink::` do.
+        let with_simulation = self.filter.is_none_or(|filter| filter.starts_with("shrink"));
+        let agreed = !with_simulation || self.test(root, &simulated);
+        self.test(root, &processes) && agreed
+    }
+
+    fn test(&self, root: &Path, arguments: &[&str]) -> bool {
         let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let mut command = Command::new(program);
-        command
-            .current_dir(root)
-            .env("UNISONO_TEST_SCALE", self.scale)
-            .args(["test", "--release", "-p", "unisono", "--test", "faults_processes", "--"])
-            .args(self.filter);
+        command.current_dir(root).env("UNISONO_TEST_SCALE", self.scale).args(["test", "--release"]);
+        command.args(arguments);
         println!("UNISONO_TEST_SCALE={} {command:?}", self.scale);
         match command.status() {
             Ok(status) => status.success(),

@@ -16,7 +16,7 @@ pub(crate) enum Cause {
     TimedOut { rank: u32, call: String, waited_ms: u64, missing: Vec<String> },
     /// Somebody called `Observer::abort`.
     Aborted { rank: u32, reason: String },
-    /// A rank dropped its communicator without `destroy`.
+    /// A rank dropped its communicator without `destroy`, or shrinks it.
     Dropped { rank: u32 },
     /// A word of `who` says what no rank can have written.
     Damaged { rank: u32, who: String, word: String },

@@ -303,13 +303,17 @@ impl<'b> Operations<'b> for Communicator {
 
 impl Drop for Communicator {
     fn drop(&mut self) {
-        if !self.destroyed && self.control.world_size() > 1 {
+        // A forked child has no part in this, and must not wait for locks that were held when it was made.
+        if self.control.check_process().is_err() || self.control.world_size() == 1 {
+            return;
+        }
+        if !self.destroyed {
             self.control.fail(&Cause::Dropped { rank: self.rank as u32 });
             self.control.leave(Presence::Dropped);
-            // Those who agree on who goes on need not wait for us, and we do not ask any more what they say.
-            self.control.fate(self.rank).settle(LEFT);
             self.neighbours.close();
         }
+        // Those who agree on who goes on need not wait for us; who shrank has settled it already.
+        self.control.fate(self.rank).settle(LEFT);
     }
 }
 

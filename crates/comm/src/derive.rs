@@ -94,7 +94,9 @@ impl Communicator {
 
     fn memory_of(&self, neighbours: &Neighbours) -> Result<Arc<SharedMemory>> {
         let deadline = self.patience.map_or(Deadline::NEVER, Deadline::after);
-        Self::share_control(neighbours, deadline, &|| self.control.abort().raised().is_some())
+        let memory = Self::share_control(neighbours, deadline, &|| self.control.abort().raised().is_some());
+        // What may still come is for nobody.
+        memory.inspect_err(|_| neighbours.close())
     }
 }
 

@@ -49,9 +49,9 @@ pub enum Error {
         /// What the others saw.
         how: String,
     },
-    /// A rank dropped its communicator while others still used theirs.
+    /// A rank dropped its communicator, or shrinks it, while others still used theirs.
     #[error(
-        "rank {rank} dropped its communicator before {during} was complete. Call destroy() on every rank to end together; the others can go on with shrink()."
+        "rank {rank} left before {during} was complete: it dropped its communicator, or shrinks it. Call destroy() on every rank to end together; the others can go on with shrink()."
     )]
     PeerLeft {
         /// The rank that left.

@@ -65,16 +65,16 @@ impl Communicator {
     ///
     /// # Errors
     /// [`Error::GivenUp`] if the others go on without this rank; [`Error::Timeout`] naming the ranks that live but do not call it;
-    /// [`Error::Node`] if memory cannot be had (the others go on).
+    /// [`Error::Node`] if memory cannot be had (the others go on); [`Error::Forked`] in a forked child.
     pub fn shrink(self) -> Result<Self> {
+        self.control.check_process()?;
         if let Some(cause @ Cause::Died { .. }) = self.control.cause()
             && let error @ Error::GivenUp { .. } = cause.into_error("an earlier call", self.control.member())
         {
             return Err(error);
         }
-        // Whoever still works here learns that it is over.
-        let reason = "it called shrink()".to_owned();
-        self.control.fail(&Cause::Aborted { rank: self.rank() as u32, reason });
+        // Whoever waits for us here learns that it is over; what others can still complete without us, they do.
+        self.control.fail(&Cause::Dropped { rank: self.rank() as u32 });
         let mut current = self;
         loop {
             let decision = Regrouping::new(&current).run()?;

@@ -161,10 +161,9 @@ fn a_child_that_fails_leaves_its_parent_and_siblings_alone() {
                 pair.destroy().unwrap();
             }
         }
-        let members = vec![world_rank & 2, world_rank & 2 | 1];
-        let families =
-            [Family { communicator: twin, members }, Family { communicator, members: (0..4).collect() }];
-        for family in families {
+        let twin = Family { communicator: twin, members: vec![world_rank & 2, world_rank & 2 | 1] };
+        let parent = Family { communicator, members: (0..4).collect() };
+        for family in [twin, parent] {
             family.work(world_rank, 9);
             family.communicator.destroy().unwrap();
         }

@@ -4,7 +4,8 @@
 
 mod support;
 
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Barrier};
+use std::time::Duration;
 
 use support::random::{self, Random};
 use support::threads::{on_built, on_threads};
@@ -130,25 +131,37 @@ fn parents_and_children_shrink_apart() {
 
 #[test]
 fn who_does_not_come_is_named() {
-    let start = Instant::now();
+    let all_are_done = Arc::new(Barrier::new(3));
     on_built(
         3,
         |builder| builder.timeout(Some(Duration::from_millis(400))),
         move |communicator| {
-            if communicator.rank() == 1 {
-                // It lives, and only comes too late.
-                while start.elapsed() < Duration::from_secs(5) && communicator.check().is_ok() {
-                    std::thread::sleep(Duration::from_millis(5));
-                }
-                std::thread::sleep(Duration::from_secs(1));
-                return;
+            if communicator.rank() != 1 {
+                let error = communicator.shrink().unwrap_err();
+                let Error::Timeout { call, missing, .. } = &error else { panic!("{error}") };
+                assert_eq!((call.as_str(), missing.len()), ("shrink", 1), "{error}");
+                assert!(missing[0].starts_with("rank 1 (host "), "{error}");
             }
-            let error = communicator.shrink().unwrap_err();
-            let Error::Timeout { call, missing, .. } = &error else { panic!("{error}") };
-            assert_eq!((call.as_str(), missing.len()), ("shrink", 1), "{error}");
-            assert!(missing[0].starts_with("rank 1 (host "), "{error}");
+            // Rank 1 lives, and does something else.
+            all_are_done.wait();
         },
     );
+}
+
+#[test]
+fn who_destroyed_its_communicator_is_not_waited_for() {
+    let is_over = Arc::new(Barrier::new(3));
+    on_both(3, move |communicator| {
+        let world_rank = communicator.rank();
+        if world_rank == 2 {
+            // It ends in good order, and the others do not come.
+            assert!(communicator.destroy().is_err());
+        } else {
+            let next = communicator.shrink().unwrap();
+            assert_eq!(members(&next, world_rank).unwrap(), [0, 1]);
+        }
+        is_over.wait();
+    });
 }
 
 /// Works until it fails, shrinks, and so on; leaves after as many calls as its number says.

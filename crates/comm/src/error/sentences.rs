@@ -53,8 +53,8 @@ sentences! {
     } => "the other ranks gave up rank 3, this process, during all_reduce #812: its process is stopped and did not \
           answer for 3.0 s. It runs again, but only a new communicator can join them.";
     PeerLeft: Error::PeerLeft { rank: 3, during: "barrier #9".into() }
-        => "rank 3 dropped its communicator before barrier #9 was complete. Call destroy() on every rank to end \
-            together; the others can go on with shrink().";
+        => "rank 3 left before barrier #9 was complete: it dropped its communicator, or shrinks it. Call destroy() on every \
+            rank to end together; the others can go on with shrink().";
     Forked: Error::Forked { rank: 3, parent: 4121, child: 4188 }
         => "rank 3 is process 4121; this is process 4188, forked from it, which has no part in the job. Use the communicator \
           in the parent, or make a new one here.";

@@ -24,7 +24,7 @@ fn a_dropped_communicator_is_an_error_for_who_still_waits() {
     assert_eq!(errors, [Some(left.clone()), None, Some(left.clone())]);
     assert_eq!(
         left.to_string(),
-        "rank 1 dropped its communicator before all_reduce #2 was complete. Call destroy() on every rank to end together; the others can go on with shrink()."
+        "rank 1 left before all_reduce #2 was complete: it dropped its communicator, or shrinks it. Call destroy() on every rank to end together; the others can go on with shrink()."
     );
 }
 

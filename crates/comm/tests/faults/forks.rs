@@ -32,12 +32,15 @@ pub(crate) fn fork_and_go_on(part: &Part) -> Result<()> {
         if child == 0 {
             let is_right =
                 catch_unwind(AssertUnwindSafe(|| child_is_refused(&communicator, &mut window, &symmetric)));
-            if round % 2 == 0 {
-                // Half of the children also leave as a program does that drops what it has.
-                drop((communicator, window, symmetric));
+            let mut is_right = is_right.unwrap_or(false);
+            match round % 4 {
+                // Half of the children also leave as a program does that drops what it has, or goes on without others.
+                0 => drop((communicator, window, symmetric)),
+                2 => is_right &= matches!(communicator.shrink(), Err(Error::Forked { .. })),
+                _ => {}
             }
             // SAFETY: ends the child at once.
-            unsafe { libc::_exit(if is_right.unwrap_or(false) { 0 } else { 9 }) };
+            unsafe { libc::_exit(if is_right { 0 } else { 9 }) };
         }
         collectives.next(&communicator)?;
         let status = waitpid(Pid::from_raw(child), WaitOptions::empty()).unwrap().unwrap().1;
@@ -45,7 +48,12 @@ pub(crate) fn fork_and_go_on(part: &Part) -> Result<()> {
         communicator.all_reduce(window.range_mut(0..100), ReduceOp::Sum)?;
         collectives.next(&communicator)?;
     }
-    communicator.destroy()
+    // What a child did to its copy is no rank's leaving.
+    communicator.barrier()?;
+    let next = communicator.shrink()?;
+    expect(next.world_size() == part.size, || format!("{} ranks", next.world_size()));
+    collectives.next(&next)?;
+    next.destroy()
 }
 
 /// Whether everything that a forked child can ask for is refused, and a communicator of its own works.
@@ -65,6 +73,7 @@ fn child_is_refused(
         communicator.recv_any(&mut x, 1).map(drop),
         communicator.scope(|scope| scope.broadcast(&mut x, 0)?.wait()),
         communicator.window::<u8>(10, Memory::Host).map(drop),
+        communicator.split(Some(1), 0).map(drop),
         unisono::group(|group| group.on(communicator, &stream).barrier().map(drop)),
         window.lend().map(drop),
         symmetric.write(0, 0, &[1]),

@@ -144,6 +144,10 @@ impl NodePlane {
 
     /// Ends a watch. A report that is under way may still come.
     pub fn unwatch(&self, watch: WatchId) {
+        // In a forked child nobody watches, and the lock may have been held when it was made.
+        if !self.shared.process.is_this() {
+            return;
+        }
         self.shared.lock_watchers().retain(|watcher| watcher.number != watch.0);
     }
 
