@@ -4,7 +4,9 @@ use std::fmt;
 
 use unisono_core::call::Kind;
 use unisono_core::layout::INLINE_BYTES;
-use unisono_core::select::{self, Algorithm, Decision, NotDirect, Question, Reason, Thresholds};
+use unisono_core::select::{
+    self, Algorithm, DIRECT_FORMS, Decision, NotDirect, Question, Reason, Thresholds,
+};
 use unisono_core::settings::format_size;
 use unisono_core::topology::Host;
 
@@ -192,10 +194,18 @@ impl fmt::Display for Explanation {
             usize::MAX => "one-shot".to_owned(),
             size => format!("one-shot up to {}, then two-shot", format_size(size as u64)),
         };
-        writeln!(f, "  all_reduce: {staged}; {}", direct(thresholds.all_reduce_direct_from))?;
-        writeln!(f, "  broadcast: one-shot; {}", direct(thresholds.broadcast_direct_from))?;
-        writeln!(f, "  all_gather: one-shot; {}", direct(thresholds.all_gather_direct_from))?;
-        writeln!(f, "  others: one-shot; {}", direct(thresholds.others_direct_from))?;
+        writeln!(f, "  all_reduce: {staged}; {}", direct(thresholds.direct_from[0]))?;
+        let mut others: Vec<(usize, Vec<&str>)> = Vec::new();
+        for (kind, from) in DIRECT_FORMS.into_iter().zip(thresholds.direct_from).skip(1) {
+            match others.iter_mut().find(|(size, _)| *size == from) {
+                Some((_, names)) => names.push(kind.name()),
+                None => others.push((from, vec![kind.name()])),
+            }
+        }
+        for (from, names) in others {
+            writeln!(f, "  {}: one-shot; {}", names.join(", "), direct(from))?;
+        }
+        writeln!(f, "  parts of any size, several buffers of a rank: one-shot")?;
         writeln!(f, "sizes from: {}", self.origin)?;
         if let Some((call, choice)) = &self.latest {
             writeln!(f, "latest: {call}: {choice}")?;
@@ -304,7 +314,7 @@ mod tests {
         let mut tuned = selection(None);
         tuned.origin = Origin::TuningFile("/etc/u.tune".to_owned());
         tuned.rules.thresholds.all_reduce_one_shot_to = usize::MAX;
-        tuned.rules.thresholds.all_reduce_direct_from = usize::MAX;
+        tuned.rules.thresholds.direct_from[0] = usize::MAX;
         assert_eq!(
             sentence(&tuned, SUM, 1 << 20, BOTH),
             "all_reduce of 1 MiB per rank among 2 ranks takes one-shot, because it is faster at every size (tuning file \

@@ -10,7 +10,7 @@ use unisono_core::settings::{AlgorithmChoice, Settings};
 
 use crate::error::{Error, Result};
 
-pub use unisono_core::select::Thresholds;
+pub use unisono_core::select::{DIRECT_FORMS, Thresholds};
 pub use unisono_core::tuning::{MAX_TUNING_BYTES, Tuning};
 
 /// The kind of this machine, as tuning files name it: the processor and how many there are.

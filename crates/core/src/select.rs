@@ -6,6 +6,7 @@ use std::str::FromStr;
 use crate::call::Kind;
 use crate::error::{Error, Result};
 use crate::layout::INLINE_BYTES;
+use crate::reduce_op::ReduceOp;
 
 /// How a collective is carried out over shared memory.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -77,15 +78,21 @@ pub struct Rules {
 pub struct Thresholds {
     /// All-reduces up to this are one-shot, larger ones two-shot.
     pub all_reduce_one_shot_to: usize,
-    /// All-reduces in windows are direct from here on.
-    pub all_reduce_direct_from: usize,
-    /// Broadcasts in windows are direct from here on.
-    pub broadcast_direct_from: usize,
-    /// All-gathers in windows are direct from here on.
-    pub all_gather_direct_from: usize,
-    /// The other collectives in windows are direct from here on.
-    pub others_direct_from: usize,
+    /// In windows these are direct from here on: of each operation of [`DIRECT_FORMS`], in that order.
+    pub direct_from: [usize; DIRECT_FORMS.len()],
 }
+
+/// The operations with a direct form (the reduction and the root do not matter).
+pub const DIRECT_FORMS: [Kind; 8] = [
+    Kind::AllReduce { op: ReduceOp::Sum },
+    Kind::Broadcast { root: 0 },
+    Kind::AllGather,
+    Kind::Reduce { op: ReduceOp::Sum, root: 0 },
+    Kind::ReduceScatter { op: ReduceOp::Sum },
+    Kind::Gather { root: 0 },
+    Kind::Scatter { root: 0 },
+    Kind::AllToAll,
+];
 
 /// Up to this much read per rank all-reduces are one-shot, measured with two ranks on two Zen 5 cores (`unisono bench
 /// all_reduce`).
@@ -117,29 +124,24 @@ impl Thresholds {
             0 | 1 => usize::MAX,
             several => ONE_SHOT_BYTES / (several - 1),
         };
-        Self {
-            all_reduce_one_shot_to,
-            all_reduce_direct_from: DIRECT_BYTES,
-            broadcast_direct_from: DIRECT_BYTES,
-            all_gather_direct_from: DIRECT_BYTES,
-            others_direct_from: DIRECT_BYTES,
-        }
+        Self { all_reduce_one_shot_to, direct_from: [DIRECT_BYTES; DIRECT_FORMS.len()] }
     }
 
     /// From where on `kind` is direct, if all its buffers lie in windows; `None` if it has no direct form.
     pub const fn direct_from(&self, kind: Kind) -> Option<usize> {
-        match kind {
-            Kind::AllReduce { .. } => Some(self.all_reduce_direct_from),
-            Kind::Broadcast { .. } => Some(self.broadcast_direct_from),
-            Kind::AllGather => Some(self.all_gather_direct_from),
-            Kind::Reduce { .. }
-            | Kind::ReduceScatter { .. }
-            | Kind::Gather { .. }
-            | Kind::Scatter { .. }
-            | Kind::AllToAll => Some(self.others_direct_from),
+        let at = match kind {
+            Kind::AllReduce { .. } => 0,
+            Kind::Broadcast { .. } => 1,
+            Kind::AllGather => 2,
+            Kind::Reduce { .. } => 3,
+            Kind::ReduceScatter { .. } => 4,
+            Kind::Gather { .. } => 5,
+            Kind::Scatter { .. } => 6,
+            Kind::AllToAll => 7,
             // Parts of any size, and several buffers of a rank, are staged, in windows or not.
-            _ => None,
-        }
+            _ => return None,
+        };
+        Some(self.direct_from[at])
     }
 }
 
@@ -223,7 +225,6 @@ pub fn decide(question: &Question, rules: &Rules) -> Decision {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::reduce_op::ReduceOp;
 
     const SUM: Question =
         Question { kind: Kind::AllReduce { op: ReduceOp::Sum }, bytes: 8, in_windows: false };
@@ -245,6 +246,13 @@ mod tests {
         assert_eq!(chosen(Question { kind: Kind::AllGather, ..MIB }), Algorithm::OneShot);
         assert_eq!(chosen(Question { kind: Kind::AllToAll, in_windows: true, ..MIB }), Algorithm::Direct);
         assert_eq!(chosen(Question { kind: Kind::AllToAllV, in_windows: true, ..MIB }), Algorithm::OneShot);
+    }
+
+    #[test]
+    fn every_direct_form_has_its_own_border() {
+        let thresholds = Thresholds { direct_from: [0, 1, 2, 3, 4, 5, 6, 7], ..Thresholds::for_world(2) };
+        assert_eq!(DIRECT_FORMS.map(|kind| thresholds.direct_from(kind)), [0, 1, 2, 3, 4, 5, 6, 7].map(Some));
+        assert_eq!(thresholds.direct_from(Kind::AllToAllV), None);
     }
 
     #[test]

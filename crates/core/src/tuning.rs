@@ -3,7 +3,7 @@
 //! ```text
 //! unisono tuning 1
 //! machine AMD EPYC, 2 processors
-//! ranks=2 all_reduce_one_shot_to=16384 all_reduce_direct_from=16384 broadcast_direct_from=never all_gather_direct_from=8192 others_direct_from=16384
+//! ranks=2 all_reduce_one_shot_to=16384 all_reduce_direct_from=16384 broadcast_direct_from=never all_gather_direct_from=8192 …
 //! checksum 5f0c1d2e3a4b5968
 //! ```
 //!
@@ -16,8 +16,9 @@ use std::fmt::Write as _;
 
 use sha2::{Digest, Sha256};
 
+use crate::call::Kind;
 use crate::error::{Error, Result};
-use crate::select::Thresholds;
+use crate::select::{DIRECT_FORMS, Thresholds};
 
 /// The first line: what the file is, and the version of its format.
 const FIRST_LINE: &str = "unisono tuning 1";
@@ -26,23 +27,11 @@ pub const MAX_TUNING_BYTES: usize = 64 * 1024;
 /// The largest world size with a line.
 const MAX_RANKS: usize = 1024;
 
-/// The names of the thresholds, in the order of [`values`], and the word for `usize::MAX`.
-const FIELDS: [(&str, &str); 5] = [
-    ("all_reduce_one_shot_to", "always"),
-    ("all_reduce_direct_from", "never"),
-    ("broadcast_direct_from", "never"),
-    ("all_gather_direct_from", "never"),
-    ("others_direct_from", "never"),
-];
+/// The name of the first threshold; the others are named by [`direct_from`].
+const ONE_SHOT_TO: &str = "all_reduce_one_shot_to";
 
-const fn values(thresholds: &Thresholds) -> [usize; FIELDS.len()] {
-    [
-        thresholds.all_reduce_one_shot_to,
-        thresholds.all_reduce_direct_from,
-        thresholds.broadcast_direct_from,
-        thresholds.all_gather_direct_from,
-        thresholds.others_direct_from,
-    ]
+fn direct_from(kind: Kind) -> String {
+    format!("{}_direct_from", kind.name())
 }
 
 /// What a tuning file says.
@@ -118,9 +107,13 @@ impl Tuning {
         let _ = writeln!(text, "machine {}", self.machine);
         for (ranks, thresholds) in &self.worlds {
             let _ = write!(text, "ranks={ranks}");
-            for ((name, word), value) in FIELDS.iter().zip(values(thresholds)) {
-                let value = if value == usize::MAX { (*word).to_owned() } else { value.to_string() };
+            let mut add = |name: &str, value: usize, word: &str| {
+                let value = if value == usize::MAX { word.to_owned() } else { value.to_string() };
                 let _ = write!(text, " {name}={value}");
+            };
+            add(ONE_SHOT_TO, thresholds.all_reduce_one_shot_to, "always");
+            for (kind, value) in DIRECT_FORMS.into_iter().zip(thresholds.direct_from) {
+                add(&direct_from(kind), value, "never");
             }
             text.push('\n');
         }
@@ -168,28 +161,15 @@ fn world(line: &str) -> Result<(usize, Thresholds), String> {
     };
     let ranks = value("ranks", "").ok().filter(|ranks| (1..=MAX_RANKS).contains(ranks));
     let ranks = ranks.ok_or_else(|| format!("ranks= with a number from 1 to {MAX_RANKS}"))?;
-    let mut read = [0; FIELDS.len()];
-    for (into, (name, word)) in read.iter_mut().zip(FIELDS) {
-        *into = value(name, word)?;
+    let all_reduce_one_shot_to = value(ONE_SHOT_TO, "always")?;
+    let mut thresholds = Thresholds { all_reduce_one_shot_to, ..Thresholds::for_world(ranks) };
+    for (kind, from) in DIRECT_FORMS.into_iter().zip(&mut thresholds.direct_from) {
+        *from = value(&direct_from(kind), "never")?;
     }
-    if words.next().is_some() {
-        return Err(format!("nothing after {}", FIELDS[FIELDS.len() - 1].0));
+    match words.next() {
+        Some(_) => Err("nothing after the last size".to_owned()),
+        None => Ok((ranks, thresholds)),
     }
-    let [
-        all_reduce_one_shot_to,
-        all_reduce_direct_from,
-        broadcast_direct_from,
-        all_gather_direct_from,
-        others_direct_from,
-    ] = read;
-    let thresholds = Thresholds {
-        all_reduce_one_shot_to,
-        all_reduce_direct_from,
-        broadcast_direct_from,
-        all_gather_direct_from,
-        others_direct_from,
-    };
-    Ok((ranks, thresholds))
 }
 
 fn checksum(text: &str) -> String {
@@ -205,10 +185,7 @@ mod tests {
     fn tuning() -> Tuning {
         let odd = Thresholds {
             all_reduce_one_shot_to: usize::MAX,
-            all_reduce_direct_from: 4096,
-            broadcast_direct_from: usize::MAX,
-            all_gather_direct_from: 0,
-            others_direct_from: 512,
+            direct_from: [4096, usize::MAX, 0, 512, 1, 2, 3, usize::MAX],
         };
         let worlds = [(2, Thresholds::for_world(2)), (4, odd)];
         Tuning::new("AMD  EPYC, 2 processors", BTreeMap::from(worlds))
@@ -225,7 +202,8 @@ mod tests {
         assert_eq!(
             lines[6],
             "ranks=4 all_reduce_one_shot_to=always all_reduce_direct_from=4096 broadcast_direct_from=never \
-             all_gather_direct_from=0 others_direct_from=512"
+             all_gather_direct_from=0 reduce_direct_from=512 reduce_scatter_direct_from=1 gather_direct_from=2 \
+             scatter_direct_from=3 all_to_all_direct_from=never"
         );
         let read = Tuning::parse(&text).unwrap();
         assert_eq!(read, tuning());

@@ -13,8 +13,8 @@ use anstyle::Style;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use unisono::settings::format_size;
-use unisono::tuning::{Thresholds, Tuning, machine};
-use unisono::{host, settings};
+use unisono::tuning::{DIRECT_FORMS, Thresholds, Tuning, machine};
+use unisono::{Kind, host, settings};
 
 use crate::output::Target;
 use crate::ranks::{Ranks, own_arguments};
@@ -59,20 +59,11 @@ fn duration(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| "expected a duration such as 40ms or 1s".to_owned())
 }
 
-/// An operation with thresholds.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum Operation {
-    AllReduce,
-    Broadcast,
-    AllGather,
-}
-
 /// What rank 0 writes: one size of one operation. Times are microseconds per call of the slowest rank: the
 /// lower quartile over turns, because other work on the machine only ever adds.
-#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 struct Measured {
-    operation: Operation,
+    operation: String,
     bytes: usize,
     one_shot_us: f64,
     /// Where the operation has it.
@@ -94,7 +85,7 @@ struct World {
 
 #[derive(Serialize)]
 struct Named {
-    name: &'static str,
+    name: String,
     #[serde(flatten)]
     border: Border,
 }
@@ -179,8 +170,8 @@ fn measure(ranks: usize) -> Result<World, Failure> {
 /// The borders of all operations, in the order of [`World::thresholds`].
 fn borders(ranks: usize, measured: &[Measured]) -> Vec<Named> {
     let default = Thresholds::for_world(ranks);
-    let of = |operation| measured.iter().filter(move |measured| measured.operation == operation);
-    let one_or_two: Vec<Point> = of(Operation::AllReduce)
+    let of = |kind: Kind| measured.iter().filter(move |measured| measured.operation == kind.name());
+    let one_or_two: Vec<Point> = of(DIRECT_FORMS[0])
         .filter_map(|at| Some(Point { bytes: at.bytes, small_us: at.one_shot_us, large_us: at.two_shot_us? }))
         .collect();
     // `one_shot_to` belongs to the smaller side: the border stands behind it.
@@ -189,26 +180,16 @@ fn borders(ranks: usize, measured: &[Measured]) -> Vec<Named> {
         Some(two) if at.bytes >= one_shot.chosen => two,
         _ => at.one_shot_us,
     };
-    let direct = |operation, default| {
+    let mut borders = vec![Named { name: "all_reduce: two-shot from".to_owned(), border: one_shot }];
+    for (kind, default) in DIRECT_FORMS.into_iter().zip(default.direct_from) {
         let point =
             |at: &Measured| Point { bytes: at.bytes, small_us: staged_us(at), large_us: at.direct_us };
-        border::best(&of(operation).map(point).collect::<Vec<_>>(), default)
-    };
-    vec![
-        Named { name: "all_reduce: two-shot from", border: one_shot },
-        Named {
-            name: "all_reduce in windows: direct from",
-            border: direct(Operation::AllReduce, default.all_reduce_direct_from),
-        },
-        Named {
-            name: "broadcast in windows: direct from",
-            border: direct(Operation::Broadcast, default.broadcast_direct_from),
-        },
-        Named {
-            name: "all_gather in windows: direct from",
-            border: direct(Operation::AllGather, default.all_gather_direct_from),
-        },
-    ]
+        borders.push(Named {
+            name: format!("{} in windows: direct from", kind.name()),
+            border: border::best(&of(kind).map(point).collect::<Vec<_>>(), default),
+        });
+    }
+    borders
 }
 
 fn write(arguments: &Arguments, tuning: &Tuning) -> Result<(), Failure> {
@@ -236,18 +217,15 @@ fn write(arguments: &Arguments, tuning: &Tuning) -> Result<(), Failure> {
 
 impl World {
     fn thresholds(&self) -> Thresholds {
-        let border = |at: usize| self.borders[at].border.chosen;
-        Thresholds {
-            all_reduce_one_shot_to: match border(0) {
-                usize::MAX => usize::MAX,
-                from => from.saturating_sub(1),
-            },
-            all_reduce_direct_from: border(1),
-            broadcast_direct_from: border(2),
-            all_gather_direct_from: border(3),
-            // Not measured.
-            others_direct_from: Thresholds::for_world(self.ranks).others_direct_from,
-        }
+        let mut chosen = self.borders.iter().map(|named| named.border.chosen);
+        let default = Thresholds::for_world(self.ranks);
+        let all_reduce_one_shot_to = match chosen.next() {
+            None => default.all_reduce_one_shot_to,
+            Some(usize::MAX) => usize::MAX,
+            Some(from) => from.saturating_sub(1),
+        };
+        let direct_from = default.direct_from.map(|default| chosen.next().unwrap_or(default));
+        Thresholds { all_reduce_one_shot_to, direct_from }
     }
 
     /// Whether most sizes took much longer in half of their turns than in the quickest quarter.
@@ -260,27 +238,12 @@ impl World {
     fn lines(&self) -> Vec<String> {
         let bold = Style::new().bold();
         let bound = if self.bound { "a core each" } else { "more than processors" };
-        let mut lines = vec![
-            format!("{bold}{} ranks, {bound}{bold:#} · µs per call, the fastest marked", self.ranks),
-            format!("{:12}{:<33}│ {:<21}│ all_gather", "", "all_reduce", "broadcast"),
-            format!(
-                "{:>10}  {:>9}  {:>9}  {:>9}  │{:>9}  {:>9}  │{:>9}  {:>9}",
-                "bytes", "one-shot", "two-shot", "direct", "one-shot", "direct", "one-shot", "direct"
-            ),
-        ];
-        let of =
-            |operation, bytes| self.measured.iter().find(|at| at.operation == operation && at.bytes == bytes);
-        for at in self.measured.iter().filter(|at| at.operation == Operation::AllReduce) {
-            let mut line = format!("{:>10}  ", format_size(at.bytes as u64));
-            line += &times(&[Some(at.one_shot_us), at.two_shot_us, Some(at.direct_us)]);
-            for operation in [Operation::Broadcast, Operation::AllGather] {
-                let both = of(operation, at.bytes)
-                    .map_or([None, None], |at| [Some(at.one_shot_us), Some(at.direct_us)]);
-                line += &format!("│{}", times(&both));
-            }
-            lines.push(line.trim_end().to_owned());
+        let mut lines =
+            vec![format!("{bold}{} ranks, {bound}{bold:#} · µs per call, the fastest marked", self.ranks)];
+        for kinds in DIRECT_FORMS.chunks(3) {
+            lines.extend(self.table(kinds));
+            lines.push(String::new());
         }
-        lines.push(String::new());
         lines.push(format!("{:<38}{:>10} {:>10}   why", "", "chosen", "default"));
         for Named { name, border } in &self.borders {
             lines.push(format!(
@@ -291,6 +254,39 @@ impl World {
             ));
         }
         lines.push(String::new());
+        lines
+    }
+}
+
+impl World {
+    /// The times of some operations, beside each other.
+    fn table(&self, kinds: &[Kind]) -> Vec<String> {
+        let of = |kind: Kind, bytes| {
+            self.measured.iter().find(|at| at.operation == kind.name() && at.bytes == bytes)
+        };
+        let reduces = |kind: &Kind| matches!(kind, Kind::AllReduce { .. });
+        let heads = kinds.iter().map(|kind| {
+            let width = if reduces(kind) { 33 } else { 22 };
+            format!("│ {:<width$}", kind.name())
+        });
+        let columns = kinds.iter().map(|kind| {
+            let two = if reduces(kind) { format!("{:>9}  ", "two-shot") } else { String::new() };
+            format!("│ {:>9}  {two}{:>9} ", "one-shot", "direct")
+        });
+        let line = |first: &str, cells: String| format!("{first:>10} {cells}").trim_end().to_owned();
+        let mut lines = vec![line("", heads.collect()), line("bytes", columns.collect())];
+        for bytes in rank::sizes() {
+            let cells: Option<String> = kinds
+                .iter()
+                .map(|kind| {
+                    let at = of(*kind, bytes)?;
+                    let staged = [Some(at.one_shot_us), at.two_shot_us];
+                    let staged = &staged[..if reduces(kind) { 2 } else { 1 }];
+                    Some(format!("│ {}", times(&[staged, &[Some(at.direct_us)]].concat())))
+                })
+                .collect();
+            lines.extend(cells.map(|cells| line(&format_size(bytes as u64), cells)));
+        }
         lines
     }
 }
@@ -319,9 +315,9 @@ fn times(times: &[Option<f64>]) -> String {
 mod tests {
     use super::*;
 
-    fn measured(operation: Operation, bytes: usize, times: (f64, Option<f64>, f64)) -> Measured {
+    fn measured(kind: Kind, bytes: usize, times: (f64, Option<f64>, f64)) -> Measured {
         Measured {
-            operation,
+            operation: kind.name().to_owned(),
             bytes,
             one_shot_us: times.0,
             two_shot_us: times.1,
@@ -337,22 +333,19 @@ mod tests {
             let at = at as f64;
             // Two-shot wins from 4 KiB on, direct wins against the better of both from 16 KiB on.
             let (one, two) = (1.0 + at, 2.5 + at / 4.0);
-            all.push(measured(Operation::AllReduce, bytes, (one, Some(two), 4.0 - at / 4.0 + 0.2)));
-            all.push(measured(Operation::Broadcast, bytes, (one, None, 99.0)));
-            all.push(measured(Operation::AllGather, bytes, (one, None, 0.1)));
+            for kind in DIRECT_FORMS {
+                all.push(match kind {
+                    Kind::AllReduce { .. } => measured(kind, bytes, (one, Some(two), 4.2 - at / 4.0)),
+                    Kind::AllGather => measured(kind, bytes, (one, None, 0.1)),
+                    _ => measured(kind, bytes, (one, None, 99.0)),
+                });
+            }
         }
         let borders = borders(2, &all);
         let world = World { ranks: 2, bound: true, measured: all, borders };
-        assert_eq!(
-            world.thresholds(),
-            Thresholds {
-                all_reduce_one_shot_to: 4095,
-                all_reduce_direct_from: 16_384,
-                broadcast_direct_from: usize::MAX,
-                all_gather_direct_from: 0,
-                others_direct_from: 16_384,
-            }
-        );
+        let mut direct_from = [usize::MAX; DIRECT_FORMS.len()];
+        (direct_from[0], direct_from[2]) = (16_384, 0);
+        assert_eq!(world.thresholds(), Thresholds { all_reduce_one_shot_to: 4095, direct_from });
         assert!(!world.is_noisy());
         let lines: Vec<String> =
             world.lines().iter().map(|line| anstream::adapter::strip_str(line).to_string()).collect();

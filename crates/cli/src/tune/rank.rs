@@ -8,16 +8,23 @@ use std::io::Write as _;
 use std::time::{Duration, Instant};
 
 use unisono::settings::AlgorithmChoice;
-use unisono::{Builder, Communicator, Memory, Operations, ReduceOp, Window};
+use unisono::tuning::DIRECT_FORMS;
+use unisono::{Buf, BufMut, Builder, Communicator, Kind, Memory, Operations, ReduceOp, Window};
 
-use super::{Measured, Operation};
+use super::Measured;
 
 type Result<T, E = unisono::Error> = std::result::Result<T, E>;
 
 /// Sizes that are measured: powers of two between these.
 const SIZES: std::ops::RangeInclusive<u32> = 9..=20;
-/// The most that all ranks' outputs take together: all-gathers among many ranks end at a smaller size.
-const MOST_OUTPUT_BYTES: usize = 256 << 20;
+/// The sizes that are measured, in bytes per rank.
+pub(super) fn sizes() -> impl Iterator<Item = usize> {
+    SIZES.map(|shift| 1 << shift)
+}
+
+/// The most that the inputs or outputs of all ranks take together: among many ranks, operations with a part for each rank
+/// end at a smaller size.
+const MOST_BYTES: usize = 256 << 20;
 /// How long one turn should take, at most.
 const TURN: Duration = Duration::from_millis(2);
 /// The fewest turns of each algorithm.
@@ -33,13 +40,14 @@ pub(super) fn run(time: Duration) -> Result<()> {
     let one_shot = with("one-shot", AlgorithmChoice::OneShot)?;
     let two_shot = with("two-shot", AlgorithmChoice::TwoShot)?;
     let direct = with("direct", AlgorithmChoice::Direct)?;
-    for operation in [Operation::AllReduce, Operation::Broadcast, Operation::AllGather] {
-        for bytes in SIZES.map(|shift| 1usize << shift) {
-            let outputs = outputs(operation, bytes, one_shot.world_size());
-            if outputs * size_of::<f32>() * one_shot.world_size() > MOST_OUTPUT_BYTES {
+    let ranks = one_shot.world_size();
+    for kind in DIRECT_FORMS {
+        for bytes in sizes() {
+            let (inputs, outputs) = parts(kind, ranks);
+            if bytes * inputs.max(outputs) * ranks > MOST_BYTES {
                 break;
             }
-            let inputs = bytes / size_of::<f32>();
+            let (inputs, outputs) = (bytes / size_of::<f32>() * inputs, bytes / size_of::<f32>() * outputs);
             let mut plain = Plain {
                 communicators: [&one_shot, &two_shot],
                 source: vec![1.0; inputs],
@@ -50,13 +58,13 @@ pub(super) fn run(time: Duration) -> Result<()> {
                 source: direct.window(inputs, Memory::Host)?,
                 target: direct.window(outputs, Memory::Host)?,
             };
-            let (times, spread) = measure(operation, time, &mut plain, &mut windows)?;
+            let (times, spread) = measure(kind, time, &mut plain, &mut windows)?;
             windows.close()?;
             let measured = Measured {
-                operation,
+                operation: kind.name().to_owned(),
                 bytes,
                 one_shot_us: times[0],
-                two_shot_us: (operation == Operation::AllReduce).then_some(times[1]),
+                two_shot_us: matches!(kind, Kind::AllReduce { .. }).then_some(times[1]),
                 direct_us: times[2],
                 spread,
             };
@@ -73,10 +81,29 @@ pub(super) fn run(time: Duration) -> Result<()> {
     direct.destroy()
 }
 
-/// Elements of the output, for `bytes` of input.
-fn outputs(operation: Operation, bytes: usize, world_size: usize) -> usize {
-    let parts = if operation == Operation::AllGather { world_size } else { 1 };
-    bytes / size_of::<f32>() * parts
+/// Parts of the input and of the output. Sides that only the root has are there on every rank: the others leave them.
+const fn parts(kind: Kind, ranks: usize) -> (usize, usize) {
+    match kind {
+        Kind::AllGather | Kind::Gather { .. } => (1, ranks),
+        Kind::ReduceScatter { .. } | Kind::Scatter { .. } => (ranks, 1),
+        Kind::AllToAll => (ranks, ranks),
+        _ => (1, 1),
+    }
+}
+
+/// One call of an operation that has a direct form; the root is rank 0.
+fn call(rank: &Communicator, kind: Kind, source: Buf<'_, f32>, target: BufMut<'_, f32>) -> Result<()> {
+    let sum = ReduceOp::Sum;
+    match kind {
+        Kind::AllReduce { .. } => rank.all_reduce_into(source, target, sum),
+        Kind::Broadcast { .. } => rank.broadcast_into(source, target, 0),
+        Kind::AllGather => rank.all_gather_into(source, target),
+        Kind::Reduce { .. } => rank.reduce_into(source, target, sum, 0),
+        Kind::ReduceScatter { .. } => rank.reduce_scatter_into(source, target, sum),
+        Kind::Gather { .. } => rank.gather(source, target, 0),
+        Kind::Scatter { .. } => rank.scatter(source, target, 0),
+        _ => rank.all_to_all_into(source, target),
+    }
 }
 
 /// The buffers of the staged algorithms.
@@ -87,15 +114,8 @@ struct Plain<'c> {
 }
 
 impl Plain<'_> {
-    fn call(&mut self, operation: Operation, algorithm: usize) -> Result<()> {
-        let communicator = self.communicators[algorithm];
-        match operation {
-            Operation::AllReduce => {
-                communicator.all_reduce_into(&self.source, &mut self.target, ReduceOp::Sum)
-            }
-            Operation::Broadcast => communicator.broadcast_into(&self.source, &mut self.target, 0),
-            Operation::AllGather => communicator.all_gather_into(&self.source, &mut self.target),
-        }
+    fn call(&mut self, kind: Kind, algorithm: usize) -> Result<()> {
+        call(self.communicators[algorithm], kind, (&self.source).into(), (&mut self.target).into())
     }
 }
 
@@ -107,14 +127,10 @@ struct Windows<'c> {
 }
 
 impl Windows<'_> {
-    fn call(&mut self, operation: Operation) -> Result<()> {
+    fn call(&mut self, kind: Kind) -> Result<()> {
         let (inputs, outputs) = (self.source.len(), self.target.len());
         let (source, target) = (self.source.range(0..inputs), self.target.range_mut(0..outputs));
-        match operation {
-            Operation::AllReduce => self.communicator.all_reduce_into(source, target, ReduceOp::Sum),
-            Operation::Broadcast => self.communicator.broadcast_into(source, target, 0),
-            Operation::AllGather => self.communicator.all_gather_into(source, target),
-        }
+        call(self.communicator, kind, source, target)
     }
 
     fn close(self) -> Result<()> {
@@ -125,7 +141,7 @@ impl Windows<'_> {
 
 /// The microseconds per call of one-shot, two-shot and direct, and how much longer the median turn of the worst took.
 fn measure(
-    operation: Operation,
+    kind: Kind,
     time: Duration,
     plain: &mut Plain<'_>,
     windows: &mut Windows<'_>,
@@ -136,8 +152,8 @@ fn measure(
         let start = Instant::now();
         for _ in 0..calls {
             match algorithm {
-                2 => windows.call(operation)?,
-                staged => plain.call(operation, staged)?,
+                2 => windows.call(kind)?,
+                staged => plain.call(kind, staged)?,
             }
         }
         let mut slowest = [start.elapsed().as_secs_f64() * 1e6 / calls as f64];

@@ -1,11 +1,15 @@
 //! The decoders of `unisono-core`, all of which are public.
 
+use std::collections::BTreeMap;
+
 use sha2::{Digest, Sha256};
 use unisono_core::auth::{Handshake, Opened, Role, Session};
 use unisono_core::call::{CallHeader, HEADER_WORDS, Kind};
 use unisono_core::hello::{Hello, HostIdentity, PROTOCOL_VERSION, WorldTable};
+use unisono_core::select::Thresholds;
 use unisono_core::settings::{Settings, unknown_names};
 use unisono_core::topology::Topology;
+use unisono_core::tuning::Tuning;
 use unisono_core::wire::{Header, decode_body, encode_body};
 use unisono_core::{DType, Member, ReduceOp, Secret, UniqueId};
 
@@ -266,4 +270,28 @@ pub(super) fn settings_seeds() -> Vec<Vec<u8>> {
         "UNISONO_TIMOUT=1h\nUNISONO_STORE=tcp://[::1]:5\nUNISONO_INTERFACE=eth0\nUNISONO_SPIN=auto\nHOME=/",
     ];
     texts.iter().map(|text| text.as_bytes().to_vec()).collect()
+}
+
+/// A tuning file, as it is and with a checksum that fits.
+pub(super) fn tuning(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    let above = text.find("checksum ").map_or(&*text, |at| &text[..at]);
+    let checksum: String = Sha256::digest(above).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    for text in [&*text, &format!("{above}checksum {checksum}\n")] {
+        match Tuning::parse(text) {
+            Ok(tuning) => {
+                let again = Tuning::parse(&tuning.to_text(&[])).unwrap();
+                assert_eq!(again.worlds(), tuning.worlds());
+                assert!(again.check_machine("another").is_err() || tuning.check_machine("another").is_ok());
+            }
+            Err(error) => drop(error.to_string()),
+        }
+    }
+}
+
+pub(super) fn tuning_seeds() -> Vec<Vec<u8>> {
+    let worlds = [2, 3, 1024].map(|ranks| (ranks, Thresholds::for_world(ranks)));
+    let some = Tuning::new("a processor, 8 processors", worlds.into());
+    let none = Tuning::new("", BTreeMap::new());
+    vec![some.to_text(&["a note".to_owned()]).into_bytes(), none.to_text(&[]).into_bytes()]
 }

@@ -23,6 +23,7 @@ pub const TARGETS: &[Target] = &[
     target("handshake", Whole(core::handshake, core::handshake_seeds)),
     target("call_header", Whole(core::call_header, core::call_header_seeds)),
     target("settings", Whole(core::settings, core::settings_seeds)),
+    target("tuning", Whole(core::tuning, core::tuning_seeds)),
     target("snapshot", Parts(recorder::snapshot, recorder::snapshot_seeds)),
     target("node_connection", Parts(node::connection, node::connection_seeds)),
     target("node_plane", Parts(node::plane_messages, node::plane_seeds)),
