@@ -269,17 +269,17 @@ mod tests {
         );
         says(
             Kind::AllGather,
-            4096,
+            2048,
             BOTH,
-            "all_gather of 4 KiB per rank among 2 ranks takes one-shot, its only form with buffers where they are; not \
-             direct, which is faster from 16 KiB on",
+            "all_gather of 2 KiB per rank among 2 ranks takes one-shot, its only form with buffers where they are; not \
+             direct, which is faster from 4 KiB on",
         );
         says(
             Kind::AllToAll,
             4096,
             BOTH,
-            "all_to_all of 4 KiB per rank among 2 ranks takes one-shot, its only form with buffers where they are; not \
-             direct, which is faster from 16 KiB on",
+            "all_to_all of 4 KiB per rank among 2 ranks takes direct, because all buffers lie in windows and it is at \
+             least 4 KiB (default)",
         );
         let only = "among 2 ranks takes one-shot, its only form with buffers where they are";
         says(Kind::AllGatherV, 4096, NONE, &format!("all_gather_v of 4 KiB in all {only}"));

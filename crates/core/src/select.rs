@@ -97,8 +97,10 @@ pub const DIRECT_FORMS: [Kind; 8] = [
 /// Up to this much read per rank all-reduces are one-shot, measured with two ranks on two Zen 5 cores (`unisono bench
 /// all_reduce`).
 const ONE_SHOT_BYTES: usize = 16 * 1024;
-/// Windows are worth their extra barrier from here on (same measurement).
-const DIRECT_BYTES: usize = 16 * 1024;
+/// Windows are worth their extra barrier from here on, in the order of [`DIRECT_FORMS`] (`unisono tune` on the same
+/// machine): earlier where otherwise every rank would stage and read.
+const DIRECT_FROM: [usize; DIRECT_FORMS.len()] =
+    [16 << 10, 16 << 10, 4 << 10, 16 << 10, 4 << 10, 16 << 10, 16 << 10, 4 << 10];
 
 /// Whether parts of `bytes` travel inside the call slots, where the algorithm is one-shot: all that a rank publishes must fit.
 pub const fn is_inline(kind: Kind, bytes: usize, world_size: usize) -> bool {
@@ -124,7 +126,7 @@ impl Thresholds {
             0 | 1 => usize::MAX,
             several => ONE_SHOT_BYTES / (several - 1),
         };
-        Self { all_reduce_one_shot_to, direct_from: [DIRECT_BYTES; DIRECT_FORMS.len()] }
+        Self { all_reduce_one_shot_to, direct_from: DIRECT_FROM }
     }
 
     /// From where on `kind` is direct, if all its buffers lie in windows; `None` if it has no direct form.

@@ -58,7 +58,8 @@ impl Tuning {
         }
         let (mut machine, mut worlds, mut checked) = (None, BTreeMap::new(), false);
         let mut above = 0;
-        for (index, line) in text.lines().enumerate() {
+        for (index, whole) in text.split_inclusive('\n').enumerate() {
+            let line = whole.strip_suffix('\n').unwrap_or(whole);
             let wrong = |expected: &str, got: &str| Error::Tuning {
                 line: index + 1,
                 expected: expected.to_owned(),
@@ -85,7 +86,7 @@ impl Tuning {
             } else if index > 0 && !line.starts_with('#') {
                 return Err(wrong("a line that begins with machine, ranks= or #", line));
             }
-            above += line.len() + 1;
+            above += whole.len();
         }
         let lacks = |expected: &str| Error::Tuning {
             line: text.lines().count() + 1,

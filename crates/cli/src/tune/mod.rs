@@ -351,7 +351,7 @@ mod tests {
             world.lines().iter().map(|line| anstream::adapter::strip_str(line).to_string()).collect();
         assert_eq!(
             lines[3],
-            "     1 KiB       1.00*      2.50       4.20  │     1.00*     99.00  │     1.00       0.10*"
+            "     1 KiB │      1.00*      2.50       4.20  │      1.00*     99.00  │      1.00       0.10*"
         );
         assert!(lines.iter().all(|line| line.chars().count() <= 120), "{lines:#?}");
     }

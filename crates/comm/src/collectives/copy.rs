@@ -1,5 +1,9 @@
 //! Copies between a user's buffer and memory that peers write: plain bytes through raw pointers, never references.
 
+/// The most that is copied at once. The C library writes larger copies past the caches, which costs a third more time where
+/// both sides would have fitted, and gains nothing where they do not (1 and 64 MiB on Zen 5).
+const CUT_BYTES: usize = 64 * 1024;
+
 /// Copies `bytes` from `source` to `target`.
 ///
 /// # Safety
@@ -7,8 +11,13 @@
 #[inline]
 pub(super) unsafe fn copy(source: *const u8, target: *mut u8, bytes: usize) {
     if !std::ptr::eq(source, target) {
-        // SAFETY: valid and, not being equal, disjoint, as the caller vouches.
-        unsafe { std::ptr::copy_nonoverlapping(source, target, bytes) }
+        let mut at = 0;
+        while at < bytes {
+            let some = (bytes - at).min(CUT_BYTES);
+            // SAFETY: valid and, not being equal, disjoint, as the caller vouches.
+            unsafe { std::ptr::copy_nonoverlapping(source.add(at), target.add(at), some) }
+            at += some;
+        }
     }
 }
 
