@@ -45,12 +45,20 @@ pub struct Call<'b> {
 }
 
 impl<'b> Call<'b> {
-    pub(crate) fn new(kind: Kind, buffers: &[RawBuffer]) -> Self {
-        Self { kind, buffers: SmallVec::from_slice(buffers), counts: Vec::new(), life: PhantomData }
+    /// Inline, so that the buffers are written where they stay.
+    #[inline]
+    pub(crate) fn new(kind: Kind, buffers: impl IntoIterator<Item = RawBuffer>) -> Self {
+        let mut call = Self { kind, buffers: SmallVec::new(), counts: Vec::new(), life: PhantomData };
+        for buffer in buffers {
+            call.buffers.push(buffer);
+        }
+        call
     }
 
-    pub(crate) fn with_counts(self, counts: &[Counts<'b>]) -> Self {
-        Self { counts: counts.to_vec(), ..self }
+    #[inline]
+    pub(crate) fn with_counts(mut self, counts: &[Counts<'b>]) -> Self {
+        self.counts.extend_from_slice(counts);
+        self
     }
 
     /// A call from raw descriptions: the door for bindings to other languages.
@@ -62,8 +70,11 @@ impl<'b> Call<'b> {
     /// # Safety
     /// Every buffer is valid for `count` elements of its dtype, aligned or not; targets are written, sources read; and
     /// nobody else touches them until the submitted operation is complete.
+    #[inline]
     pub unsafe fn from_raw(kind: Kind, buffers: &[RawBuffer], counts: &[Counts<'b>]) -> Self {
-        Self::new(kind, buffers).with_counts(counts)
+        let mut call = Self::new(kind, buffers.iter().copied());
+        call.counts.extend_from_slice(counts);
+        call
     }
 
     /// What it does.
@@ -77,6 +88,7 @@ impl<'b> Call<'b> {
     }
 
     /// Its buffers.
+    #[inline]
     pub fn buffers(&self) -> &[RawBuffer] {
         &self.buffers
     }

@@ -242,7 +242,7 @@ impl Communicator {
         let mut all_have_it = [u8::from(memory.is_ok())];
         engine.submit(&Call::new(
             Kind::AllReduce { op: ReduceOp::Min },
-            &[crate::BufMut::from(&mut all_have_it).raw()],
+            [crate::BufMut::from(&mut all_have_it).raw()],
         ))?;
         let memory = memory?;
         if all_have_it[0] == 0 {

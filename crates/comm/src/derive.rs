@@ -64,7 +64,7 @@ impl Communicator {
         let wish = [color.map_or(0, |color| u64::from(color) + 1), key as u64, self.neighbours.new_group()];
         let mut wishes = vec![0; world_size * WISH_WORDS];
         wishes[rank * WISH_WORDS..][..WISH_WORDS].copy_from_slice(&wish);
-        engine.submit(&Call::new(Kind::AllGather, &[BufMut::from(&mut wishes).raw()]))?;
+        engine.submit(&Call::new(Kind::AllGather, [BufMut::from(&mut wishes).raw()]))?;
         let members = members(&wishes, wish[0]);
         let child = members.first().map(|first| {
             let group = wishes[first * WISH_WORDS + 2];
@@ -75,7 +75,7 @@ impl Communicator {
         let is_well = child.as_ref().is_none_or(|(_, memory)| memory.is_ok());
         let mut all_are = [u8::from(is_well)];
         engine
-            .submit(&Call::new(Kind::AllReduce { op: ReduceOp::Min }, &[BufMut::from(&mut all_are).raw()]))?;
+            .submit(&Call::new(Kind::AllReduce { op: ReduceOp::Min }, [BufMut::from(&mut all_are).raw()]))?;
         let Some((neighbours, memory)) = child else { return Ok(None) };
         let memory = memory?;
         if all_are[0] == 0 {

@@ -38,7 +38,7 @@ pub trait Operations<'b> {
     /// # Errors
     /// [`crate::Error::Core`] if the dtype has no such reduction; those of a failed communicator.
     fn all_reduce<T: Reducible>(&self, x: impl Into<BufMut<'b, T>>, op: ReduceOp) -> Result<Self::Done> {
-        self.submit(Call::new(Kind::AllReduce { op }, &[x.into().raw()]))
+        self.submit(Call::new(Kind::AllReduce { op }, [x.into().raw()]))
     }
 
     /// Writes the reduction of all ranks' `src` to `dst` on every rank. Both have the same count; they may be the same
@@ -52,7 +52,7 @@ pub trait Operations<'b> {
         dst: impl Into<BufMut<'b, T>>,
         op: ReduceOp,
     ) -> Result<Self::Done> {
-        self.submit(Call::new(Kind::AllReduce { op }, &[src.into().raw(), dst.into().raw()]))
+        self.submit(Call::new(Kind::AllReduce { op }, [src.into().raw(), dst.into().raw()]))
     }
 
     /// Replaces `x` on every rank by the `x` of `root`. Equal counts.
@@ -60,7 +60,7 @@ pub trait Operations<'b> {
     /// # Errors
     /// [`crate::Error::Argument`] if `root` is no rank; those of a failed communicator.
     fn broadcast<T: Element>(&self, x: impl Into<BufMut<'b, T>>, root: usize) -> Result<Self::Done> {
-        self.submit(Call::new(Kind::Broadcast { root: clamp(root) }, &[x.into().raw()]))
+        self.submit(Call::new(Kind::Broadcast { root: clamp(root) }, [x.into().raw()]))
     }
 
     /// Writes `src` of `root` to `dst` on every rank, the root's own included. Equal counts; `src` is read on the root
@@ -74,7 +74,7 @@ pub trait Operations<'b> {
         dst: impl Into<BufMut<'b, T>>,
         root: usize,
     ) -> Result<Self::Done> {
-        self.submit(Call::new(Kind::Broadcast { root: clamp(root) }, &[src.into().raw(), dst.into().raw()]))
+        self.submit(Call::new(Kind::Broadcast { root: clamp(root) }, [src.into().raw(), dst.into().raw()]))
     }
 
     /// Gathers the parts of all ranks in rank order: `all` has `count × world size` elements on every rank, and mine
@@ -83,7 +83,7 @@ pub trait Operations<'b> {
     /// # Errors
     /// [`crate::Error::Argument`] if the ranks do not divide the count; those of a failed communicator.
     fn all_gather<T: Element>(&self, all: impl Into<BufMut<'b, T>>) -> Result<Self::Done> {
-        self.submit(Call::new(Kind::AllGather, &[all.into().raw()]))
+        self.submit(Call::new(Kind::AllGather, [all.into().raw()]))
     }
 
     /// Gathers `mine` of all ranks into `all`, in rank order, on every rank. `all` has `mine.count × world size`
@@ -96,7 +96,7 @@ pub trait Operations<'b> {
         mine: impl Into<Buf<'b, T>>,
         all: impl Into<BufMut<'b, T>>,
     ) -> Result<Self::Done> {
-        self.submit(Call::new(Kind::AllGather, &[mine.into().raw(), all.into().raw()]))
+        self.submit(Call::new(Kind::AllGather, [mine.into().raw(), all.into().raw()]))
     }
 
     /// Replaces `x` of `root` by the reduction of the `x` of all ranks; the other ranks' `x` stays as it is. Equal counts.
@@ -109,7 +109,7 @@ pub trait Operations<'b> {
         op: ReduceOp,
         root: usize,
     ) -> Result<Self::Done> {
-        self.submit(Call::new(Kind::Reduce { op, root: clamp(root) }, &[x.into().raw()]))
+        self.submit(Call::new(Kind::Reduce { op, root: clamp(root) }, [x.into().raw()]))
     }
 
     /// Writes the reduction of all ranks' `src` to `dst` of `root`. Equal counts; on the other ranks `dst` is not touched
@@ -124,7 +124,7 @@ pub trait Operations<'b> {
         op: ReduceOp,
         root: usize,
     ) -> Result<Self::Done> {
-        self.submit(Call::new(Kind::Reduce { op, root: clamp(root) }, &[src.into().raw(), dst.into().raw()]))
+        self.submit(Call::new(Kind::Reduce { op, root: clamp(root) }, [src.into().raw(), dst.into().raw()]))
     }
 
     /// Reduces `all`, which has `count × world size` elements on every rank, and leaves each rank its part of the result, at
@@ -137,7 +137,7 @@ pub trait Operations<'b> {
         all: impl Into<BufMut<'b, T>>,
         op: ReduceOp,
     ) -> Result<Self::Done> {
-        self.submit(Call::new(Kind::ReduceScatter { op }, &[all.into().raw()]))
+        self.submit(Call::new(Kind::ReduceScatter { op }, [all.into().raw()]))
     }
 
     /// Writes this rank's part of the reduction of all ranks' `all` to `mine`. `all` has `mine.count × world size` elements;
@@ -151,7 +151,7 @@ pub trait Operations<'b> {
         mine: impl Into<BufMut<'b, T>>,
         op: ReduceOp,
     ) -> Result<Self::Done> {
-        self.submit(Call::new(Kind::ReduceScatter { op }, &[all.into().raw(), mine.into().raw()]))
+        self.submit(Call::new(Kind::ReduceScatter { op }, [all.into().raw(), mine.into().raw()]))
     }
 
     /// Gathers `mine` of all ranks into `all` of `root`, in rank order. There `all` has `mine.count × world size` elements;
@@ -165,7 +165,7 @@ pub trait Operations<'b> {
         all: impl Into<BufMut<'b, T>>,
         root: usize,
     ) -> Result<Self::Done> {
-        self.submit(Call::new(Kind::Gather { root: clamp(root) }, &[mine.into().raw(), all.into().raw()]))
+        self.submit(Call::new(Kind::Gather { root: clamp(root) }, [mine.into().raw(), all.into().raw()]))
     }
 
     /// Hands every rank its part of `all` of `root`, in rank order. There `all` has `mine.count × world size` elements; on the
@@ -179,7 +179,7 @@ pub trait Operations<'b> {
         mine: impl Into<BufMut<'b, T>>,
         root: usize,
     ) -> Result<Self::Done> {
-        self.submit(Call::new(Kind::Scatter { root: clamp(root) }, &[all.into().raw(), mine.into().raw()]))
+        self.submit(Call::new(Kind::Scatter { root: clamp(root) }, [all.into().raw(), mine.into().raw()]))
     }
 
     /// Replaces part r of `x` by what rank r has as our part, for all ranks r: `x` has `count × world size` elements on every
@@ -188,7 +188,7 @@ pub trait Operations<'b> {
     /// # Errors
     /// [`crate::Error::Argument`] if the ranks do not divide the count; those of a failed communicator.
     fn all_to_all<T: Element>(&self, x: impl Into<BufMut<'b, T>>) -> Result<Self::Done> {
-        self.submit(Call::new(Kind::AllToAll, &[x.into().raw()]))
+        self.submit(Call::new(Kind::AllToAll, [x.into().raw()]))
     }
 
     /// Writes what rank r has as our part of its `src` to part r of `dst`, for all ranks r. Both have `count × world size`
@@ -214,7 +214,7 @@ pub trait Operations<'b> {
         src: impl Into<Buf<'b, T>>,
         dst: impl Into<BufMut<'b, T>>,
     ) -> Result<Self::Done> {
-        self.submit(Call::new(Kind::AllToAll, &[src.into().raw(), dst.into().raw()]))
+        self.submit(Call::new(Kind::AllToAll, [src.into().raw(), dst.into().raw()]))
     }
 
     /// As [`Operations::all_gather_into`], with parts of any size: `counts` tells the elements of every rank's part and where it
@@ -242,7 +242,7 @@ pub trait Operations<'b> {
         all: impl Into<BufMut<'b, T>>,
         counts: impl Into<Counts<'b>>,
     ) -> Result<Self::Done> {
-        let call = Call::new(Kind::AllGatherV, &[mine.into().raw(), all.into().raw()]);
+        let call = Call::new(Kind::AllGatherV, [mine.into().raw(), all.into().raw()]);
         self.submit(call.with_counts(&[counts.into()]))
     }
 
@@ -258,7 +258,7 @@ pub trait Operations<'b> {
         counts: impl Into<Counts<'b>>,
         op: ReduceOp,
     ) -> Result<Self::Done> {
-        let call = Call::new(Kind::ReduceScatterV { op }, &[all.into().raw(), mine.into().raw()]);
+        let call = Call::new(Kind::ReduceScatterV { op }, [all.into().raw(), mine.into().raw()]);
         self.submit(call.with_counts(&[counts.into()]))
     }
 
@@ -273,7 +273,7 @@ pub trait Operations<'b> {
         counts: impl Into<Counts<'b>>,
         root: usize,
     ) -> Result<Self::Done> {
-        let call = Call::new(Kind::GatherV { root: clamp(root) }, &[mine.into().raw(), all.into().raw()]);
+        let call = Call::new(Kind::GatherV { root: clamp(root) }, [mine.into().raw(), all.into().raw()]);
         self.submit(call.with_counts(&[counts.into()]))
     }
 
@@ -288,7 +288,7 @@ pub trait Operations<'b> {
         counts: impl Into<Counts<'b>>,
         root: usize,
     ) -> Result<Self::Done> {
-        let call = Call::new(Kind::ScatterV { root: clamp(root) }, &[all.into().raw(), mine.into().raw()]);
+        let call = Call::new(Kind::ScatterV { root: clamp(root) }, [all.into().raw(), mine.into().raw()]);
         self.submit(call.with_counts(&[counts.into()]))
     }
 
@@ -321,7 +321,7 @@ pub trait Operations<'b> {
         dst: impl Into<BufMut<'b, T>>,
         into: impl Into<Counts<'b>>,
     ) -> Result<Self::Done> {
-        let call = Call::new(Kind::AllToAllV, &[src.into().raw(), dst.into().raw()]);
+        let call = Call::new(Kind::AllToAllV, [src.into().raw(), dst.into().raw()]);
         self.submit(call.with_counts(&[out.into(), into.into()]))
     }
 
@@ -333,7 +333,7 @@ pub trait Operations<'b> {
     /// [`crate::Error::Mismatch`] if the ranks have other numbers of them; as [`Operations::all_reduce`].
     fn all_reduce_multi<T: Reducible>(&self, local: Vec<BufMut<'b, T>>, op: ReduceOp) -> Result<Self::Done> {
         let buffers: Vec<_> = local.into_iter().map(|buffer| buffer.raw()).collect();
-        self.submit(Call::new(Kind::AllReduceMulti { op }, &buffers))
+        self.submit(Call::new(Kind::AllReduceMulti { op }, buffers))
     }
 
     /// Writes buffer `root_buffer` of rank `root` to every buffer of every rank. All have one count; the ranks may have different
@@ -349,7 +349,7 @@ pub trait Operations<'b> {
     ) -> Result<Self::Done> {
         let buffers: Vec<_> = local.into_iter().map(|buffer| buffer.raw()).collect();
         let kind = Kind::BroadcastMulti { root: clamp(root), buffer: clamp(root_buffer) };
-        self.submit(Call::new(kind, &buffers))
+        self.submit(Call::new(kind, buffers))
     }
 
     /// Sends `src` to rank `to`, which receives it with the same type, count and `tag`. Messages of one pair of ranks keep
@@ -360,7 +360,7 @@ pub trait Operations<'b> {
     /// [`crate::Error::Argument`] if `to` is not another rank; [`crate::Error::Mismatch`], on both ranks, if the receiver
     /// expects another type or count; those of a failed communicator.
     fn send<T: Element>(&self, src: impl Into<Buf<'b, T>>, to: usize, tag: u32) -> Result<Self::Done> {
-        self.submit(Call::new(Kind::Send { to: clamp(to), tag }, &[src.into().raw()]))
+        self.submit(Call::new(Kind::Send { to: clamp(to), tag }, [src.into().raw()]))
     }
 
     /// Receives the next message with `tag` that rank `from` sends to us. Messages with other tags wait for their turn.
@@ -368,7 +368,7 @@ pub trait Operations<'b> {
     /// # Errors
     /// As [`Operations::send`].
     fn recv<T: Element>(&self, dst: impl Into<BufMut<'b, T>>, from: usize, tag: u32) -> Result<Self::Done> {
-        self.submit(Call::new(Kind::Recv { from: clamp(from), tag }, &[dst.into().raw()]))
+        self.submit(Call::new(Kind::Recv { from: clamp(from), tag }, [dst.into().raw()]))
     }
 
     /// Sends `src` to rank `to` and receives `dst` from rank `from`, both at once: ranks that exchange messages of any size
@@ -398,7 +398,7 @@ pub trait Operations<'b> {
         tag: u32,
     ) -> Result<Self::Done> {
         let kind = Kind::SendRecv { to: clamp(to), from: clamp(from), tag };
-        self.submit(Call::new(kind, &[src.into().raw(), dst.into().raw()]))
+        self.submit(Call::new(kind, [src.into().raw(), dst.into().raw()]))
     }
 
     /// Returns when every rank has entered it.
@@ -406,7 +406,7 @@ pub trait Operations<'b> {
     /// # Errors
     /// Those of a failed communicator.
     fn barrier(&self) -> Result<Self::Done> {
-        self.submit(Call::new(Kind::Barrier, &[]))
+        self.submit(Call::new(Kind::Barrier, []))
     }
 }
 

@@ -99,7 +99,7 @@ impl Communicator {
     fn arrive(&self, old: &Control, members: &[usize]) -> Result<()> {
         let mut first_window = [self.engine().windows().1];
         let patience = self.patience.map_or(MEETING, |patience| patience.min(MEETING));
-        let call = Call::new(Kind::AllReduce { op: ReduceOp::Max }, &[BufMut::from(&mut first_window).raw()]);
+        let call = Call::new(Kind::AllReduce { op: ReduceOp::Max }, [BufMut::from(&mut first_window).raw()]);
         let mut engine = self.engine();
         let prepared = engine.prepare(&call)?;
         let ticket = engine.post(prepared)?;

@@ -1,6 +1,5 @@
 //! All-gather: every rank stages its part, every peer copies it to its place; or, in windows, reads it in place.
 
-use unisono_core::call::HEADER_WORDS;
 use unisono_core::layout::CHUNK_BYTES;
 use unisono_core::select::Algorithm;
 
@@ -14,21 +13,16 @@ use super::waiting::Step;
 impl Engine {
     /// Returns the number of steps it took.
     #[inline]
-    pub(super) fn all_gather(
-        &mut self,
-        plan: &Plan,
-        header: &[u64; HEADER_WORDS],
-        at: &mut State,
-    ) -> Step<u64> {
+    pub(super) fn all_gather(&mut self, plan: &Plan, at: &mut State) -> Step<u64> {
         if plan.algorithm == Algorithm::Direct {
-            return self.all_gather_direct(plan, header, at);
+            return self.all_gather_direct(plan, at);
         }
         if self.is_inline(plan) {
-            return self.all_gather_inline(plan, header, at);
+            return self.all_gather_inline(plan, at);
         }
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
         let stage = stage_source(plan, &blocks);
-        self.exchange((header, at), 0..blocks.number, Part::ALL, stage, |engine, block, chunk| {
+        self.exchange(at, 0..blocks.number, Part::ALL, stage, |engine, block, chunk| {
             engine.collect(plan, &blocks, block, chunk);
         })
     }
@@ -47,9 +41,9 @@ impl Engine {
         }
     }
 
-    fn all_gather_inline(&mut self, plan: &Plan, header: &[u64; HEADER_WORDS], at: &mut State) -> Step<u64> {
+    fn all_gather_inline(&mut self, plan: &Plan, at: &mut State) -> Step<u64> {
         let bytes = plan.bytes();
-        self.exchange_inline(plan, bytes, Part::ALL, (header, at))?;
+        self.exchange_inline(plan, bytes, Part::ALL, at)?;
         for (rank, data) in self.inline_sources.iter().enumerate() {
             // SAFETY: our own copies of the data; the result is valid for all parts.
             unsafe { copy(*data, plan.target.add(rank * bytes), bytes) };
@@ -58,9 +52,9 @@ impl Engine {
     }
 
     /// Everybody's part lies in a window: it is read there. One step, for the barrier at the end.
-    fn all_gather_direct(&mut self, plan: &Plan, header: &[u64; HEADER_WORDS], at: &mut State) -> Step<u64> {
+    fn all_gather_direct(&mut self, plan: &Plan, at: &mut State) -> Step<u64> {
         let bytes = plan.bytes();
-        if self.exchange_places(plan, header, (bytes, bytes), at)? {
+        if self.exchange_places(plan, (bytes, bytes), at)? {
             for (rank, (source, _)) in self.places.iter().enumerate() {
                 // SAFETY: the place of every source was checked; nobody writes a part but its owner, before it arrived.
                 unsafe { copy(source.cast_const(), plan.target.add(rank * bytes), bytes) };

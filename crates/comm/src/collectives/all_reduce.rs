@@ -13,7 +13,6 @@
 //! both are behind a peer's `consumed` count.
 
 use unisono_core::ReduceOp;
-use unisono_core::call::HEADER_WORDS;
 use unisono_core::layout::{CHUNK_BYTES, SLOT_HEADER};
 use unisono_core::select::Algorithm;
 
@@ -33,50 +32,32 @@ const TILE_BYTES: usize = 8 * 1024;
 impl Engine {
     /// Returns the number of steps it took.
     #[inline]
-    pub(super) fn all_reduce(
-        &mut self,
-        plan: &Plan,
-        op: ReduceOp,
-        header: &[u64; HEADER_WORDS],
-        at: &mut State,
-    ) -> Step<u64> {
-        let reduction = Reduction::new(plan.dtype, op)?;
+    pub(super) fn all_reduce(&mut self, plan: &Plan, op: &ReduceOp, at: &mut State) -> Step<u64> {
+        let reduction = Reduction::new(plan.dtype, op);
         match plan.algorithm {
-            Algorithm::OneShot if self.is_inline(plan) => self.inline(plan, reduction, header, at),
-            Algorithm::TwoShot => self.two_shot(plan, reduction, header, at),
-            Algorithm::Direct => self.direct(plan, reduction, header, at),
-            _ => self.one_shot(plan, reduction, header, at),
+            Algorithm::OneShot if self.is_inline(plan) => self.inline(plan, reduction, at),
+            Algorithm::TwoShot => self.two_shot(plan, reduction, at),
+            Algorithm::Direct => self.direct(plan, reduction, at),
+            _ => self.one_shot(plan, reduction, at),
         }
     }
 
     /// Up to 48 bytes travel in the slot itself.
-    fn inline(
-        &mut self,
-        plan: &Plan,
-        reduction: Reduction,
-        header: &[u64; HEADER_WORDS],
-        at: &mut State,
-    ) -> Step<u64> {
-        self.exchange_inline(plan, plan.bytes(), Part::ALL, (header, at))?;
-        self.read_scalars(reduction, header);
+    fn inline(&mut self, plan: &Plan, reduction: Reduction, at: &mut State) -> Step<u64> {
+        self.exchange_inline(plan, plan.bytes(), Part::ALL, at)?;
+        self.read_scalars(reduction);
         // SAFETY: all sources are our own copies of `INLINE_BYTES`; the target is valid for `count` elements.
         unsafe { reduction.run(&self.inline_sources, &self.scalars, plan.target, plan.count) };
         Ok(0)
     }
 
     /// Each block: stage mine, then reduce everybody's.
-    fn one_shot(
-        &mut self,
-        plan: &Plan,
-        reduction: Reduction,
-        header: &[u64; HEADER_WORDS],
-        at: &mut State,
-    ) -> Step<u64> {
+    fn one_shot(&mut self, plan: &Plan, reduction: Reduction, at: &mut State) -> Step<u64> {
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
         let stage = stage_source(plan, &blocks);
-        self.exchange((header, at), 0..blocks.number, Part::ALL, stage, |engine, block, chunk| {
+        self.exchange(at, 0..blocks.number, Part::ALL, stage, |engine, block, chunk| {
             if block == 0 {
-                engine.read_scalars(reduction, header);
+                engine.read_scalars(reduction);
             }
             let (at, _) = blocks.bytes(block);
             // SAFETY: the block lies in our source and in our target.
@@ -108,20 +89,14 @@ impl Engine {
         unsafe { reduction.run(&self.sources, &self.scalars, target, count) };
     }
 
-    fn two_shot(
-        &mut self,
-        plan: &Plan,
-        reduction: Reduction,
-        header: &[u64; HEADER_WORDS],
-        at: &mut State,
-    ) -> Step<u64> {
+    fn two_shot(&mut self, plan: &Plan, reduction: Reduction, at: &mut State) -> Step<u64> {
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
         while at.turn < blocks.number + 2 {
             let turn = at.turn;
             if at.phase == 0 {
                 if turn < blocks.number {
                     self.stage_for_owners(plan, &blocks, turn)?;
-                    self.announce_block(turn, header);
+                    self.announce_block(turn);
                 }
                 at.phase = 1;
             }
@@ -129,7 +104,7 @@ impl Engine {
                 if (1..=blocks.number).contains(&turn) {
                     self.hear_block(turn - 1, Reads::Everybody)?;
                     if turn == 1 {
-                        self.read_scalars(reduction, header);
+                        self.read_scalars(reduction);
                     }
                     self.reduce_owned(plan, &blocks, turn - 1, reduction);
                 }
@@ -210,15 +185,9 @@ impl Engine {
     ///
     /// A rank overwrites a piece of its own target (which may be its source) only after the piece's owner announced
     /// that it has read it everywhere. Nobody leaves before all have read everything.
-    fn direct(
-        &mut self,
-        plan: &Plan,
-        reduction: Reduction,
-        header: &[u64; HEADER_WORDS],
-        at: &mut State,
-    ) -> Step<u64> {
-        self.exchange_places(plan, header, (plan.bytes(), plan.bytes()), at)?;
-        self.read_scalars(reduction, header);
+    fn direct(&mut self, plan: &Plan, reduction: Reduction, at: &mut State) -> Step<u64> {
+        self.exchange_places(plan, (plan.bytes(), plan.bytes()), at)?;
+        self.read_scalars(reduction);
         let blocks = Blocks::new(plan, self.world_size * CHUNK_BYTES / plan.dtype.size());
         // Twice a turn: even ones reduce, odd ones copy what was reduced one turn before.
         while at.turn < 2 * (blocks.number + 1) {
@@ -267,14 +236,14 @@ impl Engine {
     }
 
     /// The scalars of a pre-multiplied sum, by rank; none for other reductions.
-    pub(super) fn read_scalars(&mut self, reduction: Reduction, header: &[u64; HEADER_WORDS]) {
+    pub(super) fn read_scalars(&mut self, reduction: Reduction) {
         self.scalars.clear();
         if !reduction.is_scaled() {
             return;
         }
         for rank in 0..self.world_size {
             let bits = match rank == self.rank {
-                true => header[SCALAR],
+                true => self.current[SCALAR],
                 false => self.control.rank(rank).slots.read(self.epoch, SLOT_HEADER + SCALAR),
             };
             self.scalars.push(f64::from_bits(bits));

@@ -1,7 +1,6 @@
 //! All-to-all: every rank stages a piece for every other; each copies its own from all of them. Where parts have sizes of their
 //! own, a first block tells all ranks all sizes.
 
-use unisono_core::call::HEADER_WORDS;
 use unisono_core::select::Algorithm;
 
 use super::blocks::Blocks;
@@ -15,16 +14,11 @@ use crate::error::Result;
 
 impl Engine {
     /// Every rank stages, or leaves in its window, a part for every other. Returns the number of steps. In place, a block of every part is staged before any of it is overwritten.
-    pub(super) fn all_to_all(
-        &mut self,
-        plan: &Plan,
-        header: &[u64; HEADER_WORDS],
-        at: &mut State,
-    ) -> Step<u64> {
+    pub(super) fn all_to_all(&mut self, plan: &Plan, at: &mut State) -> Step<u64> {
         let bytes = plan.bytes();
         let all = bytes * self.world_size;
         if plan.algorithm == Algorithm::Direct {
-            if self.exchange_places(plan, header, (all, 0), at)? {
+            if self.exchange_places(plan, (all, 0), at)? {
                 for (rank, (source, _)) in self.places.iter().enumerate() {
                     // SAFETY: the place of every source was checked; it lies in another window than any target, so nobody writes
                     // it before all have left.
@@ -38,7 +32,7 @@ impl Engine {
             return Ok(1);
         }
         if self.is_inline(plan) {
-            self.exchange_inline(plan, all, Part::ALL, (header, at))?;
+            self.exchange_inline(plan, all, Part::ALL, at)?;
             for (rank, data) in self.inline_sources.iter().enumerate() {
                 // SAFETY: our part of our own copy of each rank's source; the target is valid for all parts.
                 unsafe { copy(data.add(self.rank * bytes), plan.target.add(rank * bytes), bytes) };
@@ -46,21 +40,15 @@ impl Engine {
             return Ok(0);
         }
         let blocks = self.pieces(plan);
-        self.swap_pieces(plan, &blocks, (header, at), 0)
+        self.swap_pieces(plan, &blocks, at, 0)
     }
 
     /// Runs all blocks, with `before` blocks of something else before them.
-    fn swap_pieces(
-        &mut self,
-        plan: &Plan,
-        blocks: &Blocks,
-        (header, at): (&[u64; HEADER_WORDS], &mut State),
-        before: u64,
-    ) -> Step<u64> {
+    fn swap_pieces(&mut self, plan: &Plan, blocks: &Blocks, at: &mut State, before: u64) -> Step<u64> {
         let stage_pieces = self.stage_pieces(plan, blocks);
         let stage = |block, chunk| stage_pieces(block - before, chunk);
         let all = before..before + blocks.number;
-        self.exchange((header, at), all, Part::ALL, stage, |engine, block, chunk| {
+        self.exchange(at, all, Part::ALL, stage, |engine, block, chunk| {
             let mine = chunk + engine.rank * engine.piece_stride();
             for rank in 0..engine.world_size {
                 let part = plan.target_part(rank);
@@ -80,19 +68,14 @@ impl Engine {
 
     /// The first block holds what each rank sends to each other: all learn the largest part, from which the number of blocks
     /// follows, and compare what they are sent with what they expect. Returns the number of steps.
-    pub(super) fn all_to_all_v(
-        &mut self,
-        plan: &Plan,
-        header: &[u64; HEADER_WORDS],
-        at: &mut State,
-    ) -> Step<u64> {
+    pub(super) fn all_to_all_v(&mut self, plan: &Plan, at: &mut State) -> Step<u64> {
         let ranks = 0..self.world_size;
         if !at.knows_sizes {
             let sent: Vec<u64> = ranks.clone().map(|rank| plan.source_part(rank).count as u64).collect();
             // SAFETY: a chunk has room for eight bytes per rank of a host, and is ours to write.
             let stage = |_, chunk| unsafe { copy(sent.as_ptr().cast(), chunk, 8 * sent.len()) };
             let mut sizes = std::mem::take(&mut self.sizes);
-            let result = self.exchange((header, at), 0..1, Part::ALL, stage, |engine, _, chunk| {
+            let result = self.exchange(at, 0..1, Part::ALL, stage, |engine, _, chunk| {
                 sizes.clear();
                 sizes.resize(ranks.len() * ranks.len(), 0u64);
                 for (rank, row) in sizes.chunks_mut(ranks.len()).enumerate() {
@@ -109,7 +92,7 @@ impl Engine {
         }
         let most = self.sizes.iter().copied().max().unwrap_or(0);
         let blocks = Blocks::of(most as usize, self.piece_stride() / plan.dtype.size(), plan.dtype);
-        self.swap_pieces(plan, &blocks, (header, at), 1)
+        self.swap_pieces(plan, &blocks, at, 1)
     }
 
     /// What every rank sends to us is what we expect of it, and no part is larger than memory.

@@ -1,7 +1,6 @@
 //! Broadcast: the root stages once, every other rank copies; or, in windows, reads the root's in place. The root runs
 //! ahead as far as its credit goes.
 
-use unisono_core::call::HEADER_WORDS;
 use unisono_core::layout::{CHUNK_BYTES, SLOT_DATA};
 use unisono_core::select::Algorithm;
 
@@ -15,23 +14,17 @@ use super::waiting::{On, Step};
 impl Engine {
     /// Returns the number of steps it took.
     #[inline]
-    pub(super) fn broadcast(
-        &mut self,
-        plan: &Plan,
-        root: usize,
-        header: &[u64; HEADER_WORDS],
-        at: &mut State,
-    ) -> Step<u64> {
+    pub(super) fn broadcast(&mut self, plan: &Plan, root: usize, at: &mut State) -> Step<u64> {
         if plan.algorithm == Algorithm::Direct {
-            return self.broadcast_direct(plan, root, header, at);
+            return self.broadcast_direct(plan, root, at);
         }
         if self.is_inline(plan) {
-            return self.broadcast_inline(plan, root, header, at);
+            return self.broadcast_inline(plan, root, at);
         }
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
         let stage = stage_source(plan, &blocks);
         let part = Part::from_root(self.rank, root);
-        self.exchange((header, at), 0..blocks.number, part, stage, |engine, block, chunk| {
+        self.exchange(at, 0..blocks.number, part, stage, |engine, block, chunk| {
             let (at, bytes) = blocks.bytes(block);
             // SAFETY: the root announced this block and keeps it until we have consumed the step; its own target is equal
             // to or disjoint from its source.
@@ -43,30 +36,18 @@ impl Engine {
         })
     }
 
-    fn broadcast_inline(
-        &mut self,
-        plan: &Plan,
-        root: usize,
-        header: &[u64; HEADER_WORDS],
-        at: &mut State,
-    ) -> Step<u64> {
+    fn broadcast_inline(&mut self, plan: &Plan, root: usize, at: &mut State) -> Step<u64> {
         let bytes = plan.bytes();
-        self.exchange_inline(plan, bytes, Part::from_root(self.rank, root), (header, at))?;
+        self.exchange_inline(plan, bytes, Part::from_root(self.rank, root), at)?;
         // SAFETY: our own copy of the data, into a target that is valid for `bytes`.
         unsafe { copy(self.inline_sources[root], plan.target, bytes) };
         Ok(0)
     }
 
     /// All buffers lie in windows: the root's is read in place. One step, for the barrier at the end.
-    fn broadcast_direct(
-        &mut self,
-        plan: &Plan,
-        root: usize,
-        header: &[u64; HEADER_WORDS],
-        at: &mut State,
-    ) -> Step<u64> {
+    fn broadcast_direct(&mut self, plan: &Plan, root: usize, at: &mut State) -> Step<u64> {
         let bytes = plan.bytes();
-        if self.exchange_places(plan, header, (bytes, bytes), at)? {
+        if self.exchange_places(plan, (bytes, bytes), at)? {
             // SAFETY: the place of the root's source was checked, and the root does not write it before all have left.
             unsafe { copy(self.places[root].0.cast_const(), plan.target, bytes) };
         }
@@ -80,7 +61,6 @@ impl Engine {
     pub(super) fn exchange_places(
         &mut self,
         plan: &Plan,
-        header: &[u64; HEADER_WORDS],
         (source_bytes, target_bytes): (usize, usize),
         at: &mut State,
     ) -> Step<bool> {
@@ -90,7 +70,7 @@ impl Engine {
         let place =
             |window: Option<super::WindowPlace>| window.map_or((0, 0), |place| (place.id, place.offset));
         let (source, target) = (place(plan.source_window), place(plan.target_window));
-        self.arrive_once(header, &[source.1 as u64, target.1 as u64], at);
+        self.arrive_once(&[source.1 as u64, target.1 as u64], at);
         self.places.clear();
         for rank in 0..self.world_size {
             let mut offsets = (source.1, target.1);

@@ -21,15 +21,21 @@ pub(super) unsafe fn copy(source: *const u8, target: *mut u8, bytes: usize) {
     }
 }
 
-/// The bytes at `source` as words, zero-filled: data that travels inside a call slot.
+/// Writes `bytes` at `source` into as many words as they take, the last one zero-filled: data that travels inside a call slot.
 ///
 /// # Safety
-/// `source` is valid for reads of `bytes`, at most `8 × N`.
+/// `source` is valid for reads of `bytes`.
 #[inline]
-pub(super) unsafe fn to_words<const N: usize>(source: *const u8, bytes: usize) -> [u64; N] {
-    let mut words = [0u64; N];
-    debug_assert!(bytes <= size_of_val(&words));
-    // SAFETY: `words` has room for `bytes`, and nobody else knows it.
-    unsafe { std::ptr::copy_nonoverlapping(source, words.as_mut_ptr().cast(), bytes) };
-    words
+pub(super) unsafe fn to_words(source: *const u8, bytes: usize, words: &mut [u64]) {
+    let (whole, rest) = (bytes / 8, bytes % 8);
+    for (at, word) in words[..whole].iter_mut().enumerate() {
+        // SAFETY: inside the source.
+        *word = unsafe { source.add(8 * at).cast::<u64>().read_unaligned() };
+    }
+    if rest > 0 {
+        let mut last = [0u8; 8];
+        // SAFETY: inside the source; nobody else knows `last`.
+        unsafe { std::ptr::copy_nonoverlapping(source.add(8 * whole), last.as_mut_ptr(), rest) };
+        words[whole] = u64::from_ne_bytes(last);
+    }
 }

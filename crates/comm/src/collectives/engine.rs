@@ -80,7 +80,6 @@ pub(crate) struct Engine {
     pub(super) chains: [u32; HISTORY as usize],
     /// The headers that our call slots hold.
     pub(super) headers: [[u64; HEADER_WORDS]; CALL_SLOTS],
-    kind: Kind,
     /// The header of the current call, which may not have been published yet.
     pub(super) current: [u64; HEADER_WORDS],
     failed: Option<Error>,
@@ -134,7 +133,6 @@ impl Engine {
             credit: Known::default(),
             chains: [0; HISTORY as usize],
             headers: [[0; HEADER_WORDS]; CALL_SLOTS],
-            kind: Kind::Barrier,
             current: [0; HEADER_WORDS],
             failed: None,
             flight: Flight::default(),
@@ -160,8 +158,11 @@ impl Engine {
             let ticket = self.post(prepared)?;
             return self.drive(|engine| engine.is_done(ticket));
         }
-        let plan = self.plan(call)?;
-        self.execute(&plan)
+        // In place: moving a plan takes longer than checking it.
+        match self.plan(call) {
+            Ok(ref plan) => self.execute(plan),
+            Err(error) => Err(error),
+        }
     }
 
     /// Checks a collective and chooses its algorithm.
@@ -171,7 +172,7 @@ impl Engine {
         let situation = Situation {
             rank: self.rank,
             world_size: self.world_size,
-            rules: self.rules,
+            rules: &self.rules,
             find_window: &find,
             first_window: self.windows.first,
             generation: self.generation,
@@ -224,8 +225,7 @@ impl Engine {
     /// Carries out a collective, while none is in flight.
     #[inline]
     pub(crate) fn execute(&mut self, plan: &Plan) -> Result<()> {
-        let header = plan.header.to_words();
-        match self.advance(plan, &header, &mut State::default()) {
+        match self.advance(plan, &mut State::default()) {
             Ok(()) => Ok(()),
             Err(Halt::Failed(error)) => self.remember(Err(error)),
             Err(Halt::Pending(blocked)) => unreachable!("pending though it may block: {blocked:?}"),
@@ -234,30 +234,29 @@ impl Engine {
 
     /// Takes a collective on from where it stopped, to its end or its next wait.
     #[inline]
-    pub(super) fn advance(&mut self, plan: &Plan, header: &[u64; HEADER_WORDS], at: &mut State) -> Step<()> {
+    pub(super) fn advance(&mut self, plan: &Plan, at: &mut State) -> Step<()> {
         if !at.has_begun {
             at.has_begun = true;
-            self.begin(plan.kind, header);
-            self.record_collective(plan, header);
+            self.begin(&plan.header);
+            self.record_collective(plan);
         }
         if self.epoch > self.credit.epoch + CALL_SLOTS as u64 {
             self.wait_for_epoch(self.epoch - CALL_SLOTS as u64)?;
         }
-        let steps = match plan.kind {
-            Kind::AllReduce { op } => self.all_reduce(plan, op, header, at),
-            Kind::Broadcast { root } => self.broadcast(plan, root as usize, header, at),
-            Kind::AllGather | Kind::AllGatherV => self.all_gather(plan, header, at),
-            Kind::Reduce { op, root } => self.reduce(plan, op, root as usize, header, at),
-            Kind::ReduceScatter { op } | Kind::ReduceScatterV { op } => {
-                self.reduce_scatter(plan, op, header, at)
-            }
-            Kind::Gather { root } | Kind::GatherV { root } => self.gather(plan, root as usize, header, at),
-            Kind::Scatter { root } | Kind::ScatterV { root } => self.scatter(plan, root as usize, header, at),
-            Kind::AllToAll => self.all_to_all(plan, header, at),
-            Kind::AllToAllV => self.all_to_all_v(plan, header, at),
-            Kind::AllReduceMulti { op } => self.all_reduce_multi(plan, op, header, at),
-            Kind::BroadcastMulti { root, .. } => self.broadcast_multi(plan, root as usize, header, at),
-            _ => self.barrier(header, at),
+        // Nothing is moved out of the kind: what a few narrow writes made is slow to read whole.
+        let steps = match &plan.header.kind {
+            Kind::AllReduce { op } => self.all_reduce(plan, op, at),
+            Kind::Broadcast { root } => self.broadcast(plan, *root as usize, at),
+            Kind::AllGather | Kind::AllGatherV => self.all_gather(plan, at),
+            Kind::Reduce { op, root } => self.reduce(plan, op, *root as usize, at),
+            Kind::ReduceScatter { op } | Kind::ReduceScatterV { op } => self.reduce_scatter(plan, op, at),
+            Kind::Gather { root } | Kind::GatherV { root } => self.gather(plan, *root as usize, at),
+            Kind::Scatter { root } | Kind::ScatterV { root } => self.scatter(plan, *root as usize, at),
+            Kind::AllToAll => self.all_to_all(plan, at),
+            Kind::AllToAllV => self.all_to_all_v(plan, at),
+            Kind::AllReduceMulti { op } => self.all_reduce_multi(plan, op, at),
+            Kind::BroadcastMulti { root, .. } => self.broadcast_multi(plan, *root as usize, at),
+            _ => self.barrier(at),
         }?;
         self.finish(steps);
         self.record_done();
@@ -266,25 +265,38 @@ impl Engine {
 
     /// Moves the epoch and the chain on.
     #[inline]
-    fn begin(&mut self, kind: Kind, header: &[u64; HEADER_WORDS]) {
+    fn begin(&mut self, header: &CallHeader) {
         self.epoch += 1;
-        self.kind = kind;
-        self.current = *header;
-        self.chain = CallHeader::chain(self.chain, CallHeader::fingerprint(header));
+        self.current = header.to_words();
+        self.chain = CallHeader::chain(self.chain, CallHeader::fingerprint(&self.current));
         self.chains[(self.epoch % HISTORY) as usize] = self.chain as u32;
     }
 
     /// Publishes the slot of this call with `data`; what was staged before is announced with it.
     #[inline]
-    pub(super) fn arrive(&mut self, header: &[u64; HEADER_WORDS], data: &[u64]) {
+    pub(super) fn arrive(&mut self, data: &[u64]) {
+        self.write_header();
+        self.publish(data);
+    }
+
+    /// Writes the header of this call into its slot, unless an equal one stands there.
+    #[inline]
+    pub(super) fn write_header(&mut self) {
         let mine = self.control.rank(self.rank);
-        let slot = (self.epoch % CALL_SLOTS as u64) as usize;
-        if self.headers[slot] != *header {
-            self.headers[slot] = *header;
-            for (at, word) in header.iter().enumerate() {
+        let before = &mut self.headers[slot_of(self.epoch)];
+        // Word by word: the current one was just written so, and wider reads would have to wait for that.
+        if before.iter().zip(&self.current).any(|(before, now)| before != now) {
+            *before = self.current;
+            for (at, word) in self.current.iter().enumerate() {
                 mine.slots.write(self.epoch, SLOT_HEADER + at, *word);
             }
         }
+    }
+
+    /// Publishes the slot of this call, in which its header stands, with `data`.
+    #[inline]
+    pub(super) fn publish(&self, data: &[u64]) {
+        let mine = self.control.rank(self.rank);
         for (at, word) in data.iter().enumerate() {
             mine.slots.write(self.epoch, SLOT_DATA + at, *word);
         }
@@ -367,8 +379,8 @@ impl Engine {
         mine.sleepers.wake(mine.trail.word());
     }
 
-    fn barrier(&mut self, header: &[u64; HEADER_WORDS], at: &mut State) -> Step<u64> {
-        self.arrive_once(header, &[], at);
+    fn barrier(&mut self, at: &mut State) -> Step<u64> {
+        self.arrive_once(&[], at);
         for peer in self.peers() {
             self.hear(peer)?;
         }
@@ -378,10 +390,10 @@ impl Engine {
 
     /// Publishes the slot of this call, the first time that its collective comes here.
     #[inline]
-    pub(super) fn arrive_once(&mut self, header: &[u64; HEADER_WORDS], data: &[u64], at: &mut State) {
+    pub(super) fn arrive_once(&mut self, data: &[u64], at: &mut State) {
         if at.phase == 0 {
             at.phase = 1;
-            self.arrive(header, data);
+            self.arrive(data);
         }
     }
 
@@ -395,7 +407,7 @@ impl Engine {
     /// Whether the data of a one-shot call travels in the call slots.
     #[inline]
     pub(super) fn is_inline(&self, plan: &Plan) -> bool {
-        select::is_inline(plan.kind, plan.bytes(), self.world_size)
+        select::is_inline(plan.header.kind, plan.bytes(), self.world_size)
     }
 
     /// A barrier of its own kind, with other patience: for the beginning and the end.
@@ -429,7 +441,8 @@ impl Engine {
         if self.epoch <= 1 {
             return "the start of the job".to_owned();
         }
-        format!("{} #{}", self.kind.name(), self.epoch - 1)
+        let name = CallHeader::from_words(&self.current).map_or("call", |header| header.kind.name());
+        format!("{name} #{}", self.epoch - 1)
     }
 
     /// Fails the communicator for everybody, unless it has failed already; the error of the first cause.

@@ -8,8 +8,7 @@
 
 use std::ops::Range;
 
-use unisono_core::call::HEADER_WORDS;
-use unisono_core::layout::{CHUNK_BYTES, INLINE_WORDS, SLOT_DATA};
+use unisono_core::layout::{CHUNK_BYTES, SLOT_DATA};
 
 use super::blocks::Blocks;
 use super::copy::{copy, to_words};
@@ -57,21 +56,21 @@ impl Engine {
     /// within the staging of every rank that we read from. Returns the number of steps.
     pub(super) fn exchange(
         &mut self,
-        (header, at): (&[u64; HEADER_WORDS], &mut State),
+        at: &mut State,
         blocks: Range<u64>,
         part: Part,
         stage: impl Fn(u64, *mut u8),
         mut consume: impl FnMut(&mut Self, u64, usize),
     ) -> Step<u64> {
         if !part.stages && at.turn == 0 {
-            self.arrive_once(header, &[], at);
+            self.arrive_once(&[], at);
         }
         while at.turn <= blocks.end {
             if at.phase == 0 && at.turn < blocks.end && part.stages {
                 let chunk = self.reserve(self.step + 1 + at.turn)?;
                 // SAFETY: the chunk lies inside our staging.
                 stage(at.turn, unsafe { self.control.rank(self.rank).staging_in.add(chunk) });
-                self.announce_block(at.turn, header);
+                self.announce_block(at.turn);
             }
             at.phase = 1;
             if at.turn > blocks.start {
@@ -93,18 +92,17 @@ impl Engine {
         plan: &Plan,
         bytes: usize,
         part: Part,
-        (header, at): (&[u64; HEADER_WORDS], &mut State),
+        at: &mut State,
     ) -> Step<()> {
         let words = bytes.div_ceil(8);
         if part.stages || part.reads == Reads::Everybody {
             // SAFETY: the source is valid for its length, at most the size of the words.
-            self.inline[self.rank] = unsafe { to_words(plan.source, bytes) };
+            unsafe { to_words(plan.source, bytes, &mut self.inline[self.rank]) };
         }
-        let published = if part.stages { words } else { 0 };
         if at.phase == 0 {
             at.phase = 1;
-            let mine: [u64; INLINE_WORDS] = self.inline[self.rank];
-            self.arrive(header, &mine[..published]);
+            self.write_header();
+            self.publish(&self.inline[self.rank][..if part.stages { words } else { 0 }]);
         }
         match part.reads {
             Reads::Nobody => {}
@@ -136,9 +134,9 @@ impl Engine {
     }
 
     /// Announces that our part of `block` is staged: the first with the call itself, later ones by count.
-    pub(super) fn announce_block(&mut self, block: u64, header: &[u64; HEADER_WORDS]) {
+    pub(super) fn announce_block(&mut self, block: u64) {
         if block == 0 {
-            self.arrive(header, &[]);
+            self.arrive(&[]);
         } else {
             self.announce(|words| words.produced, self.step + 1 + block);
         }

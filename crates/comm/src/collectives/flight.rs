@@ -7,7 +7,6 @@
 use std::collections::VecDeque;
 
 use smallvec::SmallVec;
-use unisono_core::call::HEADER_WORDS;
 
 use super::engine::{Engine, State};
 use super::messages::Message;
@@ -34,7 +33,6 @@ pub(crate) enum Prepared {
 struct Posted {
     ticket: Ticket,
     plan: Box<Plan>,
-    header: [u64; HEADER_WORDS],
     at: State,
 }
 
@@ -65,8 +63,7 @@ impl Engine {
         let ticket = self.flight.last;
         match prepared {
             Prepared::Collective(plan) => {
-                let header = plan.header.to_words();
-                self.flight.collectives.push_back(Posted { ticket, plan, header, at: State::default() });
+                self.flight.collectives.push_back(Posted { ticket, plan, at: State::default() });
             }
             Prepared::Message(messages) => {
                 self.record_message(&messages, ticket);
@@ -100,7 +97,7 @@ impl Engine {
         let mut moved = false;
         while let Some(mut posted) = self.flight.collectives.pop_front() {
             let before = (posted.at.turn, posted.at.phase);
-            match self.advance(&posted.plan, &posted.header, &mut posted.at) {
+            match self.advance(&posted.plan, &mut posted.at) {
                 Ok(()) => moved = true,
                 Err(Halt::Failed(error)) => return Err(error),
                 Err(Halt::Pending(blocked)) => {

@@ -1,6 +1,5 @@
 //! Gather and scatter: one rank collects everybody's part, or hands everybody its own.
 
-use unisono_core::call::HEADER_WORDS;
 use unisono_core::layout::CHUNK_BYTES;
 use unisono_core::select::Algorithm;
 
@@ -13,16 +12,10 @@ use super::waiting::Step;
 
 impl Engine {
     /// Every rank but the root stages its part, or leaves it in its window; the root collects. Returns the number of steps.
-    pub(super) fn gather(
-        &mut self,
-        plan: &Plan,
-        root: usize,
-        header: &[u64; HEADER_WORDS],
-        at: &mut State,
-    ) -> Step<u64> {
+    pub(super) fn gather(&mut self, plan: &Plan, root: usize, at: &mut State) -> Step<u64> {
         let (part, bytes) = (Part::to_root(self.rank, root), plan.bytes());
         if plan.algorithm == Algorithm::Direct {
-            if self.exchange_places(plan, header, (bytes, 0), at)? && self.rank == root {
+            if self.exchange_places(plan, (bytes, 0), at)? && self.rank == root {
                 for (rank, (source, _)) in self.places.iter().enumerate() {
                     // SAFETY: the place of every source was checked; nobody writes it before all have left.
                     unsafe { copy(source.cast_const(), plan.target.add(rank * bytes), bytes) };
@@ -32,7 +25,7 @@ impl Engine {
             return Ok(1);
         }
         if self.is_inline(plan) {
-            self.exchange_inline(plan, bytes, part, (header, at))?;
+            self.exchange_inline(plan, bytes, part, at)?;
             if self.rank == root {
                 for (rank, data) in self.inline_sources.iter().enumerate() {
                     // SAFETY: our own copies of the data; the root's target is valid for all parts.
@@ -43,7 +36,7 @@ impl Engine {
         }
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
         let stage = stage_source(plan, &blocks);
-        self.exchange((header, at), 0..blocks.number, part, stage, |engine, block, chunk| {
+        self.exchange(at, 0..blocks.number, part, stage, |engine, block, chunk| {
             if engine.rank == root {
                 engine.collect(plan, &blocks, block, chunk);
             }
@@ -51,16 +44,10 @@ impl Engine {
     }
 
     /// The root stages a piece for every rank, and each copies its own; or writes it into their windows. Returns the number of steps.
-    pub(super) fn scatter(
-        &mut self,
-        plan: &Plan,
-        root: usize,
-        header: &[u64; HEADER_WORDS],
-        at: &mut State,
-    ) -> Step<u64> {
+    pub(super) fn scatter(&mut self, plan: &Plan, root: usize, at: &mut State) -> Step<u64> {
         let (part, bytes) = (Part::from_root(self.rank, root), plan.bytes());
         if plan.algorithm == Algorithm::Direct {
-            if self.exchange_places(plan, header, (0, bytes), at)? && self.rank == root {
+            if self.exchange_places(plan, (0, bytes), at)? && self.rank == root {
                 for (rank, (_, target)) in self.places.iter().enumerate() {
                     // SAFETY: the place of every target was checked; its rank waits for us to leave. Our own is equal to our part
                     // of the source or disjoint from it.
@@ -71,14 +58,14 @@ impl Engine {
             return Ok(1);
         }
         if self.is_inline(plan) {
-            self.exchange_inline(plan, bytes * self.world_size, part, (header, at))?;
+            self.exchange_inline(plan, bytes * self.world_size, part, at)?;
             // SAFETY: our part of our own copy of the data; the target is valid for it.
             unsafe { copy(self.inline_sources[root].add(self.rank * bytes), plan.target, bytes) };
             return Ok(0);
         }
         let blocks = self.pieces(plan);
         let stage = self.stage_pieces(plan, &blocks);
-        self.exchange((header, at), 0..blocks.number, part, stage, |engine, block, chunk| {
+        self.exchange(at, 0..blocks.number, part, stage, |engine, block, chunk| {
             let (at, bytes) = blocks.bytes_of(block, plan.own());
             // SAFETY: the root announced this block and keeps it until we have consumed the step; its own part of the
             // source is equal to or disjoint from its target.

@@ -1,7 +1,6 @@
 //! Collectives on several buffers of each rank, which take part as if each were a rank's own.
 
 use unisono_core::ReduceOp;
-use unisono_core::call::HEADER_WORDS;
 use unisono_core::layout::CHUNK_BYTES;
 
 use super::blocks::Blocks;
@@ -15,14 +14,8 @@ use crate::reduce::Reduction;
 impl Engine {
     /// Every rank stages all its buffers, and reduces those of all ranks, by rank and then by buffer. Returns the number of
     /// steps.
-    pub(super) fn all_reduce_multi(
-        &mut self,
-        plan: &Plan,
-        op: ReduceOp,
-        header: &[u64; HEADER_WORDS],
-        at: &mut State,
-    ) -> Step<u64> {
-        let reduction = Reduction::new(plan.dtype, op)?;
+    pub(super) fn all_reduce_multi(&mut self, plan: &Plan, op: &ReduceOp, at: &mut State) -> Step<u64> {
+        let reduction = Reduction::new(plan.dtype, op);
         let locals = plan.locals();
         let stride = (CHUNK_BYTES / locals.len()) & !63;
         let blocks = Blocks::new(plan, stride / plan.dtype.size());
@@ -33,10 +26,10 @@ impl Engine {
                 unsafe { copy(local.add(at).cast_const(), chunk.add(index * stride), bytes) };
             }
         };
-        self.exchange((header, at), 0..blocks.number, Part::ALL, stage, |engine, block, chunk| {
+        self.exchange(at, 0..blocks.number, Part::ALL, stage, |engine, block, chunk| {
             let (at, bytes) = blocks.bytes(block);
             if block == 0 {
-                engine.read_scalars(reduction, header);
+                engine.read_scalars(reduction);
                 let of_ranks = std::mem::take(&mut engine.scalars);
                 let of_buffers =
                     of_ranks.iter().flat_map(|scalar| std::iter::repeat_n(*scalar, locals.len()));
@@ -67,17 +60,11 @@ impl Engine {
     }
 
     /// The root stages one of its buffers; every rank copies it to all of its own. Returns the number of steps.
-    pub(super) fn broadcast_multi(
-        &mut self,
-        plan: &Plan,
-        root: usize,
-        header: &[u64; HEADER_WORDS],
-        at: &mut State,
-    ) -> Step<u64> {
+    pub(super) fn broadcast_multi(&mut self, plan: &Plan, root: usize, at: &mut State) -> Step<u64> {
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
         let stage = stage_source(plan, &blocks);
         let part = Part::from_root(self.rank, root);
-        self.exchange((header, at), 0..blocks.number, part, stage, |engine, block, chunk| {
+        self.exchange(at, 0..blocks.number, part, stage, |engine, block, chunk| {
             let (at, bytes) = blocks.bytes(block);
             for local in plan.locals() {
                 // SAFETY: the root announced this block and keeps it until we have consumed the step; our buffers hold it, and

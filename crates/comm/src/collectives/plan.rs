@@ -19,7 +19,6 @@ pub(crate) struct WindowPlace {
 /// A call that passed all local checks.
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
-    pub(crate) kind: Kind,
     pub(crate) algorithm: Algorithm,
     pub(crate) header: CallHeader,
     pub(crate) dtype: DType,
@@ -40,7 +39,7 @@ pub(crate) struct Plan {
 pub(crate) struct Situation<'a> {
     pub(crate) rank: usize,
     pub(crate) world_size: usize,
-    pub(crate) rules: Rules,
+    pub(crate) rules: &'a Rules,
     /// Finds the place of an address range in an open window.
     pub(crate) find_window: &'a dyn Fn(u64, u64, usize) -> Option<WindowPlace>,
     /// Windows with lower ids belong to earlier generations than this one.
@@ -52,44 +51,104 @@ impl Plan {
     /// Checks `call` and chooses its algorithm. Nothing was sent or written when this fails.
     #[inline]
     pub(crate) fn new(call: &Call<'_>, situation: &Situation<'_>) -> Result<Self> {
-        if call.kind == Kind::Barrier {
+        let kind = call.kind;
+        if matches!(kind, Kind::Barrier) {
             return match call.buffers().len() {
-                0 => Ok(Self::bare(call.kind)),
-                buffers => Err(argument(situation, call.kind, "number of buffers", 0, buffers)),
+                0 => Ok(Self::bare(kind)),
+                buffers => Err(argument(situation, kind, "number of buffers", 0, buffers)),
             };
         }
-        if let Some(root) = call.kind.root()
+        if let Some(root) = kind.root()
             && root as usize >= situation.world_size
         {
             let expected = format!("below {}", situation.world_size);
-            return Err(argument(situation, call.kind, "root", expected, root));
+            return Err(argument(situation, kind, "root", expected, root));
         }
-        if call.kind.is_uneven() {
+        if kind.is_uneven() {
             return plan_uneven(call, situation);
         }
-        if call.kind.is_multi() {
+        if kind.is_multi() {
             return plan_multi(call, situation);
         }
-        let Buffers { source, target, count, dtype } = Buffers::new(call, situation)?;
-        let (by_source, by_target) = call.kind.sides_everywhere();
-        let source_window = window_of(call.kind, &source, situation)?.filter(|_| by_source);
-        let target_window = window_of(call.kind, &target, situation)?.filter(|_| by_target);
+        Self::even(kind, call.buffers(), situation)
+    }
+
+    /// A collective whose parts have the same size, on one buffer or two.
+    #[inline]
+    fn even(kind: Kind, buffers: &[RawBuffer], situation: &Situation<'_>) -> Result<Self> {
+        let Some(sides) = Sides::new(kind, situation.rank, situation.world_size) else {
+            let expected = "one that moves data, or barrier";
+            return Err(argument(situation, kind, "operation", expected, kind.name()));
+        };
+        let (input, output) = match buffers {
+            [both] => (both, both),
+            [input, output] => (input, output),
+            _ => return Err(argument(situation, kind, "number of buffers", "1 or 2", buffers.len())),
+        };
+        let (mut source, mut target) = (Side::new(input, sides.source), Side::new(output, sides.target));
+        if let [all] = buffers {
+            match kind {
+                Kind::AllGather => source = own_part(kind, all, situation)?,
+                Kind::ReduceScatter { .. } => target = own_part(kind, all, situation)?,
+                Kind::Gather { .. } | Kind::Scatter { .. } => {
+                    return Err(argument(situation, kind, "number of buffers", 2, 1));
+                }
+                _ => {}
+            }
+        }
+        let dtype = if sides.source > 0 { input.dtype } else { output.dtype };
+        if sides.source > 0 && sides.target > 0 && output.dtype != dtype {
+            return Err(argument(situation, kind, "dtype of the output", dtype, output.dtype));
+        }
+        if let Some(op) = kind.op() {
+            unisono_core::reduce_op::check(dtype, op)?;
+        }
+        // The side that is a single part tells the count; where both have parts for all, the ranks divide it.
+        let (parts, told) = match sides {
+            Sides { source: 1, .. } => (1, source.count),
+            Sides { target: 1, .. } => (1, target.count),
+            Sides { source: parts, .. } => (parts, source.count),
+        };
+        if !told.is_multiple_of(parts) {
+            return Err(argument(situation, kind, "count", format!("a multiple of {parts}"), told));
+        }
+        let count = told / parts;
+        for (what, expected, got) in [
+            ("count of the input", count * sides.source, source.count),
+            ("count of the output", count * sides.target, target.count),
+        ] {
+            if expected != got {
+                return Err(argument(situation, kind, what, expected, got));
+            }
+        }
+        let size = dtype.size();
+        let bytes = count * size;
+        if overlap_badly((source, target), sides, (situation.rank * bytes, size)) {
+            let expected = "the input itself or disjoint from it";
+            return Err(argument(situation, kind, "memory of the output", expected, "a partial overlap"));
+        }
+        let (by_source, by_target) = kind.sides_everywhere();
+        let mut windows = [None; 2];
+        let all = [(input, source, sides.source, by_source), (output, target, sides.target, by_target)];
+        for (window, (buffer, side, parts, everywhere)) in windows.iter_mut().zip(all) {
+            if parts > 0 && !matches!(buffer.place, Place::Host) {
+                let place = window_of(kind, buffer.place, (side.ptr, side.count * size), situation)?;
+                *window = place.filter(|_| everywhere);
+            }
+        }
+        let [source_window, target_window] = windows;
+        let id = |window: &Option<WindowPlace>| window.as_ref().map_or(0, |window| window.id);
         let header = CallHeader {
-            kind: call.kind,
+            kind,
             dtype: Some(dtype),
             count: count as u64,
             parts: 0,
-            source_window: source_window.map_or(0, |window| window.id),
-            target_window: target_window.map_or(0, |window| window.id),
+            source_window: id(&source_window),
+            target_window: id(&target_window),
         };
-        let question = select::Question {
-            kind: call.kind,
-            bytes: count * dtype.size(),
-            in_windows: header.is_in_windows(),
-        };
+        let question = select::Question { kind, bytes, in_windows: header.is_in_windows() };
         Ok(Self {
-            kind: call.kind,
-            algorithm: select::algorithm(&question, &situation.rules),
+            algorithm: select::algorithm(&question, situation.rules),
             header,
             dtype,
             count,
@@ -104,7 +163,6 @@ impl Plan {
     /// A call that moves nothing.
     pub(crate) const fn bare(kind: Kind) -> Self {
         Self {
-            kind,
             algorithm: Algorithm::OneShot,
             header: CallHeader::bare(kind),
             dtype: DType::U8,
@@ -128,13 +186,17 @@ impl Plan {
     }
 }
 
-/// The input and output of a call, checked. A side that this rank has no part in is empty.
-struct Buffers {
-    source: RawBuffer,
-    target: RawBuffer,
-    /// Elements of one part.
+/// Where one side of a call lies; one that this rank has no part in is empty.
+#[derive(Clone, Copy)]
+struct Side {
+    ptr: u64,
     count: usize,
-    dtype: DType,
+}
+
+impl Side {
+    const fn new(buffer: &RawBuffer, parts: usize) -> Self {
+        Self { ptr: buffer.ptr, count: if parts > 0 { buffer.count } else { 0 } }
+    }
 }
 
 /// How many parts of `count` elements one side of an operation has on this rank: none, one, or one for each rank.
@@ -161,104 +223,41 @@ impl Sides {
     }
 }
 
-impl Buffers {
-    #[inline]
-    fn new(call: &Call<'_>, situation: &Situation<'_>) -> Result<Self> {
-        let kind = call.kind;
-        let Some(sides) = Sides::new(kind, situation.rank, situation.world_size) else {
-            return Err(argument(
-                situation,
-                kind,
-                "operation",
-                "one that moves data, or barrier",
-                kind.name(),
-            ));
-        };
-        let (source, target) = match (kind, call.buffers()) {
-            (Kind::AllGather, [all]) => (own_part(kind, all, situation)?, *all),
-            (Kind::ReduceScatter { .. }, [all]) => (*all, own_part(kind, all, situation)?),
-            (Kind::Gather { .. } | Kind::Scatter { .. }, [_]) => {
-                return Err(argument(situation, kind, "number of buffers", 2, 1));
-            }
-            (_, [both]) => (*both, *both),
-            (_, [source, target]) => (*source, *target),
-            (_, buffers) => {
-                return Err(argument(situation, kind, "number of buffers", "1 or 2", buffers.len()));
-            }
-        };
-        let (source, target) = (present(source, sides.source), present(target, sides.target));
-        let dtype = if sides.source > 0 { source.dtype } else { target.dtype };
-        if sides.source > 0 && sides.target > 0 && target.dtype != dtype {
-            return Err(argument(situation, kind, "dtype of the output", dtype, target.dtype));
-        }
-        if let Some(op) = kind.op() {
-            unisono_core::reduce_op::check(dtype, op)?;
-        }
-        // The side that is a single part tells the count; where both have parts for all, the ranks divide it.
-        let (parts, told) = match sides {
-            Sides { source: 1, .. } => (1, source.count),
-            Sides { target: 1, .. } => (1, target.count),
-            Sides { source: parts, .. } => (parts, source.count),
-        };
-        if !told.is_multiple_of(parts) {
-            return Err(argument(situation, kind, "count", format!("a multiple of {parts}"), told));
-        }
-        let count = told / parts;
-        for (what, expected, got) in [
-            ("count of the input", count * sides.source, source.count),
-            ("count of the output", count * sides.target, target.count),
-        ] {
-            if expected != got {
-                return Err(argument(situation, kind, what, expected, got));
-            }
-        }
-        let buffers = Self { source, target, count, dtype };
-        if buffers.overlap_badly(sides, situation.rank) {
-            let expected = "the input itself or disjoint from it";
-            return Err(argument(situation, kind, "memory of the output", expected, "a partial overlap"));
-        }
-        Ok(buffers)
-    }
-
-    /// One buffer may be both, and the smaller side may lie at its place in the larger one; nothing else may overlap.
-    fn overlap_badly(&self, sides: Sides, rank: usize) -> bool {
-        let (source, target) = (&self.source, &self.target);
-        let overlaps = source.ptr < target.ptr + target.bytes() as u64
-            && target.ptr < source.ptr + source.bytes() as u64;
-        let own = (rank * self.count * self.dtype.size()) as u64;
-        let (in_source, in_target) = (
-            if sides.source > sides.target { own } else { 0 },
-            if sides.target > sides.source { own } else { 0 },
-        );
-        overlaps && source.ptr + in_source != target.ptr + in_target
-    }
-}
-
-/// `buffer`, or an empty one where this rank has no part in it.
-fn present(buffer: RawBuffer, parts: usize) -> RawBuffer {
-    if parts > 0 { buffer } else { RawBuffer { count: 0, place: Place::Host, ..buffer } }
+/// One buffer may be both, and the smaller side may lie at its place in the larger one; nothing else may overlap.
+const fn overlap_badly((source, target): (Side, Side), sides: Sides, (own, size): (usize, usize)) -> bool {
+    let overlaps = source.ptr < target.ptr + (target.count * size) as u64
+        && target.ptr < source.ptr + (source.count * size) as u64;
+    let in_source = if sides.source > sides.target { own } else { 0 };
+    let in_target = if sides.target > sides.source { own } else { 0 };
+    overlaps && source.ptr + in_source as u64 != target.ptr + in_target as u64
 }
 
 /// Our part of a buffer that has one for each rank.
-fn own_part(kind: Kind, all: &RawBuffer, situation: &Situation<'_>) -> Result<RawBuffer> {
+fn own_part(kind: Kind, all: &RawBuffer, situation: &Situation<'_>) -> Result<Side> {
     let world_size = situation.world_size;
     if !all.count.is_multiple_of(world_size) {
         let expected = format!("a multiple of {world_size}");
         return Err(argument(situation, kind, "count", &expected, all.count));
     }
     let count = all.count / world_size;
-    Ok(RawBuffer { count, ptr: all.ptr + (situation.rank * count * all.dtype.size()) as u64, ..*all })
+    Ok(Side { count, ptr: all.ptr + (situation.rank * count * all.dtype.size()) as u64 })
 }
 
 /// Refuses a buffer that this communicator cannot use.
 pub(super) fn check_place(kind: Kind, buffer: &RawBuffer, situation: &Situation<'_>) -> Result<()> {
-    window_of(kind, buffer, situation).map(drop)
+    window_of(kind, buffer.place, (buffer.ptr, buffer.bytes()), situation).map(drop)
 }
 
-fn window_of(kind: Kind, buffer: &RawBuffer, situation: &Situation<'_>) -> Result<Option<WindowPlace>> {
-    match buffer.place {
+/// Where `bytes` at `ptr` lie in a window, if they do.
+fn window_of(
+    kind: Kind,
+    place: Place,
+    (ptr, bytes): (u64, usize),
+    situation: &Situation<'_>,
+) -> Result<Option<WindowPlace>> {
+    match place {
         Place::Host => Ok(None),
-        Place::Window { id } => match (situation.find_window)(id, buffer.ptr, buffer.bytes()) {
+        Place::Window { id } => match (situation.find_window)(id, ptr, bytes) {
             Some(place) => Ok(Some(place)),
             None if id < situation.first_window => {
                 Err(Error::Generation { window: id, generation: situation.generation })

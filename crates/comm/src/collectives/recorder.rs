@@ -8,7 +8,7 @@ use std::cell::Cell;
 
 use smallvec::SmallVec;
 use unisono_core::DType;
-use unisono_core::call::{HEADER_WORDS, Kind};
+use unisono_core::call::Kind;
 use unisono_core::recorder::{ENDED, Record, WAITS, Waits, WaitsOn};
 use unisono_sync::Ticks;
 
@@ -66,7 +66,7 @@ impl Recorder {
 impl Engine {
     /// A collective has its number.
     #[inline(always)]
-    pub(super) fn record_collective(&mut self, plan: &Plan, header: &[u64; HEADER_WORDS]) {
+    pub(super) fn record_collective(&mut self, plan: &Plan) {
         let recorder = &mut self.recorder;
         if !recorder.is_on {
             return;
@@ -75,7 +75,7 @@ impl Engine {
         recorder.collective = recorder.last;
         recorder.is_small = !self.polling && plan.bytes() <= SMALL_BYTES;
         recorder.slow_waits = self.budget.slow_waits();
-        let words = Record::begin_collective(header, plan.algorithm, self.epoch, recorder.ticks.now());
+        let words = Record::begin_collective(&self.current, plan.algorithm, self.epoch, recorder.ticks.now());
         self.control.rank(self.rank).records.write(recorder.last, &words);
     }
 

@@ -2,7 +2,6 @@
 //! order from the same bytes as those of an all-reduce, so the bits are the same.
 
 use unisono_core::ReduceOp;
-use unisono_core::call::HEADER_WORDS;
 use unisono_core::layout::CHUNK_BYTES;
 use unisono_core::select::Algorithm;
 
@@ -15,19 +14,12 @@ use crate::reduce::Reduction;
 
 impl Engine {
     /// Every rank but the root stages its input, or leaves it in its window; the root reduces. Returns the number of steps.
-    pub(super) fn reduce(
-        &mut self,
-        plan: &Plan,
-        op: ReduceOp,
-        root: usize,
-        header: &[u64; HEADER_WORDS],
-        at: &mut State,
-    ) -> Step<u64> {
-        let reduction = Reduction::new(plan.dtype, op)?;
+    pub(super) fn reduce(&mut self, plan: &Plan, op: &ReduceOp, root: usize, at: &mut State) -> Step<u64> {
+        let reduction = Reduction::new(plan.dtype, op);
         let (part, bytes) = (Part::to_root(self.rank, root), plan.bytes());
         if plan.algorithm == Algorithm::Direct {
-            if self.exchange_places(plan, header, (bytes, 0), at)? && self.rank == root {
-                self.read_scalars(reduction, header);
+            if self.exchange_places(plan, (bytes, 0), at)? && self.rank == root {
+                self.read_scalars(reduction);
                 // SAFETY: the place of every source was checked for all its bytes; nobody writes one before all have left.
                 unsafe { self.reduce_places(reduction, 0, plan.target, plan.count) };
             }
@@ -35,9 +27,9 @@ impl Engine {
             return Ok(1);
         }
         if self.is_inline(plan) {
-            self.exchange_inline(plan, bytes, part, (header, at))?;
+            self.exchange_inline(plan, bytes, part, at)?;
             if self.rank == root {
-                self.read_scalars(reduction, header);
+                self.read_scalars(reduction);
                 // SAFETY: all sources are our own copies; the target is valid for `count` elements.
                 unsafe { reduction.run(&self.inline_sources, &self.scalars, plan.target, plan.count) };
             }
@@ -45,12 +37,12 @@ impl Engine {
         }
         let blocks = Blocks::new(plan, CHUNK_BYTES / plan.dtype.size());
         let stage = stage_source(plan, &blocks);
-        self.exchange((header, at), 0..blocks.number, part, stage, |engine, block, chunk| {
+        self.exchange(at, 0..blocks.number, part, stage, |engine, block, chunk| {
             if engine.rank != root {
                 return;
             }
             if block == 0 {
-                engine.read_scalars(reduction, header);
+                engine.read_scalars(reduction);
             }
             let (at, _) = blocks.bytes(block);
             // SAFETY: every peer announced this block and keeps it until we have consumed the step; source and target of
@@ -63,18 +55,12 @@ impl Engine {
     }
 
     /// Every rank stages a piece for every other, or leaves it in its window, and reduces its own from all. Returns the number of steps.
-    pub(super) fn reduce_scatter(
-        &mut self,
-        plan: &Plan,
-        op: ReduceOp,
-        header: &[u64; HEADER_WORDS],
-        at: &mut State,
-    ) -> Step<u64> {
-        let reduction = Reduction::new(plan.dtype, op)?;
+    pub(super) fn reduce_scatter(&mut self, plan: &Plan, op: &ReduceOp, at: &mut State) -> Step<u64> {
+        let reduction = Reduction::new(plan.dtype, op);
         let (all, mine) = (plan.bytes() * self.world_size, plan.bytes() * self.rank);
         if plan.algorithm == Algorithm::Direct {
-            if self.exchange_places(plan, header, (all, 0), at)? {
-                self.read_scalars(reduction, header);
+            if self.exchange_places(plan, (all, 0), at)? {
+                self.read_scalars(reduction);
                 // SAFETY: as in `reduce`; our target lies at our part of our source, which nobody else reads, or outside.
                 unsafe { self.reduce_places(reduction, mine, plan.target, plan.count) };
             }
@@ -82,8 +68,8 @@ impl Engine {
             return Ok(1);
         }
         if self.is_inline(plan) {
-            self.exchange_inline(plan, all, Part::ALL, (header, at))?;
-            self.read_scalars(reduction, header);
+            self.exchange_inline(plan, all, Part::ALL, at)?;
+            self.read_scalars(reduction);
             self.sources.clear();
             // SAFETY: our part lies within our own copy of each rank's source, and the target is valid for it.
             unsafe {
@@ -94,9 +80,9 @@ impl Engine {
         }
         let blocks = self.pieces(plan);
         let stage = self.stage_pieces(plan, &blocks);
-        self.exchange((header, at), 0..blocks.number, Part::ALL, stage, |engine, block, chunk| {
+        self.exchange(at, 0..blocks.number, Part::ALL, stage, |engine, block, chunk| {
             if block == 0 {
-                engine.read_scalars(reduction, header);
+                engine.read_scalars(reduction);
             }
             let (at, bytes) = blocks.bytes_of(block, plan.own());
             let mine = chunk + engine.rank * engine.piece_stride();

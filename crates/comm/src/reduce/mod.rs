@@ -15,12 +15,10 @@ mod table;
 #[cfg(test)]
 mod tests;
 
-use unisono_core::reduce_op::check;
 use unisono_core::{DType, ReduceOp};
 
 use self::kernel::Kernel;
 use self::level::Level;
-use crate::error::Result;
 
 /// A reduction made ready for one call: dtype and op resolved to one kernel.
 #[derive(Clone, Copy)]
@@ -33,21 +31,19 @@ pub(crate) struct Reduction {
 }
 
 impl Reduction {
-    /// Finds the kernel for this pair on this machine: a look-up of a few nanoseconds.
-    ///
-    /// # Errors
-    ///
-    /// `Unsupported` for a pair that does not exist.
+    /// The kernel for this pair, which exists (plans are checked), on this machine: a look-up of a few nanoseconds.
     #[inline]
-    pub(crate) fn new(dtype: DType, op: ReduceOp) -> Result<Self> {
-        Self::at_level(dtype, op, Level::detected())
+    pub(crate) fn new(dtype: DType, op: &ReduceOp) -> Self {
+        let Some(reduction) = Self::at_level(dtype, op, Level::detected()) else {
+            unreachable!("{op} of {dtype} was checked before");
+        };
+        reduction
     }
 
     #[inline]
-    fn at_level(dtype: DType, op: ReduceOp, level: Level) -> Result<Self> {
-        check(dtype, op)?;
-        let (kernel, parts) = table::find(dtype, op, level);
-        Ok(Self { kernel, parts, scaled: op.scalar().is_some() })
+    fn at_level(dtype: DType, op: &ReduceOp, level: Level) -> Option<Self> {
+        let (kernel, parts) = table::find(dtype, *op, level)?;
+        Some(Self { kernel, parts, scaled: matches!(op, ReduceOp::PreMulSum(_)) })
     }
 
     /// Whether each source has a scalar of its own.

@@ -16,9 +16,9 @@ use super::storage::{Bf16, E4m3, E5m2, F16, Native, Truth};
 /// The kernels of one level: a row per dtype, a column per op, by their codes.
 type Kernels = [[Option<Kernel>; ReduceOp::COUNT]; DType::ALL.len()];
 
-/// The kernel of this supported pair at this level, and how many of its elements make one of the dtype.
+/// The kernel of this pair at this level, if the pair exists, and how many of its elements make one of the dtype.
 #[inline]
-pub(super) fn find(dtype: DType, op: ReduceOp, level: Level) -> (Kernel, usize) {
+pub(super) fn find(dtype: DType, op: ReduceOp, level: Level) -> Option<(Kernel, usize)> {
     let kernels = match level {
         #[cfg(target_arch = "x86_64")]
         Level::Avx512 => &AVX512,
@@ -26,12 +26,10 @@ pub(super) fn find(dtype: DType, op: ReduceOp, level: Level) -> (Kernel, usize) 
         Level::Avx2 => &AVX2,
         _ => &PORTABLE,
     };
-    let Some(kernel) = kernels[usize::from(dtype.code())][usize::from(op.code())] else {
-        unreachable!("{op} of {dtype} is in the table of pairs, and has no kernel");
-    };
+    let kernel = kernels[usize::from(dtype.code())][usize::from(op.code())]?;
     // Complex numbers are summed part by part; only their product is an operation on pairs.
-    let parts = if dtype.is_complex() && op != ReduceOp::Prod { 2 } else { 1 };
-    (kernel, parts)
+    let parts = if dtype.is_complex() && !matches!(op, ReduceOp::Prod) { 2 } else { 1 };
+    Some((kernel, parts))
 }
 
 macro_rules! kernels {

@@ -117,7 +117,7 @@ fn case_agrees(level: Level, dtype: DType, op: ReduceOp, inputs: &[Vec<u8>], sca
     let mut expected = vec![POISON; length];
     let slices: Vec<_> = inputs.iter().map(Vec::as_slice).collect();
     reference(dtype, op, &slices, scalars, &mut expected).unwrap();
-    let reduction = Reduction::at_level(dtype, op, level).unwrap();
+    let reduction = Reduction::at_level(dtype, &op, level).unwrap();
     let scalars = if op.scalar().is_some() { scalars } else { &[] };
     for place in std::iter::once(None).chain((0..inputs.len()).map(Some)) {
         let mut sources: Vec<_> =
@@ -239,7 +239,7 @@ fn one_buffer_may_be_every_source_and_the_destination() {
     for level in Level::available() {
         let mut values: Vec<f32> = (0..100_u8).map(f32::from).collect();
         let pointer = values.as_mut_ptr().cast::<u8>();
-        let reduction = Reduction::at_level(DType::F32, ReduceOp::Sum, level).unwrap();
+        let reduction = Reduction::at_level(DType::F32, &ReduceOp::Sum, level).unwrap();
         // SAFETY: the buffer has 100 elements, and the destination is equal to each source.
         unsafe { reduction.run(&[pointer.cast_const(); 3], &[], pointer, 100) };
         assert!(
@@ -252,30 +252,27 @@ fn one_buffer_may_be_every_source_and_the_destination() {
 #[test]
 fn without_a_source_nothing_is_written() {
     let mut out = [POISON; 16];
-    let reduction = Reduction::new(DType::BF16, ReduceOp::Avg).unwrap();
+    let reduction = Reduction::new(DType::BF16, &ReduceOp::Avg);
     // SAFETY: there is no source, and the destination has 8 elements.
     unsafe { reduction.run(&[], &[], out.as_mut_ptr(), 8) };
     assert_eq!(out, [POISON; 16]);
 }
 
 #[test]
-fn the_table_has_a_kernel_for_each_pair_that_exists_and_an_error_for_each_other() {
+fn the_table_has_a_kernel_for_each_pair_that_exists_and_for_no_other() {
     for level in Level::available() {
         for (dtype, op) in DType::ALL.into_iter().flat_map(|dtype| ReduceOp::ALL.map(|op| (dtype, op))) {
-            let found = Reduction::at_level(dtype, op, level);
-            assert_eq!(found.is_ok(), is_supported(dtype, op), "{level:?} {op} of {dtype}");
+            let found = Reduction::at_level(dtype, &op, level);
+            assert_eq!(found.is_some(), is_supported(dtype, op), "{level:?} {op} of {dtype}");
         }
     }
-    let refused = Reduction::new(DType::Bool, ReduceOp::Avg).err().map(|error| error.to_string());
-    let expected = "avg is not defined for bool; bool has: min, max, bit_and, bit_or, bit_xor";
-    assert_eq!(refused.as_deref(), Some(expected));
 }
 
 #[test]
 #[should_panic(expected = "1 scalars for 2 sources")]
 fn a_missing_scalar_is_a_broken_invariant() {
     let (a, b, mut out) = ([0; 4], [0; 4], [0; 4]);
-    let reduction = Reduction::new(DType::F32, ReduceOp::PreMulSum(1.0)).unwrap();
+    let reduction = Reduction::new(DType::F32, &ReduceOp::PreMulSum(1.0));
     // SAFETY: all buffers have one element.
     unsafe { reduction.run(&[a.as_ptr(), b.as_ptr()], &[1.0], out.as_mut_ptr(), 1) };
 }
@@ -286,7 +283,7 @@ fn every_level_comes_to_the_golden_hashes() {
     let golden: Vec<&str> = golden.lines().collect();
     for level in Level::available() {
         for (dtype, op) in inputs::reductions() {
-            let reduction = Reduction::at_level(dtype, op, level).unwrap();
+            let reduction = Reduction::at_level(dtype, &op, level).unwrap();
             for world_size in inputs::WORLDS {
                 let buffers = inputs::inputs(dtype, op, world_size);
                 let sources: Vec<*const u8> = buffers.iter().map(|buffer| buffer.as_ptr()).collect();

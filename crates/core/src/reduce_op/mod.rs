@@ -174,13 +174,16 @@ pub const fn is_supported(dtype: DType, op: ReduceOp) -> bool {
 }
 
 /// Refuses a pair that does not exist, with the reductions that the dtype does have.
+#[inline]
 pub fn check(dtype: DType, op: ReduceOp) -> Result<()> {
-    if is_supported(dtype, op) {
-        return Ok(());
-    }
+    if is_supported(dtype, op) { Ok(()) } else { Err(unsupported(dtype, op)) }
+}
+
+#[cold]
+fn unsupported(dtype: DType, op: ReduceOp) -> Error {
     let names: Vec<_> =
         ReduceOp::ALL.into_iter().filter(|op| is_supported(dtype, *op)).map(ReduceOp::name).collect();
-    Err(Error::Unsupported { op: op.name(), dtype, supported: names.join(", ") })
+    Error::Unsupported { op: op.name(), dtype, supported: names.join(", ") }
 }
 
 #[cfg(test)]
