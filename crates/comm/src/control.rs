@@ -6,7 +6,9 @@
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use unisono_core::layout::{CAUSE_BYTES, ControlLayout, Field, RECORD_WORDS, RankFields, SLOT_WORDS};
+use unisono_core::layout::{
+    CAUSE_BYTES, ChannelFields, ControlLayout, Field, LATEST_WORDS, RECORD_WORDS, RankFields, SLOT_WORDS,
+};
 use unisono_core::recorder::{JobLabel, Presence, RankLabel, TickSource};
 use unisono_node::identity::{self, ProcessStatus};
 use unisono_node::{Lost, PlaneEvents, Process, SharedMemory};
@@ -53,6 +55,8 @@ pub(crate) struct RankWords<'m> {
 pub(crate) struct Channel<'m> {
     /// Bytes written so far, by the sender.
     pub(crate) head: EpochFlag<'m>,
+    /// How the latest message begins, if it was written whole; its number is the head behind it.
+    pub(crate) latest: Journal<'m, LATEST_WORDS>,
     /// Bytes read so far, by the receiver.
     pub(crate) tail: EpochFlag<'m>,
     /// The ring.
@@ -74,6 +78,8 @@ pub(crate) struct About {
 /// The shared memory of all ranks of a communicator on this host.
 pub(crate) struct Control {
     words: Vec<RankWords<'static>>,
+    /// The channels to each rank and from each.
+    channels: [Vec<Channel<'static>>; 2],
     abort: AbortWord<'static>,
     layout: ControlLayout,
     /// Our own rank here: where we record causes.
@@ -124,9 +130,16 @@ impl Control {
         let words = (0..names.len()).map(|rank| rank_words(base, &layout.rank(rank))).collect();
         // SAFETY: the abort word lies in the mapping, which is kept alive by `memory` beside it.
         let abort = AbortWord::new(unsafe { &words32(base.add(layout.abort().offset), 1)[0] });
+        let channel = |sender, receiver| channel(base, &layout.channel(sender, receiver));
+        let ranks = 0..names.len();
+        let channels = [
+            ranks.clone().map(|rank| channel(me, rank)).collect(),
+            ranks.map(|rank| channel(rank, me)).collect(),
+        ];
         let (process, recording) = (Process::this(), Mutex::new(()));
         let superseded = OnceLock::new();
-        let control = Self { words, abort, layout, me, names, about, process, recording, superseded, memory };
+        let control =
+            Self { words, channels, abort, layout, me, names, about, process, recording, superseded, memory };
         control.introduce();
         control
     }
@@ -173,19 +186,16 @@ impl Control {
         &self.words[rank]
     }
 
-    /// The channel from `sender` to `receiver`.
-    pub(crate) fn channel(&self, sender: usize, receiver: usize) -> Channel<'_> {
-        let fields = self.layout.channel(sender, receiver);
-        let base = self.memory.as_ptr();
-        // SAFETY: the fields lie in the mapping, aligned to lines; the counts are accessed as atomics only.
-        unsafe {
-            Channel {
-                head: EpochFlag::new(&words64(base.add(fields.head.offset), 1)[0]),
-                tail: EpochFlag::new(&words64(base.add(fields.tail.offset), 1)[0]),
-                ring: base.add(fields.ring.offset),
-                bytes: fields.ring.bytes,
-            }
-        }
+    /// The channel to `rank`.
+    #[inline(always)]
+    pub(crate) fn channel_to(&self, rank: usize) -> &Channel<'_> {
+        &self.channels[0][rank]
+    }
+
+    /// The channel from `rank`.
+    #[inline(always)]
+    pub(crate) fn channel_from(&self, rank: usize) -> &Channel<'_> {
+        &self.channels[1][rank]
     }
 
     /// Our rank, and the number of ranks.
@@ -302,6 +312,21 @@ impl PlaneEvents for Control {
             return;
         }
         self.fail(&Cause::died(rank, self.names[rank].clone(), lost));
+    }
+}
+
+/// The channel whose fields lie so, in the mapping at `base`.
+fn channel(base: *mut u8, fields: &ChannelFields) -> Channel<'static> {
+    // SAFETY: the fields lie in the mapping, aligned to lines; all but the ring is accessed as atomics only.
+    unsafe {
+        let sent = words64(base.add(fields.head.offset), 1 + LATEST_WORDS);
+        Channel {
+            head: EpochFlag::new(&sent[0]),
+            latest: Journal::new(&sent[1..]),
+            tail: EpochFlag::new(&words64(base.add(fields.tail.offset), 1)[0]),
+            ring: base.add(fields.ring.offset),
+            bytes: fields.ring.bytes,
+        }
     }
 }
 

@@ -54,6 +54,9 @@ pub const CHUNK_BYTES: usize = 64 * 1024;
 /// The largest ring of a channel: what a sender may be ahead of its receiver.
 pub const MAX_RING_BYTES: usize = 64 * 1024;
 
+/// Words beside the head of a channel: the number of the latest message, two of its header, and its first bytes.
+pub const LATEST_WORDS: usize = 7;
+
 /// A part of the shared memory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Field {
@@ -119,7 +122,8 @@ impl RankFields {
 /// A channel: messages from one rank to another, in order.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ChannelFields {
-    /// `u64`, written by the sender: bytes written so far.
+    /// `u64`, written by the sender: bytes written so far. Behind it, on the same 64 bytes, [`LATEST_WORDS`] × `u64`:
+    /// how the latest message begins.
     pub head: Field,
     /// `u64`, written by the receiver: bytes read so far.
     pub tail: Field,

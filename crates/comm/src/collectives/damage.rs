@@ -53,14 +53,14 @@ impl Engine {
                 let (channel, read) = (self.channel_from(peer), self.messages.read[peer]);
                 let head = channel.head.current();
                 let expected = format!("{read} to {}", read.wrapping_add(channel.bytes as u64));
-                let is_possible = can_lie_in(&channel, head.wrapping_sub(read));
+                let is_possible = can_lie_in(channel, head.wrapping_sub(read));
                 return (!is_possible).then(|| format!("it sent {head} bytes, expected {expected}"));
             }
             On::Room => {
                 let (channel, written) = (self.channel_to(peer), self.messages.written[peer]);
                 let tail = channel.tail.current();
                 let expected = format!("{} to {written}", written.saturating_sub(channel.bytes as u64));
-                let is_possible = can_lie_in(&channel, written.wrapping_sub(tail));
+                let is_possible = can_lie_in(channel, written.wrapping_sub(tail));
                 return (!is_possible).then(|| format!("it received {tail} bytes, expected {expected}"));
             }
         };

@@ -112,6 +112,18 @@ impl Engine {
         recorder.messages.push(OpenMessage { ticket, serial, kind, has_waited: false });
     }
 
+    /// A message that was carried out on the spot is done.
+    pub(super) fn record_message_at_once(&mut self, kind: Kind, dtype: DType, count: u64) {
+        let recorder = &mut self.recorder;
+        if !recorder.is_on {
+            return;
+        }
+        recorder.last += 1;
+        let mut words = Record::begin_message(kind, dtype, count, recorder.ticks.now());
+        words[ENDED] = Record::AT_ONCE;
+        self.control.rank(self.rank).records.write(recorder.last, &words);
+    }
+
     /// Everything in flight was taken as far as it goes.
     #[inline]
     pub(super) fn record_progress(&mut self, moved: bool) {

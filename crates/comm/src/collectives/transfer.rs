@@ -11,7 +11,7 @@ use crate::cause::Cause;
 use crate::error::{Error, Result};
 
 /// Bytes after which the other side is told, so that it works while we do.
-const PIECE_BYTES: usize = 16 * 1024;
+pub(super) const PIECE_BYTES: usize = 16 * 1024;
 /// Pieces of one sender that are read before anything else is looked at.
 const PIECES_PER_LOOK: usize = 64;
 

@@ -130,6 +130,14 @@ impl Engine {
         Watch { abort, word: flag.word(), sleepers, budget: &self.budget }
     }
 
+    /// Spins until something of `from` is unread, as long as spinning pays; whether something is.
+    pub(super) fn spin_for_news(&self, from: usize) -> bool {
+        let blocked = Blocked { peer: from, on: On::News, value: HEADER_BYTES as u64 };
+        let ready = || self.is_ready(blocked);
+        let spin = WaitPolicy { yield_for: Duration::ZERO, patience: Some(Duration::ZERO), ..self.policy };
+        ready() || wait(&spin, self.watch(blocked), ready, || {}).is_ok()
+    }
+
     /// Waits until `blocked` is over.
     #[inline(always)]
     fn wait_for(&self, blocked: Blocked) -> Result<()> {

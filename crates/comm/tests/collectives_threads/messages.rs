@@ -6,7 +6,7 @@ use std::time::Duration;
 use unisono::settings::parse_duration;
 use unisono::{Builder, Communicator, Error, Operations};
 
-use crate::support::random::Random;
+use crate::support::random::{Random, seed};
 use crate::support::threads::{on_built, on_threads};
 
 /// The content of a message, from what both sides know of it.
@@ -47,6 +47,39 @@ fn what_fits_into_the_channel_does_not_wait_for_its_receiver() {
             for tag in 0..10 {
                 rank.recv(&mut got, 0, tag).unwrap();
                 assert_eq!(got, [u64::from(tag); 500]);
+            }
+        }
+        rank.destroy().unwrap();
+    });
+}
+
+#[test]
+fn messages_sent_whole_and_in_pieces_follow_each_other_at_any_pace() {
+    let seed = seed();
+    on_threads(2, move |rank| {
+        let (me, peer) = (rank.rank(), 1 - rank.rank());
+        // Both know the plan: how many messages who sends next, of which sizes, and when one side takes its time.
+        let mut plan = Random::of(&[seed]);
+        for round in 0..2_000u64 {
+            let sender = plan.below(2);
+            for number in 0..=plan.below(4) as u64 {
+                let count = match plan.below(12) {
+                    0 => plan.below(40_000),
+                    1..=3 => plan.below(10_000),
+                    _ => plan.below(20),
+                };
+                let (tag, pause) = (plan.below(3) as u32, plan.once_in(50).then(|| plan.below(2)));
+                if pause == Some(me) {
+                    thread::sleep(Duration::from_micros(100));
+                }
+                let expected = content(round << 3 | number, count);
+                if me == sender {
+                    rank.send(&expected, peer, tag).unwrap();
+                } else {
+                    let mut got = vec![0xa5a5; count];
+                    rank.recv(&mut got, peer, tag).unwrap();
+                    assert!(got == expected, "seed {seed:#x}, round {round}, message {number} of {count}");
+                }
             }
         }
         rank.destroy().unwrap();
