@@ -19,7 +19,6 @@ use unisono_core::call::Kind;
 
 use super::engine::Engine;
 use super::flight::Ticket;
-use super::transfer::PIECE_BYTES;
 use super::waiting::{Blocked, On};
 use crate::buffer::{Place, RawBuffer};
 use crate::call::Call;
@@ -201,42 +200,6 @@ impl Engine {
             }
         }
         Ok(messages)
-    }
-
-    /// Carries out a message of one piece on the spot, if nothing else is in flight and it neither waits for room nor long for
-    /// its sender; otherwise nothing has happened, and it must be posted. Arguments that are wrong are found there.
-    pub(super) fn message_at_once(&mut self, call: &Call<'_>) -> Result<bool> {
-        let [buffer] = call.buffers() else { return Ok(false) };
-        let (peer, tag) = match call.kind {
-            Kind::Send { to, tag } => (to as usize, tag),
-            Kind::Recv { from, tag } => (from as usize, tag),
-            _ => return Ok(false),
-        };
-        let bytes = buffer.bytes();
-        let is_sound =
-            peer != self.rank && peer < self.world_size && !matches!(buffer.place, Place::Cuda { .. });
-        if bytes > PIECE_BYTES || !is_sound || !self.is_idle() {
-            return Ok(false);
-        }
-        let header = Header { tag, dtype: Some(buffer.dtype), count: buffer.count as u64 };
-        let is_done = match call.kind {
-            Kind::Send { .. } => {
-                let source = std::ptr::with_exposed_provenance(buffer.ptr as usize);
-                // SAFETY: whoever made the call vouches for its buffer.
-                unsafe { self.write_whole(peer, header, source, bytes) }
-            }
-            _ => {
-                let target = std::ptr::with_exposed_provenance_mut(buffer.ptr as usize);
-                let is_next = self.messages.early[peer].is_empty()
-                    && matches!(self.messages.arriving[peer], Arriving::Nothing);
-                // SAFETY: as above.
-                is_next && self.spin_for_news(peer) && unsafe { self.read_whole(peer, header, target, bytes) }
-            }
-        };
-        if is_done {
-            self.record_message_at_once(call.kind, buffer.dtype, buffer.count as u64);
-        }
-        Ok(is_done)
     }
 
     /// Receives the next message with `tag` from whoever sends one; its sender.

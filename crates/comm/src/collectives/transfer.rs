@@ -1,21 +1,60 @@
 //! How messages move: into the rings as there is room, out of them as they come, and to who waits for them.
 
 use unisono_core::DType;
+use unisono_core::call::Kind;
 
 use super::copy::copy;
 use super::engine::Engine;
 use super::flight::Ticket;
 use super::messages::{Arriving, Early, HEADER_BYTES, Header, Incoming, Message, Outgoing};
 use super::waiting::{Blocked, On};
+use crate::buffer::Place;
+use crate::call::Call;
 use crate::cause::Cause;
 use crate::error::{Error, Result};
 
 /// Bytes after which the other side is told, so that it works while we do.
-pub(super) const PIECE_BYTES: usize = 16 * 1024;
+const PIECE_BYTES: usize = 16 * 1024;
 /// Pieces of one sender that are read before anything else is looked at.
 const PIECES_PER_LOOK: usize = 64;
 
 impl Engine {
+    /// Carries out a message of one piece on the spot, if nothing else is in flight and it neither waits for room nor long for
+    /// its sender; otherwise nothing has happened, and it must be posted. Arguments that are wrong are found there.
+    pub(super) fn message_at_once(&mut self, call: &Call<'_>) -> Result<bool> {
+        let [buffer] = call.buffers() else { return Ok(false) };
+        let (peer, tag) = match call.kind {
+            Kind::Send { to, tag } => (to as usize, tag),
+            Kind::Recv { from, tag } => (from as usize, tag),
+            _ => return Ok(false),
+        };
+        let bytes = buffer.bytes();
+        let is_sound =
+            peer != self.rank && peer < self.world_size && !matches!(buffer.place, Place::Cuda { .. });
+        if bytes > PIECE_BYTES || !is_sound || !self.is_idle() {
+            return Ok(false);
+        }
+        let header = Header { tag, dtype: Some(buffer.dtype), count: buffer.count as u64 };
+        let is_done = match call.kind {
+            Kind::Send { .. } => {
+                let source = std::ptr::with_exposed_provenance(buffer.ptr as usize);
+                // SAFETY: whoever made the call vouches for its buffer.
+                unsafe { self.write_whole(peer, header, source, bytes) }
+            }
+            _ => {
+                let target = std::ptr::with_exposed_provenance_mut(buffer.ptr as usize);
+                let is_next = self.messages.early[peer].is_empty()
+                    && matches!(self.messages.arriving[peer], Arriving::Nothing);
+                // SAFETY: as above.
+                is_next && self.spin_for_news(peer) && unsafe { self.read_whole(peer, header, target, bytes) }
+            }
+        };
+        if is_done {
+            self.record_message_at_once(call.kind, buffer.dtype, buffer.count as u64);
+        }
+        Ok(is_done)
+    }
+
     /// Puts a message behind those that were posted before. One that came early is complete at once.
     pub(super) fn post_message(&mut self, message: Message, ticket: Ticket) -> Result<()> {
         match message {
