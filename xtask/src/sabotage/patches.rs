@@ -269,7 +269,7 @@ pub(super) const PATCHES: &[Patch] = &[
         name: "whole messages take no credit",
         file: "crates/comm/src/collectives/channel.rs",
         line: "if written + length - self.messages.freed[to] > channel.bytes as u64 {",
-        instead: "if written + length - self.messages.freed[to] > channel.bytes as u64 << 40 {",
+        instead: "if written + length - self.messages.freed[to] > (channel.bytes as u64) << 40 {",
         test: comm(THREADS, "messages::messages_sent_whole_and_in_pieces_follow_each_other_at_any_pace"),
     },
     Patch {
