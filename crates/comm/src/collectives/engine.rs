@@ -154,10 +154,9 @@ impl Engine {
     pub(crate) fn submit(&mut self, call: &Call<'_>) -> Result<()> {
         self.check()?;
         if !self.is_idle() || call.kind.is_message() {
-            if self.message_at_once(call)? {
-                return Ok(());
-            }
-            let prepared = self.prepare(call)?;
+            let left =
+                if call.kind.is_message() { self.begin_message(call)? } else { Some(self.prepare(call)?) };
+            let Some(prepared) = left else { return Ok(()) };
             let ticket = self.post(prepared)?;
             return self.drive(|engine| engine.is_done(ticket));
         }

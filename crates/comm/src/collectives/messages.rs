@@ -228,7 +228,13 @@ impl Engine {
         }))
     }
 
-    fn incoming(&self, kind: Kind, target: &RawBuffer, from: Option<u32>, tag: u32) -> Result<Message> {
+    pub(super) fn incoming(
+        &self,
+        kind: Kind,
+        target: &RawBuffer,
+        from: Option<u32>,
+        tag: u32,
+    ) -> Result<Message> {
         let from = from.map(|from| self.peer(kind, "sender", from)).transpose()?;
         self.check_place(kind, target)?;
         Ok(Message::In(Incoming {

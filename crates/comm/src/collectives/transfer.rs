@@ -1,14 +1,15 @@
 //! How messages move: into the rings as there is room, out of them as they come, and to who waits for them.
 
+use smallvec::SmallVec;
 use unisono_core::DType;
 use unisono_core::call::Kind;
 
 use super::copy::copy;
 use super::engine::Engine;
-use super::flight::Ticket;
+use super::flight::{Prepared, Ticket};
 use super::messages::{Arriving, Early, HEADER_BYTES, Header, Incoming, Message, Outgoing};
 use super::waiting::{Blocked, On};
-use crate::buffer::Place;
+use crate::buffer::{Place, RawBuffer};
 use crate::call::Call;
 use crate::cause::Cause;
 use crate::error::{Error, Result};
@@ -19,40 +20,56 @@ const PIECE_BYTES: usize = 16 * 1024;
 const PIECES_PER_LOOK: usize = 64;
 
 impl Engine {
-    /// Carries out a message of one piece on the spot, if nothing else is in flight and it neither waits for room nor long for
-    /// its sender; otherwise nothing has happened, and it must be posted. Arguments that are wrong are found there.
-    pub(super) fn message_at_once(&mut self, call: &Call<'_>) -> Result<bool> {
-        let [buffer] = call.buffers() else { return Ok(false) };
-        let (peer, tag) = match call.kind {
-            Kind::Send { to, tag } => (to as usize, tag),
-            Kind::Recv { from, tag } => (from as usize, tag),
-            _ => return Ok(false),
+    /// Checks a message, or one each way, and carries out on the spot what can be: messages of one piece, if nothing else is in
+    /// flight and they neither wait for room nor long for their sender. What is left must be posted; `None` if nothing is.
+    pub(super) fn begin_message(&mut self, call: &Call<'_>) -> Result<Option<Prepared>> {
+        let (out, into, tag) = match (&call.kind, call.buffers()) {
+            (Kind::Send { to, tag }, [source]) => (Some((*to, source)), None, *tag),
+            (Kind::Recv { from, tag }, [target]) => (None, Some((*from, target)), *tag),
+            (Kind::SendRecv { to, from, tag }, [source, target]) => {
+                (Some((*to, source)), Some((*from, target)), *tag)
+            }
+            _ => return self.prepare(call).map(Some),
         };
-        let bytes = buffer.bytes();
-        let is_sound =
-            peer != self.rank && peer < self.world_size && !matches!(buffer.place, Place::Cuda { .. });
-        if bytes > PIECE_BYTES || !is_sound || !self.is_idle() {
-            return Ok(false);
+        let may_be_at_once = |end: Option<(u32, &RawBuffer)>| {
+            end.is_none_or(|(peer, buffer)| {
+                let is_peer = peer as usize != self.rank && (peer as usize) < self.world_size;
+                is_peer && !matches!(buffer.place, Place::Cuda { .. }) && buffer.bytes() <= PIECE_BYTES
+            })
+        };
+        let is_sent = self.is_idle()
+            && may_be_at_once(out)
+            && may_be_at_once(into)
+            && out.is_none_or(|(to, source)| self.send_at_once(to as usize, tag, source));
+        if !is_sent {
+            return self.prepare(call).map(Some);
         }
-        let header = Header { tag, dtype: Some(buffer.dtype), count: buffer.count as u64 };
-        let is_done = match call.kind {
-            Kind::Send { .. } => {
-                let source = std::ptr::with_exposed_provenance(buffer.ptr as usize);
-                // SAFETY: whoever made the call vouches for its buffer.
-                unsafe { self.write_whole(peer, header, source, bytes) }
-            }
-            _ => {
-                let target = std::ptr::with_exposed_provenance_mut(buffer.ptr as usize);
-                let is_next = self.messages.early[peer].is_empty()
-                    && matches!(self.messages.arriving[peer], Arriving::Nothing);
-                // SAFETY: as above.
-                is_next && self.spin_for_news(peer) && unsafe { self.read_whole(peer, header, target, bytes) }
-            }
-        };
-        if is_done {
+        if let Some((from, target)) = into
+            && !self.receive_at_once(from as usize, tag, target)
+        {
+            let incoming = self.incoming(call.kind, target, Some(from), tag)?;
+            return Ok(Some(Prepared::Message(SmallVec::from_iter([incoming]))));
+        }
+        if let [buffer, ..] = call.buffers() {
             self.record_message_at_once(call.kind, buffer.dtype, buffer.count as u64);
         }
-        Ok(is_done)
+        Ok(None)
+    }
+
+    fn send_at_once(&mut self, to: usize, tag: u32, source: &RawBuffer) -> bool {
+        let header = Header { tag, dtype: Some(source.dtype), count: source.count as u64 };
+        let data = std::ptr::with_exposed_provenance(source.ptr as usize);
+        // SAFETY: whoever made the call vouches for its buffers.
+        unsafe { self.write_whole(to, header, data, source.bytes()) }
+    }
+
+    fn receive_at_once(&mut self, from: usize, tag: u32, target: &RawBuffer) -> bool {
+        let header = Header { tag, dtype: Some(target.dtype), count: target.count as u64 };
+        let data = std::ptr::with_exposed_provenance_mut(target.ptr as usize);
+        let is_next =
+            self.messages.early[from].is_empty() && matches!(self.messages.arriving[from], Arriving::Nothing);
+        // SAFETY: whoever made the call vouches for its buffers.
+        is_next && self.spin_for_news(from) && unsafe { self.read_whole(from, header, data, target.bytes()) }
     }
 
     /// Puts a message behind those that were posted before. One that came early is complete at once.
