@@ -123,7 +123,7 @@ pub enum Kind {
 
 impl Kind {
     /// The field's name of the operation.
-    pub const fn name(self) -> &'static str {
+    pub const fn name(&self) -> &'static str {
         match self {
             Self::Barrier => "barrier",
             Self::AllReduce { .. } => "all_reduce",
@@ -153,7 +153,8 @@ impl Kind {
         }
     }
 
-    pub(crate) const fn code(self) -> u8 {
+    #[inline]
+    pub(crate) const fn code(&self) -> u8 {
         match self {
             Self::Barrier => 1,
             Self::AllReduce { .. } => 2,
@@ -184,12 +185,14 @@ impl Kind {
     }
 
     /// Whether it is a message from rank to rank: no collective, it has no epoch.
-    pub const fn is_message(self) -> bool {
+    #[inline]
+    pub const fn is_message(&self) -> bool {
         matches!(self, Self::Send { .. } | Self::Recv { .. } | Self::SendRecv { .. })
     }
 
     /// Whether its parts may have sizes of their own.
-    pub const fn is_uneven(self) -> bool {
+    #[inline]
+    pub const fn is_uneven(&self) -> bool {
         matches!(
             self,
             Self::AllGatherV
@@ -201,13 +204,15 @@ impl Kind {
     }
 
     /// Whether it works on several buffers of each rank.
-    pub const fn is_multi(self) -> bool {
+    #[inline]
+    pub const fn is_multi(&self) -> bool {
         matches!(self, Self::AllReduceMulti { .. } | Self::BroadcastMulti { .. })
     }
 
     /// Whether every rank has an input, and whether every rank has an output. In which window a buffer lies is compared only
     /// then: of what only the root has, the others cannot tell.
-    pub const fn sides_everywhere(self) -> (bool, bool) {
+    #[inline]
+    pub const fn sides_everywhere(&self) -> (bool, bool) {
         match self {
             Self::Reduce { .. } | Self::Gather { .. } => (true, false),
             Self::Scatter { .. } => (false, true),
@@ -216,19 +221,21 @@ impl Kind {
     }
 
     /// The reduction, where there is one.
-    pub const fn op(self) -> Option<ReduceOp> {
+    #[inline]
+    pub const fn op(&self) -> Option<ReduceOp> {
         match self {
             Self::AllReduce { op }
             | Self::AllReduceMulti { op }
             | Self::Reduce { op, .. }
             | Self::ReduceScatter { op }
-            | Self::ReduceScatterV { op } => Some(op),
+            | Self::ReduceScatterV { op } => Some(*op),
             _ => None,
         }
     }
 
     /// The root, where there is one.
-    pub const fn root(self) -> Option<u32> {
+    #[inline]
+    pub const fn root(&self) -> Option<u32> {
         match self {
             Self::Broadcast { root }
             | Self::BroadcastMulti { root, .. }
@@ -236,7 +243,7 @@ impl Kind {
             | Self::Gather { root }
             | Self::GatherV { root }
             | Self::Scatter { root }
-            | Self::ScatterV { root } => Some(root),
+            | Self::ScatterV { root } => Some(*root),
             _ => None,
         }
     }

@@ -51,18 +51,19 @@ impl Plan {
     /// Checks `call` and chooses its algorithm. Nothing was sent or written when this fails.
     #[inline]
     pub(crate) fn new(call: &Call<'_>, situation: &Situation<'_>) -> Result<Self> {
-        let kind = call.kind;
+        // Not copied before the end: it was just written, in narrow pieces.
+        let kind = &call.kind;
         if matches!(kind, Kind::Barrier) {
             return match call.buffers().len() {
-                0 => Ok(Self::bare(kind)),
-                buffers => Err(argument(situation, kind, "number of buffers", 0, buffers)),
+                0 => Ok(Self::bare(*kind)),
+                buffers => Err(argument(situation, *kind, "number of buffers", 0, buffers)),
             };
         }
         if let Some(root) = kind.root()
             && root as usize >= situation.world_size
         {
             let expected = format!("below {}", situation.world_size);
-            return Err(argument(situation, kind, "root", expected, root));
+            return Err(argument(situation, *kind, "root", expected, root));
         }
         if kind.is_uneven() {
             return plan_uneven(call, situation);
@@ -75,30 +76,30 @@ impl Plan {
 
     /// A collective whose parts have the same size, on one buffer or two.
     #[inline]
-    fn even(kind: Kind, buffers: &[RawBuffer], situation: &Situation<'_>) -> Result<Self> {
+    fn even(kind: &Kind, buffers: &[RawBuffer], situation: &Situation<'_>) -> Result<Self> {
         let Some(sides) = Sides::new(kind, situation.rank, situation.world_size) else {
             let expected = "one that moves data, or barrier";
-            return Err(argument(situation, kind, "operation", expected, kind.name()));
+            return Err(argument(situation, *kind, "operation", expected, kind.name()));
         };
         let (input, output) = match buffers {
             [both] => (both, both),
             [input, output] => (input, output),
-            _ => return Err(argument(situation, kind, "number of buffers", "1 or 2", buffers.len())),
+            _ => return Err(argument(situation, *kind, "number of buffers", "1 or 2", buffers.len())),
         };
         let (mut source, mut target) = (Side::new(input, sides.source), Side::new(output, sides.target));
         if let [all] = buffers {
             match kind {
-                Kind::AllGather => source = own_part(kind, all, situation)?,
-                Kind::ReduceScatter { .. } => target = own_part(kind, all, situation)?,
+                Kind::AllGather => source = own_part(*kind, all, situation)?,
+                Kind::ReduceScatter { .. } => target = own_part(*kind, all, situation)?,
                 Kind::Gather { .. } | Kind::Scatter { .. } => {
-                    return Err(argument(situation, kind, "number of buffers", 2, 1));
+                    return Err(argument(situation, *kind, "number of buffers", 2, 1));
                 }
                 _ => {}
             }
         }
         let dtype = if sides.source > 0 { input.dtype } else { output.dtype };
         if sides.source > 0 && sides.target > 0 && output.dtype != dtype {
-            return Err(argument(situation, kind, "dtype of the output", dtype, output.dtype));
+            return Err(argument(situation, *kind, "dtype of the output", dtype, output.dtype));
         }
         if let Some(op) = kind.op() {
             unisono_core::reduce_op::check(dtype, op)?;
@@ -110,7 +111,7 @@ impl Plan {
             Sides { source: parts, .. } => (parts, source.count),
         };
         if !told.is_multiple_of(parts) {
-            return Err(argument(situation, kind, "count", format!("a multiple of {parts}"), told));
+            return Err(argument(situation, *kind, "count", format!("a multiple of {parts}"), told));
         }
         let count = told / parts;
         for (what, expected, got) in [
@@ -118,35 +119,35 @@ impl Plan {
             ("count of the output", count * sides.target, target.count),
         ] {
             if expected != got {
-                return Err(argument(situation, kind, what, expected, got));
+                return Err(argument(situation, *kind, what, expected, got));
             }
         }
         let size = dtype.size();
         let bytes = count * size;
         if overlap_badly((source, target), sides, (situation.rank * bytes, size)) {
             let expected = "the input itself or disjoint from it";
-            return Err(argument(situation, kind, "memory of the output", expected, "a partial overlap"));
+            return Err(argument(situation, *kind, "memory of the output", expected, "a partial overlap"));
         }
         let (by_source, by_target) = kind.sides_everywhere();
         let mut windows = [None; 2];
         let all = [(input, source, sides.source, by_source), (output, target, sides.target, by_target)];
         for (window, (buffer, side, parts, everywhere)) in windows.iter_mut().zip(all) {
             if parts > 0 && !matches!(buffer.place, Place::Host) {
-                let place = window_of(kind, buffer.place, (side.ptr, side.count * size), situation)?;
+                let place = window_of(*kind, buffer.place, (side.ptr, side.count * size), situation)?;
                 *window = place.filter(|_| everywhere);
             }
         }
         let [source_window, target_window] = windows;
         let id = |window: &Option<WindowPlace>| window.as_ref().map_or(0, |window| window.id);
         let header = CallHeader {
-            kind,
+            kind: *kind,
             dtype: Some(dtype),
             count: count as u64,
             parts: 0,
             source_window: id(&source_window),
             target_window: id(&target_window),
         };
-        let question = select::Question { kind, bytes, in_windows: header.is_in_windows() };
+        let question = select::Question { kind: *kind, bytes, in_windows: header.is_in_windows() };
         Ok(Self {
             algorithm: select::algorithm(&question, situation.rules),
             header,
@@ -207,7 +208,8 @@ struct Sides {
 }
 
 impl Sides {
-    fn new(kind: Kind, rank: usize, world_size: usize) -> Option<Self> {
+    #[inline]
+    fn new(kind: &Kind, rank: usize, world_size: usize) -> Option<Self> {
         let at_root = |parts| if kind.root() == Some(rank as u32) { parts } else { 0 };
         let (source, target) = match kind {
             Kind::AllReduce { .. } | Kind::Broadcast { .. } => (1, 1),
