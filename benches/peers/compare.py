@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
-"""Measures unisono beside MPI libraries in one run, alternating, and writes a table and the raw figures.
+"""Measures unisono beside MPI libraries and Gloo in one run, alternating, and writes a table and the raw figures.
 
     cargo build --release
     python3 benches/peers/compare.py --rounds 5 --ranks 2 --out docs/cpu-results/NAME
     python3 benches/peers/compare.py --operations reduce gather --sizes 8 4096 --time-ms 50 --rounds 2
 
-Needs nothing but Python; uses whichever of Open MPI and MPICH are installed (Debian: openmpi-bin libopenmpi-dev mpich).
+Needs nothing but Python; uses whichever of Open MPI, MPICH (Debian: openmpi-bin libopenmpi-dev mpich) and torch with Gloo
+are installed. What a library does not have is left out.
 Bytes are those of one part: what each rank contributes, or gets where it contributes a part to every rank.
 Every round runs each library once, in turn; a figure is the median over rounds of the p50 of each, so that drift of a
 shared machine meets all of them. The ratio is the median over rounds of the ratios within a round.
 """
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -27,6 +29,7 @@ OPERATIONS = [
     "barrier",
 ]
 SIZES = [8, 64, 512, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 512 << 10, 4 << 20, 16 << 20, 64 << 20]
+GLOO = "Gloo"
 MPIS = {"Open MPI": ("mpicc.openmpi", "mpirun.openmpi"), "MPICH": ("mpicc.mpich", "mpirun.mpich")}
 
 
@@ -35,7 +38,7 @@ def found(program):
 
 
 def peers(folder, options):
-    """The MPI libraries that are here and wanted, each as a command that prints a JSON line per size."""
+    """The other libraries that are here and wanted, each as a command that prints a JSON line per size."""
     commands = {}
     for name, (compiler, launcher) in MPIS.items():
         if name not in options.peers or not (found(compiler) and found(launcher)):
@@ -45,6 +48,9 @@ def peers(folder, options):
         flags = ["--allow-run-as-root", "--oversubscribe"] if name == "Open MPI" else []
         settings = ["-t", str(options.time_ms), "-s", ",".join(map(str, options.sizes))]
         commands[name] = [launcher, *flags, "-n", str(options.ranks), binary, *settings, *options.operations]
+    if GLOO in options.peers and importlib.util.find_spec("torch"):
+        settings = ["-n", str(options.ranks), "-t", str(options.time_ms), "-s", ",".join(map(str, options.sizes))]
+        commands[GLOO] = [sys.executable, os.path.join(HERE, "gloo_collectives.py"), *settings, *options.operations]
     return commands
 
 
@@ -79,7 +85,7 @@ def main():
     arguments.add_argument("--ranks", type=int, default=2)
     arguments.add_argument("--out", help="writes OUT.json and OUT.md")
     arguments.add_argument("--unisono", default=os.path.join(ROOT, "target", "release", "unisono"))
-    arguments.add_argument("--peers", nargs="+", default=list(MPIS), choices=list(MPIS))
+    arguments.add_argument("--peers", nargs="+", default=[*MPIS, GLOO], choices=[*MPIS, GLOO])
     arguments.add_argument("--operations", nargs="+", default=OPERATIONS[:3], choices=OPERATIONS, help="default: the first three")
     arguments.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="bytes of one part")
     arguments.add_argument("--time-ms", type=int, default=250, help="how long to measure each size")
@@ -100,14 +106,16 @@ def main():
     for operation in options.operations:
         what = ", a round trip" if operation == "send_recv" else ""
         text.append(f"\n**{operation}**{what}, f32, {options.ranks} ranks, p50\n")
-        text.append("| bytes of a part | " + " | ".join(names) + " | unisono / best MPI (min – max over rounds) |")
+        text.append("| bytes of a part | " + " | ".join(names) + " | unisono / best other (min – max over rounds) |")
         text.append("| --- |" + " --- |" * (len(names) + 1))
         for _, count in sorted(key for key in rounds[0]["unisono"] if key[0] == operation):
             key = (operation, count)
-            cells = [shown(statistics.median(figures[name][key] for figures in rounds)) for name in names]
-            ratios = [
-                figures["unisono"][key] / min(figures[name][key] for name in commands) for figures in rounds if commands
+            others = [name for name in commands if all(key in figures[name] for figures in rounds)]
+            cells = [
+                "–" if name in commands and name not in others else shown(statistics.median(one[name][key] for one in rounds))
+                for name in names
             ]
+            ratios = [figures["unisono"][key] / min(figures[name][key] for name in others) for figures in rounds if others]
             spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})" if ratios else "–"
             text.append(f"| {size(count) if count else '–'} | " + " | ".join(cells) + f" | {spread} |")
     table = "\n".join(text)
