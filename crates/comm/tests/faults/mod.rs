@@ -10,6 +10,8 @@ pub(crate) mod namespaces;
 pub(crate) mod parts;
 pub(crate) mod proxy;
 pub(crate) mod random;
+#[path = "../support/scale.rs"]
+mod scale;
 pub(crate) mod scribbles;
 pub(crate) mod shortages;
 pub(crate) mod shrinks;
@@ -21,13 +23,9 @@ pub(crate) mod world;
 
 use std::time::Duration;
 
+pub(crate) use scale::scale;
 use unisono::Secret;
 use unisono::store::StoreServer;
-
-/// How much more often than by default repeatable tests repeat.
-pub(crate) fn scale() -> usize {
-    std::env::var("UNISONO_TEST_SCALE").ok().and_then(|scale| scale.parse().ok()).unwrap_or(1).max(1)
-}
 
 /// The store that the ranks of a test meet in, served by the test.
 pub(crate) fn server() -> StoreServer {
