@@ -1,7 +1,7 @@
 //! Same inputs, same world: same bits, in every run, wherever the buffers lie and however the ranks are timed.
 
 use unisono::settings::AlgorithmChoice;
-use unisono::{Communicator, DType, Memory, Operations, ReduceOp};
+use unisono::{Builder, Communicator, DType, Memory, Operations, Order, ReduceOp};
 
 use crate::support::data::{Style, fill};
 use crate::support::random;
@@ -63,6 +63,8 @@ fn a_hundred_sums_on_every_rank_with_every_algorithm_have_the_same_bits() {
             let configure = move |builder| with_algorithm(builder, algorithm);
             all.extend(on_built(world_size, configure, move |communicator| many_sums(&communicator, of)));
         }
+        let by_rank = |builder: Builder| builder.order(Order::Rank);
+        all.extend(on_built(world_size, by_rank, move |communicator| many_sums(&communicator, of)));
         let mut expected = input(of, 0);
         for rank in 1..world_size {
             for (sum, value) in expected.iter_mut().zip(input(of, rank)) {
