@@ -7,7 +7,7 @@ use clap::Args;
 use serde::Serialize;
 use unisono::recorder::{End, Record, Snapshot};
 
-use super::state::{Call, RankState};
+use super::state::{Call, Head, RankState};
 use super::top::bytes;
 use super::trace::Trace;
 use super::{BOLD, Seen, Selection, heading, print};
@@ -31,11 +31,8 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Serialize)]
 struct Job<'s> {
-    job: &'s str,
-    generation: u32,
-    host: &'s str,
-    world_size: usize,
-    failure: Option<&'s str>,
+    #[serde(flatten)]
+    head: Head<'s>,
     ranks: Vec<Rank>,
 }
 
@@ -56,14 +53,7 @@ impl<'s> Job<'s> {
             let call = |record| Call::new(record, snapshot.ranks.len());
             Rank { rank, pid, state, waits_for, calls: view.records.iter().map(call).collect() }
         });
-        Self {
-            job: &snapshot.job,
-            generation: snapshot.generation,
-            host: &snapshot.host,
-            world_size: snapshot.ranks.len(),
-            failure: snapshot.failure.as_ref().map(|failure| failure.sentence.as_str()),
-            ranks: ranks.collect(),
-        }
+        Self { head: Head::new(snapshot), ranks: ranks.collect() }
     }
 }
 

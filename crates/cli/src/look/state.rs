@@ -8,6 +8,28 @@ use unisono::recorder::{End, Presence, Process, RankView, Record, Snapshot, Stan
 /// Rates are over so long, or over what the recorder still holds.
 const WINDOW: Duration = Duration::from_secs(1);
 
+/// What documents say of a job.
+#[derive(Debug, Serialize)]
+pub(super) struct Head<'s> {
+    job: &'s str,
+    generation: u32,
+    host: &'s str,
+    world_size: usize,
+    failure: Option<&'s str>,
+}
+
+impl<'s> Head<'s> {
+    pub(super) fn new(snapshot: &'s Snapshot) -> Self {
+        Self {
+            job: &snapshot.job,
+            generation: snapshot.generation,
+            host: &snapshot.host,
+            world_size: snapshot.ranks.len(),
+            failure: snapshot.failure.as_ref().map(|failure| failure.sentence.as_str()),
+        }
+    }
+}
+
 /// What a rank is doing.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(super) struct RankState {

@@ -8,7 +8,7 @@ use clap::Args;
 use serde::Serialize;
 use unisono::recorder::{Snapshot, ranks_phrase, time_phrase};
 
-use super::state::RankState;
+use super::state::{Head, RankState};
 use super::{BOLD, Seen, Selection, heading, print, terminal};
 use crate::{Common, Failure};
 
@@ -33,24 +33,17 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Serialize)]
 struct Job<'s> {
-    job: &'s str,
-    generation: u32,
-    host: &'s str,
-    world_size: usize,
+    #[serde(flatten)]
+    head: Head<'s>,
     age_seconds: f64,
-    failure: Option<&'s str>,
     ranks: Vec<RankState>,
 }
 
 impl<'s> Job<'s> {
     fn new(snapshot: &'s Snapshot) -> Self {
         Self {
-            job: &snapshot.job,
-            generation: snapshot.generation,
-            host: &snapshot.host,
-            world_size: snapshot.ranks.len(),
+            head: Head::new(snapshot),
             age_seconds: snapshot.age.as_secs_f64(),
-            failure: snapshot.failure.as_ref().map(|failure| failure.sentence.as_str()),
             ranks: RankState::all(snapshot),
         }
     }
