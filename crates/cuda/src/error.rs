@@ -1,0 +1,70 @@
+//! The errors of CUDA: what is missing, and what the driver or the compiler refused.
+
+/// Result of this crate's functions.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What can go wrong with GPUs.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// There is no driver, or no GPU that this process may use.
+    #[error("no CUDA device: {reason}. Host memory works without one.")]
+    NoDevice {
+        /// What was looked for, and what happened.
+        reason: String,
+    },
+    /// A device that does not exist was asked for.
+    #[error("there is no cuda:{ordinal}; this process sees {count} devices")]
+    NoSuchDevice {
+        /// The ordinal that was asked for.
+        ordinal: u32,
+        /// How many there are.
+        count: u32,
+    },
+    /// The driver refused a call.
+    #[error("{call} failed on cuda:{ordinal}: {name} ({message})")]
+    Driver {
+        /// The function of the driver.
+        call: &'static str,
+        /// The device of the current context.
+        ordinal: u32,
+        /// The driver's name of the error, as `CUDA_ERROR_OUT_OF_MEMORY`.
+        name: String,
+        /// What it means.
+        message: String,
+    },
+    /// The run-time compiler cannot be found.
+    #[error(
+        "NVRTC, the run-time compiler of CUDA, was not found: {reason}. Install it with pip install nvidia-cuda-nvrtc, or name it with UNISONO_NVRTC."
+    )]
+    NoCompiler {
+        /// Where it was looked for.
+        reason: String,
+    },
+    /// A kernel does not compile.
+    #[error("{what} does not compile for {architecture}: {log}")]
+    Compile {
+        /// The source file.
+        what: String,
+        /// As `sm_90`.
+        architecture: String,
+        /// What the compiler says.
+        log: String,
+    },
+    /// A library has not the function that is needed.
+    #[error("{library} is too old: it has no {symbol}")]
+    TooOld {
+        /// The library.
+        library: &'static str,
+        /// The function.
+        symbol: String,
+    },
+    /// A file of the kernel cache cannot be used.
+    #[error("the kernel cache at {path} cannot be used: {message}")]
+    Cache {
+        /// The file or folder.
+        path: String,
+        /// What went wrong.
+        message: String,
+    },
+}
