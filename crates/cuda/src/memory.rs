@@ -1,0 +1,360 @@
+//! Memory that GPUs reach: allocations that can be exported to other processes, plain ones, and host memory that the driver
+//! knows.
+//!
+//! Exportable memory is taken through the driver's virtual memory management: pages, an address range, and who may access
+//! them. The pages live until the last mapping and the last descriptor of them, in whichever process, is gone; so freeing
+//! ours never takes memory away from under a peer.
+
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use cudarc::driver::sys;
+
+use crate::device::Device;
+use crate::driver::check;
+use crate::error::{Error, Result};
+
+/// Where pages lie.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Location {
+    /// In the device's own memory.
+    Device,
+    /// In host memory, on the NUMA node of this number. The CPU accesses it as well.
+    HostNuma(u32),
+}
+
+/// Pages that devices of this process map at one address, ours or those of a peer.
+#[derive(Debug)]
+pub struct SharedPages {
+    device: Device,
+    handle: sys::CUmemGenericAllocationHandle,
+    address: u64,
+    bytes: usize,
+    location: Location,
+}
+
+impl SharedPages {
+    /// Takes at least `bytes` (rounded up to what the driver hands out, 2 MiB as a rule), accessible to `device`, not
+    /// cleared.
+    ///
+    /// # Errors
+    /// What the driver refuses; nothing stays allocated.
+    pub fn create(device: &Device, bytes: usize, location: Location) -> Result<Self> {
+        let _current = device.enter()?;
+        let properties = properties(device, location);
+        let mut granularity = 0;
+        // SAFETY: the properties are complete, and the answer is ours.
+        let result = unsafe {
+            sys::cuMemGetAllocationGranularity(
+                &raw mut granularity,
+                &raw const properties,
+                sys::CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_MINIMUM,
+            )
+        };
+        check("cuMemGetAllocationGranularity", device.ordinal(), result)?;
+        let Some(bytes) = bytes.max(1).checked_next_multiple_of(granularity.max(1)) else {
+            return Err(too_large(device, bytes));
+        };
+        let mut handle = 0;
+        // SAFETY: as above.
+        let result = unsafe { sys::cuMemCreate(&raw mut handle, bytes, &raw const properties, 0) };
+        check("cuMemCreate", device.ordinal(), result)?;
+        Self::map(device, handle, bytes, location)
+    }
+
+    /// Maps pages that a peer exported, `bytes` of them as it says.
+    ///
+    /// # Errors
+    /// What the driver refuses: the descriptor is of something else, or of fewer pages. It is closed in any case.
+    pub fn import(device: &Device, descriptor: OwnedFd, bytes: usize, location: Location) -> Result<Self> {
+        let _current = device.enter()?;
+        let mut handle = 0;
+        let kind = sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+        // SAFETY: the descriptor is open; the driver takes the number by value and checks what it is.
+        let result = unsafe {
+            sys::cuMemImportFromShareableHandle(
+                &raw mut handle,
+                std::ptr::without_provenance_mut(descriptor.as_raw_fd() as usize),
+                kind,
+            )
+        };
+        check("cuMemImportFromShareableHandle", device.ordinal(), result)?;
+        Self::map(device, handle, bytes, location)
+    }
+
+    /// Takes over `handle`, which is released whatever happens.
+    fn map(
+        device: &Device,
+        handle: sys::CUmemGenericAllocationHandle,
+        bytes: usize,
+        location: Location,
+    ) -> Result<Self> {
+        let mut pages = Self { device: device.clone(), handle, address: 0, bytes: 0, location };
+        let mut address = 0;
+        // SAFETY: a range of the driver's choice, and the answer is ours.
+        let result = unsafe { sys::cuMemAddressReserve(&raw mut address, bytes, 0, 0, 0) };
+        check("cuMemAddressReserve", device.ordinal(), result)?;
+        // SAFETY: the range is reserved and empty; the driver refuses to map more than there is.
+        let result = unsafe { sys::cuMemMap(address, bytes, 0, handle, 0) };
+        if let Err(error) = check("cuMemMap", device.ordinal(), result) {
+            // SAFETY: the range is ours and empty.
+            let _ = unsafe { sys::cuMemAddressFree(address, bytes) };
+            return Err(error);
+        }
+        (pages.address, pages.bytes) = (address, bytes);
+        pages.allow(device)?;
+        if let Location::HostNuma(node) = location {
+            pages.set_access(sys::CUmemLocation {
+                type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_HOST_NUMA,
+                id: node as i32,
+            })?;
+        }
+        Ok(pages)
+    }
+
+    /// Lets another device of this process access the pages too.
+    ///
+    /// # Errors
+    /// What the driver refuses: that device cannot reach them.
+    pub fn allow(&self, device: &Device) -> Result<()> {
+        self.set_access(sys::CUmemLocation {
+            type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE,
+            id: device.raw(),
+        })
+    }
+
+    fn set_access(&self, location: sys::CUmemLocation) -> Result<()> {
+        let _current = self.device.enter()?;
+        let access = sys::CUmemAccessDesc {
+            location,
+            flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
+        };
+        // SAFETY: the range is mapped, and the description complete.
+        let result = unsafe { sys::cuMemSetAccess(self.address, self.bytes, &raw const access, 1) };
+        check("cuMemSetAccess", self.device.ordinal(), result)
+    }
+
+    /// A descriptor that another process of this host can map. The pages live at least as long as it.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub fn export(&self) -> Result<OwnedFd> {
+        let mut descriptor: std::ffi::c_int = -1;
+        let kind = sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+        // SAFETY: the handle lives; a descriptor of that kind is an int, which is ours.
+        let result =
+            unsafe { sys::cuMemExportToShareableHandle((&raw mut descriptor).cast(), self.handle, kind, 0) };
+        check("cuMemExportToShareableHandle", self.device.ordinal(), result)?;
+        // SAFETY: the driver opened it for us.
+        Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+    }
+
+    /// The first byte, the same for all devices of this process (and its CPU, of host memory).
+    pub const fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Length, as it was rounded up.
+    pub const fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Where they lie.
+    pub const fn location(&self) -> Location {
+        self.location
+    }
+
+    /// The device that they were mapped for.
+    pub const fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Fills them and waits for it.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub fn fill(&self, value: u8) -> Result<()> {
+        let _current = self.device.enter()?;
+        // SAFETY: the range is mapped and accessible. Whoever shares it does not know it yet, or does not mind.
+        let result = unsafe { sys::cuMemsetD8_v2(self.address, value, self.bytes) };
+        check("cuMemsetD8", self.device.ordinal(), result)?;
+        self.device.synchronize()
+    }
+}
+
+impl Drop for SharedPages {
+    fn drop(&mut self) {
+        let Ok(_current) = self.device.enter() else { return };
+        // SAFETY: range and handle are ours; who still has kernels on the range must not have dropped this. Errors have
+        // nobody to go to.
+        unsafe {
+            if self.bytes > 0 {
+                let _ = sys::cuMemUnmap(self.address, self.bytes);
+                let _ = sys::cuMemAddressFree(self.address, self.bytes);
+            }
+            let _ = sys::cuMemRelease(self.handle);
+        }
+    }
+}
+
+fn properties(device: &Device, location: Location) -> sys::CUmemAllocationProp {
+    let (type_, id) = match location {
+        Location::Device => (sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE, device.raw()),
+        Location::HostNuma(node) => (sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_HOST_NUMA, node as i32),
+    };
+    sys::CUmemAllocationProp {
+        type_: sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED,
+        requestedHandleTypes: sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+        location: sys::CUmemLocation { type_, id },
+        win32HandleMetaData: std::ptr::null_mut(),
+        allocFlags: sys::CUmemAllocationProp_st__bindgen_ty_1 {
+            compressionType: 0,
+            gpuDirectRDMACapable: 0,
+            usage: 0,
+            reserved: [0; 4],
+        },
+    }
+}
+
+fn too_large(device: &Device, bytes: usize) -> Error {
+    Error::Driver {
+        call: "cuMemCreate",
+        ordinal: device.ordinal(),
+        name: "CUDA_ERROR_OUT_OF_MEMORY".to_owned(),
+        message: format!("{bytes} bytes are more than any device has"),
+    }
+}
+
+/// Plain memory of a device.
+#[derive(Debug)]
+pub struct DeviceBuffer {
+    device: Device,
+    address: u64,
+    bytes: usize,
+}
+
+impl DeviceBuffer {
+    /// Takes `bytes` (at least one), not cleared.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub fn new(device: &Device, bytes: usize) -> Result<Self> {
+        let _current = device.enter()?;
+        let mut address = 0;
+        // SAFETY: the context is current, and the answer is ours.
+        check("cuMemAlloc", device.ordinal(), unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes.max(1)) })?;
+        Ok(Self { device: device.clone(), address, bytes })
+    }
+
+    /// The first byte, on a line of 256 bytes.
+    pub const fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Length in bytes.
+    pub const fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Its device.
+    pub const fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Writes `data` at byte `at` and waits for it. Not in the order of any stream.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    ///
+    /// # Panics
+    /// If it does not fit.
+    pub fn write(&mut self, at: usize, data: &[u8]) -> Result<()> {
+        assert!(at + data.len() <= self.bytes, "{} bytes at {at} of {}", data.len(), self.bytes);
+        if data.is_empty() {
+            return Ok(());
+        }
+        let _current = self.device.enter()?;
+        let to = self.address + at as u64;
+        // SAFETY: both sides are as long as the data.
+        let result = unsafe { sys::cuMemcpyHtoD_v2(to, data.as_ptr().cast(), data.len()) };
+        check("cuMemcpyHtoD", self.device.ordinal(), result)?;
+        self.device.synchronize()
+    }
+
+    /// Reads what lies from byte `at` on. Not in the order of any stream.
+    ///
+    /// # Errors
+    /// What the driver refuses, or earlier work failed with.
+    ///
+    /// # Panics
+    /// If there is not so much.
+    pub fn read(&self, at: usize, data: &mut [u8]) -> Result<()> {
+        assert!(at + data.len() <= self.bytes, "{} bytes at {at} of {}", data.len(), self.bytes);
+        if data.is_empty() {
+            return Ok(());
+        }
+        let _current = self.device.enter()?;
+        let from = self.address + at as u64;
+        // SAFETY: both sides are as long as the data.
+        let result = unsafe { sys::cuMemcpyDtoH_v2(data.as_mut_ptr().cast(), from, data.len()) };
+        check("cuMemcpyDtoH", self.device.ordinal(), result)
+    }
+}
+
+impl Drop for DeviceBuffer {
+    fn drop(&mut self) {
+        if let Ok(_current) = self.device.enter() {
+            // SAFETY: it is ours; the driver waits for work that uses it. An error has nobody to go to.
+            let _ = unsafe { sys::cuMemFree_v2(self.address) };
+        }
+    }
+}
+
+/// Host memory that the driver pinned, so that kernels reach it.
+#[derive(Debug)]
+pub struct RegisteredHost {
+    device: Device,
+    host: *mut std::ffi::c_void,
+    address: u64,
+}
+
+// SAFETY: the registration belongs to the process; the pointer is only handed back to the driver.
+unsafe impl Send for RegisteredHost {}
+// SAFETY: as above.
+unsafe impl Sync for RegisteredHost {}
+
+impl RegisteredHost {
+    /// Registers `bytes` at `host`, for all devices of this process.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    ///
+    /// # Safety
+    /// The range is mapped, and stays so until this is dropped.
+    pub unsafe fn new(device: &Device, host: *mut u8, bytes: usize) -> Result<Self> {
+        let _current = device.enter()?;
+        let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
+        // SAFETY: as the caller promises.
+        let result = unsafe { sys::cuMemHostRegister_v2(host.cast(), bytes, flags) };
+        check("cuMemHostRegister", device.ordinal(), result)?;
+        let mut registered = Self { device: device.clone(), host: host.cast(), address: 0 };
+        // SAFETY: it is registered, and the answer is ours.
+        let result =
+            unsafe { sys::cuMemHostGetDevicePointer_v2(&raw mut registered.address, host.cast(), 0) };
+        check("cuMemHostGetDevicePointer", device.ordinal(), result)?;
+        Ok(registered)
+    }
+
+    /// Its first byte, as kernels call it.
+    pub const fn address(&self) -> u64 {
+        self.address
+    }
+}
+
+impl Drop for RegisteredHost {
+    fn drop(&mut self) {
+        if let Ok(_current) = self.device.enter() {
+            // SAFETY: we registered it. An error has nobody to go to.
+            let _ = unsafe { sys::cuMemHostUnregister(self.host) };
+        }
+    }
+}

@@ -1,0 +1,265 @@
+//! Streams and events, and copies in their order.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use cudarc::driver::sys;
+
+use crate::device::Device;
+use crate::driver::check;
+use crate::error::Result;
+use crate::graph::Graph;
+
+/// An ordered queue of work of one device.
+#[derive(Debug)]
+pub struct Stream {
+    device: Device,
+    raw: sys::CUstream,
+    is_owned: bool,
+}
+
+// SAFETY: streams of the driver belong to no thread, and its calls on them are safe from any.
+unsafe impl Send for Stream {}
+// SAFETY: as above.
+unsafe impl Sync for Stream {}
+
+impl Stream {
+    /// A new stream that waits for no other.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub fn new(device: &Device) -> Result<Self> {
+        let _current = device.enter()?;
+        let mut raw = std::ptr::null_mut();
+        let flags = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: the context is current, and the answer is ours.
+        check("cuStreamCreate", device.ordinal(), unsafe { sys::cuStreamCreate(&raw mut raw, flags) })?;
+        Ok(Self { device: device.clone(), raw, is_owned: true })
+    }
+
+    /// A stream that somebody else made and keeps.
+    ///
+    /// # Safety
+    /// `raw` is a live `CUstream` (or null, the default stream) of the primary context of `device`, and outlives this.
+    pub unsafe fn from_raw(device: &Device, raw: *mut c_void) -> Self {
+        Self { device: device.clone(), raw: raw.cast(), is_owned: false }
+    }
+
+    /// Its device.
+    pub const fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The `CUstream`.
+    pub const fn raw(&self) -> *mut c_void {
+        self.raw.cast()
+    }
+
+    /// Waits until all its work is done.
+    ///
+    /// # Errors
+    /// What that work failed with.
+    pub fn synchronize(&self) -> Result<()> {
+        let _current = self.device.enter()?;
+        // SAFETY: the stream lives.
+        check("cuStreamSynchronize", self.device.ordinal(), unsafe { sys::cuStreamSynchronize(self.raw) })
+    }
+
+    /// Whether all its work is done.
+    ///
+    /// # Errors
+    /// What that work failed with.
+    pub fn is_idle(&self) -> Result<bool> {
+        let _current = self.device.enter()?;
+        // SAFETY: the stream lives.
+        match unsafe { sys::cuStreamQuery(self.raw) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            result => check("cuStreamQuery", self.device.ordinal(), result).map(|()| true),
+        }
+    }
+
+    /// Whether its work goes into a graph instead of being done.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    #[inline]
+    pub fn is_capturing(&self) -> Result<bool> {
+        let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        // SAFETY: the stream lives, and the answer is ours.
+        let result = unsafe { sys::cuStreamIsCapturing(self.raw, &raw mut status) };
+        check("cuStreamIsCapturing", self.device.ordinal(), result)?;
+        Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+    }
+
+    /// From now on, work goes into a graph.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub fn begin_capture(&self) -> Result<()> {
+        let _current = self.device.enter()?;
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives.
+        let result = unsafe { sys::cuStreamBeginCapture_v2(self.raw, mode) };
+        check("cuStreamBeginCapture", self.device.ordinal(), result)
+    }
+
+    /// The graph of the work since [`Stream::begin_capture`].
+    ///
+    /// # Errors
+    /// What the driver refuses; what was captured is lost then.
+    pub fn end_capture(&self) -> Result<Graph> {
+        let _current = self.device.enter()?;
+        let mut graph = std::ptr::null_mut();
+        // SAFETY: the stream lives, and the answer is ours.
+        let result = unsafe { sys::cuStreamEndCapture(self.raw, &raw mut graph) };
+        check("cuStreamEndCapture", self.device.ordinal(), result)?;
+        Graph::new(&self.device, graph)
+    }
+
+    /// Work that comes later waits for `event`.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    #[inline]
+    pub fn wait(&self, event: &Event) -> Result<()> {
+        // SAFETY: stream and event live.
+        let result = unsafe { sys::cuStreamWaitEvent(self.raw, event.inner.raw, 0) };
+        check("cuStreamWaitEvent", self.device.ordinal(), result)
+    }
+
+    /// Copies `bytes` from `from` to `to`, addresses of any memory that the driver knows.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    ///
+    /// # Safety
+    /// Both are valid for `bytes` until the stream has passed this.
+    pub unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let _current = self.device.enter()?;
+        // SAFETY: as the caller promises.
+        let result = unsafe { sys::cuMemcpyAsync(to, from, bytes, self.raw) };
+        check("cuMemcpyAsync", self.device.ordinal(), result)
+    }
+
+    /// Writes `value` to each of `bytes` at `to`.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    ///
+    /// # Safety
+    /// As [`Stream::copy`].
+    pub unsafe fn fill(&self, to: u64, value: u8, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let _current = self.device.enter()?;
+        // SAFETY: as the caller promises.
+        let result = unsafe { sys::cuMemsetD8Async(to, value, bytes, self.raw) };
+        check("cuMemsetD8Async", self.device.ordinal(), result)
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if self.is_owned
+            && let Ok(_current) = self.device.enter()
+        {
+            // SAFETY: it is ours; the driver frees it when its work is done. An error has nobody to go to.
+            let _ = unsafe { sys::cuStreamDestroy_v2(self.raw) };
+        }
+    }
+}
+
+/// A point in the work of a stream. Clones are the same event.
+#[derive(Clone, Debug)]
+pub struct Event {
+    inner: Arc<RawEvent>,
+}
+
+#[derive(Debug)]
+struct RawEvent {
+    device: Device,
+    raw: sys::CUevent,
+}
+
+// SAFETY: events of the driver belong to no thread.
+unsafe impl Send for RawEvent {}
+// SAFETY: as above.
+unsafe impl Sync for RawEvent {}
+
+impl Event {
+    /// A new event; one that `is_timed` tells times, and costs a little more.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub fn new(device: &Device, is_timed: bool) -> Result<Self> {
+        let _current = device.enter()?;
+        let mut raw = std::ptr::null_mut();
+        let flags = if is_timed {
+            sys::CUevent_flags_enum::CU_EVENT_DEFAULT
+        } else {
+            sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING
+        };
+        // SAFETY: the context is current, and the answer is ours.
+        check("cuEventCreate", device.ordinal(), unsafe { sys::cuEventCreate(&raw mut raw, flags as u32) })?;
+        Ok(Self { inner: Arc::new(RawEvent { device: device.clone(), raw }) })
+    }
+
+    /// Puts the event behind the work that `stream` has now.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    #[inline]
+    pub fn record(&self, stream: &Stream) -> Result<()> {
+        // SAFETY: both live.
+        let result = unsafe { sys::cuEventRecord(self.inner.raw, stream.raw) };
+        check("cuEventRecord", self.inner.device.ordinal(), result)
+    }
+
+    /// Whether the work before it is done.
+    ///
+    /// # Errors
+    /// What that work failed with.
+    pub fn is_done(&self) -> Result<bool> {
+        // SAFETY: it lives.
+        match unsafe { sys::cuEventQuery(self.inner.raw) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            result => check("cuEventQuery", self.inner.device.ordinal(), result).map(|()| true),
+        }
+    }
+
+    /// Waits until the work before it is done.
+    ///
+    /// # Errors
+    /// What that work failed with.
+    pub fn synchronize(&self) -> Result<()> {
+        // SAFETY: it lives.
+        let result = unsafe { sys::cuEventSynchronize(self.inner.raw) };
+        check("cuEventSynchronize", self.inner.device.ordinal(), result)
+    }
+
+    /// Microseconds from `start` to this event, both timed and done.
+    ///
+    /// # Errors
+    /// If they are not.
+    pub fn us_since(&self, start: &Self) -> Result<f64> {
+        let mut milliseconds = 0.0;
+        // SAFETY: both live, and the answer is ours.
+        let result =
+            unsafe { sys::cuEventElapsedTime_v2(&raw mut milliseconds, start.inner.raw, self.inner.raw) };
+        check("cuEventElapsedTime", self.inner.device.ordinal(), result)?;
+        Ok(f64::from(milliseconds) * 1e3)
+    }
+}
+
+impl Drop for RawEvent {
+    fn drop(&mut self) {
+        if let Ok(_current) = self.device.enter() {
+            // SAFETY: it is ours. An error has nobody to go to.
+            let _ = unsafe { sys::cuEventDestroy_v2(self.raw) };
+        }
+    }
+}
