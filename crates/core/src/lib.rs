@@ -14,6 +14,7 @@ compile_error!("unisono runs on Linux (WSL2 and containers too); other systems a
 pub mod agreement;
 pub mod auth;
 pub mod call;
+pub mod device;
 pub mod dtype;
 pub mod element;
 pub mod error;

@@ -3,17 +3,21 @@
 //! Nothing here is linked: `libcuda`, NVRTC and NVML are looked for at run time, and a machine without them answers
 //! [`Error::NoDevice`] (or [`Error::NoCompiler`]), never a panic. What never will be here: a rank, a collective.
 
+pub mod cache;
 pub mod device;
 pub mod driver;
 pub mod error;
 pub mod graph;
 pub mod memory;
 pub mod module;
+pub mod nvrtc;
 pub mod stream;
 
+pub use cache::Cache;
 pub use device::{Device, Uuid};
 pub use error::{Error, Result};
 pub use graph::Graph;
 pub use memory::{DeviceBuffer, Location, RegisteredHost, SharedPages};
 pub use module::{Function, Grid, Module};
+pub use nvrtc::{Architecture, Compiler, Source};
 pub use stream::{Event, Stream};

@@ -1,0 +1,92 @@
+// Users' buffers, of any length and alignment, in units of packets and in vectors of 16 bytes.
+//
+// A unit is what a whole number of packets carries of whole elements: 12 bytes, 24 of 64-bit types, 48 of complex128. The
+// last unit or vector may be short; nothing outside of the buffer is touched, and what is missing reads as zero.
+
+#pragma once
+
+#include "element.cuh"
+
+template <int SIZE>
+struct UnitOf {
+  static constexpr int PACKETS = SIZE <= 4 ? 1 : SIZE / 4;
+  static constexpr int WORDS = 3 * PACKETS;
+  static constexpr int BYTES = 12 * PACKETS;
+};
+
+__device__ __forceinline__ bool is_on(const void* at, u32 bytes) { return (reinterpret_cast<u64>(at) & (bytes - 1)) == 0; }
+
+template <int WORDS>
+__device__ __noinline__ void load_slowly(const u8* at, u32 bytes, u32* words) {
+  for (int i = 0; i < WORDS; i++) words[i] = 0;
+  for (u32 i = 0; i < bytes; i++) words[i / 4] |= u32(at[i]) << (i % 4 * 8);
+}
+
+template <int WORDS>
+__device__ __noinline__ void store_slowly(u8* at, u32 bytes, const u32* words) {
+  for (u32 i = 0; i < bytes; i++) at[i] = u8(words[i / 4] >> (i % 4 * 8));
+}
+
+// `rest` is how many bytes there are from `at` on.
+template <int WORDS>
+__device__ __forceinline__ void load_words(const u8* at, u64 rest, u32* words) {
+  if (rest >= WORDS * 4 && is_on(at, 4)) {
+    const u32* from = reinterpret_cast<const u32*>(at);
+#pragma unroll
+    for (int i = 0; i < WORDS; i++) words[i] = from[i];
+  } else {
+    u32 slow[WORDS];
+    load_slowly<WORDS>(at, rest < WORDS * 4 ? u32(rest) : WORDS * 4, slow);
+#pragma unroll
+    for (int i = 0; i < WORDS; i++) words[i] = slow[i];
+  }
+}
+
+template <int WORDS>
+__device__ __forceinline__ void store_words(u8* at, u64 rest, const u32* words) {
+  if (rest >= WORDS * 4 && is_on(at, 4)) {
+    u32* to = reinterpret_cast<u32*>(at);
+#pragma unroll
+    for (int i = 0; i < WORDS; i++) to[i] = words[i];
+  } else {
+    u32 slow[WORDS];
+#pragma unroll
+    for (int i = 0; i < WORDS; i++) slow[i] = words[i];
+    store_slowly<WORDS>(at, rest < WORDS * 4 ? u32(rest) : WORDS * 4, slow);
+  }
+}
+
+// A vector of 16 bytes. WIDE: the buffer lies on 16 bytes.
+template <bool WIDE>
+__device__ __forceinline__ uint4 load_vector(const u8* at, u64 rest) {
+  if (WIDE && rest >= 16) return *reinterpret_cast<const uint4*>(at);
+  u32 words[4];
+  load_words<4>(at, rest, words);
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+template <bool WIDE>
+__device__ __forceinline__ void store_vector(u8* at, u64 rest, uint4 value) {
+  if (WIDE && rest >= 16) {
+    *reinterpret_cast<uint4*>(at) = value;
+  } else {
+    u32 words[4] = {value.x, value.y, value.z, value.w};
+    store_words<4>(at, rest, words);
+  }
+}
+
+// Reduces vectors of all ranks, in rank order.
+template <int DTYPE, int OP>
+__device__ __forceinline__ uint4 reduce_vectors(const uint4 (&inputs)[RANKS], const f64* scalars) {
+  Fold<DTYPE, OP, 4> fold;
+#pragma unroll
+  for (int rank = 0; rank < RANKS; rank++) {
+    u32 words[4] = {inputs[rank].x, inputs[rank].y, inputs[rank].z, inputs[rank].w};
+    f64 scalar = OP == PREMUL_SUM ? scalars[rank] : 0;
+    if (rank == 0) fold.first(words, scalar);
+    else fold.next(words, scalar);
+  }
+  u32 words[4];
+  fold.finish(words, RANKS);
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}

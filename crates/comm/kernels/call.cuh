@@ -1,0 +1,306 @@
+// A call on the device: its arguments, how a kernel enters it, how its ranks compare what they call, and the one wait.
+//
+// Epochs. The epoch of the communicator lies in device memory. Every block reads it on entry and counts itself; the last
+// one to do so moves it on, while the data is on its way. Kernels of one communicator follow each other in the order of a
+// stream, so the next one reads the new epoch.
+//
+// Headers. The last block of the grid sends each peer our whole call, tagged with the epoch, and compares the peer's. That
+// is also how every rank hears every other one in every call: hearing epoch e of a peer proves that it is done with e − 1,
+// so what was sent for e − 1 (the other half) may be overwritten in e + 1.
+//
+// Waits. Whoever waits polls memory of its own device. Now and then it looks at the poison word beside the epoch, more
+// seldom (one lane of a warp) at the abort word of the host and at the clock. Poison makes every thread, and every kernel
+// that is queued behind, leave through its normal exit. Nothing traps.
+
+#pragma once
+
+#include "layout.cuh"
+#include "ptx.cuh"
+
+// Why a kernel gave up, as the host reads it.
+enum Reason { REASON_NONE, REASON_MISMATCH, REASON_TIMEOUT, REASON_CONCURRENT };
+
+// In memory of this device, used by this rank only.
+struct State {
+  u32 epoch;
+  u32 arrivals;  // blocks of the running kernel that read the epoch
+  u32 poison;
+  u32 reported;
+  u32 left;      // blocks that are through, of all kernels so far
+  u32 expected;  // what `left` is once the kernels before are done
+  u32 cleared;   // blocks that cleared their part of the arena
+  u32 open;      // the epoch for which the arena is clear
+};
+
+// In host memory. `reason` is written last.
+struct Report {
+  u64 reason;
+  u64 peer;
+  u64 epoch;
+  u64 expected;
+  u64 seen;
+  u64 waited_ns;
+  u64 waiting;  // epoch << 32 | 1 + peer, from a wait that lasts; of no other use than to be read by people
+  u64 reserved;
+  u32 mine[2 * HEADER_WORDS + 2];
+  u32 theirs[2 * HEADER_WORDS + 2];
+};
+
+struct Args {
+  u8* arenas[MAX_RANKS];
+  // Where each rank's input and output lies: those of peers in direct forms only.
+  u8* sources[MAX_RANKS];
+  u8* targets[MAX_RANKS];
+  State* state;
+  const u32* abort;
+  Report* report;
+  u64 header[HEADER_WORDS];
+  u64 bytes;        // of one part
+  u64 patience_ns;  // 0 is for ever
+  u32 rank;
+  u32 root;
+  u32 tile;         // vectors of 16 bytes that a block moves in one round
+  u32 is_same;      // whether input and output are the same memory
+};
+
+struct Entry {
+  u64 started_ns;
+  u32 epoch;
+  bool is_poisoned;
+};
+
+// One lane of those that run.
+__device__ __forceinline__ bool is_leader() {
+  return (threadIdx.x & 31) == __ffs(__activemask()) - 1;
+}
+
+// Tells the host why this rank gave up, unless that was told already, and ends all waits of this device.
+__device__ __noinline__ void give_up(const Args& args, u32 reason, u32 peer, u32 epoch, u64 expected, u64 seen,
+                                     u64 waited_ns) {
+  if (swap_own(&args.state->reported, 0, 1) == 0) {
+    Report* report = args.report;
+    store_word(&report->peer, peer);
+    store_word(&report->epoch, epoch);
+    store_word(&report->expected, expected);
+    store_word(&report->seen, seen);
+    store_word(&report->waited_ns, waited_ns);
+    // SYNC: what a report says is visible before its reason.
+    fence_all();
+    store_word(&report->reason, reason);
+  }
+  store_own_word(&args.state->poison, 1);
+}
+
+// Looked at now and then by whoever waits for `peer`; true if it must leave.
+__device__ __noinline__ bool must_leave(const Args& args, const Entry& entry, u32 spins, u32 peer, u64 seen) {
+  if (load_own_word(&args.state->poison) != 0) return true;
+  if ((spins & 1023) != 0 || !is_leader()) return false;
+  if (load_host_word(args.abort) != 0) {
+    store_own_word(&args.state->poison, 1);
+    return true;
+  }
+  u64 waited_ns = now_ns() - entry.started_ns;
+  if (waited_ns > 500000000) store_word(&args.report->waiting, u64(entry.epoch) << 32 | (peer + 1));
+  if (args.patience_ns == 0 || waited_ns < args.patience_ns) return false;
+  give_up(args, REASON_TIMEOUT, peer, entry.epoch, entry.epoch, seen, waited_ns);
+  return true;
+}
+
+// The spin primitive: polls until `is_ready` or until one must leave; true if it is ready.
+template <class Poll>
+__device__ __forceinline__ bool wait_until(const Args& args, const Entry& entry, u32 peer, Poll is_ready) {
+  u32 spins = 0;
+  while (!is_ready()) {
+    if ((++spins & 63) == 0 && must_leave(args, entry, spins, peer, 0)) return false;
+  }
+  return true;
+}
+
+// Packets: 12 bytes of data and the epoch that makes them valid.
+#if HOST_PACKETS
+// Host memory gives 8 bytes at a time: 4 of data and 4 of epoch.
+__device__ __forceinline__ void put_packet(u8* at, const u32* words, u32 epoch) {
+  u64* to = reinterpret_cast<u64*>(at);
+#pragma unroll
+  for (int i = 0; i < 3; i++) store_word(to + i, u64(epoch) << 32 | words[i]);
+}
+
+__device__ __forceinline__ bool take_packet(const u8* at, u32* words, u32 epoch) {
+  const u64* from = reinterpret_cast<const u64*>(at);
+  bool is_there = true;
+#pragma unroll
+  for (int i = 0; i < 3; i++) {
+    u64 word = load_word(from + i);
+    words[i] = u32(word);
+    is_there &= u32(word >> 32) == epoch;
+  }
+  return is_there;
+}
+#else
+__device__ __forceinline__ void put_packet(u8* at, const u32* words, u32 epoch) {
+  store_line(at, make_uint4(words[0], words[1], words[2], epoch));
+}
+
+__device__ __forceinline__ bool take_packet(const u8* at, u32* words, u32 epoch) {
+  uint4 line = load_line(at);
+  words[0] = line.x, words[1] = line.y, words[2] = line.z;
+  return line.w == epoch;
+}
+#endif
+
+// The half of everything that epoch `epoch` uses.
+__device__ __forceinline__ u64 half_of(u32 epoch) { return epoch & 1; }
+
+__device__ __forceinline__ u64 header_at(u32 epoch, u32 source) {
+  return HEADERS_AT + (half_of(epoch) * RANKS + source) * HEADER_BYTES;
+}
+
+// Word `i` of the header as packets carry it: the 16 halves of its words, then nothing.
+__device__ __forceinline__ u32 header_half(const Args& args, u32 i) {
+  return i < 2 * HEADER_WORDS ? u32(args.header[i / 2] >> (i % 2 * 32)) : 0;
+}
+
+// The scalar of a pre-multiplied sum is each rank's own: told, not compared.
+__device__ __forceinline__ bool must_agree(u32 i) { return i / 2 != HEADER_SCALAR; }
+
+// A warp for each peer: lane l sends and compares packet l.
+__device__ void exchange_headers(const Args& args, const Entry& entry) {
+  const u32 lane = threadIdx.x & 31, me = args.rank;
+  for (u32 peer = threadIdx.x / 32; peer < RANKS; peer += blockDim.x / 32) {
+    if (peer == me || lane >= HEADER_PACKETS) continue;
+    u32 mine[3], theirs[3];
+#pragma unroll
+    for (u32 i = 0; i < 3; i++) mine[i] = header_half(args, 3 * lane + i);
+    put_packet(args.arenas[peer] + header_at(entry.epoch, me) + lane * PACKET_BYTES, mine, entry.epoch);
+    const u8* at = args.arenas[me] + header_at(entry.epoch, peer) + lane * PACKET_BYTES;
+    bool is_there = wait_until(args, entry, peer, [&] { return take_packet(at, theirs, entry.epoch); });
+    bool differs = false;
+#pragma unroll
+    for (u32 i = 0; i < 3; i++) differs |= must_agree(3 * lane + i) && mine[i] != theirs[i];
+    constexpr u32 lanes = (1u << HEADER_PACKETS) - 1;
+    if (!__all_sync(lanes, is_there) || !__any_sync(lanes, differs)) continue;
+    // One warp tells: it owns the report before it writes the headers into it.
+    u32 before = lane == 0 ? swap_own(&args.state->reported, 0, 1) : 0;
+    if (__shfl_sync(lanes, before, 0) == 0) {
+#pragma unroll
+      for (u32 i = 0; i < 3; i++) {
+        args.report->mine[3 * lane + i] = mine[i];
+        args.report->theirs[3 * lane + i] = theirs[i];
+      }
+      fence_all();
+      __syncwarp(lanes);
+      if (lane == 0) {
+        store_word(&args.report->peer, peer);
+        store_word(&args.report->epoch, entry.epoch);
+        fence_all();
+        store_word(&args.report->reason, REASON_MISMATCH);
+      }
+    }
+    store_own_word(&args.state->poison, 1);
+  }
+}
+
+// The scalar of rank `peer`, from its header. For kernels of pre-multiplied sums.
+__device__ __forceinline__ bool scalar_of(const Args& args, const Entry& entry, u32 peer, f64* scalar) {
+  if (peer == args.rank) {
+    *scalar = __longlong_as_double(args.header[HEADER_SCALAR]);
+    return true;
+  }
+  u32 halves[2];
+#pragma unroll
+  for (u32 i = 0; i < 2; i++) {
+    u32 half = 2 * HEADER_SCALAR + i, words[3];
+    const u8* at = args.arenas[args.rank] + header_at(entry.epoch, peer) + half / 3 * PACKET_BYTES;
+    if (!wait_until(args, entry, peer, [&] { return take_packet(at, words, entry.epoch); })) return false;
+    halves[i] = words[half % 3];
+  }
+  *scalar = __hiloint2double(halves[1], halves[0]);
+  return true;
+}
+
+__device__ __forceinline__ bool is_header_block() { return blockIdx.x == gridDim.x - 1; }
+
+// Blocks that move data.
+__device__ __forceinline__ u32 workers() { return gridDim.x - 1; }
+
+// Twice in 2³² epochs: no tag in the arena is ever so old that it could be mistaken. Everybody clears its own arena, and
+// nobody sends before all have: what was sent to us before this epoch was received in its own.
+__device__ __noinline__ bool renew(const Args& args, const Entry& entry) {
+  State* state = args.state;
+  const u32 epoch = entry.epoch, opened = epoch ^ 1;
+  const u32 never = epoch == 0 ? 0xffffffff : 0;
+  u8* arena = args.arenas[args.rank];
+  u64 step = u64(gridDim.x) * blockDim.x * 16, first = (u64(blockIdx.x) * blockDim.x + threadIdx.x) * 16;
+  for (u64 at = first; at < TAGGED_BYTES; at += step) {
+    bool is_flag = at >= FLAGS_AT && at < FLAGS_AT + FLAGS_BYTES;
+    uint4 fill = is_flag ? make_uint4(0, epoch - 1, 0, epoch - 1) : make_uint4(never, never, never, never);
+    *reinterpret_cast<uint4*>(arena + at) = fill;
+  }
+  __syncthreads();
+  bool is_open = true;
+  if (threadIdx.x == 0) {
+    fence_all();
+    count_own(&state->cleared, 1);
+  }
+  if (is_header_block()) {
+    // All of ours are clear; tell every peer, and wait for every peer.
+    if (threadIdx.x < RANKS) {
+      is_open = wait_until(args, entry, threadIdx.x, [&] { return load_own_word(&state->cleared) == gridDim.x; });
+      fence_all();
+      u64* gates = reinterpret_cast<u64*>(args.arenas[threadIdx.x] + GATES_AT);
+      store_word(gates + args.rank, opened);
+      const u64* gate = reinterpret_cast<const u64*>(arena + GATES_AT) + threadIdx.x;
+      is_open = is_open && wait_until(args, entry, threadIdx.x, [&] { return load_word(gate) == opened; });
+      fence_all();
+    }
+    is_open = __syncthreads_and(is_open);
+    if (threadIdx.x == 0 && is_open) {
+      store_own_word(&state->cleared, 0);
+      fence_own();
+      store_own_word(&state->open, opened);
+    }
+  } else if (threadIdx.x == 0) {
+    is_open = wait_until(args, entry, args.rank, [&] { return load_own_word(&state->open) == opened; });
+    fence_all();
+  }
+  return __syncthreads_and(is_open);
+}
+
+// Every thread of every block calls this first. If it answers poison, the block leaves.
+__device__ __forceinline__ Entry enter(const Args& args) {
+  __shared__ Entry shared;
+  if (threadIdx.x == 0) {
+    State* state = args.state;
+    shared.epoch = load_own_word(&state->epoch) + 1;
+    shared.started_ns = now_ns();
+    shared.is_poisoned = load_own_word(&state->poison) != 0;
+    if (is_header_block() && !shared.is_poisoned) {
+      u32 expected = load_own_word(&state->expected);
+      u32 left = load_own_word(&state->left);
+      if (left != expected) {
+        give_up(args, REASON_CONCURRENT, args.rank, shared.epoch, expected, left, 0);
+        shared.is_poisoned = true;
+      }
+      store_own_word(&state->expected, expected + gridDim.x);
+    }
+  }
+  __syncthreads();
+  Entry entry = shared;
+  if (!entry.is_poisoned && (entry.epoch & 0x7fffffff) == 0) entry.is_poisoned = !renew(args, entry);
+  return entry;
+}
+
+// One thread of every block calls this once after `enter`, where it has something to wait for anyhow.
+__device__ __forceinline__ void arrive(const Args& args, const Entry& entry) {
+  if (threadIdx.x != 0) return;
+  // SYNC: every block has read the epoch before the last of them moves it.
+  if (count_own(&args.state->arrivals, 1) == gridDim.x - 1) {
+    store_own_word(&args.state->arrivals, 0);
+    store_own_word(&args.state->epoch, entry.epoch);
+  }
+}
+
+// The last thing that a block does.
+__device__ __forceinline__ void leave(const Args& args) {
+  if (threadIdx.x == 0) count_own_later(&args.state->left, 1);
+}

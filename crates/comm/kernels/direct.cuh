@@ -1,0 +1,58 @@
+// Direct: input and output of every rank can be reached where they lie. Nothing is staged.
+//
+// Rank p owns shard p: it reads it from all inputs, reduces it in rank order, and writes it to all outputs. Bytes in and out
+// of each rank: 2 · S · (n − 1)/n. Block b of all ranks meets before (inputs are ready, outputs may be written) and after
+// (outputs are complete, inputs were read); between, it works on strips of the shard on its own. A broadcast reads from the
+// root only; an all-gather writes its own part everywhere.
+
+#pragma once
+
+#include "flags.cuh"
+#include "one_shot.cuh"
+
+template <int KIND, int DTYPE, int OP, bool WIDE>
+__device__ __forceinline__ void direct_shard(const Args& args, const f64* scalars) {
+  const u32 me = args.rank;
+  const u64 all = (args.bytes + 15) / 16, vectors = KIND == ALL_GATHER ? all : (all + RANKS - 1) / RANKS;
+  const u64 base = KIND == ALL_GATHER ? 0 : me * vectors;
+  const u64 end = base + vectors < all ? base + vectors : all;
+  const u64 step = u64(workers()) * blockDim.x;
+  for (u64 v = base + u64(blockIdx.x) * blockDim.x + threadIdx.x; v < end; v += step) {
+    const u64 rest = args.bytes - v * 16;
+    uint4 result;
+    if constexpr (KIND == ALL_REDUCE) {
+      uint4 inputs[RANKS];
+#pragma unroll
+      for (int rank = 0; rank < RANKS; rank++) inputs[rank] = load_vector<WIDE>(args.sources[rank] + v * 16, rest);
+      result = reduce_vectors<DTYPE, OP>(inputs, scalars);
+    } else {
+      result = load_vector<WIDE>(args.sources[KIND == BROADCAST ? args.root : me] + v * 16, rest);
+    }
+    const u64 offset = KIND == ALL_GATHER ? me * args.bytes : 0;
+#pragma unroll
+    for (u32 k = 0; k < RANKS; k++) {
+      u32 peer = me + k < RANKS ? me + k : me + k - RANKS;
+      bool has_it = KIND == ALL_GATHER ? peer == me && args.is_same : KIND == BROADCAST && peer == args.root && args.is_same;
+      if (!has_it) store_vector<WIDE>(args.targets[peer] + offset + v * 16, rest, result);
+    }
+  }
+}
+
+template <int KIND, int DTYPE, int OP>
+__device__ __forceinline__ bool direct(const Args& args, const Entry& entry) {
+  bool is_wide = KIND != ALL_GATHER || args.bytes % 16 == 0;
+#pragma unroll
+  for (int rank = 0; rank < RANKS; rank++) {
+    is_wide &= (KIND == ALL_GATHER && rank != args.rank) || is_on(args.sources[rank], 16);
+    is_wide &= is_on(args.targets[rank], 16);
+  }
+  announce(args, entry, 0, 0);
+  arrive(args, entry);
+  if (!await(args, entry, 0, 0)) return false;
+  f64 scalars[RANKS];
+  if (!load_scalars<OP>(args, entry, scalars)) return false;
+  if (is_wide) direct_shard<KIND, DTYPE, OP, true>(args, scalars);
+  else direct_shard<KIND, DTYPE, OP, false>(args, scalars);
+  announce(args, entry, 1, 0);
+  return await(args, entry, 1, 0);
+}

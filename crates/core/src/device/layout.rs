@@ -1,0 +1,215 @@
+//! Where everything lies in the arena of a GPU's rank: the memory that its peers write into.
+//!
+//! ```text
+//! headers │ flags │ packets: half 0, half 1 │ gates │ scratch: half 0, half 1
+//! └────────────── tagged with epochs ─────┘
+//! ```
+//! Half h serves the epochs with that lowest bit. Kernels get the offsets through a header that is made here
+//! ([`ArenaLayout::definitions`]), so they are written down once. An example of the sums, for eight ranks over NVLink: two
+//! halves of 6 MiB carry all-reduces of up to 2¼ MiB in two shots, because 12 bytes travel as 16 and both stages
+//! need room for the whole message (2 · 4/3 · S ≤ 6 MiB); the pipeline for large ones has six buffers of 512 KiB for each of eight
+//! ranks, twice.
+
+use crate::call::HEADER_WORDS;
+
+/// The most ranks whose GPUs share arenas.
+pub const MAX_RANKS: usize = 16;
+/// The most blocks that move data in one kernel.
+pub const MAX_BLOCKS: usize = 160;
+/// Packets that a header takes: 12 bytes each.
+pub const HEADER_PACKETS: usize = (HEADER_WORDS * 8).div_ceil(12);
+/// The word of a header that is each rank's own: the scalar.
+pub const HEADER_SCALAR: usize = 5;
+/// Bytes for one header.
+const HEADER_BYTES: usize = 256;
+/// Bytes of data in a packet.
+pub const PACKET_DATA: usize = 12;
+/// Tiles that a ring's sender may be ahead.
+pub const RING_SLOTS: usize = 4;
+/// Buffers of the pipeline in each half: three for each of two stages.
+const BUFFERS: usize = 6;
+/// Stages that have flags.
+const STAGES: usize = 2;
+const PAGE: usize = 4096;
+
+/// How the GPUs of a world reach each other's arenas.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Link {
+    /// They load and store each other's memory: one access of 16 bytes is whole.
+    Device,
+    /// Through pinned memory of the host: accesses of 8 bytes are whole.
+    Host,
+}
+
+impl Link {
+    /// The name in messages.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Device => "device memory",
+            Self::Host => "pinned host memory",
+        }
+    }
+}
+
+/// The arena of each of `ranks` ranks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ArenaLayout {
+    ranks: usize,
+    link: Link,
+}
+
+impl ArenaLayout {
+    /// The layout for this number of ranks, at most [`MAX_RANKS`].
+    pub const fn new(ranks: usize, link: Link) -> Self {
+        Self { ranks, link }
+    }
+
+    /// How the arenas are reached.
+    pub const fn link(&self) -> Link {
+        self.link
+    }
+
+    /// Bytes of a packet, with its epochs.
+    pub const fn packet_bytes(&self) -> usize {
+        match self.link {
+            Link::Device => 16,
+            Link::Host => 24,
+        }
+    }
+
+    const fn flags_at(&self) -> usize {
+        (2 * MAX_RANKS * HEADER_BYTES).next_multiple_of(PAGE)
+    }
+
+    const fn flags_bytes(&self) -> usize {
+        STAGES * MAX_BLOCKS * MAX_RANKS * 8
+    }
+
+    const fn packets_at(&self) -> usize {
+        (self.flags_at() + self.flags_bytes()).next_multiple_of(PAGE)
+    }
+
+    /// Bytes of packets for one epoch.
+    const fn half_bytes(&self) -> usize {
+        match self.link {
+            Link::Device => 6 << 20,
+            Link::Host => 1 << 20,
+        }
+    }
+
+    const fn gates_at(&self) -> usize {
+        self.packets_at() + 2 * self.half_bytes()
+    }
+
+    const fn scratch_at(&self) -> usize {
+        // On a large page of its own.
+        (self.gates_at() + PAGE).next_multiple_of(2 << 20)
+    }
+
+    /// Bytes of scratch for one epoch.
+    pub const fn scratch_half_bytes(&self) -> usize {
+        match self.link {
+            Link::Device => 24 << 20,
+            Link::Host => 6 << 20,
+        }
+    }
+
+    /// Bytes in one buffer of the pipeline for the tiles of one source: of all blocks together.
+    pub const fn area_bytes(&self) -> usize {
+        let share = self.scratch_half_bytes() / BUFFERS / self.ranks;
+        share - share % PAGE
+    }
+
+    /// Bytes of the whole arena.
+    pub const fn total_bytes(&self) -> usize {
+        self.scratch_at() + 2 * self.scratch_half_bytes()
+    }
+
+    /// The largest part, in bytes of elements of `size`, that travels one-shot.
+    pub const fn one_shot_capacity(&self, size: usize) -> usize {
+        self.data_in(self.half_bytes() / self.ranks, size)
+    }
+
+    /// The largest message that travels two-shot.
+    pub const fn two_shot_capacity(&self, size: usize) -> usize {
+        self.data_in(self.half_bytes() / (2 * self.ranks), size) * self.ranks
+    }
+
+    /// What fits into a slot of so many bytes, in whole units.
+    const fn data_in(&self, slot: usize, size: usize) -> usize {
+        let packets = if size <= 4 { 1 } else { size / 4 };
+        slot / (packets * self.packet_bytes()) * packets * PACKET_DATA
+    }
+
+    /// The offsets, as kernels include them.
+    pub fn definitions(&self) -> String {
+        let mut text = String::from("#pragma once\n");
+        for (name, value) in [
+            ("MAX_RANKS", MAX_RANKS),
+            ("MAX_BLOCKS", MAX_BLOCKS),
+            ("HEADER_WORDS", HEADER_WORDS),
+            ("HEADER_SCALAR", HEADER_SCALAR),
+            ("HEADER_PACKETS", HEADER_PACKETS),
+            ("HEADER_BYTES", HEADER_BYTES),
+            ("PACKET_BYTES", self.packet_bytes()),
+            ("RING_SLOTS", RING_SLOTS),
+            ("RANKS", self.ranks),
+            ("HOST_PACKETS", usize::from(self.link == Link::Host)),
+        ] {
+            text += &format!("#define {name} {value}\n");
+        }
+        for (name, value) in [
+            ("HEADERS_AT", 0),
+            ("FLAGS_AT", self.flags_at()),
+            ("FLAGS_BYTES", self.flags_bytes()),
+            ("PACKETS_AT", self.packets_at()),
+            ("HALF_BYTES", self.half_bytes()),
+            ("TAGGED_BYTES", self.gates_at()),
+            ("GATES_AT", self.gates_at()),
+            ("SCRATCH_AT", self.scratch_at()),
+            ("SCRATCH_HALF_BYTES", self.scratch_half_bytes()),
+            ("SCRATCH_AREA_BYTES", self.area_bytes()),
+        ] {
+            text += &format!("#define {name} {value}ull\n");
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_parts_of_an_arena_follow_each_other_and_hold_what_they_must() {
+        for link in [Link::Device, Link::Host] {
+            for ranks in 1..=MAX_RANKS {
+                let layout = ArenaLayout::new(ranks, link);
+                assert!(layout.packet_bytes() * HEADER_PACKETS <= HEADER_BYTES);
+                assert!(layout.flags_at() >= 2 * ranks * HEADER_BYTES);
+                assert!(layout.packets_at() >= layout.flags_at() + layout.flags_bytes());
+                assert!(layout.scratch_at() >= layout.gates_at() + MAX_RANKS * 8);
+                assert!(BUFFERS * ranks * layout.area_bytes() <= layout.scratch_half_bytes());
+                for size in [1, 2, 4, 8, 16] {
+                    let unit = if size <= 4 { 12 } else { 3 * size };
+                    let units = layout.one_shot_capacity(size) / unit;
+                    assert!(ranks * units * unit / 12 * layout.packet_bytes() <= layout.half_bytes());
+                    let shard = layout.two_shot_capacity(size) / ranks / unit;
+                    assert!(2 * ranks * shard * unit / 12 * layout.packet_bytes() <= layout.half_bytes());
+                }
+                for at in [layout.flags_at(), layout.packets_at(), layout.gates_at(), layout.scratch_at()] {
+                    assert!(at.is_multiple_of(PAGE));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn eight_ranks_over_nvlink_take_less_than_64_mib() {
+        let layout = ArenaLayout::new(8, Link::Device);
+        assert!(layout.total_bytes() <= 64 << 20, "{}", layout.total_bytes());
+        assert_eq!(layout.area_bytes(), 512 << 10);
+        assert!(layout.two_shot_capacity(2) >= 2 << 20, "{}", layout.two_shot_capacity(2));
+        assert!(layout.definitions().contains("#define SCRATCH_AREA_BYTES 524288ull\n"));
+    }
+}

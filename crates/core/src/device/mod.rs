@@ -1,0 +1,7 @@
+//! The GPU's side of the pure logic: where everything lies in the memory that GPUs share, and which form a call takes.
+
+pub mod layout;
+pub mod select;
+
+pub use layout::{ArenaLayout, Link};
+pub use select::{Form, Launch};
