@@ -88,6 +88,28 @@ impl<'b, T: Element> BufMut<'b, T> {
     }
 }
 
+impl<T: Element> Buf<'_, T> {
+    /// `count` elements at address `ptr` of device `ordinal` of this process, as an input.
+    ///
+    /// # Safety
+    /// They are valid, aligned to their type, and written by nobody until the stream of the operation has passed it (not:
+    /// until the call returns).
+    pub const unsafe fn cuda(ptr: u64, count: usize, ordinal: u32) -> Self {
+        Self::new(RawBuffer { ptr, count, dtype: T::DTYPE, place: Place::Cuda { ordinal } })
+    }
+}
+
+impl<T: Element> BufMut<'_, T> {
+    /// `count` elements at address `ptr` of device `ordinal` of this process, as an output, or input and output.
+    ///
+    /// # Safety
+    /// They are valid, aligned to their type, and touched by nobody else until the stream of the operation has passed it (not:
+    /// until the call returns).
+    pub const unsafe fn cuda(ptr: u64, count: usize, ordinal: u32) -> Self {
+        Self::new(RawBuffer { ptr, count, dtype: T::DTYPE, place: Place::Cuda { ordinal } })
+    }
+}
+
 fn host<T: Element>(ptr: *const T, count: usize) -> RawBuffer {
     RawBuffer { ptr: ptr.expose_provenance() as u64, count, dtype: T::DTYPE, place: Place::Host }
 }

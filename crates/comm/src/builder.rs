@@ -46,6 +46,10 @@ pub struct Builder {
     generation: u32,
     secret: Option<Secret>,
     overrides: Overrides,
+    #[cfg(feature = "cuda")]
+    device: Option<u32>,
+    #[cfg(feature = "cuda")]
+    extra: crate::gpu::Extra,
 }
 
 /// Where the ranks meet.
@@ -67,6 +71,10 @@ struct Overrides {
     require: Option<Require>,
     tune_file: Option<Option<String>>,
     recorder: Option<bool>,
+    #[cfg(feature = "cuda")]
+    gpu_algorithm: Option<(unisono_core::device::Form, u32)>,
+    #[cfg(feature = "cuda")]
+    peer_access: Option<bool>,
 }
 
 impl Builder {
@@ -88,7 +96,7 @@ impl Builder {
             generation: launch.generation,
             secret,
             meeting: Some(Meeting::Launch(Box::new(launch))),
-            overrides: Overrides::default(),
+            ..Self::default()
         })
     }
 
@@ -190,6 +198,57 @@ impl Builder {
         self
     }
 
+    /// This rank works on GPU `ordinal` of this process. All ranks have one, or none has.
+    #[cfg(feature = "cuda")]
+    pub const fn device(mut self, ordinal: u32) -> Self {
+        self.device = Some(ordinal);
+        self
+    }
+
+    /// Loads the kernels that reduce `dtype` by `op` when the communicator is made. Those that are not prepared, other than
+    /// sums of f32, f16 and bf16, are loaded by the first call that needs them, which cannot be captured in a graph.
+    ///
+    /// # Errors
+    /// [`Error::Core`] if there is no such reduction.
+    #[cfg(feature = "cuda")]
+    pub fn prepare(mut self, dtype: unisono_core::DType, op: unisono_core::ReduceOp) -> Result<Self> {
+        unisono_core::reduce_op::check(dtype, op)?;
+        self.extra.prepare.push(crate::gpu::kernels::Purpose::reduce(dtype, op));
+        Ok(self)
+    }
+
+    /// Lets the GPU's epochs begin behind `epoch`: for tests of what happens when they wrap. The same on all ranks.
+    #[cfg(feature = "cuda")]
+    #[doc(hidden)]
+    pub const fn first_epoch(mut self, epoch: u32) -> Self {
+        self.extra.epoch = epoch;
+        self
+    }
+
+    /// Whether GPUs may reach each other's memory; without, they meet in pinned memory of the host. The same on all ranks.
+    #[cfg(feature = "cuda")]
+    pub const fn peer_access(mut self, is_on: bool) -> Self {
+        self.overrides.peer_access = Some(is_on);
+        self
+    }
+
+    /// The form of collectives on GPUs, where it can serve the call, and its blocks (0: as usual). The same on all ranks.
+    #[cfg(feature = "cuda")]
+    pub const fn gpu_algorithm(mut self, form: unisono_core::device::Form, blocks: u32) -> Self {
+        self.overrides.gpu_algorithm = Some((form, blocks));
+        self
+    }
+
+    /// One communicator for each of `devices`, all in this process, with what this builder says of time-outs, order and
+    /// algorithms. Rank, world size and store are not needed. See [`Communicator::local`].
+    ///
+    /// # Errors
+    /// As [`Communicator::local`].
+    #[cfg(feature = "cuda")]
+    pub fn local(self, devices: &[u32]) -> Result<Vec<Communicator>> {
+        Communicator::local_with(devices, &self.settings()?, &self.extra)
+    }
+
     /// Meets the other ranks and connects. Collective: every rank builds at the same time.
     ///
     /// # Errors
@@ -206,6 +265,8 @@ impl Builder {
         let world_size = self.world_size.ok_or(lacks("world_size() was not given"))?;
         let member = Member::new(rank, world_size)?;
         let deadline = Deadline::after(settings.init_timeout);
+        #[cfg(feature = "cuda")]
+        let device = self.open_device(rank, world_size)?;
         let endpoint = Endpoint::bind()?;
         let (store, secret) = match self.meeting.ok_or(lacks("neither store() nor unique_id() was given"))? {
             Meeting::Store(store) => (Connected::to(store), self.secret),
@@ -225,6 +286,10 @@ impl Builder {
             host: identity::host(),
             pid: identity::pid(),
             endpoint: endpoint.name(),
+            #[cfg(feature = "cuda")]
+            device: device.as_ref().map(crate::gpu::identity),
+            #[cfg(not(feature = "cuda"))]
+            device: None,
             options_text: String::from_utf8_lossy(&options).trim().replace('\n', " "),
             options,
         };
@@ -273,10 +338,33 @@ impl Builder {
             is_recording: settings.recorder,
         };
         let parts = Parts { places, topology, neighbours, memory, selection, about };
-        let communicator = Communicator::assemble(parts, wait_policy(&settings, world_size));
+        #[cfg_attr(not(feature = "cuda"), expect(unused_mut, reason = "only a device is attached"))]
+        let mut communicator = Communicator::assemble(parts, wait_policy(&settings, world_size));
         communicator.meet(deadline.remaining_up_to(settings.init_timeout)).map_err(explain)?;
+        #[cfg(feature = "cuda")]
+        if let Some(device) = &device {
+            let devices = table.hellos().iter().filter_map(|hello| hello.device.as_ref());
+            let attachment = crate::gpu::attach::Attachment {
+                communicator: &communicator,
+                device,
+                devices: devices.map(|device| unisono_cuda::Uuid(device.uuid)).collect(),
+                settings: &settings,
+                extra: &self.extra,
+                deadline,
+            };
+            let gpu = attachment.run()?;
+            communicator.attach(gpu);
+        }
         store.end(rank);
         Ok(communicator)
+    }
+
+    /// The GPU of this rank, with its usual kernels compiled before anybody waits for us.
+    #[cfg(feature = "cuda")]
+    fn open_device(&self, rank: usize, world_size: usize) -> Result<Option<unisono_cuda::Device>> {
+        let Some(ordinal) = self.device else { return Ok(None) };
+        crate::gpu::check_ranks(world_size, rank)?;
+        unisono_cuda::Device::new(ordinal).map(Some).map_err(|error| Error::Cuda { rank, error })
     }
 
     fn settings(&self) -> Result<Settings> {
@@ -293,6 +381,11 @@ impl Builder {
         }
         settings.require = overrides.require.unwrap_or(settings.require);
         settings.recorder = overrides.recorder.unwrap_or(settings.recorder);
+        #[cfg(feature = "cuda")]
+        {
+            settings.gpu_algorithm = overrides.gpu_algorithm.or(settings.gpu_algorithm);
+            settings.peer_access = overrides.peer_access.unwrap_or(settings.peer_access);
+        }
         Ok(settings)
     }
 }

@@ -40,6 +40,9 @@ const DESTROY_PATIENCE: Duration = Duration::from_secs(30);
 /// error. Dropping never blocks and never panics.
 #[derive(Debug)]
 pub struct Communicator {
+    /// Before the control memory, which it keeps.
+    #[cfg(feature = "cuda")]
+    gpu: Option<RefCell<crate::gpu::Gpu>>,
     engine: RefCell<Engine>,
     pub(crate) control: Arc<Control>,
     /// Declared before the neighbours, so that it ends before the connections may.
@@ -136,6 +139,8 @@ impl Communicator {
             generation: neighbours.generation(),
         });
         Self {
+            #[cfg(feature = "cuda")]
+            gpu: None,
             engine: RefCell::new(engine),
             control,
             watch,
@@ -147,6 +152,89 @@ impl Communicator {
             patience: policy.patience,
             destroyed: false,
         }
+    }
+
+    /// One communicator for each of `devices`, GPUs of this process: rank r works on `devices[r]`. One thread may drive them
+    /// all (each call only enqueues), or each is moved to a thread of its own. Operations on host memory block until all
+    /// ranks make them, so a single thread submits those in a [`group`](crate::group()).
+    ///
+    /// ```no_run
+    /// # use unisono::{BufMut, Communicator, Operations, ReduceOp, Stream, cuda};
+    /// let ranks = Communicator::local(&[0, 1])?;
+    /// for rank in &ranks {
+    ///     let device = cuda::Device::new(rank.rank() as u32)?;
+    ///     let (stream, memory) = (Stream::from(cuda::Stream::new(&device)?), cuda::DeviceBuffer::new(&device, 4096)?);
+    ///     // SAFETY: the memory is used by nobody else and outlives the stream's work.
+    ///     let x = unsafe { BufMut::<f32>::cuda(memory.address(), 1024, device.ordinal()) };
+    ///     rank.on(&stream).all_reduce(x, ReduceOp::Sum)?;
+    /// #   std::mem::forget((stream, memory));
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] without a driver or such a device; as [`Communicator::threads`].
+    #[cfg(feature = "cuda")]
+    pub fn local(devices: &[u32]) -> Result<Vec<Self>> {
+        Builder::new().local(devices)
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn local_with(
+        devices: &[u32],
+        settings: &Settings,
+        extra: &crate::gpu::Extra,
+    ) -> Result<Vec<Self>> {
+        let open = |(rank, ordinal): (usize, &u32)| {
+            unisono_cuda::Device::new(*ordinal).map_err(|error| Error::Cuda { rank, error })
+        };
+        let opened: Vec<_> = devices.iter().enumerate().map(open).collect::<Result<_>>()?;
+        crate::gpu::check_ranks(devices.len(), 0)?;
+        let mut ranks = Self::threads_with(devices.len(), settings)?;
+        let gpus = crate::gpu::attach::attach_local(&ranks, &opened, settings, extra)?;
+        for (rank, gpu) in ranks.iter_mut().zip(gpus) {
+            rank.attach(gpu);
+        }
+        Ok(ranks)
+    }
+
+    /// From now on this rank works on a GPU.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn attach(&mut self, gpu: crate::gpu::Gpu) {
+        self.gpu = Some(RefCell::new(gpu));
+    }
+
+    /// The device that this rank works on, by its number in this process.
+    #[cfg(feature = "cuda")]
+    pub fn device(&self) -> Option<u32> {
+        self.gpu.as_ref().map(|gpu| gpu.borrow().ordinal())
+    }
+
+    /// What a call on the GPU takes: of `kind`, with `bytes` per rank of elements of `size` bytes. `None` without a GPU.
+    #[cfg(feature = "cuda")]
+    pub fn gpu_choice(&self, kind: Kind, bytes: usize, size: usize) -> Option<unisono_core::device::Launch> {
+        self.gpu.as_ref().map(|gpu| gpu.borrow().decide(kind, bytes, size))
+    }
+
+    /// How the GPUs of this world reach each other; `None` without GPUs.
+    #[cfg(feature = "cuda")]
+    pub fn gpu_link(&self) -> Option<unisono_core::device::Link> {
+        self.gpu.as_ref().map(|gpu| gpu.borrow().rules().link)
+    }
+
+    /// Submits a call in the order of `stream`.
+    #[inline]
+    pub(crate) fn submit_on(&self, call: &Call<'_>, stream: &Stream) -> Result<()> {
+        let mut engine = self.engine.borrow_mut();
+        #[cfg(feature = "cuda")]
+        if let Some(stream) = stream.as_cuda() {
+            let Some(gpu) = &self.gpu else {
+                return Err(crate::gpu::without_device(call.kind, self.rank, stream));
+            };
+            return gpu.borrow_mut().submit(&mut engine, call, stream);
+        }
+        let _ = stream;
+        engine.submit(call)
     }
 
     /// The control memory of `neighbours`. Collective.
@@ -212,11 +300,16 @@ impl Communicator {
         self.engine.borrow_mut().receive_any(&dst.into().raw(), tag)
     }
 
-    /// Ok, or the first cause why this communicator failed. Waits for nobody.
+    /// Ok, or the first cause why this communicator failed, on the host or in kernels that ran so far. Waits for nobody.
     ///
     /// # Errors
     /// The first cause.
     pub fn check(&self) -> Result<()> {
+        // What its kernels found is closer to the cause than what others tell of it.
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = &self.gpu {
+            gpu.borrow_mut().check()?;
+        }
         self.engine.borrow_mut().check()
     }
 
@@ -284,6 +377,12 @@ impl Communicator {
     /// # Errors
     /// The first cause of a failure, or [`Error::Timeout`] naming the ranks that did not come.
     pub fn destroy(mut self) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = &self.gpu {
+            let mut gpu = gpu.borrow_mut();
+            gpu.drain()?;
+            gpu.check()?;
+        }
         let patience = self.patience.map_or(DESTROY_PATIENCE, |patience| patience.min(DESTROY_PATIENCE));
         let result = self.engine.borrow_mut().meet(CallHeader::bare(Kind::Destroy), Some(patience));
         self.control.leave(if result.is_ok() { Presence::Destroyed } else { Presence::Dropped });

@@ -285,6 +285,14 @@ impl Control {
         Some(Cause::from_words(&words).unwrap_or_else(unreadable))
     }
 
+    /// The page that the GPU of this rank writes: its words, and its address.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn gpu(&self) -> (&[impl Word<u64>], *mut u8) {
+        let field = self.layout.rank(self.me).gpu;
+        // SAFETY: the field lies in the mapping.
+        (self.words_of(field), unsafe { self.memory.as_ptr().add(field.offset) })
+    }
+
     fn record(&self, rank: usize) -> &[impl Word<u64>] {
         self.words_of(self.layout.rank(rank).cause)
     }

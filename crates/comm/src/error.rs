@@ -15,6 +15,53 @@ pub enum Error {
     /// The node plane or shared memory of this host refused something.
     #[error(transparent)]
     Node(#[from] unisono_node::Error),
+    /// The driver, the compiler or a device refused something.
+    #[cfg(feature = "cuda")]
+    #[error("rank {rank}: {error}")]
+    Cuda {
+        /// The rank on which it happened.
+        rank: usize,
+        /// What happened.
+        error: unisono_cuda::Error,
+    },
+    /// A GPU was asked for, and cannot be had on this or another rank.
+    #[error("rank {rank} cannot work on its GPU: {reason}")]
+    Device {
+        /// The rank that says so.
+        rank: usize,
+        /// Why.
+        reason: String,
+    },
+    /// `UNISONO_REQUIRE=nvlink` is set, but GPUs do not reach each other's memory.
+    #[error(
+        "UNISONO_REQUIRE=nvlink, but on rank {rank} {reason}. Without it, the GPUs would meet in pinned host memory."
+    )]
+    NoPeerAccess {
+        /// The rank that found it, or tells of another that did.
+        rank: usize,
+        /// Which devices, and why not.
+        reason: String,
+    },
+    /// The kernels of a call are not loaded, and cannot be while a graph is captured. Nothing was captured.
+    #[error(
+        "{call} on rank {rank} ({what}) was captured before its kernels were loaded. Name it to Builder::prepare, or run it once before."
+    )]
+    NotPrepared {
+        /// The operation.
+        call: &'static str,
+        /// The rank.
+        rank: usize,
+        /// Dtype and reduction.
+        what: String,
+    },
+    /// Two calls of one communicator ran on its GPU at once. The communicator has failed on all ranks.
+    #[error(
+        "rank {rank} found two calls of one communicator on its GPU at once. Order the streams, or the branches and launches of graphs, or use two communicators."
+    )]
+    ConcurrentUse {
+        /// The rank.
+        rank: usize,
+    },
     /// Two ranks made different calls. The communicator has failed on all ranks.
     #[error("{left} met {right}. All ranks must make the same calls in the same order.")]
     Mismatch {

@@ -38,6 +38,8 @@ pub mod explanation;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
+#[cfg(feature = "cuda")]
+pub mod gpu;
 pub mod group;
 pub mod host;
 pub mod launch;
@@ -76,6 +78,8 @@ pub use unisono_core::topology::{Link, Topology};
 pub use unisono_core::{
     Complex, DType, Element, ReduceOp, Reducible, Secret, UniqueId, half, reduce_op, settings,
 };
+#[cfg(feature = "cuda")]
+pub use unisono_cuda as cuda;
 pub use unisono_sync::Deadline;
 pub use window::{Memory, Window};
 

@@ -195,6 +195,36 @@ impl Neighbours {
         letter.map(bytes)
     }
 
+    /// Gives every rank the descriptor of every other: `ours` goes to all, and theirs come back by rank (ours and those of
+    /// ranks that had none to give are missing). Collective; `item` names what it is of.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn exchange(
+        &self,
+        item: u32,
+        ours: Option<&OwnedFd>,
+        deadline: Deadline,
+        is_aborted: &dyn Fn() -> bool,
+    ) -> Result<Vec<Option<OwnedFd>>> {
+        let Host::Processes(plane) = &self.host else {
+            unreachable!("ranks of one process share addresses, not descriptors")
+        };
+        let (tag, what) = (self.tag(item), "the descriptor of its memory");
+        let enclosed: Vec<_> = ours.iter().map(|descriptor| descriptor.as_fd()).collect();
+        for (to, rank) in self.ranks.iter().enumerate() {
+            if to != self.me {
+                plane.send(*rank, tag, &[], &enclosed, deadline)?;
+            }
+        }
+        let receive = |(from, rank): (usize, &usize)| {
+            if from == self.me {
+                return Ok(None);
+            }
+            let message = plane.mailbox().receive(*rank, tag, what, deadline, is_aborted)?;
+            Ok(message.fds.into_iter().next())
+        };
+        self.ranks.iter().enumerate().map(receive).collect()
+    }
+
     const fn tag(&self, item: u32) -> Tag {
         Tag { group: self.group, generation: self.generation, item }
     }

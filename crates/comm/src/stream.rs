@@ -1,23 +1,55 @@
 //! Streams: operations in an order of their own. The host's stream runs them at once, so that code written for
 //! streams runs unchanged without a GPU.
 
-use std::marker::PhantomData;
-
 use crate::call::Call;
 use crate::communicator::Communicator;
+#[cfg(not(feature = "cuda"))]
 use crate::error::Result;
+#[cfg(feature = "cuda")]
+use crate::error::{Error, Result};
 use crate::operations::Operations;
 
-/// An ordered queue of work.
+/// An ordered queue of work: of the host, or of a GPU.
 #[derive(Debug)]
 pub struct Stream {
-    host: PhantomData<()>,
+    #[cfg(feature = "cuda")]
+    cuda: Option<unisono_cuda::Stream>,
 }
 
 impl Stream {
     /// The host's stream: in order, complete on return.
     pub const fn host() -> Self {
-        Self { host: PhantomData }
+        Self {
+            #[cfg(feature = "cuda")]
+            cuda: None,
+        }
+    }
+
+    /// A stream of device `ordinal` that somebody else made: operations on it are enqueued and return.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] if there is no such device.
+    ///
+    /// # Safety
+    /// `raw` is a live `CUstream` of the primary context of that device (null is its default stream), and outlives this.
+    #[cfg(feature = "cuda")]
+    pub unsafe fn cuda(raw: *mut std::ffi::c_void, ordinal: u32) -> Result<Self> {
+        let device = unisono_cuda::Device::new(ordinal).map_err(|error| Error::Cuda { rank: 0, error })?;
+        // SAFETY: as the caller promises.
+        Ok(Self { cuda: Some(unsafe { unisono_cuda::Stream::from_raw(&device, raw) }) })
+    }
+
+    /// The stream of a GPU, if it is one.
+    #[cfg(feature = "cuda")]
+    pub(crate) const fn as_cuda(&self) -> Option<&unisono_cuda::Stream> {
+        self.cuda.as_ref()
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl From<unisono_cuda::Stream> for Stream {
+    fn from(stream: unisono_cuda::Stream) -> Self {
+        Self { cuda: Some(stream) }
     }
 }
 
@@ -25,19 +57,20 @@ impl Stream {
 #[derive(Debug)]
 pub struct OnStream<'c> {
     communicator: &'c Communicator,
-    _stream: &'c Stream,
+    stream: &'c Stream,
 }
 
 impl<'c> OnStream<'c> {
     pub(crate) const fn new(communicator: &'c Communicator, stream: &'c Stream) -> Self {
-        Self { communicator, _stream: stream }
+        Self { communicator, stream }
     }
 }
 
 impl<'b> Operations<'b> for OnStream<'_> {
     type Done = ();
 
+    #[inline]
     fn submit(&self, call: Call<'b>) -> Result<()> {
-        self.communicator.submit(call)
+        self.communicator.submit_on(&call, self.stream)
     }
 }

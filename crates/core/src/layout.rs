@@ -4,7 +4,7 @@
 //! ```text
 //! page 0            the abort word │ what job this is
 //! per rank          produced │ reduced │ consumed │ liveness │ cause │ call slots │ identity │ records │
-//!                   staging in │ staging out │ channels
+//!                   staging in │ staging out │ channels │ gpu
 //! ```
 //! What the memory says of itself (job, identity, records) is enough to read it from another process:
 //! [`recorder`](crate::recorder).
@@ -36,7 +36,7 @@ pub const SLOT_HEADER: usize = 7;
 /// Room for the first cause of a failure, as encoded bytes behind a length word.
 pub const CAUSE_BYTES: usize = 2048;
 /// Changes whenever anything here or in [`recorder`](crate::recorder) does: readers of another one do not guess.
-pub const LAYOUT_VERSION: u64 = 1;
+pub const LAYOUT_VERSION: u64 = 2;
 /// The words in which the memory says what job it belongs to, as [`recorder::JobLabel`](crate::recorder::JobLabel).
 pub const JOB_WORDS: usize = 64;
 /// The words in which a rank says who it is, as [`recorder::RankLabel`](crate::recorder::RankLabel).
@@ -98,11 +98,13 @@ pub struct RankFields {
     pub staging_out: Field,
     /// Channels from every rank to this one, by sender: see [`ControlLayout::channel`].
     pub channels: Field,
+    /// A page that the kernels of this rank's GPU write: what they report. See [`device`](crate::device).
+    pub gpu: Field,
 }
 
 impl RankFields {
     /// All fields, in order.
-    pub const fn all(&self) -> [Field; 11] {
+    pub const fn all(&self) -> [Field; 12] {
         [
             self.produced,
             self.reduced,
@@ -115,6 +117,7 @@ impl RankFields {
             self.staging_in,
             self.staging_out,
             self.channels,
+            self.gpu,
         ]
     }
 }
@@ -168,7 +171,7 @@ impl ControlLayout {
 
     /// Bytes of one rank's part; staging at most 16 MiB of it.
     pub const fn rank_bytes(&self) -> usize {
-        self.rank_at(0).channels.end()
+        self.rank_at(0).gpu.end()
     }
 
     /// Bytes of the ring of one channel: together about 1 MiB per rank, however many ranks there are.
@@ -219,6 +222,10 @@ impl ControlLayout {
             bytes: CHUNKS * CHUNK_BYTES,
         };
         let staging_out = Field { offset: staging_in.end(), bytes: CHUNKS * CHUNK_BYTES };
+        let channels = Field {
+            offset: staging_out.end(),
+            bytes: (self.ranks * self.channel_bytes()).next_multiple_of(PAGE),
+        };
         RankFields {
             produced: line(base, 0),
             reduced: line(base, 1),
@@ -230,10 +237,8 @@ impl ControlLayout {
             records,
             staging_in,
             staging_out,
-            channels: Field {
-                offset: staging_out.end(),
-                bytes: (self.ranks * self.channel_bytes()).next_multiple_of(PAGE),
-            },
+            channels,
+            gpu: Field { offset: channels.end(), bytes: PAGE },
         }
     }
 }

@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use crate::device::Form;
 use crate::error::{Error, Result};
 use crate::tuning::Tuning;
 
@@ -64,7 +65,10 @@ const ALGORITHMS: ValueKind =
     ValueKind::Choice(&["auto", "one-shot", "two-shot", "direct"], "auto, one-shot, two-shot or direct");
 const ORDERS: ValueKind = ValueKind::Choice(&["fixed", "rank"], "fixed or rank");
 const SWITCH: ValueKind = ValueKind::Choice(&["on", "off"], "on or off");
-const REQUIREMENTS: ValueKind = ValueKind::Choice(&["none", "auth"], "none or auth");
+const REQUIREMENTS: ValueKind = ValueKind::Choice(&["none", "auth", "nvlink"], "none, auth or nvlink");
+const FORMS: ValueKind = ValueKind::Text(
+    "auto, one-shot, two-shot, bulk, direct or ring, and after a colon the blocks, as in bulk:32",
+);
 
 const fn setting(
     name: &'static str,
@@ -137,7 +141,31 @@ pub const SETTINGS: &[Setting] = &[
         "UNISONO_REQUIRE",
         REQUIREMENTS,
         "none",
-        "What to refuse to run without: auth wants every peer to prove that it knows the job's secret.",
+        "What to refuse to run without: auth wants every peer to prove that it knows the job's secret, nvlink wants GPUs to reach each other's memory.",
+    ),
+    agreed(setting(
+        "UNISONO_GPU_ALGORITHM",
+        FORMS,
+        "auto",
+        "The algorithm of collectives on GPUs, where it can serve the call.",
+    )),
+    agreed(setting(
+        "UNISONO_PEER_ACCESS",
+        SWITCH,
+        "on",
+        "Whether GPUs may reach each other's memory; without, they meet in pinned memory of the host.",
+    )),
+    setting(
+        "UNISONO_NVRTC",
+        ValueKind::Text("the path of libnvrtc.so, or of its folder"),
+        "",
+        "Where the run-time compiler of CUDA is; without it, toolkits and Python packages are searched.",
+    ),
+    setting(
+        "UNISONO_CACHE_DIR",
+        ValueKind::Text("the path of a folder"),
+        "",
+        "Where compiled kernels are kept; without it, in the user's folder for caches.",
     ),
     setting(
         "UNISONO_STORE",
@@ -230,6 +258,8 @@ pub enum Require {
     None,
     /// Every peer proves that it knows the job's secret.
     Auth,
+    /// GPUs reach each other's memory.
+    Nvlink,
 }
 
 /// How long a wait spins before it sleeps.
@@ -271,6 +301,10 @@ pub struct Settings {
     pub spin: Spin,
     /// Whether calls are recorded.
     pub recorder: bool,
+    /// The form of collectives on GPUs, and its blocks (0 as usual), if one was asked for. Equal on all ranks.
+    pub gpu_algorithm: Option<(Form, u32)>,
+    /// Whether GPUs may reach each other's memory. Equal on all ranks.
+    pub peer_access: bool,
 }
 
 impl Default for Settings {
@@ -289,6 +323,8 @@ impl Default for Settings {
             interface: None,
             spin: Spin::Auto,
             recorder: true,
+            gpu_algorithm: None,
+            peer_access: true,
         }
     }
 }
@@ -321,6 +357,7 @@ impl Settings {
             require: read.parsed("UNISONO_REQUIRE", default.require, |word| match word {
                 "none" => Some(Require::None),
                 "auth" => Some(Require::Auth),
+                "nvlink" => Some(Require::Nvlink),
                 _ => None,
             })?,
             store: read.text("UNISONO_STORE"),
@@ -330,11 +367,9 @@ impl Settings {
                 "off" => Some(Spin::For(Duration::ZERO)),
                 word => parse_duration(word).map(Spin::For),
             })?,
-            recorder: read.parsed("UNISONO_RECORDER", default.recorder, |word| match word {
-                "on" => Some(true),
-                "off" => Some(false),
-                _ => None,
-            })?,
+            recorder: read.parsed("UNISONO_RECORDER", default.recorder, switch)?,
+            gpu_algorithm: read.parsed("UNISONO_GPU_ALGORITHM", None, form)?,
+            peer_access: read.parsed("UNISONO_PEER_ACCESS", default.peer_access, switch)?,
         })
     }
 
@@ -352,8 +387,30 @@ impl Settings {
             Order::Rank => "rank",
         };
         let tuning = tuning.map_or_else(|| "none".to_owned(), Tuning::identity);
-        format!("algorithm={algorithm}\norder={order}\ntuning={tuning}\n").into_bytes()
+        let gpu =
+            self.gpu_algorithm.map_or_else(|| "auto".to_owned(), |(form, blocks)| format!("{form}:{blocks}"));
+        let access = if self.peer_access { "on" } else { "off" };
+        format!("algorithm={algorithm}\norder={order}\ntuning={tuning}\ngpu={gpu}\npeer_access={access}\n")
+            .into_bytes()
     }
+}
+
+fn switch(word: &str) -> Option<bool> {
+    match word {
+        "on" => Some(true),
+        "off" => Some(false),
+        _ => None,
+    }
+}
+
+/// `auto`, or the name of a form and perhaps its blocks.
+fn form(text: &str) -> Option<Option<(Form, u32)>> {
+    if text == "auto" {
+        return Some(None);
+    }
+    let (name, blocks) = text.split_once(':').unwrap_or((text, "0"));
+    let form = Form::ALL.into_iter().find(|form| form.name() == name)?;
+    Some(Some((form, blocks.parse().ok()?)))
 }
 
 /// Reads values by name and says what was expected when one does not parse.

@@ -6,6 +6,7 @@
 //! ours never takes memory away from under a peer.
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use cudarc::driver::sys;
 
@@ -314,6 +315,7 @@ impl Drop for DeviceBuffer {
 pub struct RegisteredHost {
     device: Device,
     host: *mut std::ffi::c_void,
+    bytes: usize,
     address: u64,
 }
 
@@ -336,12 +338,33 @@ impl RegisteredHost {
         // SAFETY: as the caller promises.
         let result = unsafe { sys::cuMemHostRegister_v2(host.cast(), bytes, flags) };
         check("cuMemHostRegister", device.ordinal(), result)?;
-        let mut registered = Self { device: device.clone(), host: host.cast(), address: 0 };
+        let mut registered = Self { device: device.clone(), host: host.cast(), bytes, address: 0 };
         // SAFETY: it is registered, and the answer is ours.
         let result =
             unsafe { sys::cuMemHostGetDevicePointer_v2(&raw mut registered.address, host.cast(), 0) };
         check("cuMemHostGetDevicePointer", device.ordinal(), result)?;
         Ok(registered)
+    }
+
+    /// As [`RegisteredHost::new`]; whoever asks for the same range again while it is registered gets the same.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    ///
+    /// # Safety
+    /// As [`RegisteredHost::new`], for the last holder.
+    pub unsafe fn shared(device: &Device, host: *mut u8, bytes: usize) -> Result<Arc<Self>> {
+        static RANGES: Mutex<Vec<Weak<RegisteredHost>>> = Mutex::new(Vec::new());
+        let mut ranges = RANGES.lock().unwrap_or_else(PoisonError::into_inner);
+        ranges.retain(|range| range.strong_count() > 0);
+        let mut known = ranges.iter().filter_map(Weak::upgrade);
+        if let Some(range) = known.find(|range| range.host == host.cast() && range.bytes == bytes) {
+            return Ok(range);
+        }
+        // SAFETY: as the caller promises.
+        let range = Arc::new(unsafe { Self::new(device, host, bytes) }?);
+        ranges.push(Arc::downgrade(&range));
+        Ok(range)
     }
 
     /// Its first byte, as kernels call it.

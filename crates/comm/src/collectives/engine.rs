@@ -170,6 +170,12 @@ impl Engine {
     /// Checks a collective and chooses its algorithm.
     #[inline]
     pub(super) fn plan(&self, call: &Call<'_>) -> Result<Plan> {
+        self.plan_on(call, None)
+    }
+
+    /// The same for a call on the GPU `device`.
+    #[inline]
+    pub(crate) fn plan_on(&self, call: &Call<'_>, device: Option<u32>) -> Result<Plan> {
         let find = |id, ptr, bytes| self.windows.find(self.rank, id, ptr, bytes);
         let situation = Situation {
             rank: self.rank,
@@ -178,6 +184,7 @@ impl Engine {
             find_window: &find,
             first_window: self.windows.first,
             generation: self.generation,
+            device,
         };
         Plan::new(call, &situation)
     }

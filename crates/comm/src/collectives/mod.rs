@@ -37,4 +37,4 @@ mod windows;
 
 pub(crate) use engine::{Engine, EngineConfig};
 pub(crate) use flight::{Prepared, Ticket};
-pub(crate) use plan::WindowPlace;
+pub(crate) use plan::{Plan, WindowPlace};

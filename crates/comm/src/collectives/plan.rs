@@ -45,6 +45,8 @@ pub(crate) struct Situation<'a> {
     /// Windows with lower ids belong to earlier generations than this one.
     pub(crate) first_window: u64,
     pub(crate) generation: u32,
+    /// The GPU that the call is for; none for the host.
+    pub(crate) device: Option<u32>,
 }
 
 impl Plan {
@@ -132,7 +134,7 @@ impl Plan {
         let mut windows = [None; 2];
         let all = [(input, source, sides.source, by_source), (output, target, sides.target, by_target)];
         for (window, (buffer, side, parts, everywhere)) in windows.iter_mut().zip(all) {
-            if parts > 0 && !matches!(buffer.place, Place::Host) {
+            if parts > 0 && (situation.device.is_some() || !matches!(buffer.place, Place::Host)) {
                 let place = window_of(*kind, buffer.place, (side.ptr, side.count * size), situation)?;
                 *window = place.filter(|_| everywhere);
             }
@@ -258,7 +260,8 @@ fn window_of(
     situation: &Situation<'_>,
 ) -> Result<Option<WindowPlace>> {
     match place {
-        Place::Host => Ok(None),
+        Place::Host if situation.device.is_none() => Ok(None),
+        Place::Cuda { ordinal } if situation.device == Some(ordinal) => Ok(None),
         Place::Window { id } => match (situation.find_window)(id, ptr, bytes) {
             Some(place) => Ok(Some(place)),
             None if id < situation.first_window => {
@@ -272,10 +275,13 @@ fn window_of(
                 format!("window {id}"),
             )),
         },
-        got @ Place::Cuda { .. } => Err(Error::Place {
+        got @ (Place::Host | Place::Cuda { .. }) => Err(Error::Place {
             call: kind.name(),
             rank: situation.rank,
-            expected: "host memory and its windows".to_owned(),
+            expected: situation.device.map_or_else(
+                || "host memory and its windows, except through on() with a stream of its GPU".to_owned(),
+                |ordinal| format!("cuda:{ordinal} on this stream"),
+            ),
             got: got.to_string(),
         }),
     }

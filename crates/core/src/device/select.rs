@@ -44,6 +44,9 @@ impl fmt::Display for Form {
     }
 }
 
+/// Blocks of all ranks together that surely run at once on a device.
+const CROWDED_BLOCKS: usize = 96;
+
 /// A form and its grid.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Launch {
@@ -77,6 +80,8 @@ pub struct Rules {
     pub ranks: usize,
     /// How they are linked.
     pub link: Link,
+    /// The most of these ranks that share one device: their blocks must all run at once.
+    pub crowd: usize,
     /// The order of sums.
     pub order: Order,
     /// A form that was asked for, with blocks (0: as usual), taken where it can serve the call.
@@ -153,9 +158,10 @@ impl Rules {
         let layout = self.layout();
         let ranks = self.ranks;
         let shard = question.bytes.div_ceil(if matches!(question.kind, Kind::AllGather) { 1 } else { ranks });
+        let most = if self.crowd > 1 { (CROWDED_BLOCKS / self.crowd).max(1) } else { MAX_BLOCKS };
         let as_asked = |usual: usize| match blocks {
-            0 => usual.clamp(1, MAX_BLOCKS) as u32,
-            asked => asked.min(MAX_BLOCKS as u32),
+            0 => usual.clamp(1, most) as u32,
+            asked => asked.min(most as u32),
         };
         let threads = 512;
         let units = |bytes: usize| bytes.div_ceil(12);
@@ -164,8 +170,8 @@ impl Rules {
                 let units = units(if form == Form::OneShot { question.bytes } else { shard });
                 // One unit for each thread while that takes few blocks.
                 let threads = units.next_multiple_of(32).clamp(256, 512);
-                let most = if ranks == 1 { MAX_BLOCKS } else { 64 };
-                let blocks = as_asked(units.div_ceil(threads).min(most));
+                let usual = units.div_ceil(threads).min(if ranks == 1 { MAX_BLOCKS } else { 64 });
+                let blocks = as_asked(usual);
                 Launch { form, blocks, threads: threads as u32, tile: 0 }
             }
             Form::Direct => {
@@ -198,7 +204,7 @@ mod tests {
     use crate::reduce_op::ReduceOp;
 
     fn rules(ranks: usize) -> Rules {
-        Rules { ranks, link: Link::Device, order: Order::Fixed, forced: None }
+        Rules { ranks, link: Link::Device, crowd: 1, order: Order::Fixed, forced: None }
     }
 
     fn question(bytes: usize) -> Question {

@@ -40,6 +40,8 @@ fn every_setting_is_read_into_its_own_field() {
         ("UNISONO_INTERFACE", "ens5"),
         ("UNISONO_SPIN", "50us"),
         ("UNISONO_RECORDER", "off"),
+        ("UNISONO_GPU_ALGORITHM", "bulk:32"),
+        ("UNISONO_PEER_ACCESS", "off"),
     ]);
     let expected = Settings {
         log: "debug,mio=warn".to_owned(),
@@ -55,6 +57,8 @@ fn every_setting_is_read_into_its_own_field() {
         interface: Some("ens5".to_owned()),
         spin: Spin::For(Duration::from_micros(50)),
         recorder: false,
+        gpu_algorithm: Some((crate::device::Form::Bulk, 32)),
+        peer_access: false,
     };
     assert_eq!(settings.unwrap(), expected);
 }
@@ -75,11 +79,12 @@ fn every_word_of_a_choice_is_accepted_and_no_other() {
 fn exactly_the_agreed_settings_change_the_agreement() {
     let changed = |name: &str| match find(name).unwrap().kind {
         ValueKind::Choice(words, _) => words[1],
+        ValueKind::Text(_) if name == "UNISONO_GPU_ALGORITHM" => "ring",
         ValueKind::Text(_) => "x",
         _ => "7s",
     };
     let base = Settings::default().agreement_bytes(None);
-    assert_eq!(base, b"algorithm=auto\norder=fixed\ntuning=none\n");
+    assert_eq!(base, b"algorithm=auto\norder=fixed\ntuning=none\ngpu=auto\npeer_access=on\n");
     let tuning = Tuning::new("this machine", std::collections::BTreeMap::new());
     for row in SETTINGS {
         let settings = from(&[(row.name, changed(row.name))]).unwrap();

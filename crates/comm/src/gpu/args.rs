@@ -1,0 +1,102 @@
+//! What kernels are given, and what they report: both as they lie in memory. The other side is `kernels/call.cuh`.
+
+use unisono_core::call::{CallHeader, HEADER_WORDS};
+use unisono_core::device::layout::MAX_RANKS;
+use unisono_sync::Word;
+
+/// The argument of every kernel, by value.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(crate) struct Args {
+    /// The arena of each rank.
+    pub(crate) arenas: [u64; MAX_RANKS],
+    /// Where each rank's input lies; in all but direct forms our own only.
+    pub(crate) sources: [u64; MAX_RANKS],
+    /// Where each rank's output lies.
+    pub(crate) targets: [u64; MAX_RANKS],
+    /// Our words in memory of our device.
+    pub(crate) state: u64,
+    /// The word that ends all waits.
+    pub(crate) abort: u64,
+    /// Our page in host memory.
+    pub(crate) report: u64,
+    /// The call, as peers compare it.
+    pub(crate) header: [u64; HEADER_WORDS],
+    /// Bytes of one part.
+    pub(crate) bytes: u64,
+    /// How long a kernel waits; 0 for ever.
+    pub(crate) patience_ns: u64,
+    pub(crate) rank: u32,
+    pub(crate) root: u32,
+    /// Vectors of 16 bytes that a block moves in one round.
+    pub(crate) tile: u32,
+    /// Whether input and output are the same memory.
+    pub(crate) is_same: u32,
+}
+
+/// Words in the words of the device, all zero at first: 1 KiB, with room to grow.
+pub(crate) const STATE_BYTES: usize = 1024;
+/// The word of the header that tells form and grid.
+pub(crate) const HEADER_LAUNCH: usize = 6;
+
+const REASON: usize = 0;
+const PEER: usize = 1;
+const EPOCH: usize = 2;
+const WAITED_NS: usize = 5;
+const WAITING: usize = 6;
+const MINE: usize = 8;
+/// Words of one header in the report: two more halves fill its last packet.
+const HEADER_SPAN: usize = HEADER_WORDS + 1;
+
+/// Why kernels of this rank gave up.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(crate) enum Report {
+    /// The peer made another call.
+    Mismatch { peer: usize, epoch: u32, mine: Option<CallHeader>, theirs: Option<CallHeader>, is_grid: bool },
+    /// The peer did not come in time.
+    TimedOut { peer: usize, epoch: u32, waited_ms: u64 },
+    /// Another kernel of this communicator was running.
+    Concurrent,
+    /// Words that no kernel of ours writes.
+    Unreadable,
+}
+
+impl Report {
+    /// What stands in the page, if anything does. One load if nothing does.
+    #[inline]
+    pub(crate) fn read(words: &[impl Word<u64>]) -> Option<Self> {
+        match words[REASON].load_acquire() {
+            0 => None,
+            reason => Some(Self::decode(reason, words)),
+        }
+    }
+
+    #[cold]
+    fn decode(reason: u64, words: &[impl Word<u64>]) -> Self {
+        let word = |at: usize| words[at].load_relaxed();
+        let (peer, epoch) = (word(PEER) as usize, word(EPOCH) as u32);
+        let header = |start: usize| std::array::from_fn::<u64, HEADER_WORDS, _>(|at| word(start + at));
+        match reason {
+            1 => {
+                let (mine, theirs) = (header(MINE), header(MINE + HEADER_SPAN));
+                Self::Mismatch {
+                    peer,
+                    epoch,
+                    mine: CallHeader::from_words(&mine),
+                    theirs: CallHeader::from_words(&theirs),
+                    is_grid: mine[..5] == theirs[..5],
+                }
+            }
+            2 => Self::TimedOut { peer, epoch, waited_ms: word(WAITED_NS) / 1_000_000 },
+            3 => Self::Concurrent,
+            _ => Self::Unreadable,
+        }
+    }
+}
+
+/// The epoch and the peer that a kernel which lasts is waiting for, if one said so.
+pub(crate) fn waiting(words: &[impl Word<u64>]) -> Option<(u32, usize)> {
+    let word = words[WAITING].load_relaxed();
+    let peer = (word & 0xffff_ffff) as usize;
+    (peer > 0).then(|| ((word >> 32) as u32, peer - 1))
+}

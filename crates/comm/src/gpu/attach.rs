@@ -1,0 +1,184 @@
+//! How the ranks of a world come to share arenas: as processes over the node plane, or as ranks of one process.
+
+use std::sync::Arc;
+
+use unisono_core::ReduceOp;
+use unisono_core::device::{ArenaLayout, Link};
+use unisono_core::settings::{Require, Settings};
+use unisono_cuda::{Device, Location, SharedPages, Uuid};
+use unisono_node::SharedMemory;
+use unisono_sync::Deadline;
+
+use super::arenas::{Arenas, obstacle};
+use super::{Config, Extra, Gpu};
+use crate::buffer::BufMut;
+use crate::call::{Call, Kind};
+use crate::communicator::Communicator;
+use crate::error::{Error, Result};
+
+/// Under which arenas are handed over: no window gets so far.
+const ARENA_ITEM: u32 = u32::MAX - 1;
+const HOST_ARENA_ITEM: u32 = u32::MAX - 2;
+
+/// What a rank can do, and so the most that all will.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Can {
+    Nothing = 0,
+    Host = 1,
+    Device = 2,
+}
+
+/// Who takes part, and how.
+pub(crate) struct Attachment<'a> {
+    pub(crate) communicator: &'a Communicator,
+    pub(crate) device: &'a Device,
+    /// The device of each rank.
+    pub(crate) devices: Vec<Uuid>,
+    pub(crate) settings: &'a Settings,
+    pub(crate) extra: &'a Extra,
+    pub(crate) deadline: Deadline,
+}
+
+impl Attachment<'_> {
+    /// Makes the GPU's side of a communicator of processes. Collective: it fails on all ranks or on none.
+    pub(crate) fn run(&self) -> Result<Gpu> {
+        let rank = self.communicator.rank();
+        // What is known before anything is shared: who reaches whom.
+        let mut obstacles = None;
+        if !self.settings.peer_access {
+            obstacles = Some("UNISONO_PEER_ACCESS=off".to_owned());
+        }
+        for peer in self.devices.iter().filter(|_| self.settings.peer_access) {
+            if let Some(found) = obstacle(self.device, *peer, rank)? {
+                obstacles = Some(found);
+            }
+        }
+        let mut can = self.agree(if obstacles.is_some() { Can::Host } else { Can::Device })?;
+        let mut arenas = None;
+        if can == Can::Device {
+            let shared = self.share_pages();
+            can = self.agree(if shared.is_ok() { Can::Device } else { Can::Host })?;
+            match shared {
+                Ok(pages) if can == Can::Device => arenas = Some(Arenas::Device(pages)),
+                Ok(_) => {}
+                Err(error) => obstacles = Some(error.to_string()),
+            }
+        }
+        let link = if can == Can::Device { Link::Device } else { Link::Host };
+        if link == Link::Host {
+            let reason = obstacles.unwrap_or_else(|| "another rank cannot reach the others".to_owned());
+            if self.settings.require == Require::Nvlink {
+                return Err(Error::NoPeerAccess { rank, reason });
+            }
+            tracing::warn!("rank {rank}: the GPUs meet in pinned host memory, because {reason}");
+        }
+        let gpu = match arenas {
+            Some(arenas) => Ok(arenas),
+            None => self.share_host(),
+        };
+        let gpu = gpu.and_then(|arenas| {
+            let config = Config::new(self.settings, &self.devices, link, self.extra);
+            Gpu::new(self.device, self.communicator.control.clone(), arenas, &config, Vec::new())
+        });
+        let all_can = self.agree(if gpu.is_ok() { Can::Device } else { Can::Nothing })?;
+        let gpu = gpu?;
+        if all_can == Can::Nothing {
+            let reason = "another rank cannot work on its GPU; it says why".to_owned();
+            return Err(Error::Device { rank, reason });
+        }
+        Ok(gpu)
+    }
+
+    /// The least that all ranks can.
+    fn agree(&self, ours: Can) -> Result<Can> {
+        let mut all = [ours as u8];
+        let buffer = BufMut::from(&mut all).raw();
+        self.communicator.engine().submit(&Call::new(Kind::AllReduce { op: ReduceOp::Min }, [buffer]))?;
+        Ok([Can::Nothing, Can::Host, Can::Device][usize::from(all[0]).min(2)])
+    }
+
+    /// Makes our arena and maps those of all others.
+    fn share_pages(&self) -> Result<Vec<Arc<SharedPages>>> {
+        let rank = self.communicator.rank();
+        let failed = |error| Error::Cuda { rank, error };
+        let layout = ArenaLayout::new(self.devices.len(), Link::Device);
+        let ours = Arenas::create(self.device, &layout);
+        let export = ours.as_ref().map_err(Clone::clone).and_then(|pages| pages.export());
+        let is_aborted = || self.communicator.control.abort().raised().is_some();
+        let neighbours = &self.communicator.neighbours;
+        // Whoever has nothing to give says so: the others would wait.
+        let all = neighbours.exchange(ARENA_ITEM, export.as_ref().ok(), self.deadline, &is_aborted)?;
+        let ours = ours.map_err(failed)?;
+        let bytes = ours.bytes();
+        let map = |(peer, descriptor): (usize, Option<std::os::fd::OwnedFd>)| match descriptor {
+            _ if peer == rank => Ok(ours.clone()),
+            Some(descriptor) => SharedPages::import(self.device, descriptor, bytes, Location::Device)
+                .map(Arc::new)
+                .map_err(failed),
+            None => Err(Error::Device { rank, reason: format!("rank {peer} could not make its arena") }),
+        };
+        all.into_iter().enumerate().map(map).collect()
+    }
+
+    fn share_host(&self) -> Result<Arenas> {
+        let rank = self.communicator.rank();
+        let layout = ArenaLayout::new(self.devices.len(), Link::Host);
+        let bytes = layout.total_bytes() * self.devices.len();
+        let is_aborted = || self.communicator.control.abort().raised().is_some();
+        let memory =
+            self.communicator.neighbours.share(HOST_ARENA_ITEM, bytes, self.deadline, &is_aborted)?;
+        Arenas::host(self.device, memory, layout).map_err(|error| Error::Cuda { rank, error })
+    }
+}
+
+/// The GPU's sides of the ranks of one process, by rank.
+pub(crate) fn attach_local(
+    communicators: &[Communicator],
+    devices: &[Device],
+    settings: &Settings,
+    extra: &Extra,
+) -> Result<Vec<Gpu>> {
+    let failed = |rank: usize| move |error| Error::Cuda { rank, error };
+    let mut obstacle = (!settings.peer_access).then(|| "UNISONO_PEER_ACCESS=off".to_owned());
+    for (rank, device) in devices.iter().enumerate() {
+        for peer in devices {
+            if obstacle.is_none() && !device.reaches(peer).map_err(failed(rank))? {
+                obstacle = Some(format!("cuda:{} does not reach cuda:{}", device.ordinal(), peer.ordinal()));
+            }
+        }
+    }
+    let ranks = devices.len();
+    let link = if obstacle.is_none() { Link::Device } else { Link::Host };
+    if let (Some(reason), Require::Nvlink) = (&obstacle, settings.require) {
+        return Err(Error::NoPeerAccess { rank: 0, reason: reason.clone() });
+    }
+    if let Some(reason) = obstacle {
+        tracing::warn!("the GPUs meet in pinned host memory, because {reason}");
+    }
+    let layout = ArenaLayout::new(ranks, link);
+    let mut pages = Vec::new();
+    let mut memory = None;
+    match link {
+        Link::Device => {
+            for (rank, device) in devices.iter().enumerate() {
+                let arena = Arenas::create(device, &layout).map_err(failed(rank))?;
+                for peer in devices.iter().filter(|peer| *peer != device) {
+                    arena.allow(peer).map_err(failed(rank))?;
+                }
+                pages.push(arena);
+            }
+        }
+        Link::Host => memory = Some(Arc::new(SharedMemory::create(layout.total_bytes() * ranks)?)),
+    }
+    let uuids: Vec<Uuid> = devices.iter().map(|device| device.facts().uuid).collect();
+    let config = Config::new(settings, &uuids, link, extra);
+    let make = |(rank, device): (usize, &Device)| {
+        let arenas = match &memory {
+            None => Arenas::Device(pages.clone()),
+            Some(memory) => Arenas::host(device, memory.clone(), layout).map_err(failed(rank))?,
+        };
+        let others = devices.iter().filter(|other| *other != device).cloned().collect();
+        Gpu::new(device, communicators[rank].control.clone(), arenas, &config, others)
+    };
+    devices.iter().enumerate().map(make).collect()
+}

@@ -1,0 +1,246 @@
+//! The kernels: their sources, and those of them that are loaded.
+//!
+//! One source is compiled for each world size, link, and (dtype, reduction), and once more for what only moves bytes. What a
+//! process has loaded into a device serves all its communicators there.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use unisono_core::call::Kind;
+use unisono_core::device::{ArenaLayout, Form};
+use unisono_core::{DType, ReduceOp};
+use unisono_cuda::{Architecture, Cache, Compiler, Device, Function, Module, Result, Source};
+
+const COLLECTIVES: &str = include_str!("../../kernels/collectives.cu");
+const HEADERS: [(&str, &str); 9] = [
+    ("ptx.cuh", include_str!("../../kernels/ptx.cuh")),
+    ("element.cuh", include_str!("../../kernels/element.cuh")),
+    ("call.cuh", include_str!("../../kernels/call.cuh")),
+    ("buffers.cuh", include_str!("../../kernels/buffers.cuh")),
+    ("flags.cuh", include_str!("../../kernels/flags.cuh")),
+    ("one_shot.cuh", include_str!("../../kernels/one_shot.cuh")),
+    ("two_shot.cuh", include_str!("../../kernels/two_shot.cuh")),
+    ("bulk.cuh", include_str!("../../kernels/bulk.cuh")),
+    ("direct.cuh", include_str!("../../kernels/direct.cuh")),
+];
+const RING: (&str, &str) = ("ring.cuh", include_str!("../../kernels/ring.cuh"));
+
+/// What a set of kernels is compiled for.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Purpose {
+    /// Moving bytes: broadcast, all-gather, barrier.
+    Copies,
+    /// All-reduce of this dtype and reduction (by its code).
+    Reduce(DType, u8),
+}
+
+impl Purpose {
+    /// The kernels that reduce elements of `dtype` by `op`.
+    pub const fn reduce(dtype: DType, op: ReduceOp) -> Self {
+        Self::Reduce(dtype, op.code())
+    }
+
+    /// What every communicator on a GPU loads when it is made: copies, and sums of f32, f16 and bf16.
+    pub const USUAL: [Self; 4] = [
+        Self::Copies,
+        Self::reduce(DType::F32, ReduceOp::Sum),
+        Self::reduce(DType::F16, ReduceOp::Sum),
+        Self::reduce(DType::BF16, ReduceOp::Sum),
+    ];
+
+    /// Every purpose that there is.
+    pub fn all() -> Vec<Self> {
+        let pairs = DType::ALL.into_iter().flat_map(|dtype| ReduceOp::ALL.map(|op| (dtype, op)));
+        let pairs = pairs.filter(|(dtype, op)| unisono_core::reduce_op::check(*dtype, *op).is_ok());
+        let reductions = pairs.map(|(dtype, op)| Self::reduce(dtype, op));
+        std::iter::once(Self::Copies).chain(reductions).collect()
+    }
+
+    fn key(kind: Kind, dtype: DType) -> Self {
+        match kind.op() {
+            Some(op) => Self::reduce(dtype, op),
+            None => Self::Copies,
+        }
+    }
+}
+
+/// The source of the kernels for `purpose` in worlds of this layout.
+pub fn source(layout: &ArenaLayout, purpose: Purpose) -> Source {
+    let mut headers: Vec<_> =
+        HEADERS.iter().chain([&RING]).map(|(name, text)| (*name, (*text).to_owned())).collect();
+    headers.push(("layout.cuh", layout.definitions()));
+    let definitions = match purpose {
+        Purpose::Copies => vec![("REDUCE", "0".to_owned())],
+        Purpose::Reduce(dtype, op) => vec![
+            ("REDUCE", "1".to_owned()),
+            ("DTYPE", format!("DType({})", dtype.code())),
+            ("OP", format!("Op({op})")),
+        ],
+    };
+    Source { name: "collectives.cu", text: COLLECTIVES, headers, definitions }
+}
+
+/// The architecture that kernels for `device` are compiled for.
+pub fn architecture(device: &Device) -> Architecture {
+    let (major, minor) = device.facts().capability;
+    Architecture { major, minor }
+}
+
+/// Loaded kernels of one purpose.
+#[derive(Debug)]
+pub(crate) struct Loaded {
+    /// By operation (all-reduce, broadcast, all-gather) and form.
+    functions: [[Option<Function>; Form::ALL.len()]; 3],
+    barrier: Option<Function>,
+    module: Module,
+}
+
+impl Loaded {
+    fn load(device: &Device, layout: &ArenaLayout, purpose: Purpose) -> Result<Self> {
+        let cubin = Cache::of_user().cubin(&source(layout, purpose), architecture(device), Compiler::find)?;
+        let module = Module::load(device, &cubin)?;
+        let mut functions: [[Option<Function>; Form::ALL.len()]; 3] = Default::default();
+        let operations: &[(usize, &str)] = match purpose {
+            Purpose::Reduce(..) => &[(0, "all_reduce")],
+            Purpose::Copies => &[(1, "broadcast"), (2, "all_gather")],
+        };
+        for (operation, name) in operations {
+            for form in Form::ALL {
+                if *operation == 2 && form == Form::TwoShot {
+                    continue;
+                }
+                let symbol = format!("{name}_{}", form.name().replace('-', "_"));
+                functions[*operation][form as usize] = Some(module.function(&symbol)?);
+            }
+        }
+        let barrier = match purpose {
+            Purpose::Copies => Some(module.function("barrier")?),
+            Purpose::Reduce(..) => None,
+        };
+        Ok(Self { functions, barrier, module })
+    }
+
+    /// The kernel of a call that moves data.
+    #[inline]
+    pub(crate) fn function(&self, kind: Kind, form: Form) -> Option<&Function> {
+        let operation = match kind {
+            Kind::AllReduce { .. } => 0,
+            Kind::Broadcast { .. } => 1,
+            Kind::AllGather => 2,
+            _ => return None,
+        };
+        self.functions[operation][form as usize].as_ref()
+    }
+
+    /// The kernel that only exchanges headers.
+    pub(crate) const fn barrier(&self) -> Option<&Function> {
+        self.barrier.as_ref()
+    }
+
+    /// The module itself, for tests.
+    pub(crate) const fn module(&self) -> &Module {
+        &self.module
+    }
+}
+
+type Key = (u32, usize, unisono_core::device::Link, Purpose);
+
+/// The kernels of one communicator.
+#[derive(Debug)]
+pub(crate) struct Kernels {
+    device: Device,
+    layout: ArenaLayout,
+    ranks: usize,
+    loaded: HashMap<Purpose, Arc<Loaded>>,
+    copies: Arc<Loaded>,
+}
+
+impl Kernels {
+    /// Loads what is needed at once, on several threads: compiling takes seconds where nothing is cached.
+    pub(crate) fn new(
+        device: &Device,
+        layout: ArenaLayout,
+        ranks: usize,
+        purposes: &[Purpose],
+    ) -> Result<Self> {
+        let load = |purpose: Purpose| loaded(device, layout, ranks, purpose);
+        let mut all: Vec<Purpose> = vec![Purpose::Copies];
+        all.extend(purposes.iter().filter(|purpose| **purpose != Purpose::Copies));
+        let results: Vec<Result<Arc<Loaded>>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = all.iter().map(|purpose| scope.spawn(|| load(*purpose))).collect();
+            threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap_or_else(|cause| std::panic::resume_unwind(cause)))
+                .collect()
+        });
+        let mut loaded = HashMap::new();
+        for (purpose, result) in all.iter().zip(results) {
+            loaded.insert(*purpose, result?);
+        }
+        let copies = loaded[&Purpose::Copies].clone();
+        Ok(Self { device: device.clone(), layout, ranks, loaded, copies })
+    }
+
+    /// The kernels for a call, if they are loaded.
+    #[inline]
+    pub(crate) fn find(&self, kind: Kind, dtype: DType) -> Option<&Loaded> {
+        match Purpose::key(kind, dtype) {
+            Purpose::Copies => Some(&self.copies),
+            purpose => self.loaded.get(&purpose).map(|loaded| &**loaded),
+        }
+    }
+
+    /// Loads the kernels for a call.
+    pub(crate) fn load(&mut self, kind: Kind, dtype: DType) -> Result<()> {
+        let purpose = Purpose::key(kind, dtype);
+        let loaded = loaded(&self.device, self.layout, self.ranks, purpose)?;
+        self.loaded.insert(purpose, loaded);
+        Ok(())
+    }
+
+    /// Those that move bytes.
+    pub(crate) fn copies(&self) -> &Loaded {
+        &self.copies
+    }
+}
+
+/// What this process has loaded into `device`, loaded now if it must be.
+pub(crate) fn loaded(
+    device: &Device,
+    layout: ArenaLayout,
+    ranks: usize,
+    purpose: Purpose,
+) -> Result<Arc<Loaded>> {
+    static LOADED: Mutex<Option<HashMap<Key, Arc<Loaded>>>> = Mutex::new(None);
+    let key = (device.ordinal(), ranks, layout.link(), purpose);
+    let find =
+        || LOADED.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_default().get(&key).cloned();
+    if let Some(loaded) = find() {
+        return Ok(loaded);
+    }
+    // Not under the lock: others compile meanwhile. Who was first stands.
+    let fresh = Arc::new(Loaded::load(device, &layout, purpose)?);
+    let mut all = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+    Ok(all.get_or_insert_default().entry(key).or_insert(fresh).clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use unisono_core::device::Link;
+
+    use super::*;
+
+    #[test]
+    fn every_pair_of_the_table_has_kernels_of_its_own() {
+        let all = Purpose::all();
+        assert_eq!(all.len(), 1 + 109, "{}", all.len());
+        let layout = ArenaLayout::new(4, Link::Device);
+        let bf16 = source(&layout, Purpose::reduce(DType::BF16, ReduceOp::Sum));
+        assert!(bf16.definitions.contains(&("DTYPE", "DType(10)".to_owned())));
+        assert!(
+            bf16.headers
+                .iter()
+                .any(|(name, text)| *name == "layout.cuh" && text.contains("#define RANKS 4\n"))
+        );
+    }
+}

@@ -1,0 +1,393 @@
+//! Collectives on GPUs: how a communicator comes to its device, and how a call becomes a kernel.
+//!
+//! Everything that kernels need is made when the communicator is: arenas that all ranks reach, words of our own in device
+//! memory, a page of host memory for reports, the abort word of the control memory, seen from the device. A call is then
+//! checked, chosen a form for, and launched: no allocation, no lock, no waiting. What kernels find (another call, a peer that
+//! does not come) they write into that page, where the next call, `check()` or `destroy()` reads it.
+
+use std::sync::Arc;
+
+use unisono_core::call::{CallHeader, HEADER_WORDS, Kind};
+use unisono_core::device::layout::MAX_RANKS;
+use unisono_core::device::select::{Question, Rules};
+use unisono_core::device::{ArenaLayout, Form, Launch, Link};
+use unisono_core::hello::DeviceIdentity;
+use unisono_core::settings::Settings;
+use unisono_cuda::{Device, DeviceBuffer, Event, Grid, RegisteredHost, Stream, Uuid};
+
+use crate::call::Call;
+use crate::cause::Cause;
+use crate::collectives::{Engine, Plan};
+use crate::control::Control;
+use crate::error::{Error, Result};
+use arenas::Arenas;
+use args::{Args, HEADER_LAUNCH, Report, STATE_BYTES};
+use kernels::Kernels;
+
+pub(crate) mod arenas;
+pub(crate) mod args;
+pub(crate) mod attach;
+pub mod kernels;
+
+/// What a communicator on a GPU is made with.
+#[derive(Clone, Debug)]
+pub(crate) struct Config {
+    pub(crate) rules: Rules,
+    pub(crate) patience_ns: u64,
+    /// The first epoch is the one after this.
+    pub(crate) epoch: u32,
+    pub(crate) prepare: Vec<kernels::Purpose>,
+}
+
+impl Config {
+    pub(crate) fn new(settings: &Settings, devices: &[Uuid], link: Link, extra: &Extra) -> Self {
+        let share = |device: &Uuid| devices.iter().filter(|other| *other == device).count();
+        let crowd = devices.iter().map(share).max().unwrap_or(1);
+        let ranks = devices.len();
+        let mut prepare = kernels::Purpose::USUAL.to_vec();
+        prepare.extend(
+            extra.prepare.iter().copied().filter(|purpose| !kernels::Purpose::USUAL.contains(purpose)),
+        );
+        Self {
+            rules: Rules { ranks, link, crowd, order: settings.order, forced: settings.gpu_algorithm },
+            patience_ns: settings
+                .timeout
+                .map_or(0, |patience| patience.as_nanos().clamp(1, u64::MAX.into()) as u64),
+            epoch: extra.epoch,
+            prepare,
+        }
+    }
+}
+
+/// What a builder may say about GPUs.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Extra {
+    pub(crate) prepare: Vec<kernels::Purpose>,
+    pub(crate) epoch: u32,
+}
+
+/// One rank's side of all collectives on its GPU.
+#[derive(Debug)]
+pub(crate) struct Gpu {
+    device: Device,
+    control: Arc<Control>,
+    rules: Rules,
+    kernels: Kernels,
+    args: Args,
+    /// The stream of the latest call, and an event behind it once there were two.
+    latest: usize,
+    order: Option<Event>,
+    /// Other ranks of this thread: what one loads, all load, because loading may wait for all devices.
+    siblings: Vec<Device>,
+    failed: Option<Error>,
+    memory: Option<Memory>,
+}
+
+/// What kernels may still touch after the communicator is gone.
+#[derive(Debug)]
+struct Memory {
+    device: Device,
+    _state: DeviceBuffer,
+    _arenas: Arenas,
+    _control_pages: Arc<RegisteredHost>,
+    _control: Arc<Control>,
+}
+
+impl Gpu {
+    pub(crate) fn new(
+        device: &Device,
+        control: Arc<Control>,
+        arenas: Arenas,
+        config: &Config,
+        siblings: Vec<Device>,
+    ) -> Result<Self> {
+        let (rank, world_size) = control.member();
+        let failed = |error| Error::Cuda { rank, error };
+        let rules = config.rules;
+        let layout = ArenaLayout::new(world_size, rules.link);
+        let kernels = Kernels::new(device, layout, world_size, &config.prepare).map_err(failed)?;
+        let mut state = DeviceBuffer::new(device, STATE_BYTES).map_err(failed)?;
+        let mut words = [0; STATE_BYTES];
+        words[..4].copy_from_slice(&config.epoch.to_le_bytes());
+        state.write(0, &words).map_err(failed)?;
+        let memory = control.memory();
+        // SAFETY: `Memory` keeps the control memory mapped for longer than the registration.
+        let pages =
+            unsafe { RegisteredHost::shared(device, memory.as_ptr(), memory.bytes()) }.map_err(failed)?;
+        let report = control.gpu().1 as usize - memory.as_ptr() as usize;
+        let mut args = Args {
+            state: state.address(),
+            abort: pages.address(),
+            report: pages.address() + report as u64,
+            patience_ns: config.patience_ns,
+            rank: rank as u32,
+            ..Args::default()
+        };
+        for peer in 0..world_size {
+            args.arenas[peer] = arenas.address(peer);
+        }
+        let memory = Memory {
+            device: device.clone(),
+            _state: state,
+            _arenas: arenas,
+            _control_pages: pages,
+            _control: control.clone(),
+        };
+        Ok(Self {
+            device: device.clone(),
+            control,
+            rules,
+            kernels,
+            args,
+            latest: 0,
+            order: None,
+            siblings,
+            failed: None,
+            memory: Some(memory),
+        })
+    }
+
+    /// Its number in this process.
+    pub(crate) fn ordinal(&self) -> u32 {
+        self.device.ordinal()
+    }
+
+    /// How the GPUs reach each other, and the rules that follow.
+    pub(crate) const fn rules(&self) -> Rules {
+        self.rules
+    }
+
+    /// Puts a call into `stream`. After a failure every call returns the first cause.
+    #[inline]
+    pub(crate) fn submit(&mut self, engine: &mut Engine, call: &Call<'_>, stream: &Stream) -> Result<()> {
+        engine.check()?;
+        self.check()?;
+        let plan = engine.plan_on(call, Some(self.device.ordinal()))?;
+        self.launch(&plan, stream)
+    }
+
+    fn launch(&mut self, plan: &Plan, stream: &Stream) -> Result<()> {
+        let (rank, kind) = (self.args.rank as usize, plan.header.kind);
+        if !matches!(kind, Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::AllGather | Kind::Barrier)
+        {
+            return Err(Error::Argument {
+                call: kind.name(),
+                rank,
+                what: "operation on a GPU",
+                expected: "all_reduce, broadcast, all_gather or barrier".to_owned(),
+                got: kind.name().to_owned(),
+            });
+        }
+        if stream.device() != &self.device {
+            return Err(Error::Argument {
+                call: kind.name(),
+                rank,
+                what: "stream",
+                expected: format!("one of cuda:{}", self.device.ordinal()),
+                got: format!("one of cuda:{}", stream.device().ordinal()),
+            });
+        }
+        self.order_after_latest(stream)?;
+        let is_bare = plan.bytes() == 0;
+        let launch = if is_bare {
+            Launch { form: Form::OneShot, blocks: 0, threads: 512, tile: 0 }
+        } else {
+            let (bytes, size) = (plan.bytes(), plan.dtype.size());
+            self.rules.decide(&Question { kind, bytes, size, is_reachable: false })
+        };
+        if !is_bare && self.kernels.find(kind, plan.dtype).is_none() {
+            self.load(plan, stream)?;
+        }
+        let function = match is_bare {
+            true => self.kernels.copies().barrier(),
+            false => {
+                self.kernels.find(kind, plan.dtype).and_then(|loaded| loaded.function(kind, launch.form))
+            }
+        };
+        let Some(function) = function else { unreachable!("{kind:?} has no kernel for {launch:?}") };
+        let args = &mut self.args;
+        args.header = plan.header.to_words();
+        args.header[HEADER_LAUNCH] = launch_word(launch);
+        (args.bytes, args.tile) = (plan.bytes() as u64, launch.tile);
+        args.root = kind.root().unwrap_or(0);
+        let (source, target) = (plan.source as u64, plan.target as u64);
+        (args.sources[rank], args.targets[rank]) = (source, target);
+        let own = if matches!(kind, Kind::AllGather) { rank as u64 * args.bytes } else { 0 };
+        args.is_same = u32::from(source == target + own);
+        let grid = Grid { blocks: launch.blocks + 1, threads: launch.threads, shared_bytes: 0 };
+        // SAFETY: the kernel takes `Args`; what it names lives as long as this communicator, which waits for its kernels before
+        // it lets go, and the buffers are valid until the stream has passed, as whoever made the call promised.
+        let launched = unsafe { function.launch(stream, grid, (&raw mut self.args).cast()) };
+        launched.map_err(|error| Error::Cuda { rank, error })?;
+        if let Some(order) = &self.order
+            && !stream.is_capturing().unwrap_or(true)
+        {
+            order.record(stream).map_err(|error| Error::Cuda { rank, error })?;
+        }
+        Ok(())
+    }
+
+    /// Calls on different streams run one after the other. Within a graph its own dependencies order them.
+    #[inline]
+    fn order_after_latest(&mut self, stream: &Stream) -> Result<()> {
+        let this = stream.raw() as usize | 1;
+        if self.latest == this {
+            return Ok(());
+        }
+        self.change_stream(this, stream)
+    }
+
+    #[cold]
+    fn change_stream(&mut self, this: usize, stream: &Stream) -> Result<()> {
+        let rank = self.args.rank as usize;
+        let failed = |error| Error::Cuda { rank, error };
+        if stream.is_capturing().map_err(failed)? {
+            return Ok(());
+        }
+        match &self.order {
+            _ if self.latest == 0 => {}
+            Some(order) => stream.wait(order).map_err(failed)?,
+            // From now on an event follows every call. The first time, there is none yet.
+            None => {
+                self.device.synchronize().map_err(failed)?;
+                self.order = Some(Event::new(&self.device, false).map_err(failed)?);
+            }
+        }
+        self.latest = this;
+        Ok(())
+    }
+
+    #[cold]
+    fn load(&mut self, plan: &Plan, stream: &Stream) -> Result<()> {
+        let (rank, kind) = (self.args.rank as usize, plan.header.kind);
+        let failed = |error| Error::Cuda { rank, error };
+        if stream.is_capturing().map_err(failed)? {
+            let what = plan.header.to_string();
+            return Err(Error::NotPrepared { call: kind.name(), rank, what });
+        }
+        let layout = ArenaLayout::new(self.rules.ranks, self.rules.link);
+        let purpose =
+            kind.op().map_or(kernels::Purpose::Copies, |op| kernels::Purpose::reduce(plan.dtype, op));
+        for sibling in &self.siblings {
+            kernels::loaded(sibling, layout, self.rules.ranks, purpose).map_err(failed)?;
+        }
+        self.kernels.load(kind, plan.dtype).map_err(failed)
+    }
+
+    /// Ok, or why kernels of this rank gave up. One load if they did not.
+    #[inline]
+    pub(crate) fn check(&mut self) -> Result<()> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        match Report::read(self.control.gpu().0) {
+            None => Ok(()),
+            Some(report) => Err(self.fail(report)),
+        }
+    }
+
+    #[cold]
+    fn fail(&mut self, report: Report) -> Error {
+        let (rank, world_size) = self.control.member();
+        let number = |epoch: u32| u64::from(epoch);
+        let describe = |header: Option<CallHeader>, epoch: u32, rank: usize| match header {
+            Some(header) => header.describe(number(epoch), rank as u32),
+            None => format!("something else on rank {rank}"),
+        };
+        let cause = match report {
+            Report::Mismatch { peer, epoch, mine, theirs, is_grid } => {
+                let note = if is_grid { " with another grid" } else { "" };
+                Cause::Mismatch {
+                    left: describe(mine, epoch, rank),
+                    right: describe(theirs, epoch, peer.min(world_size - 1)) + note,
+                }
+            }
+            Report::TimedOut { peer, epoch, waited_ms } => Cause::TimedOut {
+                rank: rank as u32,
+                call: format!("call #{epoch} on its GPU"),
+                waited_ms,
+                missing: vec![self.control.name(peer.min(world_size - 1)).to_owned()],
+            },
+            Report::Concurrent => {
+                let error = Error::ConcurrentUse { rank };
+                self.control.fail(&Cause::Aborted { rank: rank as u32, reason: error.to_string() });
+                self.failed = Some(error.clone());
+                return error;
+            }
+            Report::Unreadable => Cause::Damaged {
+                rank: rank as u32,
+                who: self.control.name(rank).to_owned(),
+                word: "the report of its GPU".to_owned(),
+            },
+        };
+        // Somebody else may have been first; then all tell the same.
+        self.control.fail(&cause);
+        let cause = self.control.cause().unwrap_or(cause);
+        let error = cause.into_error("a call on its GPU", (rank, world_size));
+        self.failed = Some(error.clone());
+        error
+    }
+
+    /// Waits until everything is done that this process gave to the device: kernels that wait for others leave in time.
+    pub(crate) fn drain(&self) -> Result<()> {
+        let rank = self.args.rank as usize;
+        self.device.synchronize().map_err(|error| Error::Cuda { rank, error })
+    }
+
+    /// Form and grid of a call, as `explain` tells them.
+    pub(crate) fn decide(&self, kind: Kind, bytes: usize, size: usize) -> Launch {
+        self.rules.decide(&Question { kind, bytes, size, is_reachable: false })
+    }
+}
+
+/// What tells `device` from all others, for the table of ranks.
+pub(crate) fn identity(device: &Device) -> DeviceIdentity {
+    let facts = device.facts();
+    DeviceIdentity { uuid: facts.uuid.0, name: facts.name.clone(), pci: facts.pci.clone() }
+}
+
+/// Refuses worlds for whose ranks an arena has no room.
+pub(crate) fn check_ranks(world_size: usize, rank: usize) -> Result<()> {
+    if world_size <= MAX_RANKS {
+        return Ok(());
+    }
+    let reason = format!("at most {MAX_RANKS} ranks share GPUs of one host, and these are {world_size}");
+    Err(Error::Device { rank, reason })
+}
+
+#[cold]
+pub(crate) fn without_device(kind: Kind, rank: usize, stream: &Stream) -> Error {
+    Error::Argument {
+        call: kind.name(),
+        rank,
+        what: "stream",
+        expected: "the host's, because this communicator was made without a GPU (Builder::device)".to_owned(),
+        got: format!("one of cuda:{}", stream.device().ordinal()),
+    }
+}
+
+/// Form and grid as the header carries them.
+const fn launch_word(launch: Launch) -> u64 {
+    launch.form as u64
+        | (launch.blocks as u64) << 8
+        | (launch.threads as u64) << 20
+        | (launch.tile as u64) << 32
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        let Some(memory) = self.memory.take() else { return };
+        // Kernels of ours may still run: they end in time, because the communicator ended or failed. Nobody waits for them
+        // here. If no thread can be had, the memory stays.
+        let memory = std::mem::ManuallyDrop::new(memory);
+        let reap = move || {
+            let _ = memory.device.synchronize();
+            drop(std::mem::ManuallyDrop::into_inner(memory));
+        };
+        if let Err(error) = std::thread::Builder::new().name("unisono-reaper".to_owned()).spawn(reap) {
+            tracing::warn!("memory of a GPU is not given back: {error}");
+        }
+    }
+}
+
+const _: () = assert!(HEADER_LAUNCH < HEADER_WORDS);

@@ -1,0 +1,109 @@
+//! Collectives on GPUs against the scalar reference: every form, dtype, reduction, kind of size and alignment, with as many
+//! ranks as one likes, whatever number of devices there is. Without a device every test says so and passes.
+#![cfg(feature = "cuda")]
+
+#[path = "gpu/world.rs"]
+mod world;
+
+use unisono::{DType, ReduceOp};
+use unisono_core::device::Form;
+use world::{Case, Operation, World, devices};
+
+/// World sizes: all of them with one device as well, where ranks share it.
+const SIZES: [usize; 4] = [1, 2, 3, 5];
+
+fn for_worlds(test: impl Fn(usize, &[u32])) {
+    let devices = devices();
+    for ranks in SIZES.into_iter().chain((devices.len() > 5).then_some(devices.len())) {
+        if !devices.is_empty() {
+            test(ranks, &devices);
+        }
+    }
+}
+
+#[test]
+fn every_form_moves_and_reduces_every_kind_of_size() {
+    for_worlds(|ranks, devices| {
+        let mut forms: Vec<Option<Form>> =
+            Form::ALL.into_iter().filter(|form| *form != Form::Direct).map(Some).collect();
+        forms.push(None);
+        for form in forms {
+            let world = World::new(ranks, devices, |builder| match form {
+                Some(form) => builder.gpu_algorithm(form, 0),
+                None => builder,
+            });
+            for count in [0, 1, 5, 6, 7, 1000, 4096, 100_003, 1 << 20] {
+                for (is_in_place, offset) in [(false, 0), (true, 0), (false, 2)] {
+                    let case = Case {
+                        dtype: DType::BF16,
+                        op: ReduceOp::Sum,
+                        count,
+                        is_in_place,
+                        offset,
+                        ..Case::default()
+                    };
+                    world.check(&case, form);
+                    world.check(&Case { operation: Operation::Broadcast, root: ranks / 2, ..case }, form);
+                    world.check(&Case { operation: Operation::AllGather, ..case }, form);
+                }
+            }
+            world.barrier();
+            world.end();
+        }
+    });
+}
+
+#[test]
+fn every_dtype_and_reduction_has_the_bits_of_the_reference() {
+    for_worlds(|ranks, devices| {
+        if ranks != 3 {
+            return;
+        }
+        for form in [Form::OneShot, Form::TwoShot, Form::Bulk] {
+            let world = World::new(ranks, devices, |builder| builder.gpu_algorithm(form, 0));
+            for dtype in DType::ALL {
+                for op in ReduceOp::ALL {
+                    if unisono::reduce_op::check(dtype, op).is_ok() {
+                        let case = Case { dtype, op, count: 777, ..Case::default() };
+                        world.check(&case, Some(form));
+                    }
+                }
+            }
+            world.end();
+        }
+    });
+}
+
+#[test]
+fn epochs_that_wrap_clear_the_arenas_and_go_on() {
+    for_worlds(|ranks, devices| {
+        for epoch in [0x7fff_fffa, 0xffff_fffa] {
+            for form in [Form::OneShot, Form::Bulk, Form::Ring] {
+                let world =
+                    World::new(ranks, devices, |builder| builder.gpu_algorithm(form, 0).first_epoch(epoch));
+                for count in 0..12 {
+                    let case = Case { dtype: DType::I32, count: 100 * count, ..Case::default() };
+                    world.check(&case, Some(form));
+                }
+                world.end();
+            }
+        }
+    });
+}
+
+#[test]
+fn pinned_host_memory_serves_where_gpus_do_not_reach_each_other() {
+    for_worlds(|ranks, devices| {
+        for form in [Form::OneShot, Form::TwoShot, Form::Bulk, Form::Ring] {
+            let world =
+                World::new(ranks, devices, |builder| builder.gpu_algorithm(form, 0).peer_access(false));
+            for count in [1, 1000, 50_001, 300_000] {
+                let case = Case { dtype: DType::F32, count, ..Case::default() };
+                world.check(&case, Some(form));
+                world.check(&Case { operation: Operation::AllGather, ..case }, Some(form));
+                world.check(&Case { operation: Operation::Broadcast, root: ranks - 1, ..case }, Some(form));
+            }
+            world.end();
+        }
+    });
+}

@@ -1,0 +1,218 @@
+//! A world of ranks on GPUs, driven by one thread, and what a case gives in it.
+
+use unisono::cuda::{Device, DeviceBuffer, Stream as CudaStream};
+use unisono::{Builder, Call, Communicator, DType, Kind, Operations, Place, RawBuffer, ReduceOp, Stream};
+use unisono_core::device::Form;
+
+/// The devices of this machine; none, and said so, where there is none.
+pub(crate) fn devices() -> Vec<u32> {
+    match unisono::cuda::driver::device_count() {
+        Ok(count) => (0..count).collect(),
+        Err(error) => {
+            eprintln!("SKIPPED: {error}");
+            Vec::new()
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Operation {
+    AllReduce,
+    Broadcast,
+    AllGather,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Case {
+    pub(crate) operation: Operation,
+    pub(crate) dtype: DType,
+    pub(crate) op: ReduceOp,
+    pub(crate) count: usize,
+    pub(crate) root: usize,
+    pub(crate) is_in_place: bool,
+    /// Bytes by which buffers miss a line.
+    pub(crate) offset: usize,
+}
+
+impl Default for Case {
+    fn default() -> Self {
+        Self {
+            operation: Operation::AllReduce,
+            dtype: DType::F32,
+            op: ReduceOp::Sum,
+            count: 1,
+            root: 0,
+            is_in_place: false,
+            offset: 0,
+        }
+    }
+}
+
+pub(crate) struct World {
+    pub(crate) ranks: Vec<Communicator>,
+    pub(crate) streams: Vec<Stream>,
+    pub(crate) raw_streams: Vec<CudaStream>,
+    pub(crate) devices: Vec<Device>,
+}
+
+impl World {
+    /// Ranks that are dealt to `devices` in turn.
+    pub(crate) fn new(ranks: usize, devices: &[u32], configure: impl FnOnce(Builder) -> Builder) -> Self {
+        let chosen: Vec<u32> = (0..ranks).map(|rank| devices[rank % devices.len()]).collect();
+        let patience = Some(std::time::Duration::from_secs(20));
+        let builder = configure(Communicator::builder().timeout(patience));
+        let communicators = builder.local(&chosen).unwrap();
+        let devices: Vec<Device> = chosen.iter().map(|ordinal| Device::new(*ordinal).unwrap()).collect();
+        let raw_streams: Vec<_> = devices.iter().map(|device| CudaStream::new(device).unwrap()).collect();
+        let streams = raw_streams.iter().map(|stream| {
+            // SAFETY: the raw stream lies beside this one and lives as long.
+            unsafe { Stream::cuda(stream.raw(), stream.device().ordinal()) }.unwrap()
+        });
+        Self { streams: streams.collect(), ranks: communicators, raw_streams, devices }
+    }
+
+    /// Runs a case and compares every byte of every rank's output, those around it included.
+    pub(crate) fn check(&self, case: &Case, form: Option<Form>) {
+        let ranks = self.ranks.len();
+        let bytes = case.count * case.dtype.size();
+        let offset = case.offset.next_multiple_of(case.dtype.size());
+        let parts = if case.operation == Operation::AllGather { ranks } else { 1 };
+        let inputs: Vec<Vec<u8>> = (0..ranks).map(|rank| input(case, rank)).collect();
+        let expected = expected(case, &inputs, form, self);
+        let op = match case.op {
+            ReduceOp::PreMulSum(_) => |rank: usize| ReduceOp::PreMulSum(scalar(rank)),
+            _ => |_: usize| ReduceOp::Sum,
+        };
+        let mut memory = Vec::new();
+        for rank in 0..ranks {
+            let own = if case.operation == Operation::AllGather { rank * bytes } else { 0 };
+            let mut target = DeviceBuffer::new(&self.devices[rank], offset + bytes * parts + 64).unwrap();
+            target.write(0, &vec![0xa5; target.bytes()]).unwrap();
+            let mut source = DeviceBuffer::new(&self.devices[rank], offset + bytes + 64).unwrap();
+            source.write(0, &vec![0x5a; source.bytes()]).unwrap();
+            match case.is_in_place {
+                true => target.write(offset + own, &inputs[rank]).unwrap(),
+                false => source.write(offset, &inputs[rank]).unwrap(),
+            }
+            memory.push((source, target));
+        }
+        for (rank, (source, target)) in memory.iter().enumerate() {
+            let raw = |buffer: &DeviceBuffer, parts: usize| RawBuffer {
+                ptr: buffer.address() + offset as u64,
+                count: case.count * parts,
+                dtype: case.dtype,
+                place: Place::Cuda { ordinal: self.devices[rank].ordinal() },
+            };
+            let kind = match case.operation {
+                Operation::AllReduce if matches!(case.op, ReduceOp::PreMulSum(_)) => {
+                    Kind::AllReduce { op: op(rank) }
+                }
+                Operation::AllReduce => Kind::AllReduce { op: case.op },
+                Operation::Broadcast => Kind::Broadcast { root: case.root as u32 },
+                Operation::AllGather => Kind::AllGather,
+            };
+            let both = [raw(source, 1), raw(target, parts)];
+            let used = if case.is_in_place { &both[1..] } else { &both[..] };
+            // SAFETY: both buffers live until the streams were waited for, below.
+            let call = unsafe { Call::from_raw(kind, used, &[]) };
+            self.ranks[rank].on(&self.streams[rank]).submit(call).unwrap();
+        }
+        self.wait(&format!("{case:?} {form:?} of {ranks} ranks"));
+        for (rank, (_, target)) in memory.iter().enumerate() {
+            let mut got = vec![0; target.bytes()];
+            target.read(0, &mut got).unwrap();
+            let end = offset + bytes * parts;
+            let first = expected.iter().zip(&got[offset..end]).position(|(expected, got)| expected != got);
+            let place = first.map(|at| (at, expected[at], got[offset + at]));
+            assert_eq!(place, None, "{case:?} {form:?} on rank {rank} of {ranks}: byte, expected, got");
+            assert!(
+                got[..offset].iter().chain(&got[end..]).all(|byte| *byte == 0xa5),
+                "{case:?} {form:?}: outside"
+            );
+        }
+    }
+
+    pub(crate) fn barrier(&self) {
+        for (rank, stream) in self.ranks.iter().zip(&self.streams) {
+            rank.on(stream).barrier().unwrap();
+        }
+        self.wait("barrier");
+    }
+
+    fn wait(&self, what: &str) {
+        self.raw_streams.iter().for_each(|stream| stream.synchronize().unwrap());
+        for rank in &self.ranks {
+            rank.check().unwrap_or_else(|error| panic!("{what}: {error}"));
+        }
+    }
+
+    /// Ends all communicators together.
+    pub(crate) fn end(self) {
+        std::thread::scope(|scope| {
+            let ends: Vec<_> = self.ranks.into_iter().map(|rank| scope.spawn(|| rank.destroy())).collect();
+            ends.into_iter().for_each(|end| end.join().unwrap().unwrap());
+        });
+    }
+}
+
+/// The scalar of a rank in pre-multiplied sums.
+fn scalar(rank: usize) -> f64 {
+    0.75 + rank as f64 * 1.5
+}
+
+/// Random bits: every pattern of every dtype comes, NaN and subnormals too.
+fn input(case: &Case, rank: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64.wrapping_mul(rank as u64 + 1) ^ case.count as u64;
+    let mut bytes = Vec::with_capacity(case.count * case.dtype.size() + 8);
+    while bytes.len() < case.count * case.dtype.size() {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (state ^ state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        bytes.extend((mixed ^ mixed >> 31).to_le_bytes());
+    }
+    bytes.truncate(case.count * case.dtype.size());
+    bytes
+}
+
+fn expected(case: &Case, inputs: &[Vec<u8>], form: Option<Form>, world: &World) -> Vec<u8> {
+    match case.operation {
+        Operation::Broadcast => inputs[case.root].clone(),
+        Operation::AllGather => inputs.concat(),
+        Operation::AllReduce => {
+            let kind = Kind::AllReduce { op: case.op };
+            let bytes = inputs[0].len();
+            let taken = world.ranks[0].gpu_choice(kind, bytes, case.dtype.size()).map(|launch| launch.form);
+            if bytes > 0 && taken == Some(Form::Ring) {
+                return ring(case, inputs);
+            }
+            assert!(
+                form.is_none() || inputs.len() == 1 || bytes == 0 || taken == form || bytes > 1 << 20,
+                "{taken:?} {form:?}"
+            );
+            reduce(case, &inputs.iter().map(Vec::as_slice).collect::<Vec<_>>())
+        }
+    }
+}
+
+fn reduce(case: &Case, inputs: &[&[u8]]) -> Vec<u8> {
+    let scalars: Vec<f64> = (0..inputs.len()).map(scalar).collect();
+    let mut output = vec![0; inputs[0].len()];
+    unisono::reduce_op::reference(case.dtype, case.op, inputs, &scalars, &mut output).unwrap();
+    output
+}
+
+/// Shard p starts at rank p + 1, and each rank adds its own to what it got.
+fn ring(case: &Case, inputs: &[Vec<u8>]) -> Vec<u8> {
+    let (ranks, bytes) = (inputs.len(), inputs[0].len());
+    let shard = bytes.div_ceil(16).div_ceil(ranks) * 16;
+    let mut output = Vec::with_capacity(bytes);
+    for owner in 0..ranks {
+        let (begin, end) = ((owner * shard).min(bytes), ((owner + 1) * shard).min(bytes));
+        let mut partial = inputs[(owner + 1) % ranks][begin..end].to_vec();
+        for hop in 2..=ranks {
+            partial = reduce(case, &[&partial, &inputs[(owner + hop) % ranks][begin..end]]);
+        }
+        output.extend(partial);
+    }
+    output
+}
