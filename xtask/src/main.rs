@@ -7,6 +7,7 @@ mod arrows;
 mod count;
 mod faults;
 mod fuzz;
+mod kernels;
 mod lex;
 mod rules;
 mod sabotage;
@@ -21,6 +22,7 @@ Usage: cargo xtask TASK
 
   test   tidy, the test suite, doc tests, the build without features, loom models, documentation
   tidy   the house rules alone
+  nvrtc  fetches the compiler of kernels into target/nvrtc, as test does, unless UNISONO_NVRTC names one
   faults [--scale N] [FILTER]
          a campaign of the fault tests, in release, N times (10) as long as in the suite
   fuzz [TARGET] [--time 60s | --executions N]
@@ -34,6 +36,7 @@ fn main() -> ExitCode {
     let passed = match words.as_slice() {
         ["test"] => test::run(&root()),
         ["tidy"] => tidy::run(&root()),
+        ["nvrtc"] => kernels::provide(&root()),
         ["faults", words @ ..] if let Some(campaign) = faults::Campaign::parse(words) => {
             campaign.run(&root())
         }

@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::count::{self, Count};
-use crate::tidy;
+use crate::{kernels, tidy};
 
 /// What was done, and how it went.
 struct Report {
@@ -28,10 +28,17 @@ pub(crate) fn run(root: &Path) -> bool {
         let install = cargo(root, &["install", "cargo-nextest", "--locked"]);
         reports.push(step("cargo install cargo-nextest: it is missing", || execute(install, count::nextest)));
     }
-    let suite = cargo(root, &["nextest", "run", "--workspace", "--no-fail-fast"]);
+    if kernels::is_missing(root) {
+        let provide = || (kernels::provide(root), Count::default());
+        reports.push(step("NVRTC, which kernels are compiled with: it is missing", provide));
+    }
+    let mut suite = cargo(root, &["nextest", "run", "--workspace", "--no-fail-fast"]);
+    suite.envs(kernels::environment(root));
     reports.push(step("cargo nextest: the test suite", || execute(suite, count::nextest)));
+    let mut examples = cargo(root, &["test", "--doc", "--workspace", "--no-fail-fast"]);
+    examples.envs(kernels::environment(root));
     let mut commands = vec![
-        ("cargo test --doc: the examples", cargo(root, &["test", "--doc", "--workspace", "--no-fail-fast"])),
+        ("cargo test --doc: the examples", examples),
         ("cargo check: without features", cargo(root, &["check", "-p", "unisono", "--no-default-features"])),
     ];
     if root.join("crates/sync/tests/loom.rs").exists() {

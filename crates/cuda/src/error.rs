@@ -51,6 +51,12 @@ pub enum Error {
         /// What the compiler says.
         log: String,
     },
+    /// Bytes that should be machine code for a GPU are not.
+    #[error("this is no whole CUBIN: {reason}")]
+    NoCubin {
+        /// What is wrong with them.
+        reason: String,
+    },
     /// A library has not the function that is needed.
     #[error("{library} is too old: it has no {symbol}")]
     TooOld {
