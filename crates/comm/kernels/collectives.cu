@@ -1,6 +1,6 @@
 // The kernels of one world size: compiled once for each reduction (DTYPE and OP), and once for what only moves bytes.
 //
-// RANKS, HOST_PACKETS and either REDUCE with DTYPE and OP, or not, are defined by the host. Every grid is the blocks that move
+// RANKS, HOST_PACKETS and either REDUCE (with CALL_DTYPE and CALL_OP) are defined by the host. Every grid is the blocks that move
 // data and one more, which exchanges headers.
 
 #include "bulk.cuh"
@@ -22,11 +22,11 @@
   }
 
 #if REDUCE
-KERNEL(all_reduce_one_shot, 512, (one_shot<ALL_REDUCE, DTYPE, OP>))
-KERNEL(all_reduce_two_shot, 512, (two_shot<ALL_REDUCE, DTYPE, OP>))
-KERNEL(all_reduce_bulk, 512, (bulk<ALL_REDUCE, DTYPE, OP>))
-KERNEL(all_reduce_direct, 512, (direct<ALL_REDUCE, DTYPE, OP>))
-KERNEL(all_reduce_ring, 512, (ring<ALL_REDUCE, DTYPE, OP>))
+KERNEL(all_reduce_one_shot, 512, (one_shot<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
+KERNEL(all_reduce_two_shot, 512, (two_shot<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
+KERNEL(all_reduce_bulk, 512, (bulk<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
+KERNEL(all_reduce_direct, 512, (direct<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
+KERNEL(all_reduce_ring, 512, (ring<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
 #else
 // Bytes, whatever they mean.
 KERNEL(broadcast_one_shot, 512, (one_shot<BROADCAST, U8, SUM>))

@@ -73,8 +73,8 @@ pub fn source(layout: &ArenaLayout, purpose: Purpose) -> Source {
         Purpose::Copies => vec![("REDUCE", "0".to_owned())],
         Purpose::Reduce(dtype, op) => vec![
             ("REDUCE", "1".to_owned()),
-            ("DTYPE", format!("DType({})", dtype.code())),
-            ("OP", format!("Op({op})")),
+            ("CALL_DTYPE", format!("DType({})", dtype.code())),
+            ("CALL_OP", format!("Op({op})")),
         ],
     };
     Source { name: "collectives.cu", text: COLLECTIVES, headers, definitions }
@@ -236,7 +236,7 @@ mod tests {
         assert_eq!(all.len(), 1 + 109, "{}", all.len());
         let layout = ArenaLayout::new(4, Link::Device);
         let bf16 = source(&layout, Purpose::reduce(DType::BF16, ReduceOp::Sum));
-        assert!(bf16.definitions.contains(&("DTYPE", "DType(10)".to_owned())));
+        assert!(bf16.definitions.contains(&("CALL_DTYPE", "DType(10)".to_owned())));
         assert!(
             bf16.headers
                 .iter()
