@@ -56,6 +56,29 @@ __device__ __forceinline__ void store_words(u8* at, u64 rest, const u32* words) 
   }
 }
 
+// How many vectors of each of `sides` ranks a thread has under way at once: the latency of memory is hidden by bytes in flight,
+// and there are 128 registers. Buffers that lie badly take their time.
+template <bool WIDE, int SIDES>
+constexpr int TOGETHER = !WIDE ? 1 : SIDES <= 1 ? 8 : SIDES <= 2 ? 4 : SIDES <= 4 ? 2 : 1;
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// Calls `body(Count<N>, v)` for the vectors v, v + blockDim, … (N of them) until all of [begin, end) are done, by the threads
+// of this block.
+template <int N, class Body>
+__device__ __forceinline__ void for_vectors(u64 begin, u64 end, u64 first, u64 step, Body body) {
+  u64 v = begin + first;
+  for (; v + (N - 1) * step < end; v += N * step) body(Count<N>{}, v);
+  if constexpr (N > 1) {
+    for (; v < end; v += step) body(Count<1>{}, v);
+  }
+}
+
+__device__ __forceinline__ u32 peer_behind(u32 me, u32 k) { return me + k < RANKS ? me + k : me + k - RANKS; }
+
 // A vector of 16 bytes. WIDE: the buffer lies on 16 bytes.
 template <bool WIDE>
 __device__ __forceinline__ uint4 load_vector(const u8* at, u64 rest) {

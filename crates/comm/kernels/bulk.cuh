@@ -24,7 +24,6 @@ struct Tiles {
   u64 bytes;    // of the part
   u64 vectors;  // of a shard
   u32 tile;     // vectors of a tile
-  u32 area;     // bytes of one source's tiles in one buffer
 
   // The vectors [begin, end) of a shard that this block moves in round `round`.
   __device__ __forceinline__ u64 begin(u32 round) const { return (u64(round) * workers() + blockIdx.x) * tile; }
@@ -50,7 +49,7 @@ __device__ __forceinline__ uint4* scratch_of(const Args& args, u32 rank, u64 at)
 template <int KIND, int DTYPE, int OP, bool WIDE>
 __device__ __forceinline__ bool bulk_shards(const Args& args, const Entry& entry) {
   const u32 me = args.rank;
-  Tiles tiles = {args.bytes, ((args.bytes + 15) / 16 + RANKS - 1) / RANKS, args.tile, 0};
+  Tiles tiles = {args.bytes, ((args.bytes + 15) / 16 + RANKS - 1) / RANKS, args.tile};
   const u8* source = args.sources[me];
   u8* target = args.targets[me];
   const u32 rounds = tiles.rounds();
@@ -63,19 +62,24 @@ __device__ __forceinline__ bool bulk_shards(const Args& args, const Entry& entry
       const u64 begin = tiles.begin(t), end = tiles.end(t);
       if (KIND != BROADCAST || me == args.root) {
         const u64 at = tiles.at(entry.epoch, t % 3, me);
-        for (u64 v = begin + threadIdx.x; v < end; v += blockDim.x) {
-          uint4 values[RANKS];
+        for_vectors<TOGETHER<WIDE, RANKS - 1>>(begin, end, threadIdx.x, blockDim.x, [&](auto count, u64 v) {
+          uint4 values[decltype(count)::value][RANKS];
 #pragma unroll
-          for (u32 k = 1; k < RANKS; k++) {
-            u64 vector = (me + k < RANKS ? me + k : me + k - RANKS) * tiles.vectors + v;
-            values[k] = load_vector<WIDE>(source + vector * 16, rest(vector));
+          for (int i = 0; i < decltype(count)::value; i++) {
+#pragma unroll
+            for (u32 k = 1; k < RANKS; k++) {
+              u64 vector = peer_behind(me, k) * tiles.vectors + v + i * blockDim.x;
+              values[i][k] = load_vector<WIDE>(source + vector * 16, rest(vector));
+            }
           }
 #pragma unroll
-          for (u32 k = 1; k < RANKS; k++) {
-            u32 peer = me + k < RANKS ? me + k : me + k - RANKS;
-            scratch_of(args, peer, at)[v - begin] = values[k];
+          for (int i = 0; i < decltype(count)::value; i++) {
+#pragma unroll
+            for (u32 k = 1; k < RANKS; k++) {
+              scratch_of(args, peer_behind(me, k), at)[v - begin + i * blockDim.x] = values[i][k];
+            }
           }
-        }
+        });
       }
       announce(args, entry, 0, t);
     }
@@ -84,48 +88,68 @@ __device__ __forceinline__ bool bulk_shards(const Args& args, const Entry& entry
       if (!await(args, entry, 0, round)) return false;
       const u64 begin = tiles.begin(round), end = tiles.end(round);
       const u64 at = tiles.at(entry.epoch, 3 + round % 3, me);
-      for (u64 v = begin + threadIdx.x; v < end; v += blockDim.x) {
-        const u64 vector = me * tiles.vectors + v;
-        uint4 result;
+      for_vectors<TOGETHER<WIDE, RANKS>>(begin, end, threadIdx.x, blockDim.x, [&](auto count, u64 v) {
+        constexpr int N = decltype(count)::value;
+        uint4 results[N];
         if constexpr (KIND == ALL_REDUCE) {
-          uint4 inputs[RANKS];
+          uint4 inputs[N][RANKS];
 #pragma unroll
-          for (int rank = 0; rank < RANKS; rank++) {
-            const uint4* slot = scratch_of(args, me, tiles.at(entry.epoch, round % 3, rank));
-            if (rank == me) inputs[rank] = load_vector<WIDE>(source + vector * 16, rest(vector));
-            else inputs[rank] = slot[v - begin];
+          for (int i = 0; i < N; i++) {
+            const u64 vector = me * tiles.vectors + v + i * blockDim.x;
+#pragma unroll
+            for (int rank = 0; rank < RANKS; rank++) {
+              const uint4* slot = scratch_of(args, me, tiles.at(entry.epoch, round % 3, rank));
+              if (rank == me) inputs[i][rank] = load_vector<WIDE>(source + vector * 16, rest(vector));
+              else inputs[i][rank] = slot[v - begin + i * blockDim.x];
+            }
           }
-          result = reduce_vectors<DTYPE, OP>(inputs, scalars);
-        } else if (me == args.root) {
-          result = load_vector<WIDE>(source + vector * 16, rest(vector));
+#pragma unroll
+          for (int i = 0; i < N; i++) results[i] = reduce_vectors<DTYPE, OP>(inputs[i], scalars);
         } else {
-          result = scratch_of(args, me, tiles.at(entry.epoch, round % 3, args.root))[v - begin];
+          const uint4* slot = scratch_of(args, me, tiles.at(entry.epoch, round % 3, args.root));
+#pragma unroll
+          for (int i = 0; i < N; i++) {
+            const u64 vector = me * tiles.vectors + v + i * blockDim.x;
+            if (me == args.root) results[i] = load_vector<WIDE>(source + vector * 16, rest(vector));
+            else results[i] = slot[v - begin + i * blockDim.x];
+          }
         }
 #pragma unroll
-        for (u32 k = 1; k < RANKS; k++) {
-          u32 peer = me + k < RANKS ? me + k : me + k - RANKS;
-          scratch_of(args, peer, at)[v - begin] = result;
+        for (int i = 0; i < N; i++) {
+          const u64 vector = me * tiles.vectors + v + i * blockDim.x;
+#pragma unroll
+          for (u32 k = 1; k < RANKS; k++) {
+            scratch_of(args, peer_behind(me, k), at)[v - begin + i * blockDim.x] = results[i];
+          }
+          store_vector<WIDE>(target + vector * 16, rest(vector), results[i]);
         }
-        store_vector<WIDE>(target + vector * 16, rest(vector), result);
-      }
+      });
       announce(args, entry, 1, round);
     }
     if (t >= 2) {
       const u32 round = t - 2;
       if (!await(args, entry, 1, round)) return false;
       const u64 begin = tiles.begin(round), end = tiles.end(round);
-      for (u64 v = begin + threadIdx.x; v < end; v += blockDim.x) {
-        uint4 values[RANKS];
+      for_vectors<TOGETHER<WIDE, RANKS - 1>>(begin, end, threadIdx.x, blockDim.x, [&](auto count, u64 v) {
+        constexpr int N = decltype(count)::value;
+        uint4 values[N][RANKS];
 #pragma unroll
-        for (u32 rank = 0; rank < RANKS; rank++) {
-          if (rank != me) values[rank] = scratch_of(args, me, tiles.at(entry.epoch, 3 + round % 3, rank))[v - begin];
+        for (int i = 0; i < N; i++) {
+#pragma unroll
+          for (u32 rank = 0; rank < RANKS; rank++) {
+            const uint4* slot = scratch_of(args, me, tiles.at(entry.epoch, 3 + round % 3, rank));
+            if (rank != me) values[i][rank] = slot[v - begin + i * blockDim.x];
+          }
         }
 #pragma unroll
-        for (u32 rank = 0; rank < RANKS; rank++) {
-          const u64 vector = rank * tiles.vectors + v;
-          if (rank != me) store_vector<WIDE>(target + vector * 16, rest(vector), values[rank]);
+        for (int i = 0; i < N; i++) {
+#pragma unroll
+          for (u32 rank = 0; rank < RANKS; rank++) {
+            const u64 vector = rank * tiles.vectors + v + i * blockDim.x;
+            if (rank != me) store_vector<WIDE>(target + vector * 16, rest(vector), values[i][rank]);
+          }
         }
-      }
+      });
     }
   }
   return true;
@@ -135,7 +159,7 @@ __device__ __forceinline__ bool bulk_shards(const Args& args, const Entry& entry
 template <bool WIDE>
 __device__ __forceinline__ bool bulk_gather(const Args& args, const Entry& entry) {
   const u32 me = args.rank;
-  Tiles tiles = {args.bytes, (args.bytes + 15) / 16, args.tile, 0};
+  Tiles tiles = {args.bytes, (args.bytes + 15) / 16, args.tile};
   const u8* source = args.sources[me];
   u8* target = args.targets[me];
   const u32 rounds = tiles.rounds();
@@ -144,32 +168,48 @@ __device__ __forceinline__ bool bulk_gather(const Args& args, const Entry& entry
   for (u32 t = 0; t < rounds + 1; t++) {
     if (t < rounds) {
       const u64 begin = tiles.begin(t), end = tiles.end(t), at = tiles.at(entry.epoch, t % 4, me);
-      for (u64 v = begin + threadIdx.x; v < end; v += blockDim.x) {
-        uint4 value = load_vector<WIDE>(source + v * 16, rest(v));
+      for_vectors<TOGETHER<WIDE, 1>>(begin, end, threadIdx.x, blockDim.x, [&](auto count, u64 v) {
+        constexpr int N = decltype(count)::value;
+        uint4 values[N];
 #pragma unroll
-        for (u32 k = 1; k < RANKS; k++) {
-          u32 peer = me + k < RANKS ? me + k : me + k - RANKS;
-          scratch_of(args, peer, at)[v - begin] = value;
+        for (int i = 0; i < N; i++) {
+          const u64 vector = v + i * blockDim.x;
+          values[i] = load_vector<WIDE>(source + vector * 16, rest(vector));
         }
-        if (!args.is_same) store_vector<WIDE>(target + me * args.bytes + v * 16, rest(v), value);
-      }
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+          const u64 vector = v + i * blockDim.x;
+#pragma unroll
+          for (u32 k = 1; k < RANKS; k++) scratch_of(args, peer_behind(me, k), at)[vector - begin] = values[i];
+          if (!args.is_same) store_vector<WIDE>(target + me * args.bytes + vector * 16, rest(vector), values[i]);
+        }
+      });
       announce(args, entry, 1, t);
     }
     if (t >= 1) {
       const u32 round = t - 1;
       if (!await(args, entry, 1, round)) return false;
       const u64 begin = tiles.begin(round), end = tiles.end(round);
-      for (u64 v = begin + threadIdx.x; v < end; v += blockDim.x) {
-        uint4 values[RANKS];
+      for_vectors<TOGETHER<WIDE, RANKS - 1>>(begin, end, threadIdx.x, blockDim.x, [&](auto count, u64 v) {
+        constexpr int N = decltype(count)::value;
+        uint4 values[N][RANKS];
 #pragma unroll
-        for (u32 rank = 0; rank < RANKS; rank++) {
-          if (rank != me) values[rank] = scratch_of(args, me, tiles.at(entry.epoch, round % 4, rank))[v - begin];
+        for (int i = 0; i < N; i++) {
+#pragma unroll
+          for (u32 rank = 0; rank < RANKS; rank++) {
+            const uint4* slot = scratch_of(args, me, tiles.at(entry.epoch, round % 4, rank));
+            if (rank != me) values[i][rank] = slot[v - begin + i * blockDim.x];
+          }
         }
 #pragma unroll
-        for (u32 rank = 0; rank < RANKS; rank++) {
-          if (rank != me) store_vector<WIDE>(target + rank * args.bytes + v * 16, rest(v), values[rank]);
+        for (int i = 0; i < N; i++) {
+#pragma unroll
+          for (u32 rank = 0; rank < RANKS; rank++) {
+            const u64 vector = v + i * blockDim.x;
+            if (rank != me) store_vector<WIDE>(target + rank * args.bytes + vector * 16, rest(vector), values[i][rank]);
+          }
         }
-      }
+      });
     }
   }
   return true;

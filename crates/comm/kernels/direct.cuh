@@ -17,25 +17,43 @@ __device__ __forceinline__ void direct_shard(const Args& args, const f64* scalar
   const u64 base = KIND == ALL_GATHER ? 0 : me * vectors;
   const u64 end = base + vectors < all ? base + vectors : all;
   const u64 step = u64(workers()) * blockDim.x;
-  for (u64 v = base + u64(blockIdx.x) * blockDim.x + threadIdx.x; v < end; v += step) {
-    const u64 rest = args.bytes - v * 16;
-    uint4 result;
+  const u64 first = u64(blockIdx.x) * blockDim.x + threadIdx.x;
+  for_vectors<TOGETHER<WIDE, KIND == ALL_REDUCE ? RANKS : 1>>(base, end, first, step, [&](auto count, u64 v) {
+    constexpr int N = decltype(count)::value;
+    uint4 results[N];
     if constexpr (KIND == ALL_REDUCE) {
-      uint4 inputs[RANKS];
+      uint4 inputs[N][RANKS];
 #pragma unroll
-      for (int rank = 0; rank < RANKS; rank++) inputs[rank] = load_vector<WIDE>(args.sources[rank] + v * 16, rest);
-      result = reduce_vectors<DTYPE, OP>(inputs, scalars);
+      for (int i = 0; i < N; i++) {
+        const u64 vector = v + i * step, rest = args.bytes - vector * 16;
+#pragma unroll
+        for (int rank = 0; rank < RANKS; rank++) {
+          inputs[i][rank] = load_vector<WIDE>(args.sources[rank] + vector * 16, rest);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < N; i++) results[i] = reduce_vectors<DTYPE, OP>(inputs[i], scalars);
     } else {
-      result = load_vector<WIDE>(args.sources[KIND == BROADCAST ? args.root : me] + v * 16, rest);
+      const u8* source = args.sources[KIND == BROADCAST ? args.root : me];
+#pragma unroll
+      for (int i = 0; i < N; i++) {
+        const u64 vector = v + i * step;
+        results[i] = load_vector<WIDE>(source + vector * 16, args.bytes - vector * 16);
+      }
     }
     const u64 offset = KIND == ALL_GATHER ? me * args.bytes : 0;
 #pragma unroll
-    for (u32 k = 0; k < RANKS; k++) {
-      u32 peer = me + k < RANKS ? me + k : me + k - RANKS;
-      bool has_it = KIND == ALL_GATHER ? peer == me && args.is_same : KIND == BROADCAST && peer == args.root && args.is_same;
-      if (!has_it) store_vector<WIDE>(args.targets[peer] + offset + v * 16, rest, result);
+    for (int i = 0; i < N; i++) {
+      const u64 vector = v + i * step, rest = args.bytes - vector * 16;
+#pragma unroll
+      for (u32 k = 0; k < RANKS; k++) {
+        u32 peer = peer_behind(me, k);
+        bool is_own = peer == (KIND == BROADCAST ? args.root : me);
+        bool has_it = KIND != ALL_REDUCE && is_own && args.is_same;
+        if (!has_it) store_vector<WIDE>(args.targets[peer] + offset + vector * 16, rest, results[i]);
+      }
     }
-  }
+  });
 }
 
 template <int KIND, int DTYPE, int OP>

@@ -98,7 +98,7 @@ __device__ __forceinline__ bool one_shot(const Args& args, const Entry& entry) {
       u64 at = half + me * slot_bytes + i * UNIT_STRIDE;
 #pragma unroll
       for (u32 k = 1; k < RANKS; k++) {
-        u32 peer = me + k < RANKS ? me + k : me + k - RANKS;
+        u32 peer = peer_behind(me, k);
         put_unit<U::PACKETS>(args.arenas[peer] + at, own, epoch);
       }
     }

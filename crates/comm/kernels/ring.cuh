@@ -43,17 +43,24 @@ struct Ring {
     if (!__syncthreads_and(is_free)) return false;
     const uint4* from = scratch_of(args, args.rank, slot(received));
     uint4* to = scratch_of(args, next, slot(sent));
-    for (u32 v = threadIdx.x; v < count; v += blockDim.x) {
-      const u64 left = rest > u64(v) * 16 ? rest - u64(v) * 16 : 0;
-      uint4 value;
-      if (RECEIVE) value = from[v];
-      if (!RECEIVE || ADD) {
-        uint4 mine = load_vector<WIDE>(own + u64(v) * 16, left);
-        value = combine<RECEIVE, ADD, FINISH>(value, mine, scalar);
+    for_vectors<TOGETHER<WIDE, ADD ? 2 : 1>>(0, count, threadIdx.x, blockDim.x, [&](auto together, u64 v) {
+      constexpr int N = decltype(together)::value;
+      uint4 values[N], mine[N];
+      auto left = [&](u64 vector) { return rest > vector * 16 ? rest - vector * 16 : 0; };
+#pragma unroll
+      for (int i = 0; i < N; i++) {
+        const u64 vector = v + i * blockDim.x;
+        if (RECEIVE) values[i] = from[vector];
+        if (!RECEIVE || ADD) mine[i] = load_vector<WIDE>(own + vector * 16, left(vector));
       }
-      if (SEND) to[v] = value;
-      if (out != nullptr) store_vector<WIDE>(out + u64(v) * 16, left, value);
-    }
+#pragma unroll
+      for (int i = 0; i < N; i++) {
+        const u64 vector = v + i * blockDim.x;
+        if (!RECEIVE || ADD) values[i] = combine<RECEIVE, ADD, FINISH>(values[i], mine[i], scalar);
+        if (SEND) to[vector] = values[i];
+        if (out != nullptr) store_vector<WIDE>(out + vector * 16, left(vector), values[i]);
+      }
+    });
     __syncthreads();
     if (threadIdx.x == 0) {
       // SYNC: what a block stored for step j, and that it read what was there, is visible after its flag of step j.

@@ -25,7 +25,7 @@ __device__ __forceinline__ bool two_shot(const Args& args, const Entry& entry) {
     for (u64 i = first; i < shard; i += step) {
 #pragma unroll
       for (u32 k = 1; k < RANKS; k++) {
-        u32 peer = me + k < RANKS ? me + k : me + k - RANKS;
+        u32 peer = peer_behind(me, k);
         u64 unit = peer * shard + i;
         if (unit >= units) continue;
         u32 own[U::WORDS];
@@ -57,7 +57,7 @@ __device__ __forceinline__ bool two_shot(const Args& args, const Entry& entry) {
     }
 #pragma unroll
     for (u32 k = 1; k < RANKS; k++) {
-      u32 peer = me + k < RANKS ? me + k : me + k - RANKS;
+      u32 peer = peer_behind(me, k);
       put_unit<U::PACKETS>(args.arenas[peer] + second + me * slot_bytes + i * UNIT_STRIDE, result, epoch);
     }
     store_words<U::WORDS>(target + at, bytes - at, result);

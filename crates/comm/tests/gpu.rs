@@ -5,7 +5,7 @@
 #[path = "gpu/world.rs"]
 mod world;
 
-use unisono::{DType, ReduceOp};
+use unisono::{Builder, DType, ReduceOp};
 use unisono_core::device::Form;
 use world::{Case, Operation, World, devices};
 
@@ -53,6 +53,11 @@ fn every_form_moves_and_reduces_every_kind_of_size() {
     });
 }
 
+fn pairs() -> impl Iterator<Item = (DType, ReduceOp)> {
+    let all = DType::ALL.into_iter().flat_map(|dtype| ReduceOp::ALL.map(|op| (dtype, op)));
+    all.filter(|(dtype, op)| unisono::reduce_op::check(*dtype, *op).is_ok())
+}
+
 #[test]
 fn every_dtype_and_reduction_has_the_bits_of_the_reference() {
     for_worlds(|ranks, devices| {
@@ -60,14 +65,14 @@ fn every_dtype_and_reduction_has_the_bits_of_the_reference() {
             return;
         }
         for form in [Form::OneShot, Form::TwoShot, Form::Bulk] {
-            let world = World::new(ranks, devices, |builder| builder.gpu_algorithm(form, 0));
-            for dtype in DType::ALL {
-                for op in ReduceOp::ALL {
-                    if unisono::reduce_op::check(dtype, op).is_ok() {
-                        let case = Case { dtype, op, count: 777, ..Case::default() };
-                        world.check(&case, Some(form));
-                    }
-                }
+            let all = |builder: Builder| {
+                pairs().fold(builder.gpu_algorithm(form, 0), |builder, (dtype, op)| {
+                    builder.prepare(dtype, op).unwrap()
+                })
+            };
+            let world = World::new(ranks, devices, all);
+            for (dtype, op) in pairs() {
+                world.check(&Case { dtype, op, count: 777, ..Case::default() }, Some(form));
             }
             world.end();
         }

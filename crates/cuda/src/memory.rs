@@ -169,6 +169,23 @@ impl SharedPages {
         &self.device
     }
 
+    /// Writes `data` at byte `at` and waits for it.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    ///
+    /// # Panics
+    /// If it does not fit.
+    pub fn write(&self, at: usize, data: &[u8]) -> Result<()> {
+        assert!(at + data.len() <= self.bytes, "{} bytes at {at} of {}", data.len(), self.bytes);
+        let _current = self.device.enter()?;
+        // SAFETY: both sides are as long as the data. Whoever shares the pages does not know them yet, or does not mind.
+        let result =
+            unsafe { sys::cuMemcpyHtoD_v2(self.address + at as u64, data.as_ptr().cast(), data.len()) };
+        check("cuMemcpyHtoD", self.device.ordinal(), result)?;
+        self.device.synchronize()
+    }
+
     /// Fills them and waits for it.
     ///
     /// # Errors

@@ -29,6 +29,21 @@ const WHO: &str = "rank 3 (host gpu07, pid 4121)";
 const STORE: &str = "tcp://10.0.0.5:29500";
 
 sentences! {
+    Cuda: Error::Cuda {
+        rank: 3,
+        error: unisono_cuda::Error::NoSuchDevice { ordinal: 8, count: 2 },
+    } => "rank 3: there is no cuda:8; this process sees 2 devices";
+    Device: Error::Device { rank: 3, reason: "rank 1 could not make its arena".into() }
+        => "rank 3 cannot work on its GPU: rank 1 could not make its arena";
+    NoPeerAccess: Error::NoPeerAccess { rank: 3, reason: "cuda:0 does not reach cuda:1".into() }
+        => "UNISONO_REQUIRE=nvlink, but on rank 3 cuda:0 does not reach cuda:1. Without it, the GPUs would meet in pinned \
+            host memory.";
+    NotPrepared: Error::NotPrepared { call: "all_reduce", rank: 3, what: "i8, 5, max".into() }
+        => "all_reduce on rank 3 (i8, 5, max) was captured before its kernels were loaded. Name it to Builder::prepare, or \
+            run it once before.";
+    ConcurrentUse: Error::ConcurrentUse { rank: 3 }
+        => "rank 3 found two calls of one communicator on its GPU at once. Order the streams, or the branches and \
+            launches of graphs, or use two communicators.";
     Core: Error::Core(unisono_core::Error::UnknownName { kind: "dtype", got: "float7".into() })
         => "`float7` is not a known dtype";
     Node: Error::Node(unisono_node::Error::PeerLost { rank: 3, pid: 4121, lost: unisono_node::Lost::SocketClosed })

@@ -32,10 +32,18 @@ impl Arenas {
         }
     }
 
-    /// An arena in the memory of `device`, clear.
-    pub(crate) fn create(device: &Device, layout: &ArenaLayout) -> unisono_cuda::Result<Arc<SharedPages>> {
+    /// An arena in the memory of `device`, clear, for epochs that begin behind `epoch`.
+    pub(crate) fn create(
+        device: &Device,
+        layout: &ArenaLayout,
+        epoch: u32,
+    ) -> unisono_cuda::Result<Arc<SharedPages>> {
         let pages = SharedPages::create(device, layout.total_bytes(), Location::Device)?;
         pages.fill(0)?;
+        if epoch != 0 {
+            let flags = layout.flags();
+            pages.write(flags.offset, &(u64::from(epoch) << 32).to_le_bytes().repeat(flags.bytes / 8))?;
+        }
         Ok(Arc::new(pages))
     }
 

@@ -102,7 +102,7 @@ impl Attachment<'_> {
         let rank = self.communicator.rank();
         let failed = |error| Error::Cuda { rank, error };
         let layout = ArenaLayout::new(self.devices.len(), Link::Device);
-        let ours = Arenas::create(self.device, &layout);
+        let ours = Arenas::create(self.device, &layout, self.extra.epoch);
         let export = ours.as_ref().map_err(Clone::clone).and_then(|pages| pages.export());
         let is_aborted = || self.communicator.control.abort().raised().is_some();
         let neighbours = &self.communicator.neighbours;
@@ -161,7 +161,7 @@ pub(crate) fn attach_local(
     match link {
         Link::Device => {
             for (rank, device) in devices.iter().enumerate() {
-                let arena = Arenas::create(device, &layout).map_err(failed(rank))?;
+                let arena = Arenas::create(device, &layout, extra.epoch).map_err(failed(rank))?;
                 for peer in devices.iter().filter(|peer| *peer != device) {
                     arena.allow(peer).map_err(failed(rank))?;
                 }

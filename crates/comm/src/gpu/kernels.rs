@@ -163,19 +163,24 @@ impl Kernels {
         ranks: usize,
         purposes: &[Purpose],
     ) -> Result<Self> {
-        let load = |purpose: Purpose| loaded(device, layout, ranks, purpose);
         let mut all: Vec<Purpose> = vec![Purpose::Copies];
         all.extend(purposes.iter().filter(|purpose| **purpose != Purpose::Copies));
-        let results: Vec<Result<Arc<Loaded>>> = std::thread::scope(|scope| {
-            let threads: Vec<_> = all.iter().map(|purpose| scope.spawn(|| load(*purpose))).collect();
-            threads
-                .into_iter()
-                .map(|thread| thread.join().unwrap_or_else(|cause| std::panic::resume_unwind(cause)))
-                .collect()
+        let workers = std::thread::available_parallelism().map_or(1, usize::from).min(all.len());
+        let load = |worker: usize| {
+            let share = all.iter().skip(worker).step_by(workers);
+            share.map(|purpose| Ok((*purpose, loaded(device, layout, ranks, *purpose)?))).collect()
+        };
+        let shares: Vec<Result<Vec<(Purpose, Arc<Loaded>)>>> = std::thread::scope(|scope| {
+            let load = &load;
+            let threads: Vec<_> = (0..workers).map(|worker| scope.spawn(move || load(worker))).collect();
+            let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {
+                thread.join().unwrap_or_else(|cause| std::panic::resume_unwind(cause))
+            };
+            threads.into_iter().map(join).collect()
         });
         let mut loaded = HashMap::new();
-        for (purpose, result) in all.iter().zip(results) {
-            loaded.insert(*purpose, result?);
+        for share in shares {
+            loaded.extend(share?);
         }
         let copies = loaded[&Purpose::Copies].clone();
         Ok(Self { device: device.clone(), layout, ranks, loaded, copies })

@@ -186,7 +186,7 @@ fn expected(case: &Case, inputs: &[Vec<u8>], form: Option<Form>, world: &World) 
                 return ring(case, inputs);
             }
             assert!(
-                form.is_none() || inputs.len() == 1 || bytes == 0 || taken == form || bytes > 1 << 20,
+                form.is_none() || inputs.len() == 1 || bytes == 0 || taken == form || bytes > 64 << 10,
                 "{taken:?} {form:?}"
             );
             reduce(case, &inputs.iter().map(Vec::as_slice).collect::<Vec<_>>())

@@ -11,6 +11,7 @@
 //! ranks, twice.
 
 use crate::call::HEADER_WORDS;
+use crate::layout::Field;
 
 /// The most ranks whose GPUs share arenas.
 pub const MAX_RANKS: usize = 16;
@@ -104,6 +105,11 @@ impl ArenaLayout {
     const fn scratch_at(&self) -> usize {
         // On a large page of its own.
         (self.gates_at() + PAGE).next_multiple_of(2 << 20)
+    }
+
+    /// The 64-bit flags: all of them hold an epoch in their high half.
+    pub const fn flags(&self) -> Field {
+        Field { offset: self.flags_at(), bytes: self.flags_bytes() }
     }
 
     /// Bytes of scratch for one epoch.
