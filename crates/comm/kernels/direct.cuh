@@ -64,13 +64,13 @@ __device__ __forceinline__ bool direct(const Args& args, const Entry& entry) {
     is_wide &= (KIND == ALL_GATHER && rank != args.rank) || is_on(args.sources[rank], 16);
     is_wide &= is_on(args.targets[rank], 16);
   }
-  announce(args, entry, 0, 0);
+  announce(args, entry, blockIdx.x, 0, 0);
   arrive(args, entry);
-  if (!await(args, entry, 0, 0)) return false;
+  if (!await(args, entry, blockIdx.x, 0, 0)) return false;
   f64 scalars[RANKS];
   if (!load_scalars<OP>(args, entry, scalars)) return false;
   if (is_wide) direct_shard<KIND, DTYPE, OP, true>(args, scalars);
   else direct_shard<KIND, DTYPE, OP, false>(args, scalars);
-  announce(args, entry, 1, 0);
-  return await(args, entry, 1, 0);
+  announce(args, entry, blockIdx.x, 1, 0);
+  return await(args, entry, blockIdx.x, 1, 0);
 }

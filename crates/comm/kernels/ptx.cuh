@@ -44,6 +44,14 @@ __device__ __forceinline__ u64 load_word(const u64* at) {
   return value;
 }
 
+// What its writer released is visible to this thread, and past a barrier to its block. Unlike a fence it waits for nothing that
+// this multiprocessor has under way.
+__device__ __forceinline__ u64 acquire_word(const u64* at) {
+  u64 value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ u32 load_host_word(const u32* at) {
   u32 value;
   asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");

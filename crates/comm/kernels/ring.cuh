@@ -35,10 +35,8 @@ struct Ring {
   __device__ __forceinline__ bool move(const u8* own, u8* out, u64 rest, u32 count, f64 scalar) {
     bool is_free = true;
     if (threadIdx.x == 0) {
-      if (RECEIVE) is_free = wait_flag(args, entry, previous, 0, received);
-      if (SEND && sent >= RING_SLOTS) is_free = is_free && wait_flag(args, entry, next, 1, sent - RING_SLOTS);
-      // SYNC: what a block stored for step j, and that it read what was there, is visible after its flag of step j.
-      fence_all();
+      if (RECEIVE) is_free = wait_flag(args, entry, blockIdx.x, previous, 0, received);
+      if (SEND && sent >= RING_SLOTS) is_free = is_free && wait_flag(args, entry, blockIdx.x, next, 1, sent - RING_SLOTS);
     }
     if (!__syncthreads_and(is_free)) return false;
     const uint4* from = scratch_of(args, args.rank, slot(received));
@@ -65,8 +63,8 @@ struct Ring {
     if (threadIdx.x == 0) {
       // SYNC: what a block stored for step j, and that it read what was there, is visible after its flag of step j.
       fence_all();
-      if (SEND) set_flag(args, entry, next, 0, sent);
-      if (RECEIVE) set_flag(args, entry, previous, 1, received);
+      if (SEND) set_flag(args, entry, blockIdx.x, next, 0, sent);
+      if (RECEIVE) set_flag(args, entry, blockIdx.x, previous, 1, received);
     }
     sent += SEND;
     received += RECEIVE;

@@ -27,10 +27,10 @@ const HEADER_BYTES: usize = 256;
 pub const PACKET_DATA: usize = 12;
 /// Tiles that a ring's sender may be ahead.
 pub const RING_SLOTS: usize = 4;
-/// Buffers of the pipeline in each half: three for each of two stages.
-const BUFFERS: usize = 6;
+/// Buffers of the pipeline in each half for each of two stages: tiles that a rank may be ahead.
+const BUFFERS: usize = 3;
 /// Stages that have flags.
-const STAGES: usize = 2;
+const STAGES: usize = 3;
 const PAGE: usize = 4096;
 
 /// How the GPUs of a world reach each other's arenas.
@@ -122,7 +122,7 @@ impl ArenaLayout {
 
     /// Bytes in one buffer of the pipeline for the tiles of one source: of all blocks together.
     pub const fn area_bytes(&self) -> usize {
-        let share = self.scratch_half_bytes() / BUFFERS / self.ranks;
+        let share = self.scratch_half_bytes() / (2 * BUFFERS) / self.ranks;
         share - share % PAGE
     }
 
@@ -159,6 +159,7 @@ impl ArenaLayout {
             ("HEADER_BYTES", HEADER_BYTES),
             ("PACKET_BYTES", self.packet_bytes()),
             ("RING_SLOTS", RING_SLOTS),
+            ("BUFFERS", BUFFERS),
             ("RANKS", self.ranks),
             ("HOST_PACKETS", usize::from(self.link == Link::Host)),
         ] {
@@ -195,7 +196,7 @@ mod tests {
                 assert!(layout.flags_at() >= 2 * ranks * HEADER_BYTES);
                 assert!(layout.packets_at() >= layout.flags_at() + layout.flags_bytes());
                 assert!(layout.scratch_at() >= layout.gates_at() + MAX_RANKS * 8);
-                assert!(BUFFERS * ranks * layout.area_bytes() <= layout.scratch_half_bytes());
+                assert!(2 * BUFFERS * ranks * layout.area_bytes() <= layout.scratch_half_bytes());
                 for size in [1, 2, 4, 8, 16] {
                     let unit = if size <= 4 { 12 } else { 3 * size };
                     let units = layout.one_shot_capacity(size) / unit;

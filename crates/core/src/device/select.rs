@@ -179,10 +179,14 @@ impl Rules {
                 Launch { form, blocks, threads: threads as u32, tile: 0 }
             }
             Form::Bulk => {
-                let blocks = as_asked(shard.div_ceil(16 * threads).min(64));
-                let room = layout.area_bytes() / 16 / blocks as usize;
-                let due = shard.div_ceil(16).div_ceil(blocks as usize);
-                let tile = room.min(due).min(2048).max(1);
+                // Blocks that work on one channel together.
+                let team = if matches!(question.kind, Kind::AllGather) { 2 } else { 3 };
+                let channels = as_asked(team * shard.div_ceil(16 * threads).min(40)) as usize / team;
+                let channels = channels.max(1);
+                let blocks = (channels * team) as u32;
+                let room = layout.area_bytes() / 16 / channels;
+                let due = shard.div_ceil(16).div_ceil(channels);
+                let tile = room.min(due).max(1);
                 Launch { form, blocks, threads: threads as u32, tile: tile as u32 }
             }
             Form::Ring => {
@@ -226,8 +230,11 @@ mod tests {
                         assert!(rules.can(launch.form, &question), "{question:?}");
                         assert!((1..=MAX_BLOCKS as u32).contains(&launch.blocks));
                         let tiles = launch.blocks as usize * launch.tile as usize * 16;
+                        let team = if kind == Kind::AllGather { 2 } else { 3 };
                         match launch.form {
-                            Form::Bulk => assert!(launch.tile > 0 && tiles <= layout.area_bytes()),
+                            Form::Bulk => {
+                                assert!(launch.tile > 0 && tiles / team <= layout.area_bytes());
+                            }
                             Form::Ring => {
                                 assert!(launch.tile > 0);
                                 assert!(tiles * RING_SLOTS <= layout.scratch_half_bytes());
