@@ -8,6 +8,9 @@ pub mod device;
 pub mod driver;
 pub mod error;
 pub mod facts;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod graph;
 pub mod memory;
 pub mod module;
