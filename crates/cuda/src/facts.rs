@@ -9,6 +9,9 @@ use std::collections::BTreeMap;
 
 use crate::error::{Error, Result};
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod sample;
+
 /// What one kernel takes.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct KernelFacts {
@@ -37,9 +40,9 @@ const SYMBOL_BYTES: u64 = 24;
 const NO_BITS: u32 = 8;
 /// The only format of attributes that has a payload behind its head; of the others, the head holds all.
 const SIZED: u8 = 0x04;
-const FRAME_SIZE: u8 = 0x11;
-const MIN_STACK_SIZE: u8 = 0x12;
-const REGISTER_COUNT: u8 = 0x2f;
+pub(crate) const FRAME_SIZE: u8 = 0x11;
+pub(crate) const MIN_STACK_SIZE: u8 = 0x12;
+pub(crate) const REGISTER_COUNT: u8 = 0x2f;
 
 /// The kernels of a CUBIN, sorted by name.
 ///
@@ -203,55 +206,8 @@ fn text_at(texts: &[u8], start: u32) -> Result<&str> {
 
 #[cfg(test)]
 mod tests {
+    use super::sample::{attribute, cubin};
     use super::*;
-
-    /// A CUBIN of one kernel `k`, with these attributes and these upper bits of the section's info.
-    fn cubin(attributes: &[u8], info: u32) -> Vec<u8> {
-        let names = b"\0.names\0.strings\0.symtab\0.text.k\0.nv.shared.k\0.nv.info\0";
-        let name = |wanted: &str| {
-            let at = names.windows(wanted.len()).position(|window| window == wanted.as_bytes());
-            at.unwrap() as u32
-        };
-        let mut symbols = vec![0; 48];
-        // The second symbol is `k`.
-        symbols[24] = 1;
-        let contents = [
-            (".names", 3, &names[..], names.len() as u64, 0u32, 0),
-            (".strings", 3, b"\0k\0", 3, 0, 0),
-            (".symtab", 2, &symbols, 48, 1, 0),
-            (".text.k", 1, &[7; 128], 128, 2, info << 24 | 1),
-            (".nv.shared.k", NO_BITS, &[], 4096, 0, 3),
-            (".nv.info", 0x7000_0000, attributes, attributes.len() as u64, 2, 0),
-        ];
-        let mut file = vec![0; 64];
-        let mut heads = Vec::new();
-        for (title, kind, content, bytes, link, info) in contents {
-            let mut head = [0; SECTION_BYTES];
-            head[0..4].copy_from_slice(&name(title).to_le_bytes());
-            head[4..8].copy_from_slice(&kind.to_le_bytes());
-            head[24..32].copy_from_slice(&(file.len() as u64).to_le_bytes());
-            head[32..40].copy_from_slice(&bytes.to_le_bytes());
-            head[40..44].copy_from_slice(&link.to_le_bytes());
-            head[44..48].copy_from_slice(&info.to_le_bytes());
-            heads.extend_from_slice(&head);
-            file.extend_from_slice(content);
-        }
-        let table = file.len() as u64;
-        file[..7].copy_from_slice(MAGIC);
-        file[18..20].copy_from_slice(&MACHINE.to_le_bytes());
-        file[40..48].copy_from_slice(&table.to_le_bytes());
-        file[58..60].copy_from_slice(&64u16.to_le_bytes());
-        file[60..62].copy_from_slice(&6u16.to_le_bytes());
-        file.extend_from_slice(&heads);
-        file
-    }
-
-    fn attribute(attribute: u8, symbol: u32, value: u32) -> Vec<u8> {
-        let mut bytes = vec![SIZED, attribute, 8, 0];
-        bytes.extend_from_slice(&symbol.to_le_bytes());
-        bytes.extend_from_slice(&value.to_le_bytes());
-        bytes
-    }
 
     fn facts(registers: u32, stack_bytes: u32) -> KernelFacts {
         KernelFacts { name: "k".to_owned(), registers, stack_bytes, shared_bytes: 4096, code_bytes: 128 }

@@ -8,9 +8,13 @@ pub mod device;
 pub mod driver;
 pub mod error;
 pub mod facts;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod graph;
 pub mod memory;
 pub mod module;
+pub mod nvml;
 pub mod nvrtc;
 pub mod stream;
 
@@ -21,5 +25,6 @@ pub use facts::{KernelFacts, kernels};
 pub use graph::Graph;
 pub use memory::{DeviceBuffer, Location, RegisteredHost, SharedPages};
 pub use module::{Function, Grid, Module};
+pub use nvml::{GpuLinks, Link, Pcie, Remote};
 pub use nvrtc::{Architecture, Compiler, Source};
 pub use stream::{Event, Stream};

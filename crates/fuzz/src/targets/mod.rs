@@ -4,6 +4,7 @@ mod core;
 mod recorder;
 
 use unisono::fuzzing as comm;
+use unisono_cuda::fuzzing as cuda;
 use unisono_node::fuzzing as node;
 
 use super::Input::{Parts, Whole};
@@ -25,6 +26,7 @@ pub const TARGETS: &[Target] = &[
     target("settings", Whole(core::settings, core::settings_seeds)),
     target("tuning", Whole(core::tuning, core::tuning_seeds)),
     target("snapshot", Parts(recorder::snapshot, recorder::snapshot_seeds)),
+    target("cubin", Whole(cuda::cubin, cuda::cubin_seeds)),
     target("node_connection", Parts(node::connection, node::connection_seeds)),
     target("node_plane", Parts(node::plane_messages, node::plane_seeds)),
     target("cause", Whole(comm::cause, comm::cause_seeds)),
