@@ -1,7 +1,10 @@
 //! Collectives on GPUs against the scalar reference: every form, dtype, reduction, kind of size and alignment, with as many
 //! ranks as one likes, whatever number of devices there is. Without a device every test says so and passes.
 #![cfg(feature = "cuda")]
+#![expect(clippy::print_stderr, reason = "what is skipped is said")]
 
+#[path = "gpu/life.rs"]
+mod life;
 #[path = "gpu/world.rs"]
 mod world;
 

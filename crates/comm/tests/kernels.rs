@@ -1,6 +1,7 @@
 //! All kernels compile for all architectures, without a GPU, and spill nothing that matters. Needs NVRTC, which
 //! `cargo xtask test` provides; without it (and without its order to have it) the test says so and passes.
 #![cfg(feature = "cuda")]
+#![expect(clippy::print_stderr, reason = "what is skipped is said")]
 
 use unisono::cuda::{Architecture, Cache, Compiler};
 use unisono::gpu::kernels::{Purpose, source};

@@ -91,6 +91,17 @@ impl Stream {
         Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
     }
 
+    /// Lets this thread ask what it likes while another thread captures: for threads that only watch.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub fn relax_capture(&self) -> Result<()> {
+        let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: the mode is ours, and belongs to this thread.
+        let result = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) };
+        check("cuThreadExchangeStreamCaptureMode", self.device.ordinal(), result)
+    }
+
     /// From now on, work goes into a graph.
     ///
     /// # Errors

@@ -100,3 +100,48 @@ pub(crate) fn waiting(words: &[impl Word<u64>]) -> Option<(u32, usize)> {
     let peer = (word & 0xffff_ffff) as usize;
     (peer > 0).then(|| ((word >> 32) as u32, peer - 1))
 }
+
+#[cfg(test)]
+mod tests {
+    use unisono_core::device::{ArenaLayout, Link};
+    use unisono_cuda::{Cache, Compiler, Device, DeviceBuffer, Grid, Module, Stream};
+
+    use super::*;
+    use crate::gpu::kernels::{Purpose, architecture, source};
+
+    #[test]
+    fn kernels_read_arguments_where_the_host_writes_them() {
+        let Ok(device) = Device::new(0) else { return };
+        let layout = ArenaLayout::new(3, Link::Device);
+        let source = source(&layout, Purpose::Copies);
+        let cubin = Cache::of_user().cubin(&source, architecture(&device), Compiler::find).unwrap();
+        let probe = Module::load(&device, &cubin).unwrap().function("probe").unwrap();
+        let facts = DeviceBuffer::new(&device, 17 * 8).unwrap();
+        let mut args = Args {
+            abort: 4,
+            report: 5,
+            bytes: 7,
+            patience_ns: 8,
+            rank: 9,
+            root: 10,
+            tile: 11,
+            is_same: 12,
+            ..Args::default()
+        };
+        (args.arenas[MAX_RANKS - 1], args.sources[1], args.targets[2]) = (1, 2, 3);
+        args.header[HEADER_WORDS - 1] = 6;
+        args.targets[0] = facts.address();
+        let stream = Stream::new(&device).unwrap();
+        let grid = Grid { blocks: 1, threads: 1, shared_bytes: 0 };
+        // SAFETY: the kernel takes `Args` and writes 17 words to the first target.
+        unsafe { probe.launch(&stream, grid, (&raw mut args).cast()) }.unwrap();
+        stream.synchronize().unwrap();
+        let mut bytes = [0; 17 * 8];
+        facts.read(0, &mut bytes).unwrap();
+        let facts: Vec<u64> = bytes.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect();
+        assert_eq!(facts[..3], [size_of::<Args>() as u64, 64 + 2 * 72, 32]);
+        assert_eq!(facts[3..15], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]);
+        assert_eq!(facts[15], layout.packet_bytes() as u64);
+        assert_eq!(facts[16] as usize + 2 * layout.scratch_half_bytes(), layout.total_bytes());
+    }
+}

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::args::Args;
 use unisono_core::call::Kind;
 use unisono_core::device::{ArenaLayout, Form};
 use unisono_core::{DType, ReduceOp};
@@ -69,7 +70,7 @@ pub fn source(layout: &ArenaLayout, purpose: Purpose) -> Source {
     let mut headers: Vec<_> =
         HEADERS.iter().chain([&RING]).map(|(name, text)| (*name, (*text).to_owned())).collect();
     headers.push(("layout.cuh", layout.definitions()));
-    let definitions = match purpose {
+    let mut definitions = match purpose {
         Purpose::Copies => vec![("REDUCE", "0".to_owned())],
         Purpose::Reduce(dtype, op) => vec![
             ("REDUCE", "1".to_owned()),
@@ -77,6 +78,8 @@ pub fn source(layout: &ArenaLayout, purpose: Purpose) -> Source {
             ("CALL_OP", format!("Op({op})")),
         ],
     };
+    // Both sides see the same structures, or nothing compiles.
+    definitions.push(("ARGS_BYTES", size_of::<Args>().to_string()));
     Source { name: "collectives.cu", text: COLLECTIVES, headers, definitions }
 }
 
@@ -92,7 +95,6 @@ pub(crate) struct Loaded {
     /// By operation (all-reduce, broadcast, all-gather) and form.
     functions: [[Option<Function>; Form::ALL.len()]; 3],
     barrier: Option<Function>,
-    module: Module,
 }
 
 impl Loaded {
@@ -117,7 +119,7 @@ impl Loaded {
             Purpose::Copies => Some(module.function("barrier")?),
             Purpose::Reduce(..) => None,
         };
-        Ok(Self { functions, barrier, module })
+        Ok(Self { functions, barrier })
     }
 
     /// The kernel of a call that moves data.
@@ -135,11 +137,6 @@ impl Loaded {
     /// The kernel that only exchanges headers.
     pub(crate) const fn barrier(&self) -> Option<&Function> {
         self.barrier.as_ref()
-    }
-
-    /// The module itself, for tests.
-    pub(crate) const fn module(&self) -> &Module {
-        &self.module
     }
 }
 
@@ -168,9 +165,11 @@ impl Kernels {
         let workers = std::thread::available_parallelism().map_or(1, usize::from).min(all.len());
         let load = |worker: usize| {
             let share = all.iter().skip(worker).step_by(workers);
-            share.map(|purpose| Ok((*purpose, loaded(device, layout, ranks, *purpose)?))).collect()
+            share
+                .map(|purpose| Ok((*purpose, loaded(device, layout, ranks, *purpose)?)))
+                .collect::<Result<_>>()
         };
-        let shares: Vec<Result<Vec<(Purpose, Arc<Loaded>)>>> = std::thread::scope(|scope| {
+        let shares: Vec<Result<Vec<_>>> = std::thread::scope(|scope| {
             let load = &load;
             let threads: Vec<_> = (0..workers).map(|worker| scope.spawn(move || load(worker))).collect();
             let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use unisono_core::call::{CallHeader, HEADER_WORDS, Kind};
+use unisono_core::call::{HEADER_WORDS, Kind};
 use unisono_core::device::layout::MAX_RANKS;
 use unisono_core::device::select::{Question, Rules};
 use unisono_core::device::{ArenaLayout, Form, Launch, Link};
@@ -16,18 +16,19 @@ use unisono_core::settings::Settings;
 use unisono_cuda::{Device, DeviceBuffer, Event, Grid, RegisteredHost, Stream, Uuid};
 
 use crate::call::Call;
-use crate::cause::Cause;
 use crate::collectives::{Engine, Plan};
 use crate::control::Control;
 use crate::error::{Error, Result};
 use arenas::Arenas;
 use args::{Args, HEADER_LAUNCH, Report, STATE_BYTES};
 use kernels::Kernels;
+use watch::Watch;
 
 pub(crate) mod arenas;
 pub(crate) mod args;
 pub(crate) mod attach;
 pub mod kernels;
+mod watch;
 
 /// What a communicator on a GPU is made with.
 #[derive(Clone, Debug)]
@@ -81,6 +82,7 @@ pub(crate) struct Gpu {
     siblings: Vec<Device>,
     failed: Option<Error>,
     memory: Option<Memory>,
+    _watch: Watch,
 }
 
 /// What kernels may still touch after the communicator is gone.
@@ -126,6 +128,7 @@ impl Gpu {
         for peer in 0..world_size {
             args.arenas[peer] = arenas.address(peer);
         }
+        let watch = Watch::start(device.clone(), control.clone());
         let memory = Memory {
             device: device.clone(),
             _state: state,
@@ -144,6 +147,7 @@ impl Gpu {
             siblings,
             failed: None,
             memory: Some(memory),
+            _watch: watch,
         })
     }
 
@@ -218,7 +222,9 @@ impl Gpu {
         // SAFETY: the kernel takes `Args`; what it names lives as long as this communicator, which waits for its kernels before
         // it lets go, and the buffers are valid until the stream has passed, as whoever made the call promised.
         let launched = unsafe { function.launch(stream, grid, (&raw mut self.args).cast()) };
-        launched.map_err(|error| Error::Cuda { rank, error })?;
+        if let Err(error) = launched {
+            return Err(self.refused(error));
+        }
         if let Some(order) = &self.order
             && !stream.is_capturing().unwrap_or(true)
         {
@@ -289,49 +295,31 @@ impl Gpu {
     #[cold]
     fn fail(&mut self, report: Report) -> Error {
         let (rank, world_size) = self.control.member();
-        let number = |epoch: u32| u64::from(epoch);
-        let describe = |header: Option<CallHeader>, epoch: u32, rank: usize| match header {
-            Some(header) => header.describe(number(epoch), rank as u32),
-            None => format!("something else on rank {rank}"),
-        };
-        let cause = match report {
-            Report::Mismatch { peer, epoch, mine, theirs, is_grid } => {
-                let note = if is_grid { " with another grid" } else { "" };
-                Cause::Mismatch {
-                    left: describe(mine, epoch, rank),
-                    right: describe(theirs, epoch, peer.min(world_size - 1)) + note,
-                }
-            }
-            Report::TimedOut { peer, epoch, waited_ms } => Cause::TimedOut {
-                rank: rank as u32,
-                call: format!("call #{epoch} on its GPU"),
-                waited_ms,
-                missing: vec![self.control.name(peer.min(world_size - 1)).to_owned()],
-            },
-            Report::Concurrent => {
-                let error = Error::ConcurrentUse { rank };
-                self.control.fail(&Cause::Aborted { rank: rank as u32, reason: error.to_string() });
-                self.failed = Some(error.clone());
-                return error;
-            }
-            Report::Unreadable => Cause::Damaged {
-                rank: rank as u32,
-                who: self.control.name(rank).to_owned(),
-                word: "the report of its GPU".to_owned(),
-            },
-        };
+        let cause = watch::cause_of(report, &self.control);
         // Somebody else may have been first; then all tell the same.
         self.control.fail(&cause);
-        let cause = self.control.cause().unwrap_or(cause);
-        let error = cause.into_error("a call on its GPU", (rank, world_size));
+        let error = match report {
+            Report::Concurrent => Error::ConcurrentUse { rank },
+            _ => self.control.cause().unwrap_or(cause).into_error("a call on its GPU", (rank, world_size)),
+        };
         self.failed = Some(error.clone());
         error
     }
 
-    /// Waits until everything is done that this process gave to the device: kernels that wait for others leave in time.
-    pub(crate) fn drain(&self) -> Result<()> {
+    /// What the driver refused, told to all ranks if it is the loss of the context.
+    #[cold]
+    fn refused(&mut self, error: unisono_cuda::Error) -> Error {
         let rank = self.args.rank as usize;
-        self.device.synchronize().map_err(|error| Error::Cuda { rank, error })
+        if let Some(cause) = watch::lost_context(&error, &self.control) {
+            self.control.fail(&cause);
+            self.failed = Some(Error::Cuda { rank, error: error.clone() });
+        }
+        Error::Cuda { rank, error }
+    }
+
+    /// Waits until everything is done that this process gave to the device: kernels that wait for others leave in time.
+    pub(crate) fn drain(&mut self) -> Result<()> {
+        self.device.synchronize().map_err(|error| self.refused(error))
     }
 
     /// Form and grid of a call, as `explain` tells them.

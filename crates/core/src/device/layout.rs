@@ -26,7 +26,7 @@ const HEADER_BYTES: usize = 256;
 /// Bytes of data in a packet.
 pub const PACKET_DATA: usize = 12;
 /// Tiles that a ring's sender may be ahead.
-pub const RING_SLOTS: usize = 4;
+pub const RING_SLOTS: usize = 3;
 /// Buffers of the pipeline in each half for each of two stages: tiles that a rank may be ahead.
 const BUFFERS: usize = 3;
 /// Stages that have flags.
