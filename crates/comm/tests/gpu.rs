@@ -5,6 +5,8 @@
 
 #[path = "gpu/life.rs"]
 mod life;
+#[path = "gpu/windows.rs"]
+mod windows;
 #[path = "gpu/world.rs"]
 mod world;
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use cudarc::driver::sys;
 
 use crate::device::Device;
-use crate::driver::check;
-use crate::error::Result;
+use crate::driver::{check, version};
+use crate::error::{Error, Result};
 use crate::graph::Graph;
 
 /// An ordered queue of work of one device.
@@ -228,6 +228,20 @@ impl Event {
         // SAFETY: both live.
         let result = unsafe { sys::cuEventRecord(self.inner.raw, stream.raw) };
         check("cuEventRecord", self.inner.device.ordinal(), result)
+    }
+
+    /// Puts the event behind all work that the device has now from this process, on whichever stream.
+    ///
+    /// # Errors
+    /// [`Error::TooOld`] for drivers before 12.5; what the driver refuses.
+    pub fn record_device(&self) -> Result<()> {
+        if version()? < (12, 5) {
+            return Err(Error::TooOld { library: "the CUDA driver", symbol: "cuCtxRecordEvent".to_owned() });
+        }
+        let device = &self.inner.device;
+        // SAFETY: both live, and belong to one context.
+        let result = unsafe { sys::cuCtxRecordEvent(device.context(), self.inner.raw) };
+        check("cuCtxRecordEvent", device.ordinal(), result)
     }
 
     /// Whether the work before it is done.

@@ -237,7 +237,7 @@ mod tests {
     #[test]
     fn every_pair_of_the_table_has_kernels_of_its_own() {
         let all = Purpose::all();
-        assert_eq!(all.len(), 1 + 109, "{}", all.len());
+        assert_eq!(all.len(), 1 + 113, "{}", all.len());
         let layout = ArenaLayout::new(4, Link::Device);
         let bf16 = source(&layout, Purpose::reduce(DType::BF16, ReduceOp::Sum));
         assert!(bf16.definitions.contains(&("CALL_DTYPE", "DType(10)".to_owned())));
