@@ -12,6 +12,7 @@ pub mod graph;
 pub mod memory;
 pub mod module;
 pub mod nvrtc;
+pub mod places;
 pub mod stream;
 
 pub use cache::Cache;

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use sha2::{Digest, Sha256};
 use unisono_core::call::Kind;
 use unisono_core::device::{ArenaLayout, Form};
 use unisono_core::{DType, ReduceOp};
@@ -78,6 +79,19 @@ pub fn source(layout: &ArenaLayout, purpose: Purpose) -> Source {
         ],
     };
     Source { name: "collectives.cu", text: COLLECTIVES, headers, definitions }
+}
+
+/// What tells these kernels from those of another version: SHA-256 over names and texts of all files, as hexadecimal digits.
+pub fn sources_hash() -> String {
+    let mut hash = Sha256::new();
+    for (name, text) in [("collectives.cu", COLLECTIVES)].iter().chain(&HEADERS).chain([&RING]) {
+        for part in [name, text] {
+            // With their lengths, so that nothing can move from one to the next.
+            hash.update((part.len() as u64).to_le_bytes());
+            hash.update(part.as_bytes());
+        }
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The architecture that kernels for `device` are compiled for.
@@ -229,6 +243,13 @@ mod tests {
     use unisono_core::device::Link;
 
     use super::*;
+
+    #[test]
+    fn the_hash_of_the_sources_is_the_same_whenever_it_is_taken() {
+        let hash = sources_hash();
+        assert_eq!(hash, sources_hash());
+        assert!(hash.len() == 64 && hash.bytes().all(|byte| byte.is_ascii_hexdigit()), "{hash}");
+    }
 
     #[test]
     fn every_pair_of_the_table_has_kernels_of_its_own() {
