@@ -61,7 +61,11 @@ fn measure(workload: &Workload) -> Result<()> {
             tolerance = Some(Tolerance::new(&patterns, ranks, workload.dtype, workload.op)?);
         }
     }
+    let most = workload.sizes.iter().copied().max().unwrap_or(0);
+    let gathers = workload.operations.contains(&Operation::AllGather);
     let rank = Rank {
+        source: input(&device, &patterns, communicator.rank(), most)?,
+        target: DeviceBuffer::new(&device, if gathers { most * ranks } else { most })?,
         nccl: workload.against.map(|Rival::Nccl| join_nccl(&communicator, &device)).transpose()?,
         // SAFETY: `queue` lies beside it and lives as long.
         stream: unsafe { Stream::cuda(queue.raw(), ordinal) }?,
@@ -79,6 +83,20 @@ fn measure(workload: &Workload) -> Result<()> {
         nccl.end()?;
     }
     Ok(rank.communicator.destroy()?)
+}
+
+/// Memory with the input of `rank`.
+fn input(device: &Device, patterns: &Patterns, rank: usize, bytes: usize) -> Result<DeviceBuffer> {
+    let mut buffer = DeviceBuffer::new(device, bytes)?;
+    // Pieces are whole periods, so that each begins as the first.
+    let period = patterns.input(rank).len();
+    let piece = PIECE_BYTES / period * period;
+    let mut input = vec![0; piece.min(bytes)];
+    patterns.fill(rank, &mut input);
+    for at in (0..bytes).step_by(piece) {
+        buffer.write(at, &input[..piece.min(bytes - at)])?;
+    }
+    Ok(buffer)
 }
 
 /// NCCL's own communicator; the id travels over ours.
@@ -100,6 +118,9 @@ struct Rank<'a> {
     /// The same, for our calls.
     stream: Stream,
     events: [Event; 2],
+    /// The input, and room for the output, of the largest size. Smaller ones are their beginnings: the input repeats.
+    source: DeviceBuffer,
+    target: DeviceBuffer,
     nccl: Option<Nccl>,
     patterns: Patterns,
     /// A period of the reduction of all inputs, and how far other orders may be from it.
@@ -114,14 +135,15 @@ enum Whose {
     Nccl,
 }
 
-/// What is called, on which memory.
+/// What is called.
 struct Job {
     operation: Operation,
+    /// What each rank gives, or gets where only the root gives.
     bytes: usize,
+    /// How much of that comes out.
+    parts: usize,
     /// Calls of a batch, and of a graph.
     calls: usize,
-    source: DeviceBuffer,
-    target: DeviceBuffer,
 }
 
 /// One library's part in the measurement of a size.
@@ -176,7 +198,7 @@ impl Rank<'_> {
     }
 
     fn measure(&self, operation: Operation, bytes: usize) -> Result<OnGpu> {
-        let job = self.job(operation, bytes)?;
+        let job = self.job(operation, bytes);
         let kind = operation.kind(self.workload.op);
         let lacks = self.nccl.as_ref().and_then(|_| nccl::lacks(kind, self.workload.dtype));
         let mut contenders = vec![self.contender(Whose::Ours, &job)?];
@@ -207,21 +229,9 @@ impl Rank<'_> {
         })
     }
 
-    /// The memory, with our input in it.
-    fn job(&self, operation: Operation, bytes: usize) -> Result<Job> {
+    fn job(&self, operation: Operation, bytes: usize) -> Job {
         let parts = if operation == Operation::AllGather { self.communicator.world_size() } else { 1 };
-        let mut source = DeviceBuffer::new(&self.device, bytes)?;
-        let target = DeviceBuffer::new(&self.device, bytes * parts)?;
-        // Pieces are whole periods, so that each begins as the first.
-        let period = self.patterns.input(0).len();
-        let piece = PIECE_BYTES / period * period;
-        let mut input = vec![0; piece.min(bytes)];
-        self.patterns.fill(self.communicator.rank(), &mut input);
-        for at in (0..bytes).step_by(piece) {
-            source.write(at, &input[..piece.min(bytes - at)])?;
-        }
-        let calls = (BATCH_BYTES / bytes.max(1)).clamp(2, MOST_CALLS);
-        Ok(Job { operation, bytes, calls, source, target })
+        Job { operation, bytes, parts, calls: (BATCH_BYTES / bytes.max(1)).clamp(2, MOST_CALLS) }
     }
 
     /// Verifies a library's call, alone and in a graph.
@@ -260,7 +270,7 @@ impl Rank<'_> {
 
     fn poison(&self, job: &Job) -> Result<()> {
         // SAFETY: the buffer is as long, and lives until the stream was waited for.
-        unsafe { self.queue.fill(job.target.address(), POISON, job.target.bytes()) }?;
+        unsafe { self.queue.fill(self.target.address(), POISON, job.bytes * job.parts) }?;
         // Nobody writes to us before this is done.
         self.settle()?;
         Ok(self.communicator.barrier()?)
@@ -272,18 +282,19 @@ impl Rank<'_> {
         };
         let dtype = self.workload.dtype;
         if let (Whose::Nccl, Some(nccl)) = (whose, &self.nccl) {
-            let both = (job.source.address(), job.target.address());
+            let both = (self.source.address(), self.target.address());
             // SAFETY: the buffers are as long as the call needs, and live until the stream was waited for.
             return Ok(unsafe { nccl.submit(kind, dtype, job.bytes / dtype.size(), both, &self.queue) }?);
         }
-        let raw = |buffer: &DeviceBuffer| RawBuffer {
+        let raw = |buffer: &DeviceBuffer, parts: usize| RawBuffer {
             ptr: buffer.address(),
-            count: buffer.bytes() / dtype.size(),
+            count: job.bytes / dtype.size() * parts,
             dtype,
             place: Place::Cuda { ordinal: self.device.ordinal() },
         };
         // SAFETY: as above.
-        let call = unsafe { Call::from_raw(kind, &[raw(&job.source), raw(&job.target)], &[]) };
+        let call =
+            unsafe { Call::from_raw(kind, &[raw(&self.source, 1), raw(&self.target, job.parts)], &[]) };
         Ok(self.communicator.on(&self.stream).submit(call)?)
     }
 
@@ -306,14 +317,14 @@ impl Rank<'_> {
         }
         let mut got = vec![0; PIECE_BYTES.min(job.bytes)];
         let mut wrong = 0;
-        for part in 0..job.target.bytes() / job.bytes.max(1) {
+        for part in 0..job.parts {
             let expected = match job.operation {
                 Operation::AllReduce => &self.reduced,
                 _ => self.patterns.input(part),
             };
             for at in (0..job.bytes).step_by(PIECE_BYTES) {
                 let piece = &mut got[..PIECE_BYTES.min(job.bytes - at)];
-                job.target.read(part * job.bytes + at, piece)?;
+                self.target.read(part * job.bytes + at, piece)?;
                 let first = at / self.workload.dtype.size();
                 wrong += match &self.tolerance {
                     Some(tolerance) if !is_exact => tolerance.wrong_from(first, piece),
