@@ -9,6 +9,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use libloading::Library;
 
 use crate::error::{Error, Result};
+use crate::places::{named, python_packages};
 
 /// A kind of GPU, as machine code is made for it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -301,23 +302,8 @@ fn folders(environment: &dyn Fn(&str) -> Option<PathBuf>) -> Vec<PathBuf> {
     let mut versions = named(Path::new("/usr/local"), "cuda");
     versions.sort();
     versions.into_iter().rev().for_each(&mut toolkit);
-    let mut roots: Vec<PathBuf> =
-        ["VIRTUAL_ENV", "CONDA_PREFIX"].iter().filter_map(|name| environment(name)).collect();
-    let python = environment("PATH").and_then(|path| {
-        let mut folders = std::env::split_paths(&path);
-        folders.find_map(|folder| {
-            let python = folder.join("python3");
-            python.exists().then(|| folder.parent().map(Path::to_owned))?
-        })
-    });
-    roots.extend(python);
-    roots.extend(environment("HOME").map(|home| home.join(".local")));
-    roots.extend(["/usr/local", "/usr"].map(PathBuf::from));
-    for python in roots.iter().flat_map(|root| named(&root.join("lib"), "python3")) {
-        for packages in ["site-packages", "dist-packages"] {
-            let nvidia = python.join(packages).join("nvidia");
-            folders.extend([nvidia.join("cu13/lib"), nvidia.join("cuda_nvrtc/lib")]);
-        }
+    for nvidia in python_packages(environment) {
+        folders.extend([nvidia.join("cu13/lib"), nvidia.join("cuda_nvrtc/lib")]);
     }
     folders.retain(|folder| folder.is_dir());
     folders
@@ -329,15 +315,6 @@ fn libraries_in(folder: &Path) -> Vec<PathBuf> {
     found.sort();
     found.reverse();
     found
-}
-
-/// What in a folder begins so.
-fn named(folder: &Path, beginning: &str) -> Vec<PathBuf> {
-    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
-    let entries = entries.flatten().map(|entry| entry.path());
-    let is_meant =
-        |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(beginning));
-    entries.filter(is_meant).collect()
 }
 
 #[cfg(test)]

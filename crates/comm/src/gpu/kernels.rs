@@ -6,14 +6,16 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::args::Args;
+use sha2::{Digest, Sha256};
 use unisono_core::call::Kind;
 use unisono_core::device::{ArenaLayout, Form};
 use unisono_core::{DType, ReduceOp};
 use unisono_cuda::{Architecture, Cache, Compiler, Device, Function, Module, Result, Source};
 
+use super::args::Args;
+
 const COLLECTIVES: &str = include_str!("../../kernels/collectives.cu");
-const HEADERS: [(&str, &str); 9] = [
+const HEADERS: [(&str, &str); 10] = [
     ("ptx.cuh", include_str!("../../kernels/ptx.cuh")),
     ("element.cuh", include_str!("../../kernels/element.cuh")),
     ("call.cuh", include_str!("../../kernels/call.cuh")),
@@ -23,8 +25,8 @@ const HEADERS: [(&str, &str); 9] = [
     ("two_shot.cuh", include_str!("../../kernels/two_shot.cuh")),
     ("bulk.cuh", include_str!("../../kernels/bulk.cuh")),
     ("direct.cuh", include_str!("../../kernels/direct.cuh")),
+    ("ring.cuh", include_str!("../../kernels/ring.cuh")),
 ];
-const RING: (&str, &str) = ("ring.cuh", include_str!("../../kernels/ring.cuh"));
 
 /// What a set of kernels is compiled for.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -67,8 +69,7 @@ impl Purpose {
 
 /// The source of the kernels for `purpose` in worlds of this layout.
 pub fn source(layout: &ArenaLayout, purpose: Purpose) -> Source {
-    let mut headers: Vec<_> =
-        HEADERS.iter().chain([&RING]).map(|(name, text)| (*name, (*text).to_owned())).collect();
+    let mut headers: Vec<_> = HEADERS.iter().map(|(name, text)| (*name, (*text).to_owned())).collect();
     headers.push(("layout.cuh", layout.definitions()));
     let mut definitions = match purpose {
         Purpose::Copies => vec![("REDUCE", "0".to_owned())],
@@ -81,6 +82,19 @@ pub fn source(layout: &ArenaLayout, purpose: Purpose) -> Source {
     // Both sides see the same structures, or nothing compiles.
     definitions.push(("ARGS_BYTES", size_of::<Args>().to_string()));
     Source { name: "collectives.cu", text: COLLECTIVES, headers, definitions }
+}
+
+/// What tells these kernels from those of another version: SHA-256 over names and texts of all files, as hexadecimal digits.
+pub fn sources_hash() -> String {
+    let mut hash = Sha256::new();
+    for (name, text) in [("collectives.cu", COLLECTIVES)].iter().chain(&HEADERS) {
+        for part in [name, text] {
+            // With their lengths, so that nothing can move from one to the next.
+            hash.update((part.len() as u64).to_le_bytes());
+            hash.update(part.as_bytes());
+        }
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The architecture that kernels for `device` are compiled for.
@@ -233,6 +247,13 @@ mod tests {
     use unisono_core::device::Link;
 
     use super::*;
+
+    #[test]
+    fn the_hash_of_the_sources_is_the_same_whenever_it_is_taken() {
+        let hash = sources_hash();
+        assert_eq!(hash, sources_hash());
+        assert!(hash.len() == 64 && hash.bytes().all(|byte| byte.is_ascii_hexdigit()), "{hash}");
+    }
 
     #[test]
     fn every_pair_of_the_table_has_kernels_of_its_own() {
