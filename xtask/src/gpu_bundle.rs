@@ -13,13 +13,27 @@ const FOLDER: &str = "gpu-bundle";
 const SCRIPT: &str = "xtask/src/gpu_run.sh";
 /// What can be carried to such a machine, with room for the rest of the tree.
 const MAX_BYTES: u64 = 48 << 20;
-/// What is built: arguments of cargo, and the programs that come of them.
-const BUILDS: [(&[&str], &[&str]); 3] = [
-    (&["build", "--release", "-p", "unisono-cli", "--bin", "unisono"], &["unisono"]),
-    (&["build", "--release", "-p", "unisono", "--example", "gpu_sweep"], &["gpu_sweep"]),
+/// Arguments of cargo, and the programs that come of them: as cargo calls them, and as the bundle does.
+type Build = (&'static [&'static str], &'static [(&'static str, &'static str)]);
+const BUILDS: [Build; 4] = [
+    (&["build", "--release", "-p", "unisono-cli", "--bin", "unisono"], &[("unisono", "unisono")]),
+    (&["build", "--release", "-p", "unisono", "--example", "gpu_sweep"], &[("gpu_sweep", "gpu_sweep")]),
+    (&["test", "--release", "-p", "unisono", "--lib", "--no-run"], &[("unisono", "library")]),
     (
-        &["test", "--release", "-p", "unisono", "--test", "gpu", "--test", "kernels", "--no-run"],
-        &["gpu", "kernels"],
+        &[
+            "test",
+            "--release",
+            "-p",
+            "unisono",
+            "--test",
+            "gpu",
+            "--test",
+            "kernels",
+            "--test",
+            "faults_processes",
+            "--no-run",
+        ],
+        &[("gpu", "gpu"), ("kernels", "kernels"), ("faults_processes", "faults_processes")],
     ),
 ];
 
@@ -51,12 +65,12 @@ fn make(root: &Path) -> Result<u64, String> {
     }
     for (arguments, names) in BUILDS {
         let made = build(root, arguments)?;
-        for name in names {
+        for (name, called) in names {
             let (_, from) = made
                 .iter()
                 .find(|(made, _)| made == name)
                 .ok_or_else(|| format!("cargo {} made no {name}", arguments.join(" ")))?;
-            let status = Command::new("strip").arg("-o").arg(folder.join(name)).arg(from).status();
+            let status = Command::new("strip").arg("-o").arg(folder.join(called)).arg(from).status();
             match status {
                 Ok(status) if status.success() => {}
                 Ok(status) => return Err(format!("strip of {name} ended with {status}")),

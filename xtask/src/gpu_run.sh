@@ -3,14 +3,16 @@
 #
 #   gpu_run.sh [correct] [sanitizer] [kill] [bench]
 #
-# Without arguments all parts, within LIMIT_S seconds (480). What they say goes to $OUT, or to ./out, and its end to the
-# terminal. The last table has the exit code of every step; the script fails if one is not 0. SANITIZE_FILTER names the tests
-# that the sanitizer runs. NCCL is measured without NVLink's multicast, unless NCCL_NVLS_ENABLE says otherwise.
+# Without arguments all parts, within LIMIT_S seconds (480). Results go to $OUT, or to ./out, with all that was said in logs.tgz,
+# and the ends of it to the terminal. The last table has the exit code of every step; the script fails if one is not 0.
+# UNISONO_TEST_SCALE makes random tests and kills longer. NCCL is measured without NVLink's multicast, unless NCCL_NVLS_ENABLE
+# says otherwise.
 set -u
 
 out=${OUT:-$PWD/out}
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
+logs=$(mktemp -d)
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 2
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
 
@@ -48,9 +50,9 @@ step() {
     fi
     [ "$limit" -lt "$left" ] || limit=$left
     echo "== $name: $*"
-    timeout -k 10 "$limit" "$@" >"$out/$name.txt" 2>&1
+    timeout -k 10 "$limit" "$@" >"$logs/$name.txt" 2>&1
     code=$?
-    tail -n "${TAIL:-15}" "$out/$name.txt"
+    tail -n "${TAIL:-15}" "$logs/$name.txt"
     note "$name" "$code" $((SECONDS - start))
 }
 
@@ -90,33 +92,34 @@ print(list(importlib.import_module('$module').__path__)[0] + '/lib')" 2>/dev/nul
 from_python UNISONO_NCCL libnccl.so.2 nvidia.nccl
 from_python UNISONO_NVRTC libnvrtc.so nvidia.cu13 nvidia.cuda_nvrtc
 
-nvidia-smi -L | tee "$out/devices.txt"
-count=$(grep -c '^GPU ' "$out/devices.txt")
+nvidia-smi -L | tee "$logs/devices.txt"
+count=$(grep -c '^GPU ' "$logs/devices.txt")
 if [ "$count" -eq 0 ]; then
     echo "there is no GPU here" >&2
     exit 1
 fi
-nvidia-smi topo -m >"$out/topology.txt" 2>&1
+nvidia-smi topo -m >"$logs/topology.txt" 2>&1
 
 part_correct() {
     run_tests gpu correct 120
+    run_tests library library 60 gpu::
     UNISONO_TEST_REQUIRE_NVRTC=1 run_tests kernels kernels 150
 }
 
 part_kill() {
-    run_tests gpu kill 90 kill
+    run_tests faults_processes kill 200 gpu_kill
 }
 
+# Ranks of one process would wait for each other: the sanitizer runs one kernel of a process at a time.
 part_sanitizer() {
-    local filter=${SANITIZE_FILTER:-epochs_that_wrap} tool
+    local tool
     if ! command -v compute-sanitizer >/dev/null; then
         echo "== sanitizer: there is no compute-sanitizer here"
         return
     fi
     for tool in memcheck synccheck; do
-        step "sanitizer-$tool" 120 compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 99 \
-            --log-file "$out/sanitizer-$tool-report.txt" ./gpu --test-threads 1 --nocapture "$filter"
-        tail -n 20 "$out/sanitizer-$tool-report.txt" 2>/dev/null
+        step "sanitizer-$tool" 150 compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 99 \
+            ./unisono bench --device cuda -n "$((count < 2 ? 2 : count))" --sizes 8,96KiB,1MiB,6MiB --time 10ms
     done
 }
 
@@ -142,5 +145,6 @@ for at in "${!names[@]}"; do
     printf '%-72s %5s %6s\n' "${names[$at]}" "${codes[$at]}" "${times[$at]}"
     [ "${codes[$at]}" -eq 0 ] || failed=$((failed + 1))
 done
+tar -C "$logs" -czf "$out/logs.tgz" .
 echo "${#names[@]} steps, $failed failed"
 [ "$failed" -eq 0 ]
