@@ -185,6 +185,16 @@ impl Device {
         check("cuCtxSynchronize", self.ordinal(), unsafe { sys::cuCtxSynchronize() })
     }
 
+    /// Waits for copies and fills that went around all streams; not for kernels on streams of their own, which may wait for
+    /// this very thread.
+    pub(crate) fn finish_copies(&self) -> Result<()> {
+        let _current = self.enter()?;
+        // SAFETY: the null stream of the context exists.
+        check("cuStreamSynchronize", self.ordinal(), unsafe {
+            sys::cuStreamSynchronize(std::ptr::null_mut())
+        })
+    }
+
     /// Bytes of its memory that are free and that there are.
     ///
     /// # Errors

@@ -19,13 +19,17 @@ pub struct Graph {
 unsafe impl Send for Graph {}
 
 impl Graph {
-    /// Takes over `graph`.
-    pub(crate) fn new(device: &Device, graph: sys::CUgraph) -> Result<Self> {
+    /// Takes over `graph`, and brings it to the device: otherwise its first launch would, which may wait for all devices of
+    /// this process, and so for kernels that wait for that launch.
+    pub(crate) fn new(device: &Device, graph: sys::CUgraph, stream: sys::CUstream) -> Result<Self> {
         let mut executable = std::ptr::null_mut();
         // SAFETY: the graph is ours, the answer too.
         let result = unsafe { sys::cuGraphInstantiateWithFlags(&raw mut executable, graph, 0) };
         let made = Self { device: device.clone(), graph, executable };
         check("cuGraphInstantiate", device.ordinal(), result)?;
+        // SAFETY: graph and stream live.
+        let result = unsafe { sys::cuGraphUpload(executable, stream) };
+        check("cuGraphUpload", device.ordinal(), result)?;
         Ok(made)
     }
 

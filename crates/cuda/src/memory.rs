@@ -199,7 +199,7 @@ impl SharedPages {
         let result =
             unsafe { sys::cuMemcpyHtoD_v2(self.address + at as u64, data.as_ptr().cast(), data.len()) };
         check("cuMemcpyHtoD", self.device.ordinal(), result)?;
-        self.device.synchronize()
+        self.device.finish_copies()
     }
 
     /// Fills them and waits for it.
@@ -211,7 +211,7 @@ impl SharedPages {
         // SAFETY: the range is mapped and accessible. Whoever shares it does not know it yet, or does not mind.
         let result = unsafe { sys::cuMemsetD8_v2(self.address, value, self.bytes) };
         check("cuMemsetD8", self.device.ordinal(), result)?;
-        self.device.synchronize()
+        self.device.finish_copies()
     }
 }
 
@@ -311,7 +311,7 @@ impl DeviceBuffer {
         // SAFETY: both sides are as long as the data.
         let result = unsafe { sys::cuMemcpyHtoD_v2(to, data.as_ptr().cast(), data.len()) };
         check("cuMemcpyHtoD", self.device.ordinal(), result)?;
-        self.device.synchronize()
+        self.device.finish_copies()
     }
 
     /// Reads what lies from byte `at` on. Not in the order of any stream.

@@ -124,7 +124,7 @@ impl Stream {
         // SAFETY: the stream lives, and the answer is ours.
         let result = unsafe { sys::cuStreamEndCapture(self.raw, &raw mut graph) };
         check("cuStreamEndCapture", self.device.ordinal(), result)?;
-        Graph::new(&self.device, graph)
+        Graph::new(&self.device, graph, self.raw)
     }
 
     /// Work that comes later waits for `event`.
