@@ -18,7 +18,7 @@ pub mod nvml;
 pub mod nvrtc;
 pub mod stream;
 
-pub use cache::Cache;
+pub use cache::{Cache, Entry};
 pub use device::{Device, Uuid};
 pub use error::{Error, Result};
 pub use facts::{KernelFacts, kernels};
