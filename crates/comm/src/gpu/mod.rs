@@ -8,9 +8,10 @@
 use std::sync::Arc;
 
 use unisono_core::call::{CallHeader, HEADER_WORDS, Kind};
-use unisono_core::device::layout::MAX_RANKS;
+pub use unisono_core::device::layout::MAX_RANKS;
 use unisono_core::device::select::{Question, Rules};
-use unisono_core::device::{ArenaLayout, Form, Launch, Link};
+pub use unisono_core::device::{ArenaLayout, Link};
+use unisono_core::device::{Form, Launch};
 use unisono_core::hello::DeviceIdentity;
 use unisono_core::settings::Settings;
 use unisono_cuda::{Device, DeviceBuffer, Event, Grid, RegisteredHost, Stream, Uuid};
