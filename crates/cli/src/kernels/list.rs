@@ -74,9 +74,9 @@ impl Document {
         if self.entries == 0 {
             return vec![format!("{folder} holds no kernels yet; unisono kernels build puts some there.")];
         }
-        let mut lines = vec![folder.clone(), format!("{:<10} {:>8} {:>10}", "compiler", "entries", "size")];
+        let mut lines = vec![folder.clone(), format!("{:<12} {:>8} {:>10}", "compiler", "entries", "size")];
         let row =
-            |name: &str, entries: usize, size: u64| format!("{name:<10} {entries:>8} {:>10}", bytes(size));
+            |name: &str, entries: usize, size: u64| format!("{name:<12} {entries:>8} {:>10}", bytes(size));
         let shares = self.compilers.iter();
         lines
             .extend(shares.map(|share| row(&format!("NVRTC {}", share.version), share.entries, share.bytes)));
@@ -103,10 +103,10 @@ mod tests {
             lines,
             [
                 "/cache",
-                "compiler    entries       size",
-                "NVRTC 12.10        2      2 KiB",
-                "NVRTC 12.9         1      1 KiB",
-                "all                3      3 KiB",
+                "compiler      entries       size",
+                "NVRTC 12.10         2      2 KiB",
+                "NVRTC 12.9          1      1 KiB",
+                "all                 3      3 KiB",
             ]
         );
     }
