@@ -251,7 +251,7 @@ mod tests {
     #[test]
     fn every_pair_of_the_table_has_kernels_of_its_own() {
         let all = Purpose::all();
-        assert_eq!(all.len(), 1 + 109, "{}", all.len());
+        assert_eq!(all.len(), 1 + 113, "{}", all.len());
         assert_eq!(
             Purpose::USUAL.map(|purpose| purpose.to_string()).join(", "),
             "copies, f32 sum, f16 sum, bf16 sum"
