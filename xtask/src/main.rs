@@ -7,6 +7,7 @@ mod arrows;
 mod count;
 mod faults;
 mod fuzz;
+mod gpu_bundle;
 mod kernels;
 mod lex;
 mod rules;
@@ -23,6 +24,8 @@ Usage: cargo xtask TASK
   test   tidy, the test suite, doc tests, the build without features, loom models, documentation
   tidy   the house rules alone
   nvrtc  fetches the compiler of kernels into target/nvrtc, as test does, unless UNISONO_NVRTC names one
+  gpu-bundle
+         builds what is tested and measured on GPUs into gpu-bundle, to be carried to a machine that has some
   faults [--scale N] [FILTER]
          a campaign of the fault tests, in release, N times (10) as long as in the suite
   fuzz [TARGET] [--time 60s | --executions N]
@@ -37,6 +40,7 @@ fn main() -> ExitCode {
         ["test"] => test::run(&root()),
         ["tidy"] => tidy::run(&root()),
         ["nvrtc"] => kernels::provide(&root()),
+        ["gpu-bundle"] => gpu_bundle::run(&root()),
         ["faults", words @ ..] if let Some(campaign) = faults::Campaign::parse(words) => {
             campaign.run(&root())
         }

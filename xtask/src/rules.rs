@@ -11,7 +11,9 @@ const UNSAFE_CRATES: [&str; 6] =
     ["crates/sync/", "crates/cuda/", "crates/node/", "crates/comm/", "crates/cli/", "crates/fuzz/"];
 /// The files that may hold `unsafe`, sorted.
 const UNSAFE_FILES: &[&str] = &[
-    // Describes its own buffers to the library, as a binding does.
+    // Describes its own buffers to the library, as a binding does; opens NCCL, and calls it.
+    "crates/cli/src/bench/gpu.rs",
+    "crates/cli/src/bench/nccl.rs",
     "crates/cli/src/bench/rank.rs",
     // Signals as a descriptor.
     "crates/cli/src/run/signals.rs",

@@ -135,7 +135,7 @@ fn a_tuning_file_decides_where_algorithms_change() {
     let file = directory.path().join("a.tune");
     tuned(&file);
     let algorithms = |windows: &[&str]| {
-        let options = ["bench", "all_reduce", "--sizes=8,1MiB", "--time=1ms", "--json"];
+        let options = ["bench", "all_reduce", "--device=host", "--sizes=8,1MiB", "--time=1ms", "--json"];
         let output = unisono(&[&options, windows].concat()).env("UNISONO_TUNE_FILE", &file).output().unwrap();
         let results = json(&output)["results"].clone();
         results
@@ -168,7 +168,7 @@ fn a_tuning_file_that_is_damaged_missing_or_foreign_stops_the_job_and_is_found_b
             None => std::fs::remove_file(&path).unwrap(),
         }
         let sentence = format!("the tuning file {} cannot be used: {expected}", path.display());
-        let bench = ["bench", "barrier", "--time=1ms"];
+        let bench = ["bench", "barrier", "--device=host", "--time=1ms"];
         let output = unisono(&bench).env("UNISONO_TUNE_FILE", &path).output().unwrap();
         assert!(
             !output.status.success() && text(&output.stderr).contains(&sentence),
@@ -219,6 +219,6 @@ fn tuning_measures_here_and_writes_a_file_that_jobs_can_use() {
     let tuning = unisono::tuning::load(path).unwrap();
     assert_eq!(tuning.worlds().keys().copied().collect::<Vec<_>>(), [2]);
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1, "nothing else is left there");
-    let bench = ["bench", "all_reduce", "--sizes=4KiB", "--time=1ms"];
+    let bench = ["bench", "all_reduce", "--device=host", "--sizes=4KiB", "--time=1ms"];
     assert!(unisono(&bench).env("UNISONO_TUNE_FILE", path).output().unwrap().status.success());
 }

@@ -18,7 +18,7 @@
 #include "ptx.cuh"
 
 // Why a kernel gave up, as the host reads it.
-enum Reason { REASON_NONE, REASON_MISMATCH, REASON_TIMEOUT, REASON_CONCURRENT };
+enum Reason { REASON_NONE, REASON_MISMATCH, REASON_TIMEOUT, REASON_CONCURRENT, REASON_OUTSIDE };
 
 // In memory of this device, used by this rank only.
 struct State {
@@ -27,7 +27,7 @@ struct State {
   u32 poison;
   u32 reported;
   u32 left;      // blocks that are through, of all kernels so far
-  u32 expected;  // what `left` is once the kernels before are done
+  u32 expected;  // what `left` is at least once the kernels before are done
   u32 cleared;   // blocks that cleared their part of the arena
   u32 open;      // the epoch for which the arena is clear
 };
@@ -56,12 +56,16 @@ struct Args {
   Report* report;
   u64 header[HEADER_WORDS];
   u64 bytes;        // of one part
+  u64 source_bytes; // of the windows that the sides lie in, in direct forms
+  u64 target_bytes;
   u64 patience_ns;  // 0 is for ever
   u32 rank;
   u32 root;
   u32 tile;         // vectors of 16 bytes that a block moves in one round
   u32 is_same;      // whether input and output are the same memory
 };
+
+static_assert(sizeof(Args) == ARGS_BYTES, "the host lays arguments out differently");
 
 struct Entry {
   u64 started_ns;
@@ -106,6 +110,11 @@ __device__ __noinline__ bool must_leave(const Args& args, const Entry& entry, u3
   return true;
 }
 
+// After a wait: nobody is waited for any more.
+__device__ __forceinline__ void end_wait(const Args& args, u32 spins) {
+  if (spins >= 1024) store_word(&args.report->waiting, 0);
+}
+
 // The spin primitive: polls until `is_ready` or until one must leave; true if it is ready.
 template <class Poll>
 __device__ __forceinline__ bool wait_until(const Args& args, const Entry& entry, u32 peer, Poll is_ready) {
@@ -113,6 +122,7 @@ __device__ __forceinline__ bool wait_until(const Args& args, const Entry& entry,
   while (!is_ready()) {
     if ((++spins & 63) == 0 && must_leave(args, entry, spins, peer, 0)) return false;
   }
+  end_wait(args, spins);
   return true;
 }
 
@@ -160,11 +170,14 @@ __device__ __forceinline__ u32 header_half(const Args& args, u32 i) {
   return i < 2 * HEADER_WORDS ? u32(args.header[i / 2] >> (i % 2 * 32)) : 0;
 }
 
-// The scalar of a pre-multiplied sum is each rank's own: told, not compared.
-__device__ __forceinline__ bool must_agree(u32 i) { return i / 2 != HEADER_SCALAR; }
+// The scalar of a pre-multiplied sum and places in windows are each rank's own: told, not compared.
+__device__ __forceinline__ bool must_agree(u32 i) { return i / 2 != HEADER_SCALAR && i / 2 < HEADER_OFFSETS; }
 
-// A warp for each peer: lane l sends and compares packet l.
+// A warp for each peer: lane l sends and compares packet l. READY: whoever sees our header may read our input where it lies.
+template <bool READY>
 __device__ void exchange_headers(const Args& args, const Entry& entry) {
+  // SYNC: what this device did before the call is visible to peers after our header.
+  if (READY) fence_all();
   const u32 lane = threadIdx.x & 31, me = args.rank;
   for (u32 peer = threadIdx.x / 32; peer < RANKS; peer += blockDim.x / 32) {
     if (peer == me || lane >= HEADER_PACKETS) continue;
@@ -200,21 +213,21 @@ __device__ void exchange_headers(const Args& args, const Entry& entry) {
   }
 }
 
-// The scalar of rank `peer`, from its header. For kernels of pre-multiplied sums.
-__device__ __forceinline__ bool scalar_of(const Args& args, const Entry& entry, u32 peer, f64* scalar) {
+// Word `word` of the header of rank `peer`, which may be us.
+__device__ __forceinline__ bool header_word(const Args& args, const Entry& entry, u32 peer, u32 word, u64* value) {
   if (peer == args.rank) {
-    *scalar = __longlong_as_double(args.header[HEADER_SCALAR]);
+    *value = args.header[word];
     return true;
   }
   u32 halves[2];
 #pragma unroll
   for (u32 i = 0; i < 2; i++) {
-    u32 half = 2 * HEADER_SCALAR + i, words[3];
+    u32 half = 2 * word + i, words[3];
     const u8* at = args.arenas[args.rank] + header_at(entry.epoch, peer) + half / 3 * PACKET_BYTES;
     if (!wait_until(args, entry, peer, [&] { return take_packet(at, words, entry.epoch); })) return false;
-    halves[i] = words[half % 3];
+    halves[i] = half % 3 == 0 ? words[0] : half % 3 == 1 ? words[1] : words[2];
   }
-  *scalar = __hiloint2double(halves[1], halves[0]);
+  *value = u64(halves[1]) << 32 | halves[0];
   return true;
 }
 
@@ -277,7 +290,8 @@ __device__ __forceinline__ Entry enter(const Args& args) {
     if (is_header_block() && !shared.is_poisoned) {
       u32 expected = load_own_word(&state->expected);
       u32 left = load_own_word(&state->left);
-      if (left != expected) {
+      // Blocks of this very kernel may have left already: more is fine.
+      if (i32(left - expected) < 0) {
         give_up(args, REASON_CONCURRENT, args.rank, shared.epoch, expected, left, 0);
         shared.is_poisoned = true;
       }

@@ -8,13 +8,13 @@
 #include "ring.cuh"
 #include "two_shot.cuh"
 
-#define KERNEL(NAME, THREADS, BODY)                                                             \
+#define KERNEL(NAME, THREADS, READY, BODY)                                                             \
   extern "C" __global__ void __launch_bounds__(THREADS) NAME(const __grid_constant__ Args args) { \
     Entry entry = enter(args);                                                                  \
     if (entry.is_poisoned) return;                                                              \
     if (is_header_block()) {                                                                    \
       arrive(args, entry);                                                                      \
-      exchange_headers(args, entry);                                                            \
+      exchange_headers<READY>(args, entry);                                                     \
       leave(args);                                                                              \
     } else if (BODY(args, entry)) {                                                             \
       leave(args);                                                                              \
@@ -22,29 +22,29 @@
   }
 
 #if REDUCE
-KERNEL(all_reduce_one_shot, 512, (one_shot<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
-KERNEL(all_reduce_two_shot, 512, (two_shot<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
-KERNEL(all_reduce_bulk, 512, (bulk<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
-KERNEL(all_reduce_direct, 512, (direct<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
-KERNEL(all_reduce_ring, 512, (ring<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
+KERNEL(all_reduce_one_shot, 512, false, (one_shot<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
+KERNEL(all_reduce_two_shot, 512, false, (two_shot<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
+KERNEL(all_reduce_bulk, 512, false, (bulk<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
+KERNEL(all_reduce_direct, 512, true, (direct<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
+KERNEL(all_reduce_ring, 512, false, (ring<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
 #else
 // Bytes, whatever they mean.
-KERNEL(broadcast_one_shot, 512, (one_shot<BROADCAST, U8, SUM>))
-KERNEL(broadcast_two_shot, 512, (two_shot<BROADCAST, U8, SUM>))
-KERNEL(broadcast_bulk, 512, (bulk<BROADCAST, U8, SUM>))
-KERNEL(broadcast_direct, 512, (direct<BROADCAST, U8, SUM>))
-KERNEL(broadcast_ring, 512, (ring<BROADCAST, U8, SUM>))
-KERNEL(all_gather_one_shot, 512, (one_shot<ALL_GATHER, U8, SUM>))
-KERNEL(all_gather_bulk, 512, (bulk<ALL_GATHER, U8, SUM>))
-KERNEL(all_gather_direct, 512, (direct<ALL_GATHER, U8, SUM>))
-KERNEL(all_gather_ring, 512, (ring<ALL_GATHER, U8, SUM>))
+KERNEL(broadcast_one_shot, 512, false, (one_shot<BROADCAST, U8, SUM>))
+KERNEL(broadcast_two_shot, 512, false, (two_shot<BROADCAST, U8, SUM>))
+KERNEL(broadcast_bulk, 512, false, (bulk<BROADCAST, U8, SUM>))
+KERNEL(broadcast_direct, 512, true, (direct<BROADCAST, U8, SUM>))
+KERNEL(broadcast_ring, 512, false, (ring<BROADCAST, U8, SUM>))
+KERNEL(all_gather_one_shot, 512, false, (one_shot<ALL_GATHER, U8, SUM>))
+KERNEL(all_gather_bulk, 512, false, (bulk<ALL_GATHER, U8, SUM>))
+KERNEL(all_gather_direct, 512, true, (direct<ALL_GATHER, U8, SUM>))
+KERNEL(all_gather_ring, 512, false, (ring<ALL_GATHER, U8, SUM>))
 
 // Only headers: nobody leaves before all have entered.
 extern "C" __global__ void __launch_bounds__(512) barrier(const __grid_constant__ Args args) {
   Entry entry = enter(args);
   if (entry.is_poisoned) return;
   arrive(args, entry);
-  exchange_headers(args, entry);
+  exchange_headers<false>(args, entry);
   __syncthreads();
   leave(args);
 }
@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(512) barrier(const __grid_constant_
 // What this side reads in arguments that the host filled, and takes the layout to be: for a test that compares them.
 extern "C" __global__ void probe(const __grid_constant__ Args args) {
   const u64 facts[] = {sizeof(Args), sizeof(Report), sizeof(State), u64(args.arenas[MAX_RANKS - 1]), u64(args.sources[1]),
-                       u64(args.targets[2]), u64(args.abort), u64(args.report), args.header[HEADER_WORDS - 1], args.bytes,
+                       u64(args.targets[2]), u64(args.abort), u64(args.report), args.header[HEADER_WORDS - 1], args.bytes, args.source_bytes, args.target_bytes,
                        args.patience_ns, args.rank, args.root, args.tile, args.is_same, PACKET_BYTES, SCRATCH_AT};
   for (u32 i = 0; i < sizeof(facts) / 8; i++) reinterpret_cast<u64*>(args.targets[0])[i] = facts[i];
 }

@@ -33,7 +33,10 @@ __device__ __forceinline__ bool take_units(const Args& args, const Entry& entry,
     for (int peer = 0; peer < RANKS; peer++) {
       if (peer != args.rank && !take_unit<PACKETS>(slot(peer), units[peer], entry.epoch)) missing |= 1u << peer;
     }
-    if (missing == 0) return true;
+    if (missing == 0) {
+      end_wait(args, spins);
+      return true;
+    }
     if ((++spins & 63) == 0 && must_leave(args, entry, spins, __ffs(missing) - 1, 0)) return false;
   }
 }
@@ -49,7 +52,9 @@ __device__ __forceinline__ bool load_scalars(const Args& args, const Entry& entr
   if constexpr (OP == PREMUL_SUM) {
 #pragma unroll
     for (int rank = 0; rank < RANKS; rank++) {
-      if (!scalar_of(args, entry, rank, &scalars[rank])) return false;
+      u64 bits;
+      if (!header_word(args, entry, rank, HEADER_SCALAR, &bits)) return false;
+      scalars[rank] = __longlong_as_double(bits);
     }
   }
   return true;

@@ -75,6 +75,7 @@ __device__ __forceinline__ bool two_shot(const Args& args, const Entry& entry) {
       }
       if (missing != 0 && (++spins & 63) == 0 && must_leave(args, entry, spins, __ffs(missing) - 1, 0)) return false;
     } while (missing != 0);
+    end_wait(args, spins);
 #pragma unroll
     for (int peer = 0; peer < RANKS; peer++) {
       const u64 unit = peer * shard + i, at = unit * U::BYTES;

@@ -24,7 +24,7 @@ use crate::observer::Observer;
 use crate::operations::Operations;
 use crate::stream::{OnStream, Stream};
 use crate::tuning::{AskedBy, Selection};
-use crate::window::{Memory, Window};
+use crate::window::{Held, Memory, Window};
 
 /// Under which the control memory is handed over; windows use their ids, which start at 1.
 const CONTROL_ITEM: u32 = 0;
@@ -55,6 +55,16 @@ pub struct Communicator {
     rank: usize,
     pub(crate) patience: Option<Duration>,
     pub(crate) destroyed: bool,
+}
+
+/// A window that this rank has made.
+enum Made {
+    Host {
+        memory: Arc<SharedMemory>,
+        layout: WindowLayout,
+    },
+    #[cfg(feature = "cuda")]
+    Device(Vec<Arc<unisono_cuda::SharedPages>>),
 }
 
 /// What a communicator is assembled from.
@@ -320,30 +330,74 @@ impl Communicator {
     /// [`Error::Mismatch`] if the counts differ; [`Error::Node`] on every rank if any of them cannot have the memory
     /// (then the communicator still works).
     pub fn window<T: Element>(&self, count: usize, memory: Memory) -> Result<Window<T>> {
-        let Memory::Host = memory;
         let mut engine = self.engine.borrow_mut();
-        let header =
-            CallHeader { dtype: Some(T::DTYPE), count: count as u64, ..CallHeader::bare(Kind::Window) };
+        let header = CallHeader {
+            dtype: Some(T::DTYPE),
+            count: count as u64,
+            parts: memory as u64,
+            ..CallHeader::bare(Kind::Window)
+        };
         engine.meet(header, self.patience)?;
         let id = engine.next_window_id();
         let layout = WindowLayout::new(self.world_size(), count, size_of::<T>())?;
-        let total = layout.total_bytes();
         let deadline = self.patience.map_or(Deadline::NEVER, Deadline::after);
         let is_aborted = || self.control.abort().raised().is_some();
-        let memory = self.neighbours.share(id as u32, total, deadline, &is_aborted);
+        let made = match memory {
+            Memory::Host => {
+                let memory = self.neighbours.share(id as u32, layout.total_bytes(), deadline, &is_aborted);
+                memory.map(|memory| Made::Host { memory, layout })
+            }
+            Memory::Device => self.make_on_device(id, layout.bytes(), deadline, &is_aborted),
+        };
         // Either all have it or none: a rank that could not map it says so, and everybody lets go of it.
-        let mut all_have_it = [u8::from(memory.is_ok())];
+        let mut all_have_it = [u8::from(made.is_ok())];
         engine.submit(&Call::new(
             Kind::AllReduce { op: ReduceOp::Min },
             [crate::BufMut::from(&mut all_have_it).raw()],
         ))?;
-        let memory = memory?;
+        let made = made?;
         if all_have_it[0] == 0 {
-            let message = "another rank of this host could not map it".to_owned();
-            return Err(Error::Node(unisono_node::Error::Memory { bytes: total, action: "window", message }));
+            let (bytes, message) =
+                (layout.total_bytes(), "another rank of this host could not map it".to_owned());
+            return Err(Error::Node(unisono_node::Error::Memory { bytes, action: "window", message }));
         }
-        engine.open_window(id, memory.clone(), layout);
-        Ok(Window::new(self.control.clone(), memory, layout, id, count))
+        let held = match made {
+            Made::Host { memory, layout } => {
+                engine.open_window(id, memory.clone(), layout);
+                Held::Host { memory, layout }
+            }
+            #[cfg(feature = "cuda")]
+            Made::Device(pages) => {
+                let (held, bytes) = (pages[self.rank].clone(), layout.bytes());
+                if let Some(gpu) = &self.gpu {
+                    gpu.borrow_mut().open_window(id, bytes, pages);
+                }
+                Held::Device(held)
+            }
+        };
+        Ok(Window::new(self.control.clone(), held, id, count))
+    }
+
+    /// A window on the devices.
+    #[cfg(feature = "cuda")]
+    fn make_on_device(
+        &self,
+        id: u64,
+        bytes: usize,
+        deadline: Deadline,
+        is_aborted: &dyn Fn() -> bool,
+    ) -> Result<Made> {
+        let Some(gpu) = &self.gpu else {
+            let reason = "this communicator was made without one (Builder::device)".to_owned();
+            return Err(Error::Device { rank: self.rank, reason });
+        };
+        let pages = gpu.borrow().share_window(&self.neighbours, (id, bytes), deadline, is_aborted)?;
+        Ok(Made::Device(pages))
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn make_on_device(&self, _: u64, _: usize, _: Deadline, _: &dyn Fn() -> bool) -> Result<Made> {
+        Err(Error::Builder { problem: "this build has no GPUs: it was made without the feature cuda" })
     }
 
     /// Ends window `id`, made by the communicator of `owner`, for collectives: because it is closed or becomes one-sided, as
@@ -366,8 +420,16 @@ impl Communicator {
         }
         let mut engine = self.engine.borrow_mut();
         let header = CallHeader { target_window: id, ..CallHeader::bare(kind) };
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = &self.gpu {
+            gpu.borrow_mut().drain()?;
+        }
         engine.meet(header, self.patience)?;
         engine.close_window(id);
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = &self.gpu {
+            gpu.borrow_mut().close_window(id);
+        }
         Ok(())
     }
 

@@ -71,6 +71,7 @@ pub use operations::Operations;
 pub use scope::{Pending, Scope};
 pub use stream::{OnStream, Stream};
 pub use symmetric::Symmetric;
+pub use unisono_core::device::Form;
 pub use unisono_core::element::{Bool8, f8e4m3, f8e5m2};
 pub use unisono_core::select::Algorithm;
 pub use unisono_core::settings::{Order, Require};

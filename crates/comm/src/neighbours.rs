@@ -4,6 +4,8 @@
 //! All communicators of a process that come from one another share the same connections. Each has a number of its own,
 //! which no other communicator has that shares a rank with it, and so have its messages.
 
+#[cfg(feature = "cuda")]
+use std::any::Any;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -47,6 +49,26 @@ pub(crate) struct Letter {
 enum Enclosed {
     Mapped(Arc<SharedMemory>),
     Descriptor(OwnedFd),
+}
+
+/// Memory on its way to another rank.
+#[cfg(feature = "cuda")]
+#[derive(Debug)]
+pub(crate) enum Given {
+    /// There is none to give.
+    Nothing,
+    /// The mapping itself, within a process.
+    Here(Arc<dyn Any + Send + Sync>),
+    /// What another process can map.
+    Descriptor(OwnedFd),
+}
+
+/// What another rank gave, and what it says of it.
+#[cfg(feature = "cuda")]
+#[derive(Debug)]
+pub(crate) struct Parcel {
+    pub(crate) body: Vec<u8>,
+    pub(crate) given: Given,
 }
 
 /// Ends a watch when it is dropped.
@@ -130,7 +152,8 @@ impl Neighbours {
         let (to, tag) = (self.ranks[to], self.tag(item));
         match &self.host {
             Host::Threads(hub) => {
-                let message = ThreadMessage { body: body.to_vec(), memory: memory.cloned() };
+                let message =
+                    ThreadMessage { body: body.to_vec(), memory: memory.cloned().map(|memory| memory as _) };
                 hub.send(self.ranks[self.me], to, tag, message)?;
             }
             Host::Processes(plane) => match memory {
@@ -195,34 +218,59 @@ impl Neighbours {
         letter.map(bytes)
     }
 
-    /// Gives every rank the descriptor of every other: `ours` goes to all, and theirs come back by rank (ours and those of
-    /// ranks that had none to give are missing). Collective; `item` names what it is of.
+    /// Whether the ranks are threads of one process.
+    #[cfg(feature = "cuda")]
+    pub(crate) const fn is_one_process(&self) -> bool {
+        matches!(self.host, Host::Threads(_))
+    }
+
+    /// Gives every rank what every other has: ours goes to all with `body`, and theirs come back by rank; nothing in our own
+    /// place. Between processes it is a descriptor, between threads the thing itself. Collective; `item` names what it is of.
     #[cfg(feature = "cuda")]
     pub(crate) fn exchange(
         &self,
         item: u32,
-        ours: Option<&OwnedFd>,
+        body: &[u8],
+        ours: &Given,
         deadline: Deadline,
         is_aborted: &dyn Fn() -> bool,
-    ) -> Result<Vec<Option<OwnedFd>>> {
-        let Host::Processes(plane) = &self.host else {
-            unreachable!("ranks of one process share addresses, not descriptors")
-        };
-        let (tag, what) = (self.tag(item), "the descriptor of its memory");
-        let enclosed: Vec<_> = ours.iter().map(|descriptor| descriptor.as_fd()).collect();
-        for (to, rank) in self.ranks.iter().enumerate() {
-            if to != self.me {
-                plane.send(*rank, tag, &[], &enclosed, deadline)?;
+    ) -> Result<Vec<Option<Parcel>>> {
+        let (tag, what, mine) = (self.tag(item), "its memory", self.ranks[self.me]);
+        let others = || self.ranks.iter().filter(|rank| **rank != mine);
+        for to in others() {
+            match (&self.host, ours) {
+                (Host::Threads(hub), Given::Here(memory)) => {
+                    let message = ThreadMessage { body: body.to_vec(), memory: Some(memory.clone()) };
+                    hub.send(mine, *to, tag, message)?;
+                }
+                (Host::Threads(hub), _) => {
+                    hub.send(mine, *to, tag, ThreadMessage { body: body.to_vec(), memory: None })?;
+                }
+                (Host::Processes(plane), Given::Descriptor(descriptor)) => {
+                    plane.send(*to, tag, body, &[descriptor.as_fd()], deadline)?;
+                }
+                (Host::Processes(plane), _) => plane.send(*to, tag, body, &[], deadline)?,
             }
         }
-        let receive = |(from, rank): (usize, &usize)| {
-            if from == self.me {
+        let receive = |from: &usize| {
+            if *from == mine {
                 return Ok(None);
             }
-            let message = plane.mailbox().receive(*rank, tag, what, deadline, is_aborted)?;
-            Ok(message.fds.into_iter().next())
+            Ok(Some(match &self.host {
+                Host::Threads(hub) => {
+                    let message = hub.mailbox(mine).receive(*from, tag, what, deadline, is_aborted)?;
+                    Parcel { body: message.body, given: message.memory.map_or(Given::Nothing, Given::Here) }
+                }
+                Host::Processes(plane) => {
+                    let message = plane.mailbox().receive(*from, tag, what, deadline, is_aborted)?;
+                    {
+                        let given = message.fds.into_iter().next().map_or(Given::Nothing, Given::Descriptor);
+                        Parcel { body: message.body, given }
+                    }
+                }
+            }))
         };
-        self.ranks.iter().enumerate().map(receive).collect()
+        self.ranks.iter().map(receive).collect()
     }
 
     const fn tag(&self, item: u32) -> Tag {
@@ -247,7 +295,8 @@ impl Letter {
 
 impl From<ThreadMessage> for Letter {
     fn from(message: ThreadMessage) -> Self {
-        Self { body: message.body, memory: message.memory.map(Enclosed::Mapped) }
+        let memory = message.memory.and_then(|memory| memory.downcast().ok());
+        Self { body: message.body, memory: memory.map(Enclosed::Mapped) }
     }
 }
 

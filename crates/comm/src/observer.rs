@@ -55,6 +55,8 @@ impl Observer {
         let completed = words.completed.current();
         let next = completed.wrapping_add(1);
         let current = (words.slots.standing(next) == next).then(|| self.describe(next)).flatten();
+        #[cfg(feature = "cuda")]
+        let current = current.or_else(|| self.waits_on_gpu());
         let failure =
             self.control.cause().map(|cause| cause.into_error("the current call", self.control.member()));
         // The meeting at the beginning is counted by the words, but it is no call of the user's.
@@ -92,6 +94,14 @@ impl Observer {
     pub fn choice(&self, kind: Kind, bytes: usize, in_windows: bool) -> Choice {
         let windows = if in_windows { Ok(()) } else { Err(NOT_ALL) };
         Choice::new(&self.selection, self.control.world_size(), (kind, bytes), windows)
+    }
+
+    /// The call in which our GPU waits, if it has done so for half a second.
+    #[cfg(feature = "cuda")]
+    fn waits_on_gpu(&self) -> Option<String> {
+        let (epoch, peer) = crate::gpu::args::waiting(self.control.gpu().0)?;
+        let name = self.control.name(peer.min(self.control.world_size() - 1));
+        Some(format!("call #{epoch} on the GPU of rank {}, waiting for {name}", self.rank))
     }
 
     fn describe(&self, epoch: u64) -> Option<String> {

@@ -22,6 +22,18 @@ pub enum Memory {
     /// Host memory, anonymous and shared.
     #[default]
     Host,
+    /// Memory of each rank's GPU, which all GPUs of the communicator reach.
+    Device,
+}
+
+/// What a window lies in.
+#[derive(Clone, Debug)]
+pub(crate) enum Held {
+    /// One mapping of all copies.
+    Host { memory: Arc<SharedMemory>, layout: WindowLayout },
+    /// Our copy, on our device.
+    #[cfg(feature = "cuda")]
+    Device(Arc<unisono_cuda::SharedPages>),
 }
 
 /// This rank's copy of a window of `T`. Peers touch it only between our entry to and exit from a collective on it, so
@@ -31,28 +43,27 @@ pub enum Memory {
 #[derive(Debug)]
 pub struct Window<T: Element> {
     control: Arc<Control>,
-    memory: Arc<SharedMemory>,
-    layout: WindowLayout,
+    held: Held,
     id: u64,
     count: usize,
     elem: PhantomData<T>,
 }
 
 impl<T: Element> Window<T> {
-    pub(crate) fn new(
-        control: Arc<Control>,
-        memory: Arc<SharedMemory>,
-        layout: WindowLayout,
-        id: u64,
-        count: usize,
-    ) -> Self {
-        Self { control, memory, layout, id, count, elem: PhantomData }
+    pub(crate) fn new(control: Arc<Control>, held: Held, id: u64, count: usize) -> Self {
+        Self { control, held, id, count, elem: PhantomData }
     }
 
     /// The first element of this rank's copy.
-    fn base(&self) -> *mut u8 {
-        // SAFETY: the copy lies in the mapping, whose length was agreed.
-        unsafe { self.memory.as_ptr().add(self.layout.copy(self.control.member().0).offset) }
+    fn base(&self) -> u64 {
+        match &self.held {
+            Held::Host { memory, layout } => {
+                let offset = layout.copy(self.control.member().0).offset;
+                (memory.as_ptr().expose_provenance() + offset) as u64
+            }
+            #[cfg(feature = "cuda")]
+            Held::Device(pages) => pages.address(),
+        }
     }
 
     /// Elements of this rank's copy.
@@ -74,7 +85,7 @@ impl<T: Element> Window<T> {
     ///
     /// # Errors
     /// [`Error::Poisoned`] once the communicator failed: a peer may have been writing. [`Error::Generation`] once it was shrunk.
-    /// [`Error::Forked`] in a forked child.
+    /// [`Error::Forked`] in a forked child. [`Error::Place`] if it lies on a GPU.
     pub fn lend(&mut self) -> Result<&mut [T]> {
         self.control.check_process()?;
         if let Some(error) = self.control.outdated(self.id) {
@@ -84,9 +95,18 @@ impl<T: Element> Window<T> {
             let cause = cause.into_error("a collective", self.control.member()).to_string();
             return Err(Error::Poisoned { id: self.id, cause });
         }
+        let Held::Host { .. } = &self.held else {
+            return Err(Error::Place {
+                call: "lend",
+                rank: self.control.member().0,
+                expected: "windows of host memory".to_owned(),
+                got: "memory of a GPU".to_owned(),
+            });
+        };
+        let base: *mut T = std::ptr::with_exposed_provenance_mut(self.base() as usize);
         // SAFETY: the base is page-aligned, `count` elements long, lives as long as `memory`, and every bit pattern is a
         // valid `T`. Peers read and write it only while we are inside a collective, which needs this borrow to be over.
-        Ok(unsafe { std::slice::from_raw_parts_mut(self.base().cast(), self.count) })
+        Ok(unsafe { std::slice::from_raw_parts_mut(base, self.count) })
     }
 
     /// The elements of `range` as an input.
@@ -105,6 +125,11 @@ impl<T: Element> Window<T> {
         BufMut::new(self.raw(range))
     }
 
+    /// The address of this rank's copy: of host memory, or of its GPU's.
+    pub fn address(&self) -> u64 {
+        self.base()
+    }
+
     /// Ends the window on all ranks and frees its memory. Collective.
     ///
     /// # Errors
@@ -120,9 +145,21 @@ impl<T: Element> Window<T> {
     /// # Errors
     /// As [`Window::close`].
     pub fn into_symmetric(self, communicator: &Communicator) -> Result<Symmetric<T>> {
+        #[cfg_attr(
+            not(feature = "cuda"),
+            expect(irrefutable_let_patterns, reason = "there are GPUs elsewhere")
+        )]
+        let Held::Host { memory, layout } = self.held else {
+            return Err(Error::Place {
+                call: Kind::Symmetric.name(),
+                rank: self.control.member().0,
+                expected: "windows of host memory".to_owned(),
+                got: "memory of a GPU".to_owned(),
+            });
+        };
         communicator.end_window(Kind::Symmetric, self.id, &self.control)?;
         let policy = communicator.engine().policy();
-        Ok(Symmetric::new(self.control, self.memory, self.layout, (self.id, self.count), policy))
+        Ok(Symmetric::new(self.control, memory, layout, (self.id, self.count), policy))
     }
 
     fn raw(&self, range: Range<usize>) -> RawBuffer {
@@ -131,9 +168,8 @@ impl<T: Element> Window<T> {
             "range {range:?} of a window of {} elements",
             self.count
         );
-        let address = self.base().expose_provenance() + range.start * size_of::<T>();
         RawBuffer {
-            ptr: address as u64,
+            ptr: self.base() + (range.start * size_of::<T>()) as u64,
             count: range.len(),
             dtype: T::DTYPE,
             place: Place::Window { id: self.id },

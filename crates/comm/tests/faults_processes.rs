@@ -27,7 +27,15 @@ fn main() -> ExitCode {
 
 fn trials() -> Vec<Trial> {
     type Test = fn();
-    let tests: [(&str, Test); 42] = [
+    let tests: [(&str, Test); 44] = [
+        (
+            "gpu_kill::survivors_leave_their_kernels_and_go_on",
+            faults::gpu::survivors_leave_their_kernels_and_go_on,
+        ),
+        (
+            "gpu_kill::a_rank_that_loses_its_context_is_named",
+            faults::gpu::a_rank_that_loses_its_context_is_named,
+        ),
         ("kill::every_survivor_names_the_killed_rank", faults::kills::every_survivor_names_the_killed_rank),
         ("kill::a_forked_child_does_not_hide_it", faults::kills::a_forked_child_does_not_hide_it),
         (

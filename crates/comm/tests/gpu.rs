@@ -1,7 +1,14 @@
 //! Collectives on GPUs against the scalar reference: every form, dtype, reduction, kind of size and alignment, with as many
 //! ranks as one likes, whatever number of devices there is. Without a device every test says so and passes.
 #![cfg(feature = "cuda")]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "seeds, and what is skipped, are said")]
 
+#[path = "gpu/life.rs"]
+mod life;
+#[path = "gpu/random.rs"]
+mod random;
+#[path = "gpu/windows.rs"]
+mod windows;
 #[path = "gpu/world.rs"]
 mod world;
 

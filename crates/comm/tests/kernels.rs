@@ -1,6 +1,11 @@
 //! All kernels compile for all architectures, without a GPU, and spill nothing that matters. Needs NVRTC, which
 //! `cargo xtask test` provides; without it (and without its order to have it) the test says so and passes.
 #![cfg(feature = "cuda")]
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "tells what kernels take, and what is skipped"
+)]
 
 use unisono::cuda::{Architecture, Cache, Compiler};
 use unisono::gpu::kernels::{Purpose, source};
@@ -18,23 +23,64 @@ fn compiler() -> Option<&'static Compiler> {
     }
 }
 
-#[test]
-fn kernels_compile_for_every_architecture_link_and_kind_of_element() {
+/// Compiles each kernel set and says what its kernels take.
+fn compile(architecture: &str, ranks: usize, link: Link, purposes: &[Purpose]) {
     let Some(_) = compiler() else { return };
-    let cache = Cache::of_user();
-    for architecture in ["sm_80", "sm_90", "sm_100"] {
-        let architecture: Architecture = architecture.parse().unwrap();
-        for (ranks, link) in [(8, Link::Device), (2, Link::Host)] {
-            let layout = ArenaLayout::new(ranks, link);
-            for purpose in [
-                Purpose::Copies,
-                Purpose::reduce(DType::BF16, ReduceOp::Sum),
-                Purpose::reduce(DType::F8E5M2, ReduceOp::Avg),
-                Purpose::reduce(DType::Complex128, ReduceOp::PreMulSum(1.0)),
-            ] {
-                let cubin = cache.cubin(&source(&layout, purpose), architecture, Compiler::find).unwrap();
-                assert!(cubin.len() > 10_000, "{architecture} {purpose:?}");
-            }
+    let target: Architecture = architecture.parse().unwrap();
+    let layout = ArenaLayout::new(ranks, link);
+    for purpose in purposes {
+        let cubin = Cache::of_user().cubin(&source(&layout, *purpose), target, Compiler::find).unwrap();
+        let facts = unisono::cuda::kernels(&cubin).unwrap();
+        assert!(facts.len() >= 5, "{architecture} {purpose:?} {facts:?}");
+        for kernel in &facts {
+            println!(
+                "{architecture} {ranks} ranks, {link:?}, {purpose:?}: {} {} registers, {} bytes of stack, {} of code",
+                kernel.name, kernel.registers, kernel.stack_bytes, kernel.code_bytes
+            );
+            // 512 threads of a block share 65,536 registers.
+            assert!(kernel.registers <= 128, "{architecture} {purpose:?} {kernel:?}");
+            assert!(kernel.stack_bytes <= 1024, "{architecture} {purpose:?} {kernel:?}");
         }
     }
+}
+
+/// One reduction of each dtype, all reductions among them.
+fn one_of_each_dtype() -> Vec<Purpose> {
+    let one = |(at, dtype): (usize, DType)| {
+        let ops = ReduceOp::ALL.into_iter().cycle().skip(at);
+        let op = ops.take(9).find(|op| unisono::reduce_op::check(dtype, *op).is_ok());
+        Purpose::reduce(dtype, op.unwrap())
+    };
+    DType::ALL.into_iter().enumerate().map(one).collect()
+}
+
+const SOME: [Purpose; 3] = [
+    Purpose::Copies,
+    Purpose::reduce(DType::BF16, ReduceOp::Sum),
+    Purpose::reduce(DType::Complex128, ReduceOp::PreMulSum(1.0)),
+];
+
+#[test]
+fn kernels_compile_for_ampere() {
+    compile("sm_80", 8, Link::Device, &SOME);
+}
+
+#[test]
+fn kernels_compile_for_hopper_over_nvlink() {
+    compile("sm_90", 8, Link::Device, &SOME);
+}
+
+#[test]
+fn kernels_compile_for_hopper_over_host_memory() {
+    compile("sm_90", 2, Link::Host, &SOME[..2]);
+}
+
+#[test]
+fn kernels_compile_for_blackwell() {
+    compile("sm_100", 8, Link::Device, &SOME);
+}
+
+#[test]
+fn kernels_compile_for_every_dtype() {
+    compile("sm_90", 2, Link::Device, &one_of_each_dtype());
 }

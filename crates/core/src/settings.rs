@@ -162,6 +162,12 @@ pub const SETTINGS: &[Setting] = &[
         "Where the run-time compiler of CUDA is; without it, toolkits and Python packages are searched.",
     ),
     setting(
+        "UNISONO_NCCL",
+        ValueKind::Text("the path of libnccl.so.2, or of its folder"),
+        "",
+        "Where NCCL is, for unisono bench --against nccl; without it, the system's loader and Python packages are asked.",
+    ),
+    setting(
         "UNISONO_CACHE_DIR",
         ValueKind::Text("the path of a folder"),
         "",

@@ -198,6 +198,11 @@ impl Device {
         Ok((free as u64, total as u64))
     }
 
+    /// Its primary context.
+    pub(crate) fn context(&self) -> sys::CUcontext {
+        self.inner.context
+    }
+
     /// For calls that name it.
     pub(crate) fn raw(&self) -> sys::CUdevice {
         self.inner.device

@@ -89,3 +89,41 @@ pub enum Error {
         message: String,
     },
 }
+
+/// What the driver calls errors after which nothing works in the context any more.
+const FATAL: [&str; 13] = [
+    "CUDA_ERROR_ASSERT",
+    "CUDA_ERROR_CONTEXT_IS_DESTROYED",
+    "CUDA_ERROR_DEVICE_UNAVAILABLE",
+    "CUDA_ERROR_ECC_UNCORRECTABLE",
+    "CUDA_ERROR_HARDWARE_STACK_ERROR",
+    "CUDA_ERROR_ILLEGAL_ADDRESS",
+    "CUDA_ERROR_ILLEGAL_INSTRUCTION",
+    "CUDA_ERROR_INVALID_ADDRESS_SPACE",
+    "CUDA_ERROR_INVALID_PC",
+    "CUDA_ERROR_LAUNCH_FAILED",
+    "CUDA_ERROR_LAUNCH_TIMEOUT",
+    "CUDA_ERROR_MISALIGNED_ADDRESS",
+    "CUDA_ERROR_NVLINK_UNCORRECTABLE",
+];
+
+impl Error {
+    /// Whether the context of the device is lost: a kernel went where it must not, or the device failed.
+    pub fn is_fatal(&self) -> bool {
+        matches!(self, Self::Driver { name, .. } if FATAL.contains(&name.as_str()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lost_context_is_told_from_a_call_that_was_refused() {
+        let error =
+            |name: &str| Error::Driver { call: "cuX", ordinal: 0, name: name.into(), message: "".into() };
+        assert!(error("CUDA_ERROR_ILLEGAL_ADDRESS").is_fatal());
+        assert!(!error("CUDA_ERROR_OUT_OF_MEMORY").is_fatal());
+        assert!(FATAL.is_sorted());
+    }
+}

@@ -16,6 +16,7 @@ pub mod memory;
 pub mod module;
 pub mod nvml;
 pub mod nvrtc;
+pub mod places;
 pub mod stream;
 
 pub use cache::{Cache, Entry};

@@ -31,6 +31,8 @@ pub struct SharedPages {
     address: u64,
     bytes: usize,
     location: Location,
+    /// The other devices that were let in.
+    allowed: Mutex<Vec<sys::CUdevice>>,
 }
 
 impl SharedPages {
@@ -89,7 +91,14 @@ impl SharedPages {
         bytes: usize,
         location: Location,
     ) -> Result<Self> {
-        let mut pages = Self { device: device.clone(), handle, address: 0, bytes: 0, location };
+        let mut pages = Self {
+            device: device.clone(),
+            handle,
+            address: 0,
+            bytes: 0,
+            location,
+            allowed: Mutex::new(Vec::new()),
+        };
         let mut address = 0;
         // SAFETY: a range of the driver's choice, and the answer is ours.
         let result = unsafe { sys::cuMemAddressReserve(&raw mut address, bytes, 0, 0, 0) };
@@ -117,10 +126,17 @@ impl SharedPages {
     /// # Errors
     /// What the driver refuses: that device cannot reach them.
     pub fn allow(&self, device: &Device) -> Result<()> {
+        // Held over the call: the driver refuses two at once.
+        let mut allowed = self.allowed.lock().unwrap_or_else(PoisonError::into_inner);
+        if allowed.contains(&device.raw()) {
+            return Ok(());
+        }
         self.set_access(sys::CUmemLocation {
             type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE,
             id: device.raw(),
-        })
+        })?;
+        allowed.push(device.raw());
+        Ok(())
     }
 
     fn set_access(&self, location: sys::CUmemLocation) -> Result<()> {

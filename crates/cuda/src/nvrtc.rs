@@ -9,6 +9,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use libloading::Library;
 
 use crate::error::{Error, Result};
+use crate::places::named;
 
 mod search;
 
@@ -144,7 +145,7 @@ impl Compiler {
         let mut libraries = Vec::new();
         // The compiler asks for this one by its bare name; it must be there already where no loader would find it.
         if let Some(folder) = path.parent().filter(|folder| folder.is_absolute()) {
-            for builtins in search::named(folder, "libnvrtc-builtins.so") {
+            for builtins in named(folder, "libnvrtc-builtins.so") {
                 // SAFETY: a library of the same vendor beside the one that was asked for.
                 libraries.extend(unsafe { Library::new(builtins) }.ok());
             }

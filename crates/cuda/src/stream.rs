@@ -6,8 +6,8 @@ use std::sync::Arc;
 use cudarc::driver::sys;
 
 use crate::device::Device;
-use crate::driver::check;
-use crate::error::Result;
+use crate::driver::{check, version};
+use crate::error::{Error, Result};
 use crate::graph::Graph;
 
 /// An ordered queue of work of one device.
@@ -89,6 +89,17 @@ impl Stream {
         let result = unsafe { sys::cuStreamIsCapturing(self.raw, &raw mut status) };
         check("cuStreamIsCapturing", self.device.ordinal(), result)?;
         Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+    }
+
+    /// Lets this thread ask what it likes while another thread captures: for threads that only watch.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    pub fn relax_capture(&self) -> Result<()> {
+        let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: the mode is ours, and belongs to this thread.
+        let result = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) };
+        check("cuThreadExchangeStreamCaptureMode", self.device.ordinal(), result)
     }
 
     /// From now on, work goes into a graph.
@@ -217,6 +228,20 @@ impl Event {
         // SAFETY: both live.
         let result = unsafe { sys::cuEventRecord(self.inner.raw, stream.raw) };
         check("cuEventRecord", self.inner.device.ordinal(), result)
+    }
+
+    /// Puts the event behind all work that the device has now from this process, on whichever stream.
+    ///
+    /// # Errors
+    /// [`Error::TooOld`] for drivers before 12.5; what the driver refuses.
+    pub fn record_device(&self) -> Result<()> {
+        if version()? < (12, 5) {
+            return Err(Error::TooOld { library: "the CUDA driver", symbol: "cuCtxRecordEvent".to_owned() });
+        }
+        let device = &self.inner.device;
+        // SAFETY: both live, and belong to one context.
+        let result = unsafe { sys::cuCtxRecordEvent(device.context(), self.inner.raw) };
+        check("cuCtxRecordEvent", device.ordinal(), result)
     }
 
     /// Whether the work before it is done.

@@ -1,19 +1,19 @@
 //! The ranks of one process: what the node plane is for processes, for threads. Memory is handed over as the mapping
 //! itself, so all threads share one.
 
+use std::any::Any;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::mailbox::{Mailbox, Tag};
-use crate::memory::SharedMemory;
 
 /// A message from another thread.
 #[derive(Clone, Debug, Default)]
 pub struct ThreadMessage {
     /// Its content.
     pub body: Vec<u8>,
-    /// The memory that came with it.
-    pub memory: Option<Arc<SharedMemory>>,
+    /// The memory that came with it, of whatever kind.
+    pub memory: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 /// Where the threads of one world send each other messages.
@@ -52,6 +52,7 @@ mod tests {
     use unisono_sync::Deadline;
 
     use super::*;
+    use crate::memory::SharedMemory;
 
     #[test]
     fn threads_get_the_same_mapping_and_only_once() {
@@ -70,7 +71,8 @@ mod tests {
             hub.send(0, to, tag, message).unwrap();
         }
         for taker in takers {
-            assert!(Arc::ptr_eq(&taker.join().unwrap().unwrap().memory.unwrap(), &memory));
+            let taken = taker.join().unwrap().unwrap().memory.unwrap().downcast().unwrap();
+            assert!(Arc::<SharedMemory>::ptr_eq(&taken, &memory));
         }
         let late = hub.mailbox(1).receive(0, tag, "x", Deadline::after(Duration::ZERO), &|| false);
         assert!(matches!(late.unwrap_err(), Error::Timeout { rank: 0, .. }));

@@ -3,16 +3,16 @@
 //! A batch is timed from after a barrier to the last call's return. What counts of each batch is the slowest rank's
 //! time; percentiles are taken over batches. Batches are 1,000 calls below 4 KiB, where a clock reading would weigh.
 
-use std::io::Write as _;
 use std::time::{Duration, Instant};
 
 use unisono::{
     Call, Communicator, DType, Element, Kind, Memory, Operations, Place, RawBuffer, ReduceOp, Window,
 };
 
+use super::Operation;
 use super::pattern::Patterns;
 use super::record::{Line, Measured};
-use super::{Operation, Workload};
+use super::workload::Workload;
 
 type Result<T, E = unisono::Error> = std::result::Result<T, E>;
 
@@ -45,24 +45,16 @@ impl Rank<'_> {
         let sizes = |operation: &Operation| {
             if *operation == Operation::Barrier { 1 } else { self.workload.sizes.len() }
         };
-        self.tell(&Line::Ready { sizes: self.workload.operations.iter().map(sizes).sum::<usize>() as u64 });
+        let all = self.workload.operations.iter().map(sizes).sum::<usize>();
+        Line::Ready { sizes: all as u64 }.tell(self.communicator.rank());
         for operation in &self.workload.operations {
             for bytes in self.workload.sizes.iter().take(sizes(operation)) {
                 let bytes = if *operation == Operation::Barrier { 0 } else { *bytes };
                 let measured = self.measure(*operation, bytes)?;
-                self.tell(&Line::Size(measured));
+                Line::Size(measured).tell(self.communicator.rank());
             }
         }
         Ok(())
-    }
-
-    fn tell(&self, line: &Line) {
-        if self.communicator.rank() == 0
-            && let Ok(text) = serde_json::to_string(line)
-        {
-            // If the parent is gone, so is the reason to go on; the next write of the runtime tells.
-            let _ = writeln!(std::io::stdout(), "{text}");
-        }
     }
 
     fn measure(&self, operation: Operation, bytes: usize) -> Result<Measured> {
@@ -90,7 +82,7 @@ impl Rank<'_> {
             target.close(&self.communicator)?;
         }
         let p50_us = times[rounds / 2];
-        let (algbw, busbw) = self.bandwidth(operation, bytes, p50_us);
+        let (algbw, busbw) = operation.bandwidth(self.communicator.world_size(), bytes, p50_us);
         Ok(Measured {
             operation: operation.name().to_owned(),
             bytes: bytes as u64,
@@ -236,7 +228,7 @@ impl Rank<'_> {
         if operation == Operation::SendRecv {
             return self.round_trip(buffers.raw(self.workload.dtype, count));
         }
-        let Some(kind) = self.kind(operation) else { return self.communicator.barrier() };
+        let Some(kind) = operation.kind(self.workload.op) else { return self.communicator.barrier() };
         let (input, _) = self.parts(operation);
         let (source, target) = buffers.raw(self.workload.dtype, count * input);
         let both = [source, target];
@@ -247,43 +239,14 @@ impl Rank<'_> {
         self.communicator.submit(call)
     }
 
-    /// The call; `None` for a barrier and for messages. The root is rank 0.
-    const fn kind(&self, operation: Operation) -> Option<Kind> {
-        let op = self.workload.op;
-        Some(match operation {
-            Operation::Barrier | Operation::SendRecv => return None,
-            Operation::AllReduce => Kind::AllReduce { op },
-            Operation::Broadcast => Kind::Broadcast { root: 0 },
-            Operation::AllGather => Kind::AllGather,
-            Operation::ReduceScatter => Kind::ReduceScatter { op },
-            Operation::AllToAll => Kind::AllToAll,
-            Operation::Reduce => Kind::Reduce { op, root: 0 },
-            Operation::Gather => Kind::Gather { root: 0 },
-            Operation::Scatter => Kind::Scatter { root: 0 },
-        })
-    }
-
     fn algorithm(&self, operation: Operation, count: usize) -> String {
-        let Some(kind) = self.kind(operation) else {
+        let Some(kind) = operation.kind(self.workload.op) else {
             return if operation == Operation::SendRecv { "channel" } else { "flags" }.to_owned();
         };
         let bytes = count * self.workload.dtype.size();
         // An all-to-all in place has one window, and reads nothing there.
         let in_windows = self.workload.windows && !(self.workload.in_place && kind == Kind::AllToAll);
         self.communicator.observer().choice(kind, bytes, in_windows).name().to_owned()
-    }
-
-    /// GB/s as nccl-tests counts: of the operation, and over the bus.
-    fn bandwidth(&self, operation: Operation, bytes: usize, us: f64) -> (f64, f64) {
-        let ranks = self.communicator.world_size() as f64;
-        let per_rank = bytes as f64 / us / 1e3;
-        match operation {
-            Operation::Barrier => (0.0, 0.0),
-            Operation::SendRecv => (2.0 * per_rank, 2.0 * per_rank),
-            Operation::AllReduce => (per_rank, per_rank * 2.0 * (ranks - 1.0) / ranks),
-            Operation::Broadcast | Operation::Reduce => (per_rank, per_rank),
-            _ => (per_rank * ranks, per_rank * (ranks - 1.0)),
-        }
     }
 }
 

@@ -1,6 +1,10 @@
 //! What is measured, as data: the lines that rank 0 writes for the parent, and the JSON that people keep.
 
+use std::io::Write as _;
+
 use serde::{Deserialize, Serialize};
+
+use super::gpu_record::{Gpus, OnGpu};
 
 /// One measured size of one operation.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -30,8 +34,32 @@ pub(crate) struct Measured {
 pub(crate) enum Line {
     /// The ranks have met; so many sizes will follow.
     Ready { sizes: u64 },
+    /// What the GPUs are.
+    Gpus(Gpus),
     /// A size is done.
     Size(Measured),
+    /// The same on GPUs.
+    GpuSize(Box<OnGpu>),
+}
+
+impl Line {
+    /// Writes it to standard output if `rank` is the one that the parent listens to.
+    pub(crate) fn tell(&self, rank: usize) {
+        if rank == 0
+            && let Ok(text) = serde_json::to_string(self)
+        {
+            // If the parent is gone, so is the reason to go on; the next write of the runtime tells.
+            let _ = writeln!(std::io::stdout(), "{text}");
+        }
+    }
+}
+
+/// All sizes of a run.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+pub(crate) enum Results {
+    Host(Vec<Measured>),
+    Gpu(Vec<OnGpu>),
 }
 
 /// The whole run.
@@ -41,6 +69,8 @@ pub(crate) struct Run {
     pub(crate) version: &'static str,
     pub(crate) unix_time: u64,
     pub(crate) machine: Machine,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) gpus: Option<Gpus>,
     pub(crate) ranks: usize,
     pub(crate) place: String,
     pub(crate) dtype: String,
@@ -48,7 +78,7 @@ pub(crate) struct Run {
     pub(crate) bound: bool,
     pub(crate) in_place: bool,
     pub(crate) synchronised: bool,
-    pub(crate) results: Vec<Measured>,
+    pub(crate) results: Results,
 }
 
 /// Where it was measured.

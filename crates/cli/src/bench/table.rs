@@ -6,8 +6,8 @@ use unisono::settings::format_size;
 
 use super::record::Measured;
 
-const HEADING: Style = Style::new().bold();
-const WRONG: Style = AnsiColor::Red.on_default().bold();
+pub(super) const HEADING: Style = Style::new().bold();
+pub(super) const WRONG: Style = AnsiColor::Red.on_default().bold();
 
 /// `all_reduce f32 sum · 2 processes · shared memory`, and the names of the columns.
 pub(super) fn heading(title: &str) -> String {
@@ -20,7 +20,6 @@ pub(super) fn heading(title: &str) -> String {
 
 /// One size.
 pub(super) fn row(measured: &Measured) -> String {
-    let bandwidth = |value: f64| if value > 0.0 { format!("{value:.2}") } else { "–".to_owned() };
     let ok = match measured.wrong {
         0 => "ok".to_owned(),
         wrong => format!("{WRONG}{wrong} WRONG{WRONG:#}"),
@@ -37,13 +36,18 @@ pub(super) fn row(measured: &Measured) -> String {
 }
 
 /// `44 sizes verified, 0 wrong`.
-pub(super) fn footer(results: &[Measured]) -> String {
-    let wrong = results.iter().filter(|measured| measured.wrong > 0).count();
+pub(super) fn footer(sizes: usize, wrong: usize) -> String {
     let style = if wrong > 0 { WRONG } else { Style::new() };
-    format!("{style}{} sizes verified, {wrong} wrong{style:#}", results.len())
+    format!("{style}{sizes} sizes verified, {wrong} wrong{style:#}")
 }
 
-fn time(us: f64) -> String {
+/// GB/s, if there is such a figure.
+pub(super) fn bandwidth(value: f64) -> String {
+    if value > 0.0 { format!("{value:.2}") } else { "–".to_owned() }
+}
+
+/// A time, in the unit that fits.
+pub(super) fn time(us: f64) -> String {
     match us {
         us if us < 10.0 => format!("{us:.2} µs"),
         us if us < 1000.0 => format!("{us:.1} µs"),
@@ -84,6 +88,6 @@ mod tests {
     fn wrong_sizes_are_counted_and_said() {
         let plain = |text: String| anstream::adapter::strip_str(&text).to_string();
         assert!(plain(row(&measured(3))).ends_with("3 WRONG"));
-        assert_eq!(plain(footer(&[measured(0), measured(3)])), "2 sizes verified, 1 wrong");
+        assert_eq!(plain(footer(2, 1)), "2 sizes verified, 1 wrong");
     }
 }

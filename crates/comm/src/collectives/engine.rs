@@ -16,7 +16,7 @@ use unisono_sync::{EpochFlag, SpinBudget, WaitPolicy};
 
 use super::flight::Flight;
 use super::messages::Messages;
-use super::plan::{Plan, Situation};
+use super::plan::{FindWindow, Plan, Situation};
 use super::recorder::Recorder;
 use super::waiting::{Halt, On, Step};
 use super::windows::Windows;
@@ -173,18 +173,18 @@ impl Engine {
         self.plan_on(call, None)
     }
 
-    /// The same for a call on the GPU `device`.
+    /// The same for a call on a GPU, by its number, and what finds windows there.
     #[inline]
-    pub(crate) fn plan_on(&self, call: &Call<'_>, device: Option<u32>) -> Result<Plan> {
-        let find = |id, ptr, bytes| self.windows.find(self.rank, id, ptr, bytes);
+    pub(crate) fn plan_on(&self, call: &Call<'_>, device: Option<(u32, FindWindow<'_>)>) -> Result<Plan> {
+        let find_here = |id, ptr, bytes| self.windows.find(self.rank, id, ptr, bytes);
         let situation = Situation {
             rank: self.rank,
             world_size: self.world_size,
             rules: &self.rules,
-            find_window: &find,
+            find_window: device.map_or(&find_here, |(_, find)| find),
             first_window: self.windows.first,
             generation: self.generation,
-            device,
+            device: device.map(|(ordinal, _)| ordinal),
         };
         Plan::new(call, &situation)
     }

@@ -35,13 +35,16 @@ pub(crate) struct Plan {
     pub(super) uneven: Option<Box<Uneven>>,
 }
 
+/// Finds the place of so many bytes at an address in the window with an id.
+pub(crate) type FindWindow<'a> = &'a dyn Fn(u64, u64, usize) -> Option<WindowPlace>;
+
 /// What the engine knows that checks need.
 pub(crate) struct Situation<'a> {
     pub(crate) rank: usize,
     pub(crate) world_size: usize,
     pub(crate) rules: &'a Rules,
     /// Finds the place of an address range in an open window.
-    pub(crate) find_window: &'a dyn Fn(u64, u64, usize) -> Option<WindowPlace>,
+    pub(crate) find_window: FindWindow<'a>,
     /// Windows with lower ids belong to earlier generations than this one.
     pub(crate) first_window: u64,
     pub(crate) generation: u32,

@@ -37,14 +37,14 @@ impl Arenas {
         device: &Device,
         layout: &ArenaLayout,
         epoch: u32,
-    ) -> unisono_cuda::Result<Arc<SharedPages>> {
+    ) -> unisono_cuda::Result<SharedPages> {
         let pages = SharedPages::create(device, layout.total_bytes(), Location::Device)?;
         pages.fill(0)?;
         if epoch != 0 {
             let flags = layout.flags();
             pages.write(flags.offset, &(u64::from(epoch) << 32).to_le_bytes().repeat(flags.bytes / 8))?;
         }
-        Ok(Arc::new(pages))
+        Ok(pages)
     }
 
     /// Arenas in `memory`, which has room for all ranks.

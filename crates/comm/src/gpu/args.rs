@@ -1,7 +1,7 @@
 //! What kernels are given, and what they report: both as they lie in memory. The other side is `kernels/call.cuh`.
 
-use unisono_core::call::{CallHeader, HEADER_WORDS};
-use unisono_core::device::layout::MAX_RANKS;
+use unisono_core::call::{self, CallHeader};
+use unisono_core::device::layout::{HEADER_WORDS, MAX_RANKS};
 use unisono_sync::Word;
 
 /// The argument of every kernel, by value.
@@ -24,6 +24,9 @@ pub(crate) struct Args {
     pub(crate) header: [u64; HEADER_WORDS],
     /// Bytes of one part.
     pub(crate) bytes: u64,
+    /// Bytes of the windows that the sides lie in, in direct forms.
+    pub(crate) source_bytes: u64,
+    pub(crate) target_bytes: u64,
     /// How long a kernel waits; 0 for ever.
     pub(crate) patience_ns: u64,
     pub(crate) rank: u32,
@@ -75,7 +78,8 @@ impl Report {
     fn decode(reason: u64, words: &[impl Word<u64>]) -> Self {
         let word = |at: usize| words[at].load_relaxed();
         let (peer, epoch) = (word(PEER) as usize, word(EPOCH) as u32);
-        let header = |start: usize| std::array::from_fn::<u64, HEADER_WORDS, _>(|at| word(start + at));
+        let header =
+            |start: usize| std::array::from_fn::<u64, { call::HEADER_WORDS }, _>(|at| word(start + at));
         match reason {
             1 => {
                 let (mine, theirs) = (header(MINE), header(MINE + HEADER_SPAN));
@@ -99,4 +103,51 @@ pub(crate) fn waiting(words: &[impl Word<u64>]) -> Option<(u32, usize)> {
     let word = words[WAITING].load_relaxed();
     let peer = (word & 0xffff_ffff) as usize;
     (peer > 0).then(|| ((word >> 32) as u32, peer - 1))
+}
+
+#[cfg(test)]
+mod tests {
+    use unisono_core::device::{ArenaLayout, Link};
+    use unisono_cuda::{Cache, Compiler, Device, DeviceBuffer, Grid, Module, Stream};
+
+    use super::*;
+    use crate::gpu::kernels::{Purpose, architecture, source};
+
+    #[test]
+    fn kernels_read_arguments_where_the_host_writes_them() {
+        let Ok(device) = Device::new(0) else { return };
+        let layout = ArenaLayout::new(3, Link::Device);
+        let source = source(&layout, Purpose::Copies);
+        let cubin = Cache::of_user().cubin(&source, architecture(&device), Compiler::find).unwrap();
+        let probe = Module::load(&device, &cubin).unwrap().function("probe").unwrap();
+        let facts = DeviceBuffer::new(&device, 19 * 8).unwrap();
+        let mut args = Args {
+            abort: 4,
+            report: 5,
+            bytes: 7,
+            source_bytes: 71,
+            target_bytes: 72,
+            patience_ns: 8,
+            rank: 9,
+            root: 10,
+            tile: 11,
+            is_same: 12,
+            ..Args::default()
+        };
+        (args.arenas[MAX_RANKS - 1], args.sources[1], args.targets[2]) = (1, 2, 3);
+        args.header[HEADER_WORDS - 1] = 6;
+        args.targets[0] = facts.address();
+        let stream = Stream::new(&device).unwrap();
+        let grid = Grid { blocks: 1, threads: 1, shared_bytes: 0 };
+        // SAFETY: the kernel takes `Args` and writes 19 words to the first target.
+        unsafe { probe.launch(&stream, grid, (&raw mut args).cast()) }.unwrap();
+        stream.synchronize().unwrap();
+        let mut bytes = [0; 19 * 8];
+        facts.read(0, &mut bytes).unwrap();
+        let facts: Vec<u64> = bytes.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect();
+        assert_eq!(facts[..3], [size_of::<Args>() as u64, 64 + 2 * 88, 32]);
+        assert_eq!(facts[3..17], [1, 2, 3, 4, 5, 6, 7, 71, 72, 8, 9, 10, 11, 12]);
+        assert_eq!(facts[17], layout.packet_bytes() as u64);
+        assert_eq!(facts[18] as usize + 2 * layout.scratch_half_bytes(), layout.total_bytes());
+    }
 }

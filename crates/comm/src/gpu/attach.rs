@@ -5,12 +5,12 @@ use std::sync::Arc;
 use unisono_core::ReduceOp;
 use unisono_core::device::{ArenaLayout, Link};
 use unisono_core::settings::{Require, Settings};
-use unisono_cuda::{Device, Location, SharedPages, Uuid};
+use unisono_cuda::{Device, SharedPages, Uuid};
 use unisono_node::SharedMemory;
 use unisono_sync::Deadline;
 
 use super::arenas::{Arenas, obstacle};
-use super::{Config, Extra, Gpu};
+use super::{Config, Extra, Gpu, peers};
 use crate::buffer::BufMut;
 use crate::call::{Call, Kind};
 use crate::communicator::Communicator;
@@ -99,25 +99,11 @@ impl Attachment<'_> {
 
     /// Makes our arena and maps those of all others.
     fn share_pages(&self) -> Result<Vec<Arc<SharedPages>>> {
-        let rank = self.communicator.rank();
-        let failed = |error| Error::Cuda { rank, error };
         let layout = ArenaLayout::new(self.devices.len(), Link::Device);
-        let ours = Arenas::create(self.device, &layout, self.extra.epoch);
-        let export = ours.as_ref().map_err(Clone::clone).and_then(|pages| pages.export());
         let is_aborted = || self.communicator.control.abort().raised().is_some();
-        let neighbours = &self.communicator.neighbours;
-        // Whoever has nothing to give says so: the others would wait.
-        let all = neighbours.exchange(ARENA_ITEM, export.as_ref().ok(), self.deadline, &is_aborted)?;
-        let ours = ours.map_err(failed)?;
-        let bytes = ours.bytes();
-        let map = |(peer, descriptor): (usize, Option<std::os::fd::OwnedFd>)| match descriptor {
-            _ if peer == rank => Ok(ours.clone()),
-            Some(descriptor) => SharedPages::import(self.device, descriptor, bytes, Location::Device)
-                .map(Arc::new)
-                .map_err(failed),
-            None => Err(Error::Device { rank, reason: format!("rank {peer} could not make its arena") }),
-        };
-        all.into_iter().enumerate().map(map).collect()
+        let make = || Arenas::create(self.device, &layout, self.extra.epoch);
+        let what = (ARENA_ITEM, layout.total_bytes());
+        peers::share(&self.communicator.neighbours, self.device, what, make, self.deadline, &is_aborted)
     }
 
     fn share_host(&self) -> Result<Arenas> {
@@ -161,7 +147,7 @@ pub(crate) fn attach_local(
     match link {
         Link::Device => {
             for (rank, device) in devices.iter().enumerate() {
-                let arena = Arenas::create(device, &layout, extra.epoch).map_err(failed(rank))?;
+                let arena = Arc::new(Arenas::create(device, &layout, extra.epoch).map_err(failed(rank))?);
                 for peer in devices.iter().filter(|peer| *peer != device) {
                     arena.allow(peer).map_err(failed(rank))?;
                 }

@@ -6,13 +6,16 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use sha2::{Digest, Sha256};
 use unisono_core::call::Kind;
 use unisono_core::device::{ArenaLayout, Form};
 use unisono_core::{DType, ReduceOp};
 use unisono_cuda::{Architecture, Cache, Compiler, Device, Function, Module, Result, Source};
 
+use super::args::Args;
+
 const COLLECTIVES: &str = include_str!("../../kernels/collectives.cu");
-const HEADERS: [(&str, &str); 9] = [
+const HEADERS: [(&str, &str); 10] = [
     ("ptx.cuh", include_str!("../../kernels/ptx.cuh")),
     ("element.cuh", include_str!("../../kernels/element.cuh")),
     ("call.cuh", include_str!("../../kernels/call.cuh")),
@@ -22,8 +25,8 @@ const HEADERS: [(&str, &str); 9] = [
     ("two_shot.cuh", include_str!("../../kernels/two_shot.cuh")),
     ("bulk.cuh", include_str!("../../kernels/bulk.cuh")),
     ("direct.cuh", include_str!("../../kernels/direct.cuh")),
+    ("ring.cuh", include_str!("../../kernels/ring.cuh")),
 ];
-const RING: (&str, &str) = ("ring.cuh", include_str!("../../kernels/ring.cuh"));
 
 /// What a set of kernels is compiled for.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -79,10 +82,9 @@ impl std::fmt::Display for Purpose {
 
 /// The source of the kernels for `purpose` in worlds of this layout.
 pub fn source(layout: &ArenaLayout, purpose: Purpose) -> Source {
-    let mut headers: Vec<_> =
-        HEADERS.iter().chain([&RING]).map(|(name, text)| (*name, (*text).to_owned())).collect();
+    let mut headers: Vec<_> = HEADERS.iter().map(|(name, text)| (*name, (*text).to_owned())).collect();
     headers.push(("layout.cuh", layout.definitions()));
-    let definitions = match purpose {
+    let mut definitions = match purpose {
         Purpose::Copies => vec![("REDUCE", "0".to_owned())],
         Purpose::Reduce(dtype, op) => vec![
             ("REDUCE", "1".to_owned()),
@@ -90,7 +92,22 @@ pub fn source(layout: &ArenaLayout, purpose: Purpose) -> Source {
             ("CALL_OP", format!("Op({op})")),
         ],
     };
+    // Both sides see the same structures, or nothing compiles.
+    definitions.push(("ARGS_BYTES", size_of::<Args>().to_string()));
     Source { name: "collectives.cu", text: COLLECTIVES, headers, definitions }
+}
+
+/// What tells these kernels from those of another version: SHA-256 over names and texts of all files, as hexadecimal digits.
+pub fn sources_hash() -> String {
+    let mut hash = Sha256::new();
+    for (name, text) in [("collectives.cu", COLLECTIVES)].iter().chain(&HEADERS) {
+        for part in [name, text] {
+            // With their lengths, so that nothing can move from one to the next.
+            hash.update((part.len() as u64).to_le_bytes());
+            hash.update(part.as_bytes());
+        }
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The architecture that kernels for `device` are compiled for.
@@ -105,7 +122,6 @@ pub(crate) struct Loaded {
     /// By operation (all-reduce, broadcast, all-gather) and form.
     functions: [[Option<Function>; Form::ALL.len()]; 3],
     barrier: Option<Function>,
-    module: Module,
 }
 
 impl Loaded {
@@ -130,7 +146,7 @@ impl Loaded {
             Purpose::Copies => Some(module.function("barrier")?),
             Purpose::Reduce(..) => None,
         };
-        Ok(Self { functions, barrier, module })
+        Ok(Self { functions, barrier })
     }
 
     /// The kernel of a call that moves data.
@@ -148,11 +164,6 @@ impl Loaded {
     /// The kernel that only exchanges headers.
     pub(crate) const fn barrier(&self) -> Option<&Function> {
         self.barrier.as_ref()
-    }
-
-    /// The module itself, for tests.
-    pub(crate) const fn module(&self) -> &Module {
-        &self.module
     }
 }
 
@@ -181,9 +192,11 @@ impl Kernels {
         let workers = std::thread::available_parallelism().map_or(1, usize::from).min(all.len());
         let load = |worker: usize| {
             let share = all.iter().skip(worker).step_by(workers);
-            share.map(|purpose| Ok((*purpose, loaded(device, layout, ranks, *purpose)?))).collect()
+            share
+                .map(|purpose| Ok((*purpose, loaded(device, layout, ranks, *purpose)?)))
+                .collect::<Result<_>>()
         };
-        let shares: Vec<Result<Vec<(Purpose, Arc<Loaded>)>>> = std::thread::scope(|scope| {
+        let shares: Vec<Result<Vec<_>>> = std::thread::scope(|scope| {
             let load = &load;
             let threads: Vec<_> = (0..workers).map(|worker| scope.spawn(move || load(worker))).collect();
             let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {
@@ -247,6 +260,13 @@ mod tests {
     use unisono_core::device::Link;
 
     use super::*;
+
+    #[test]
+    fn the_hash_of_the_sources_is_the_same_whenever_it_is_taken() {
+        let hash = sources_hash();
+        assert_eq!(hash, sources_hash());
+        assert!(hash.len() == 64 && hash.bytes().all(|byte| byte.is_ascii_hexdigit()), "{hash}");
+    }
 
     #[test]
     fn every_pair_of_the_table_has_kernels_of_its_own() {

@@ -7,28 +7,33 @@
 
 use std::sync::Arc;
 
-use unisono_core::call::{CallHeader, HEADER_WORDS, Kind};
+use unisono_core::call::{self, Kind};
+use unisono_core::device::layout::HEADER_OFFSETS;
 pub use unisono_core::device::layout::MAX_RANKS;
 use unisono_core::device::select::{Question, Rules};
 pub use unisono_core::device::{ArenaLayout, Link};
 use unisono_core::device::{Form, Launch};
 use unisono_core::hello::DeviceIdentity;
 use unisono_core::settings::Settings;
-use unisono_cuda::{Device, DeviceBuffer, Event, Grid, RegisteredHost, Stream, Uuid};
+use unisono_cuda::{Device, DeviceBuffer, Event, Grid, Location, RegisteredHost, SharedPages, Stream, Uuid};
+use unisono_sync::Deadline;
 
 use crate::call::Call;
-use crate::cause::Cause;
-use crate::collectives::{Engine, Plan};
+use crate::collectives::{Engine, Plan, WindowPlace};
 use crate::control::Control;
 use crate::error::{Error, Result};
+use crate::neighbours::Neighbours;
 use arenas::Arenas;
 use args::{Args, HEADER_LAUNCH, Report, STATE_BYTES};
 use kernels::Kernels;
+use watch::Watch;
 
 pub(crate) mod arenas;
 pub(crate) mod args;
 pub(crate) mod attach;
 pub mod kernels;
+pub(crate) mod peers;
+mod watch;
 
 /// What a communicator on a GPU is made with.
 #[derive(Clone, Debug)]
@@ -80,8 +85,27 @@ pub(crate) struct Gpu {
     order: Option<Event>,
     /// Other ranks of this thread: what one loads, all load, because loading may wait for all devices.
     siblings: Vec<Device>,
+    windows: Vec<OpenWindow>,
     failed: Option<Error>,
     memory: Option<Memory>,
+    _watch: Watch,
+}
+
+/// A window on the devices of all ranks.
+#[derive(Debug)]
+struct OpenWindow {
+    id: u64,
+    bytes: usize,
+    pages: Vec<Arc<SharedPages>>,
+}
+
+/// Writes where one side of a direct call lies: the windows of all ranks, and our own offset; answers their length.
+fn place(windows: &[OpenWindow], at: Option<WindowPlace>, (bases, offset): (&mut [u64], &mut u64)) -> u64 {
+    let found = at.and_then(|at| Some((windows.iter().find(|window| window.id == at.id)?, at.offset)));
+    let Some((window, within)) = found else { unreachable!("only windows that were found are direct") };
+    bases.iter_mut().zip(&window.pages).for_each(|(base, pages)| *base = pages.address());
+    *offset = within as u64;
+    window.bytes as u64
 }
 
 /// What kernels may still touch after the communicator is gone.
@@ -92,6 +116,7 @@ struct Memory {
     _arenas: Arenas,
     _control_pages: Arc<RegisteredHost>,
     _control: Arc<Control>,
+    windows: Vec<OpenWindow>,
 }
 
 impl Gpu {
@@ -127,12 +152,14 @@ impl Gpu {
         for peer in 0..world_size {
             args.arenas[peer] = arenas.address(peer);
         }
+        let watch = Watch::start(device.clone(), control.clone());
         let memory = Memory {
             device: device.clone(),
             _state: state,
             _arenas: arenas,
             _control_pages: pages,
             _control: control.clone(),
+            windows: Vec::new(),
         };
         Ok(Self {
             device: device.clone(),
@@ -143,8 +170,10 @@ impl Gpu {
             latest: 0,
             order: None,
             siblings,
+            windows: Vec::new(),
             failed: None,
             memory: Some(memory),
+            _watch: watch,
         })
     }
 
@@ -163,7 +192,8 @@ impl Gpu {
     pub(crate) fn submit(&mut self, engine: &mut Engine, call: &Call<'_>, stream: &Stream) -> Result<()> {
         engine.check()?;
         self.check()?;
-        let plan = engine.plan_on(call, Some(self.device.ordinal()))?;
+        let find = |id, ptr, bytes| self.find_window(id, ptr, bytes);
+        let plan = engine.plan_on(call, Some((self.device.ordinal(), &find)))?;
         self.launch(&plan, stream)
     }
 
@@ -194,7 +224,8 @@ impl Gpu {
             Launch { form: Form::OneShot, blocks: 0, threads: 512, tile: 0 }
         } else {
             let (bytes, size) = (plan.bytes(), plan.dtype.size());
-            self.rules.decide(&Question { kind, bytes, size, is_reachable: false })
+            let is_reachable = plan.header.is_in_windows();
+            self.rules.decide(&Question { kind, bytes, size, is_reachable })
         };
         if !is_bare && self.kernels.find(kind, plan.dtype).is_none() {
             self.load(plan, stream)?;
@@ -207,7 +238,7 @@ impl Gpu {
         };
         let Some(function) = function else { unreachable!("{kind:?} has no kernel for {launch:?}") };
         let args = &mut self.args;
-        args.header = plan.header.to_words();
+        args.header[..call::HEADER_WORDS].copy_from_slice(&plan.header.to_words());
         args.header[HEADER_LAUNCH] = launch_word(launch);
         (args.bytes, args.tile) = (plan.bytes() as u64, launch.tile);
         args.root = kind.root().unwrap_or(0);
@@ -215,17 +246,65 @@ impl Gpu {
         (args.sources[rank], args.targets[rank]) = (source, target);
         let own = if matches!(kind, Kind::AllGather) { rank as u64 * args.bytes } else { 0 };
         args.is_same = u32::from(source == target + own);
+        if launch.form == Form::Direct {
+            let (source, target) = (plan.source_window, plan.target_window);
+            args.source_bytes =
+                place(&self.windows, source, (&mut args.sources, &mut args.header[HEADER_OFFSETS]));
+            args.target_bytes =
+                place(&self.windows, target, (&mut args.targets, &mut args.header[HEADER_OFFSETS + 1]));
+        }
         let grid = Grid { blocks: launch.blocks + 1, threads: launch.threads, shared_bytes: 0 };
         // SAFETY: the kernel takes `Args`; what it names lives as long as this communicator, which waits for its kernels before
         // it lets go, and the buffers are valid until the stream has passed, as whoever made the call promised.
         let launched = unsafe { function.launch(stream, grid, (&raw mut self.args).cast()) };
-        launched.map_err(|error| Error::Cuda { rank, error })?;
+        if let Err(error) = launched {
+            return Err(self.refused(error));
+        }
         if let Some(order) = &self.order
             && !stream.is_capturing().unwrap_or(true)
         {
             order.record(stream).map_err(|error| Error::Cuda { rank, error })?;
         }
         Ok(())
+    }
+
+    /// Where `bytes` at `ptr` lie in our copy of window `id`, if they do.
+    fn find_window(&self, id: u64, ptr: u64, bytes: usize) -> Option<WindowPlace> {
+        let window = self.windows.iter().find(|window| window.id == id)?;
+        let offset =
+            usize::try_from(ptr.checked_sub(window.pages[self.args.rank as usize].address())?).ok()?;
+        (offset.checked_add(bytes)? <= window.bytes).then_some(WindowPlace { id, offset })
+    }
+
+    /// Makes a window on the devices of all ranks, zeroed, of `bytes` each. Collective.
+    pub(crate) fn share_window(
+        &self,
+        neighbours: &Neighbours,
+        (id, bytes): (u64, usize),
+        deadline: Deadline,
+        is_aborted: &dyn Fn() -> bool,
+    ) -> Result<Vec<Arc<SharedPages>>> {
+        let rank = self.args.rank as usize;
+        if self.rules.link == Link::Host {
+            let reason =
+                "the devices do not reach each other's memory, so they can share no window".to_owned();
+            return Err(Error::Device { rank, reason });
+        }
+        let make = || {
+            let pages = SharedPages::create(&self.device, bytes, Location::Device)?;
+            pages.fill(0).map(|()| pages)
+        };
+        peers::share(neighbours, &self.device, (id as u32, bytes), make, deadline, is_aborted)
+    }
+
+    /// From now on, buffers in these pages are known to lie in window `id`.
+    pub(crate) fn open_window(&mut self, id: u64, bytes: usize, pages: Vec<Arc<SharedPages>>) {
+        self.windows.push(OpenWindow { id, bytes, pages });
+    }
+
+    /// Forgets window `id`. Whoever calls it has waited for the calls that use it.
+    pub(crate) fn close_window(&mut self, id: u64) {
+        self.windows.retain(|window| window.id != id);
     }
 
     /// Calls on different streams run one after the other. Within a graph its own dependencies order them.
@@ -245,13 +324,16 @@ impl Gpu {
         if stream.is_capturing().map_err(failed)? {
             return Ok(());
         }
-        match &self.order {
-            _ if self.latest == 0 => {}
-            Some(order) => stream.wait(order).map_err(failed)?,
-            // From now on an event follows every call. The first time, there is none yet.
-            None => {
-                self.device.synchronize().map_err(failed)?;
-                self.order = Some(Event::new(&self.device, false).map_err(failed)?);
+        if self.latest != 0 {
+            match &self.order {
+                Some(order) => stream.wait(order).map_err(failed)?,
+                // From now on an event follows every call. The first time there is none yet, and the other stream may be gone.
+                None => {
+                    let order = Event::new(&self.device, false).map_err(failed)?;
+                    order.record_device().map_err(failed)?;
+                    stream.wait(&order).map_err(failed)?;
+                    self.order = Some(order);
+                }
             }
         }
         self.latest = this;
@@ -290,49 +372,31 @@ impl Gpu {
     #[cold]
     fn fail(&mut self, report: Report) -> Error {
         let (rank, world_size) = self.control.member();
-        let number = |epoch: u32| u64::from(epoch);
-        let describe = |header: Option<CallHeader>, epoch: u32, rank: usize| match header {
-            Some(header) => header.describe(number(epoch), rank as u32),
-            None => format!("something else on rank {rank}"),
-        };
-        let cause = match report {
-            Report::Mismatch { peer, epoch, mine, theirs, is_grid } => {
-                let note = if is_grid { " with another grid" } else { "" };
-                Cause::Mismatch {
-                    left: describe(mine, epoch, rank),
-                    right: describe(theirs, epoch, peer.min(world_size - 1)) + note,
-                }
-            }
-            Report::TimedOut { peer, epoch, waited_ms } => Cause::TimedOut {
-                rank: rank as u32,
-                call: format!("call #{epoch} on its GPU"),
-                waited_ms,
-                missing: vec![self.control.name(peer.min(world_size - 1)).to_owned()],
-            },
-            Report::Concurrent => {
-                let error = Error::ConcurrentUse { rank };
-                self.control.fail(&Cause::Aborted { rank: rank as u32, reason: error.to_string() });
-                self.failed = Some(error.clone());
-                return error;
-            }
-            Report::Unreadable => Cause::Damaged {
-                rank: rank as u32,
-                who: self.control.name(rank).to_owned(),
-                word: "the report of its GPU".to_owned(),
-            },
-        };
+        let cause = watch::cause_of(report, &self.control);
         // Somebody else may have been first; then all tell the same.
         self.control.fail(&cause);
-        let cause = self.control.cause().unwrap_or(cause);
-        let error = cause.into_error("a call on its GPU", (rank, world_size));
+        let error = match report {
+            Report::Concurrent => Error::ConcurrentUse { rank },
+            _ => self.control.cause().unwrap_or(cause).into_error("a call on its GPU", (rank, world_size)),
+        };
         self.failed = Some(error.clone());
         error
     }
 
-    /// Waits until everything is done that this process gave to the device: kernels that wait for others leave in time.
-    pub(crate) fn drain(&self) -> Result<()> {
+    /// What the driver refused, told to all ranks if it is the loss of the context.
+    #[cold]
+    fn refused(&mut self, error: unisono_cuda::Error) -> Error {
         let rank = self.args.rank as usize;
-        self.device.synchronize().map_err(|error| Error::Cuda { rank, error })
+        if let Some(cause) = watch::lost_context(&error, &self.control) {
+            self.control.fail(&cause);
+            self.failed = Some(Error::Cuda { rank, error: error.clone() });
+        }
+        Error::Cuda { rank, error }
+    }
+
+    /// Waits until everything is done that this process gave to the device: kernels that wait for others leave in time.
+    pub(crate) fn drain(&mut self) -> Result<()> {
+        self.device.synchronize().map_err(|error| self.refused(error))
     }
 
     /// Form and grid of a call, as `explain` tells them.
@@ -377,7 +441,8 @@ const fn launch_word(launch: Launch) -> u64 {
 
 impl Drop for Gpu {
     fn drop(&mut self) {
-        let Some(memory) = self.memory.take() else { return };
+        let Some(mut memory) = self.memory.take() else { return };
+        memory.windows = std::mem::take(&mut self.windows);
         // Kernels of ours may still run: they end in time, because the communicator ended or failed. Nobody waits for them
         // here. If no thread can be had, the memory stays.
         let memory = std::mem::ManuallyDrop::new(memory);
@@ -391,4 +456,4 @@ impl Drop for Gpu {
     }
 }
 
-const _: () = assert!(HEADER_LAUNCH < HEADER_WORDS);
+const _: () = assert!(HEADER_LAUNCH < call::HEADER_WORDS);

@@ -1,6 +1,8 @@
 //! Helpers and tests of `faults_processes`, by subject; what ranks do is in `parts`, how they are started in `world`.
 
 pub(crate) mod forks;
+#[cfg(feature = "cuda")]
+pub(crate) mod gpu;
 pub(crate) mod intruders;
 pub(crate) mod kills;
 pub(crate) mod leftovers;

@@ -68,6 +68,8 @@ impl Part {
             "family churn" => super::leftovers::family_churn(self),
             "shrink churn" => super::leftovers::shrink_churn(),
             "survivor" => super::shrinks::survive(self),
+            #[cfg(feature = "cuda")]
+            "gpu" => super::gpu::calls(self),
             "process churn" => super::leftovers::process_churn(self),
             other => panic!("no part is called {other}"),
         };

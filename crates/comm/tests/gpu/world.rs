@@ -84,15 +84,15 @@ impl World {
             _ => |_: usize| ReduceOp::Sum,
         };
         let mut memory = Vec::new();
-        for rank in 0..ranks {
+        for (rank, input) in inputs.iter().enumerate() {
             let own = if case.operation == Operation::AllGather { rank * bytes } else { 0 };
             let mut target = DeviceBuffer::new(&self.devices[rank], offset + bytes * parts + 64).unwrap();
             target.write(0, &vec![0xa5; target.bytes()]).unwrap();
             let mut source = DeviceBuffer::new(&self.devices[rank], offset + bytes + 64).unwrap();
             source.write(0, &vec![0x5a; source.bytes()]).unwrap();
             match case.is_in_place {
-                true => target.write(offset + own, &inputs[rank]).unwrap(),
-                false => source.write(offset, &inputs[rank]).unwrap(),
+                true => target.write(offset + own, input).unwrap(),
+                false => source.write(offset, input).unwrap(),
             }
             memory.push((source, target));
         }

@@ -10,13 +10,17 @@
 //! need room for the whole message (2 · 4/3 · S ≤ 6 MiB); the pipeline for large ones has six buffers of 512 KiB for each of eight
 //! ranks, twice.
 
-use crate::call::HEADER_WORDS;
+use crate::call;
 use crate::layout::Field;
 
 /// The most ranks whose GPUs share arenas.
 pub const MAX_RANKS: usize = 16;
 /// The most blocks that move data in one kernel.
 pub const MAX_BLOCKS: usize = 160;
+/// Words of a header as GPUs exchange it: those of the call, then where our input and our output lie in their windows.
+pub const HEADER_WORDS: usize = call::HEADER_WORDS + 2;
+/// The first word that is told and not compared: the offsets in windows.
+pub const HEADER_OFFSETS: usize = call::HEADER_WORDS;
 /// Packets that a header takes: 12 bytes each.
 pub const HEADER_PACKETS: usize = (HEADER_WORDS * 8).div_ceil(12);
 /// The word of a header that is each rank's own: the scalar.
@@ -26,7 +30,7 @@ const HEADER_BYTES: usize = 256;
 /// Bytes of data in a packet.
 pub const PACKET_DATA: usize = 12;
 /// Tiles that a ring's sender may be ahead.
-pub const RING_SLOTS: usize = 4;
+pub const RING_SLOTS: usize = 3;
 /// Buffers of the pipeline in each half for each of two stages: tiles that a rank may be ahead.
 const BUFFERS: usize = 3;
 /// Stages that have flags.
@@ -155,6 +159,7 @@ impl ArenaLayout {
             ("MAX_BLOCKS", MAX_BLOCKS),
             ("HEADER_WORDS", HEADER_WORDS),
             ("HEADER_SCALAR", HEADER_SCALAR),
+            ("HEADER_OFFSETS", HEADER_OFFSETS),
             ("HEADER_PACKETS", HEADER_PACKETS),
             ("HEADER_BYTES", HEADER_BYTES),
             ("PACKET_BYTES", self.packet_bytes()),

@@ -101,16 +101,17 @@ impl Rules {
     }
 
     fn borders(&self, kind: Kind) -> Borders {
-        // Measured on 4 × H200 (`unisono bench --device cuda`).
+        // Measured on 2 × H200 (`gpu_sweep`); with more ranks one-shot sends more, and a ring takes more hops.
+        let one_shot_to = (512 << 10) / self.ranks.saturating_sub(1).max(1);
+        let ring_from = match self.ranks {
+            0..=2 => 2 << 20,
+            3 => 16 << 20,
+            4 => 32 << 20,
+            _ => 128 << 20,
+        };
         match kind {
-            Kind::AllGather => {
-                Borders { one_shot_to: (512 << 10) / self.ranks.max(2), two_shot_to: 0, ring_from: 64 << 20 }
-            }
-            _ => Borders {
-                one_shot_to: (512 << 10) / self.ranks.max(2),
-                two_shot_to: 1 << 20,
-                ring_from: 128 << 20,
-            },
+            Kind::AllGather => Borders { one_shot_to, two_shot_to: 0, ring_from },
+            _ => Borders { one_shot_to, two_shot_to: 2 << 20, ring_from },
         }
     }
 
@@ -186,7 +187,7 @@ impl Rules {
                 let blocks = (channels * team) as u32;
                 let room = layout.area_bytes() / 16 / channels;
                 let due = shard.div_ceil(16).div_ceil(channels);
-                let tile = room.min(due).max(1);
+                let tile = due.clamp(1, room);
                 Launch { form, blocks, threads: threads as u32, tile: tile as u32 }
             }
             Form::Ring => {
@@ -195,7 +196,7 @@ impl Rules {
                 let part =
                     if matches!(question.kind, Kind::AllReduce { .. }) { shard } else { question.bytes };
                 let due = part.div_ceil(16).div_ceil(blocks as usize);
-                let tile = room.min(due).min(2048).max(1);
+                let tile = due.clamp(1, room.min(4096));
                 Launch { form, blocks, threads: threads as u32, tile: tile as u32 }
             }
         }

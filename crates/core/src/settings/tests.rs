@@ -57,7 +57,7 @@ fn every_setting_is_read_into_its_own_field() {
         interface: Some("ens5".to_owned()),
         spin: Spin::For(Duration::from_micros(50)),
         recorder: false,
-        gpu_algorithm: Some((crate::device::Form::Bulk, 32)),
+        gpu_algorithm: Some((Form::Bulk, 32)),
         peer_access: false,
     };
     assert_eq!(settings.unwrap(), expected);

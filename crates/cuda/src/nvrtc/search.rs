@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::places::{newest_first, python_packages};
 
 /// What environment variables say.
 type Environment<'e> = &'e dyn Fn(&str) -> Option<PathBuf>;
@@ -87,23 +88,8 @@ fn folders(environment: Environment<'_>) -> Vec<PathBuf> {
     };
     ["CUDA_HOME", "CUDA_PATH"].iter().filter_map(|name| environment(name)).for_each(&mut toolkit);
     newest_first(Path::new("/usr/local"), "cuda").into_iter().for_each(&mut toolkit);
-    let mut roots: Vec<PathBuf> =
-        ["VIRTUAL_ENV", "CONDA_PREFIX"].iter().filter_map(|name| environment(name)).collect();
-    let python = environment("PATH").and_then(|path| {
-        let mut folders = std::env::split_paths(&path);
-        folders.find_map(|folder| {
-            let python = folder.join("python3");
-            python.exists().then(|| folder.parent().map(Path::to_owned))?
-        })
-    });
-    roots.extend(python);
-    roots.extend(environment("HOME").map(|home| home.join(".local")));
-    roots.extend(["/usr/local", "/usr"].map(PathBuf::from));
-    for python in roots.iter().flat_map(|root| newest_first(&root.join("lib"), "python3")) {
-        for packages in ["site-packages", "dist-packages"] {
-            let nvidia = python.join(packages).join("nvidia");
-            folders.extend([nvidia.join("cu13/lib"), nvidia.join("cuda_nvrtc/lib")]);
-        }
+    for nvidia in python_packages(environment) {
+        folders.extend([nvidia.join("cu13/lib"), nvidia.join("cuda_nvrtc/lib")]);
     }
     folders.retain(|folder| folder.is_dir());
     folders
@@ -112,30 +98,6 @@ fn folders(environment: Environment<'_>) -> Vec<PathBuf> {
 /// The compilers in a folder, newest first; the one whose name has no version, which links to another, last.
 fn libraries_in(folder: &Path) -> Vec<PathBuf> {
     newest_first(folder, "libnvrtc.so")
-}
-
-/// What in a folder begins so, by the version behind the beginning.
-fn newest_first(folder: &Path, beginning: &str) -> Vec<PathBuf> {
-    let mut found = named(folder, beginning);
-    found.sort_by_cached_key(|path| {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        std::cmp::Reverse((version(name.strip_prefix(beginning).unwrap_or_default()), name))
-    });
-    found
-}
-
-/// The numbers of a version: (12, 10) is after (12, 9).
-fn version(text: &str) -> Vec<u64> {
-    text.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok()).collect()
-}
-
-/// What in a folder begins so.
-pub(super) fn named(folder: &Path, beginning: &str) -> Vec<PathBuf> {
-    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
-    let entries = entries.flatten().map(|entry| entry.path());
-    let is_meant =
-        |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(beginning));
-    entries.filter(is_meant).collect()
 }
 
 #[cfg(test)]
@@ -223,13 +185,5 @@ mod tests {
         // The tests of a crate run in its folder.
         let (tried, found) = look(Path::new("Cargo.toml"), &|_| Ok(()));
         assert_eq!((tried, found), (vec!["Cargo.toml".to_owned()], Ok(())));
-    }
-
-    #[test]
-    fn versions_compare_as_numbers() {
-        assert!(version("-12.10") > version("-12.9"));
-        assert!(version("-12.9") > version("-12") && version("-12") > version(""));
-        assert!(version(".12") > version(".9"));
-        assert_eq!(version(".so.13.0.48"), [13, 0, 48]);
     }
 }

@@ -1,0 +1,102 @@
+//! The rounds of a measurement on GPUs, and what becomes of their times.
+
+use std::time::Instant;
+
+use unisono::{Operations, ReduceOp};
+
+use super::super::gpu_record::Side;
+use super::{Contender, Job, Rank, Result};
+
+/// Up to here, the host's time to submit a call is told.
+const SUBMIT_TO: usize = 64 << 10;
+const MOST_ROUNDS: usize = 500;
+
+/// Microseconds per call, in each round.
+#[derive(Default)]
+pub(super) struct Times {
+    eager: Vec<f64>,
+    graphed: Vec<f64>,
+    submitted: Vec<f64>,
+}
+
+impl Rank<'_> {
+    /// Measures as many rounds as there is time for, and answers their number.
+    pub(super) fn measure_rounds(&self, job: &Job, contenders: &mut [Contender]) -> Result<usize> {
+        let rounds = self.rounds(job, contenders)?;
+        for _ in 0..rounds {
+            self.round(job, contenders)?;
+        }
+        Ok(rounds)
+    }
+
+    /// How many rounds fit into the time per size: measured on two, which warm up, and agreed by all ranks.
+    fn rounds(&self, job: &Job, contenders: &mut [Contender]) -> Result<usize> {
+        self.round(job, contenders)?;
+        let start = Instant::now();
+        self.round(job, contenders)?;
+        let mut slowest = [start.elapsed().as_secs_f64()];
+        self.communicator.all_reduce(&mut slowest, ReduceOp::Max)?;
+        contenders.iter_mut().for_each(|contender| contender.times = Times::default());
+        let rounds = self.workload.time_per_size.as_secs_f64() / slowest[0].max(1e-9);
+        Ok((rounds as usize).clamp(self.workload.least_batches, MOST_ROUNDS))
+    }
+
+    fn round(&self, job: &Job, contenders: &mut [Contender]) -> Result<()> {
+        let calls = job.calls as f64;
+        for contender in contenders.iter_mut() {
+            let mut submitted = 0.0;
+            let us = self.between_events(|| {
+                let start = Instant::now();
+                for _ in 0..job.calls {
+                    self.call(contender.whose, job)?;
+                }
+                submitted = start.elapsed().as_secs_f64() * 1e6;
+                Ok(())
+            })?;
+            contender.times.eager.push(us / calls);
+            contender.times.submitted.push(submitted / calls);
+        }
+        for contender in contenders.iter_mut() {
+            let us = self.between_events(|| Ok(contender.graph.launch(&self.queue)?))?;
+            contender.times.graphed.push(us / calls);
+        }
+        Ok(())
+    }
+
+    /// Microseconds that the device takes for what `submit` puts into the stream.
+    fn between_events(&self, submit: impl FnOnce() -> Result<()>) -> Result<f64> {
+        let [start, end] = &self.events;
+        self.communicator.barrier()?;
+        start.record(&self.queue)?;
+        submit()?;
+        end.record(&self.queue)?;
+        self.settle()?;
+        Ok(end.us_since(start)?)
+    }
+
+    /// The figures of all ranks.
+    pub(super) fn side(&self, job: &Job, contender: Contender) -> Result<Side> {
+        let eager_us = self.median(contender.times.eager)?;
+        let graph_us = self.median(contender.times.graphed)?;
+        let submit_us = self.median(contender.times.submitted)?;
+        let mut wrong = [contender.wrong];
+        self.communicator.all_reduce(&mut wrong, ReduceOp::Sum)?;
+        let (algbw, busbw) = job.operation.bandwidth(self.communicator.world_size(), job.bytes, graph_us);
+        Ok(Side {
+            eager_us,
+            graph_us,
+            submit_us: (job.bytes <= SUBMIT_TO).then_some(submit_us),
+            algbw,
+            busbw,
+            is_exact: contender.is_exact,
+            wrong: wrong[0],
+        })
+    }
+
+    /// The median over rounds of the slowest rank's times.
+    fn median(&self, mut times: Vec<f64>) -> Result<f64> {
+        self.communicator.all_reduce(&mut times, ReduceOp::Max)?;
+        times.sort_by(f64::total_cmp);
+        Ok(times[times.len() / 2])
+    }
+}

@@ -1,0 +1,101 @@
+//! A look at the GPU ten times a second, whatever the operating thread does: what kernels report ends all ranks' waits, and a
+//! device whose context is lost is told of.
+
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use unisono_core::call::CallHeader;
+use unisono_cuda::{Device, Stream};
+
+use super::args::Report;
+use crate::cause::Cause;
+use crate::control::Control;
+use crate::error::Error;
+
+const INTERVAL: Duration = Duration::from_millis(100);
+
+/// Ends when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    has_ended: Arc<(Mutex<bool>, Condvar)>,
+}
+
+impl Watch {
+    pub(crate) fn start(device: Device, control: Arc<Control>) -> Self {
+        let has_ended = Arc::new((Mutex::new(false), Condvar::new()));
+        let (watched, ordinal) = (has_ended.clone(), device.ordinal());
+        let look = move || {
+            // Idle for ever; asking it tells how the context is.
+            let probe = Stream::new(&device).and_then(|stream| stream.relax_capture().map(|()| stream)).ok();
+            let (ended, change) = &*watched;
+            let mut is_over = ended.lock().unwrap_or_else(PoisonError::into_inner);
+            while !*is_over {
+                is_over = change.wait_timeout(is_over, INTERVAL).unwrap_or_else(PoisonError::into_inner).0;
+                // The first cause is all that there is to tell.
+                if *is_over || control.abort().raised().is_some() {
+                    return;
+                }
+                if let Some(cause) = find(probe.as_ref(), &control) {
+                    control.fail(&cause);
+                }
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("unisono-gpu".to_owned()).spawn(look) {
+            tracing::warn!("nobody looks at cuda:{ordinal} between calls: {error}");
+        }
+        Self { has_ended }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        let (ended, change) = &*self.has_ended;
+        *ended.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        change.notify_all();
+    }
+}
+
+fn find(probe: Option<&Stream>, control: &Control) -> Option<Cause> {
+    if let Some(report) = Report::read(control.gpu().0) {
+        return Some(cause_of(report, control));
+    }
+    lost_context(&probe?.is_idle().err()?, control)
+}
+
+/// That our context is lost, if `error` says so: nothing works in it any more.
+pub(crate) fn lost_context(error: &unisono_cuda::Error, control: &Control) -> Option<Cause> {
+    let rank = control.member().0 as u32;
+    error.is_fatal().then(|| Cause::Aborted { rank, reason: format!("it lost its CUDA context: {error}") })
+}
+
+/// A report of our kernels, as all ranks tell it.
+pub(crate) fn cause_of(report: Report, control: &Control) -> Cause {
+    let (rank, world_size) = control.member();
+    let describe = |header: Option<CallHeader>, epoch: u32, rank: usize| match header {
+        Some(header) => header.describe(u64::from(epoch), rank as u32),
+        None => format!("call #{epoch} of an unknown kind on rank {rank}"),
+    };
+    match report {
+        Report::Mismatch { peer, epoch, mine, theirs, is_grid } => {
+            let note = if is_grid { " with another grid" } else { "" };
+            Cause::Mismatch {
+                left: describe(mine, epoch, rank),
+                right: describe(theirs, epoch, peer.min(world_size - 1)) + note,
+            }
+        }
+        Report::TimedOut { peer, epoch, waited_ms } => Cause::TimedOut {
+            rank: rank as u32,
+            call: format!("call #{epoch} on its GPU"),
+            waited_ms,
+            missing: vec![control.name(peer.min(world_size - 1)).to_owned()],
+        },
+        Report::Concurrent => {
+            Cause::Aborted { rank: rank as u32, reason: Error::ConcurrentUse { rank }.to_string() }
+        }
+        Report::Unreadable => Cause::Damaged {
+            rank: rank as u32,
+            who: control.name(rank).to_owned(),
+            word: "the report of its GPU".to_owned(),
+        },
+    }
+}

@@ -1,0 +1,246 @@
+//! What surrounds the data: graphs, streams, calls that differ, ranks that do not come, aborts, buffers of the wrong place.
+
+use std::time::{Duration, Instant};
+
+use unisono::cuda::{DeviceBuffer, Graph};
+use unisono::{Buf, BufMut, Builder, Error, Operations, ReduceOp, Stream};
+
+use crate::world::{World, devices};
+
+/// A world of two ranks, on two devices where there are two.
+fn pair(configure: impl FnOnce(Builder) -> Builder) -> Option<World> {
+    let devices = devices();
+    (!devices.is_empty()).then(|| World::new(2, &devices, configure))
+}
+
+fn memory(world: &World, rank: usize, values: &[i32]) -> DeviceBuffer {
+    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let mut buffer = DeviceBuffer::new(&world.devices[rank], bytes.len()).unwrap();
+    buffer.write(0, &bytes).unwrap();
+    buffer
+}
+
+fn values(buffer: &DeviceBuffer) -> Vec<i32> {
+    let mut bytes = vec![0; buffer.bytes()];
+    buffer.read(0, &mut bytes).unwrap();
+    bytes.as_chunks().0.iter().map(|value| i32::from_le_bytes(*value)).collect()
+}
+
+/// All elements of a buffer, as input and output.
+fn all(world: &World, rank: usize, buffer: &DeviceBuffer) -> BufMut<'static, i32> {
+    // SAFETY: tests wait for their streams before a buffer goes.
+    unsafe { BufMut::cuda(buffer.address(), buffer.bytes() / 4, world.devices[rank].ordinal()) }
+}
+
+fn wait(world: &World) {
+    world.raw_streams.iter().for_each(|stream| stream.synchronize().unwrap());
+}
+
+/// A graph of a few calls on `buffer` of `rank`.
+fn captured(world: &World, rank: usize, buffer: &DeviceBuffer, calls: usize) -> Graph {
+    let stream = &world.raw_streams[rank];
+    stream.begin_capture().unwrap();
+    for _ in 0..calls {
+        world.ranks[rank]
+            .on(&world.streams[rank])
+            .all_reduce(all(world, rank, buffer), ReduceOp::Max)
+            .unwrap();
+    }
+    stream.end_capture().unwrap()
+}
+
+#[test]
+fn graphs_are_replayed_between_each_other_and_between_eager_calls() {
+    let Some(world) = pair(|builder| builder.prepare(unisono::DType::I32, ReduceOp::Max).unwrap()) else {
+        return;
+    };
+    let small: Vec<_> = (0..2).map(|rank| memory(&world, rank, &[rank as i32; 10])).collect();
+    let large: Vec<_> = (0..2).map(|rank| memory(&world, rank, &vec![7 - rank as i32; 100_000])).collect();
+    let sums: Vec<_> = (0..2).map(|rank| memory(&world, rank, &[1; 3])).collect();
+    let graphs: Vec<_> = (0..2)
+        .map(|rank| (captured(&world, rank, &small[rank], 5), captured(&world, rank, &large[rank], 2)))
+        .collect();
+    for round in 0..20 {
+        for rank in 0..2 {
+            let stream = &world.raw_streams[rank];
+            graphs[rank].0.launch(stream).unwrap();
+            if round < 10 {
+                world.ranks[rank]
+                    .on(&world.streams[rank])
+                    .all_reduce(all(&world, rank, &sums[rank]), ReduceOp::Sum)
+                    .unwrap();
+            }
+            graphs[rank].1.launch(stream).unwrap();
+        }
+    }
+    wait(&world);
+    for rank in 0..2 {
+        world.ranks[rank].check().unwrap();
+        assert_eq!(values(&small[rank]), [1; 10]);
+        assert_eq!(values(&large[rank]), [7; 100_000]);
+        assert_eq!(values(&sums[rank]), [1024; 3]);
+    }
+    drop(graphs);
+    world.end();
+}
+
+#[test]
+fn streams_take_turns_and_several_communicators_do_not_mind_each_other() {
+    let Some(world) = pair(|builder| builder) else { return };
+    let Some(other) = pair(|builder| builder) else { return };
+    let sums: Vec<_> = (0..2).map(|rank| memory(&world, rank, &[1; 5])).collect();
+    let others: Vec<_> = (0..2).map(|rank| memory(&world, rank, &[1; 70_000])).collect();
+    for _ in 0..10 {
+        for rank in 0..2 {
+            let call = |world: &World, stream: &Stream, buffer: &DeviceBuffer| {
+                world.ranks[rank].on(stream).all_reduce(all(world, rank, buffer), ReduceOp::Sum).unwrap();
+            };
+            // One communicator on two streams: its calls keep their order.
+            call(&world, &world.streams[rank], &sums[rank]);
+            call(&world, &other.streams[rank], &sums[rank]);
+            call(&other, &other.streams[rank], &others[rank]);
+        }
+    }
+    wait(&world);
+    wait(&other);
+    for rank in 0..2 {
+        assert_eq!(values(&sums[rank]), [1 << 20; 5]);
+        assert_eq!(values(&others[rank]), [1 << 10; 70_000]);
+        world.ranks[rank].check().unwrap();
+        other.ranks[rank].check().unwrap();
+    }
+    world.end();
+    other.end();
+}
+
+#[test]
+fn two_launches_at_once_of_one_communicator_are_found() {
+    let Some(world) = pair(|builder| builder.prepare(unisono::DType::I32, ReduceOp::Max).unwrap()) else {
+        return;
+    };
+    let buffers = [memory(&world, 0, &[1; 10]), memory(&world, 0, &[1; 10])];
+    let graphs = buffers.each_ref().map(|buffer| captured(&world, 0, buffer, 1));
+    let second = unisono::cuda::Stream::new(&world.devices[0]).unwrap();
+    // Rank 1 does not come, so the first launch still runs when the second begins.
+    graphs[0].launch(&world.raw_streams[0]).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    graphs[1].launch(&second).unwrap();
+    second.synchronize().unwrap();
+    world.raw_streams[0].synchronize().unwrap();
+    assert_eq!(world.ranks[0].check().unwrap_err(), Error::ConcurrentUse { rank: 0 });
+    assert!(matches!(world.ranks[1].check(), Err(Error::Aborted { rank: 0, .. })));
+}
+
+#[test]
+fn calls_that_differ_are_named_on_both_ranks() {
+    let Some(world) = pair(|builder| builder) else { return };
+    let buffers: Vec<_> = (0..2).map(|rank| memory(&world, rank, &[1; 64])).collect();
+    world.ranks[0].on(&world.streams[0]).all_reduce(all(&world, 0, &buffers[0]), ReduceOp::Sum).unwrap();
+    world.ranks[1].on(&world.streams[1]).broadcast(all(&world, 1, &buffers[1]), 1).unwrap();
+    wait(&world);
+    for rank in &world.ranks {
+        let Err(Error::Mismatch { left, right }) = rank.check() else { panic!("{:?}", rank.check()) };
+        let mut both = [left, right];
+        both.sort();
+        assert_eq!(
+            both,
+            ["all_reduce #1 on rank 0 (i32, 64, sum)", "broadcast #1 on rank 1 (i32, 64, root 1)"]
+        );
+    }
+    // What comes later fails at once, with the same cause.
+    let again = world.ranks[0].on(&world.streams[0]).barrier();
+    assert!(matches!(again, Err(Error::Mismatch { .. })), "{again:?}");
+}
+
+#[test]
+fn a_rank_that_does_not_come_is_named_when_patience_ends() {
+    let Some(world) = pair(|builder| builder.timeout(Some(Duration::from_millis(2500)))) else { return };
+    for count in [10, 3_000_000] {
+        let buffer = memory(&world, 0, &vec![1; count]);
+        // After the first failure the call itself is refused.
+        let called = world.ranks[0].on(&world.streams[0]).all_reduce(all(&world, 0, &buffer), ReduceOp::Sum);
+        if called.is_ok() {
+            std::thread::sleep(Duration::from_millis(1500));
+            let current = world.ranks[0].observer().state().current.unwrap();
+            assert!(current.starts_with("call #1 on the GPU of rank 0, waiting for rank 1"), "{current}");
+        }
+        world.raw_streams[0].synchronize().unwrap();
+        let error = called.and_then(|()| world.ranks[0].check()).unwrap_err();
+        let Error::Timeout { rank: 0, call, waited_ms, missing } = &error else { panic!("{error}") };
+        assert!(
+            (2500..9000).contains(waited_ms) && missing.len() == 1 && missing[0].starts_with("rank 1"),
+            "{error}"
+        );
+        assert_eq!(call, "call #1 on its GPU");
+    }
+}
+
+#[test]
+fn an_abort_ends_kernels_that_wait_and_leaves_the_device_in_order() {
+    let Some(world) = pair(|builder| builder) else { return };
+    for form in 0..2 {
+        let buffer = memory(&world, 0, &vec![1; if form == 0 { 10 } else { 3_000_000 }]);
+        let called = world.ranks[0].on(&world.streams[0]).all_reduce(all(&world, 0, &buffer), ReduceOp::Sum);
+        assert_eq!(called.is_ok(), form == 0);
+        std::thread::sleep(Duration::from_millis(20));
+        world.ranks[1].observer().abort("enough");
+        let start = Instant::now();
+        world.raw_streams[0].synchronize().unwrap();
+        assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+        let error = world.ranks[0].check().unwrap_err();
+        assert!(matches!(&error, Error::Aborted { rank: 1, reason, .. } if reason == "enough"), "{error}");
+    }
+    // The same devices serve another world at once.
+    let Some(next) = pair(|builder| builder) else { return };
+    next.barrier();
+    next.end();
+}
+
+#[test]
+fn kernels_that_are_not_loaded_cannot_be_captured_and_nothing_is() {
+    let Some(world) = pair(|builder| builder) else { return };
+    let buffer = memory(&world, 0, &[1; 10]);
+    let stream = &world.raw_streams[0];
+    stream.begin_capture().unwrap();
+    let error = world.ranks[0]
+        .on(&world.streams[0])
+        .all_reduce(all(&world, 0, &buffer), ReduceOp::BitXor)
+        .unwrap_err();
+    assert_eq!(
+        error,
+        Error::NotPrepared { call: "all_reduce", rank: 0, what: "i32, 10, bit_xor".to_owned() }
+    );
+    drop(stream.end_capture().unwrap());
+    world.ranks[0].check().unwrap();
+    world.end();
+}
+
+#[test]
+fn buffers_of_the_wrong_place_are_refused_before_anything_happens() {
+    let Some(world) = pair(|builder| builder) else { return };
+    let buffer = memory(&world, 0, &[5; 4]);
+    let mut host = [1i32; 4];
+    let refused = |result: unisono::Result<()>| match result {
+        Err(Error::Place { rank: 0, expected, got, .. }) => (expected, got),
+        other => panic!("{other:?}"),
+    };
+    let ordinal = world.devices[0].ordinal();
+    let on_stream = world.ranks[0].on(&world.streams[0]);
+    let (expected, got) = refused(on_stream.all_reduce(&mut host, ReduceOp::Sum));
+    assert_eq!((expected, got), (format!("cuda:{ordinal} on this stream"), "host memory".to_owned()));
+    let (_, got) = refused(world.ranks[0].all_reduce(all(&world, 0, &buffer), ReduceOp::Sum));
+    assert_eq!(got, format!("cuda:{ordinal}"));
+    // SAFETY: the call is refused.
+    let elsewhere = unsafe { BufMut::<i32>::cuda(buffer.address(), 4, 77) };
+    let (_, got) = refused(on_stream.all_reduce(elsewhere, ReduceOp::Sum));
+    assert_eq!(got, "cuda:77");
+    // SAFETY: as above.
+    let (source, target) = unsafe {
+        (Buf::<i32>::cuda(buffer.address(), 3, ordinal), BufMut::cuda(buffer.address() + 4, 3, ordinal))
+    };
+    let overlap = on_stream.all_reduce_into(source, target, ReduceOp::Sum);
+    assert!(matches!(overlap, Err(Error::Argument { what: "memory of the output", .. })), "{overlap:?}");
+    assert_eq!(values(&buffer), [5; 4]);
+    world.ranks[0].check().unwrap();
+    world.end();
+}

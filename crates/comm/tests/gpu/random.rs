@@ -1,0 +1,283 @@
+//! Random operations, each compared on the device with what the scalar reference says, bit for bit, in strict rank order.
+//!
+//! Inputs repeat with a prime period, so the reference reduces one period for each (dtype, reduction), and a kernel compares
+//! any range of an output with it. Nothing goes to the host but a count of differences. The seed is printed; `UNISONO_TEST_SEED`
+//! repeats a run, `UNISONO_TEST_SCALE=50` makes it fifty times as long.
+
+use std::collections::HashMap;
+
+use unisono::cuda::{Architecture, Cache, Compiler, DeviceBuffer, Function, Grid, Module, Source};
+use unisono::{Call, DType, Kind, Operations, Order, Place, RawBuffer, ReduceOp};
+
+use crate::pairs;
+use crate::world::{World, devices};
+
+/// Elements after which inputs repeat.
+const PERIOD: usize = 1021;
+/// Bytes of each input and output, without the room for large ones.
+const ROOM: usize = 2 << 20;
+const LARGE: usize = 96 << 20;
+
+const COMPARE: &str = r#"
+struct Args { const unsigned char* got; const unsigned char* expected; unsigned long long period, phase, bytes; unsigned long long* wrong; };
+extern "C" __global__ void compare(const Args args) {
+  unsigned long long step = (unsigned long long)gridDim.x * blockDim.x, wrong = 0;
+  for (unsigned long long i = (unsigned long long)blockIdx.x * blockDim.x + threadIdx.x; i < args.bytes; i += step)
+    wrong += args.got[i] != args.expected[(args.phase + i) % args.period];
+  if (wrong) atomicAdd(args.wrong, wrong);
+}"#;
+
+#[repr(C)]
+struct Compare {
+    got: u64,
+    expected: u64,
+    period: u64,
+    phase: u64,
+    bytes: u64,
+    wrong: u64,
+}
+
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ mixed >> 31
+    }
+
+    fn below(&mut self, end: usize) -> usize {
+        (self.next() % end.max(1) as u64) as usize
+    }
+
+    /// Log-uniform up to `most`, zero among them.
+    fn size(&mut self, most: usize) -> usize {
+        let bits = self.below(most.ilog2() as usize + 1);
+        self.below(1 << bits << usize::from(bits < most.ilog2() as usize)).min(most)
+    }
+}
+
+struct Rank {
+    /// Inputs by dtype.
+    inputs: HashMap<DType, DeviceBuffer>,
+    target: DeviceBuffer,
+    /// A period of each input, by dtype and rank, and of each reduction.
+    parts: HashMap<(DType, usize), DeviceBuffer>,
+    sums: HashMap<(DType, u8), DeviceBuffer>,
+    wrong: DeviceBuffer,
+    compare: Function,
+}
+
+fn period(dtype: DType, rank: usize) -> Vec<u8> {
+    let mut random = Random(rank as u64 * 77 + u64::from(dtype.code()) + 5);
+    let words = (0..(PERIOD * dtype.size()).div_ceil(8)).flat_map(|_| random.next().to_le_bytes());
+    words.take(PERIOD * dtype.size()).collect()
+}
+
+fn scalar(rank: usize) -> f64 {
+    1.25 - rank as f64 * 0.5
+}
+
+impl Rank {
+    fn new(world: &World, rank: usize) -> Self {
+        let device = &world.devices[rank];
+        let upload = |bytes: &[u8]| {
+            let mut buffer = DeviceBuffer::new(device, bytes.len()).unwrap();
+            buffer.write(0, bytes).unwrap();
+            buffer
+        };
+        let ranks = world.ranks.len();
+        let (mut inputs, mut parts, mut sums) = (HashMap::new(), HashMap::new(), HashMap::new());
+        for dtype in DType::ALL {
+            let mine = period(dtype, rank);
+            // Only some have the room for large calls.
+            let room = if matches!(dtype, DType::BF16 | DType::F32) { LARGE } else { ROOM };
+            let times = room.div_ceil(mine.len()) + 1;
+            inputs.insert(dtype, upload(&mine.repeat(times)));
+            for peer in 0..ranks {
+                parts.insert((dtype, peer), upload(&period(dtype, peer)));
+            }
+        }
+        for (dtype, op) in pairs() {
+            let all: Vec<Vec<u8>> = (0..ranks).map(|rank| period(dtype, rank)).collect();
+            let all: Vec<&[u8]> = all.iter().map(Vec::as_slice).collect();
+            let scalars: Vec<f64> = (0..ranks).map(scalar).collect();
+            let mut sum = vec![0; PERIOD * dtype.size()];
+            unisono::reduce_op::reference(dtype, op, &all, &scalars, &mut sum).unwrap();
+            sums.insert((dtype, op.code()), upload(&sum));
+        }
+        let source =
+            Source { name: "compare.cu", text: COMPARE, headers: Vec::new(), definitions: Vec::new() };
+        let (major, minor) = device.facts().capability;
+        let cubin = Cache::of_user().cubin(&source, Architecture { major, minor }, Compiler::find).unwrap();
+        let compare = Module::load(device, &cubin).unwrap().function("compare").unwrap();
+        let target = DeviceBuffer::new(device, LARGE + 4096).unwrap();
+        Self { inputs, target, parts, sums, wrong: upload(&[0; 8]), compare }
+    }
+
+    fn compare(
+        &self,
+        world: &World,
+        rank: usize,
+        (at, bytes): (u64, usize),
+        expected: &DeviceBuffer,
+        phase: usize,
+    ) {
+        let mut args = Compare {
+            got: at,
+            expected: expected.address(),
+            period: expected.bytes() as u64,
+            phase: phase as u64,
+            bytes: bytes as u64,
+            wrong: self.wrong.address(),
+        };
+        let blocks = bytes.div_ceil(4096).clamp(1, 256) as u32;
+        // SAFETY: the kernel takes this structure, and reads `bytes` of the output and a period of what is expected.
+        let launched = unsafe {
+            self.compare.launch(
+                &world.raw_streams[rank],
+                Grid { blocks, threads: 256, shared_bytes: 0 },
+                (&raw mut args).cast(),
+            )
+        };
+        launched.unwrap();
+    }
+}
+
+/// One operation, the same on all ranks.
+#[derive(Clone, Copy, Debug)]
+struct Operation {
+    kind: Kind,
+    dtype: DType,
+    count: usize,
+    /// The first element of the period that inputs begin with, and elements by which outputs miss a line.
+    phase: usize,
+    shift: usize,
+    is_in_place: bool,
+    is_replayed: bool,
+}
+
+impl Operation {
+    fn random(random: &mut Random, ranks: usize, is_large: bool) -> Self {
+        let all: Vec<_> = pairs().collect();
+        let (mut dtype, mut op) = all[random.below(all.len())];
+        if is_large {
+            (dtype, op) = ([DType::BF16, DType::F32][random.below(2)], ReduceOp::Sum);
+        }
+        let kind = match random.below(4) {
+            0 => Kind::Broadcast { root: random.below(ranks) as u32 },
+            1 => Kind::AllGather,
+            _ => Kind::AllReduce { op },
+        };
+        let parts = if kind == Kind::AllGather { ranks } else { 1 };
+        let most = if is_large { LARGE - (64 << 10) } else { 1 << 20 } / dtype.size() / parts;
+        let count = if is_large { most / 2 + random.below(most / 2) } else { random.size(most) };
+        Self {
+            kind,
+            dtype,
+            count,
+            phase: random.below(PERIOD),
+            shift: random.below(16),
+            is_in_place: random.below(3) == 0,
+            is_replayed: random.below(8) == 0,
+        }
+    }
+
+    /// Enqueues it on `rank`, and what compares its result.
+    fn run(&self, world: &World, at: usize, rank: &Rank) {
+        let size = self.dtype.size();
+        let bytes = self.count * size;
+        let ranks = world.ranks.len();
+        let own = if self.kind == Kind::AllGather { at * bytes } else { 0 };
+        let source = rank.inputs[&self.dtype].address() + (self.phase * size) as u64;
+        let target = rank.target.address() + (self.shift * size) as u64;
+        let parts = if self.kind == Kind::AllGather { ranks } else { 1 };
+        let kind = match self.kind {
+            Kind::AllReduce { op: ReduceOp::PreMulSum(_) } => {
+                Kind::AllReduce { op: ReduceOp::PreMulSum(scalar(at)) }
+            }
+            kind => kind,
+        };
+        let raw = |ptr, parts| RawBuffer {
+            ptr,
+            count: self.count * parts,
+            dtype: self.dtype,
+            place: Place::Cuda { ordinal: world.devices[at].ordinal() },
+        };
+        let stream = &world.raw_streams[at];
+        let enqueue = || {
+            if self.is_in_place {
+                // SAFETY: both buffers are long enough, and live as long as the test.
+                unsafe { stream.copy(target + own as u64, source, bytes) }.unwrap();
+            }
+            let both = [raw(source, 1), raw(target, parts)];
+            // SAFETY: as above.
+            let call =
+                unsafe { Call::from_raw(kind, if self.is_in_place { &both[1..] } else { &both }, &[]) };
+            world.ranks[at].on(&world.streams[at]).submit(call).unwrap();
+        };
+        // SAFETY: as above. What is not written differs.
+        unsafe { stream.fill(target, 0xa5, bytes * parts) }.unwrap();
+        if self.is_replayed {
+            stream.begin_capture().unwrap();
+            enqueue();
+            let graph = stream.end_capture().unwrap();
+            graph.launch(stream).unwrap();
+            graph.launch(stream).unwrap();
+        } else {
+            enqueue();
+        }
+        let phase = self.phase * size;
+        match self.kind {
+            Kind::AllReduce { op } => {
+                rank.compare(world, at, (target, bytes), &rank.sums[&(self.dtype, op.code())], phase);
+            }
+            Kind::Broadcast { root } => {
+                rank.compare(world, at, (target, bytes), &rank.parts[&(self.dtype, root as usize)], phase);
+            }
+            _ => {
+                for peer in 0..ranks {
+                    let part = (target + (peer * bytes) as u64, bytes);
+                    rank.compare(world, at, part, &rank.parts[&(self.dtype, peer)], phase);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn random_operations_have_the_bits_of_the_reference() {
+    let devices = devices();
+    if devices.is_empty() {
+        return;
+    }
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    let seed = number("UNISONO_TEST_SEED").unwrap_or(now.as_nanos() as u64 & 0xffff_ffff);
+    let operations = 2000 * number("UNISONO_TEST_SCALE").unwrap_or(1);
+    println!("UNISONO_TEST_SEED={seed}, {operations} operations");
+    let mut random = Random(seed);
+    let world = World::new(devices.len().max(2), &devices, |builder| {
+        pairs().fold(builder.order(Order::Rank), |builder, (dtype, op)| builder.prepare(dtype, op).unwrap())
+    });
+    let ranks: Vec<Rank> = (0..world.ranks.len()).map(|rank| Rank::new(&world, rank)).collect();
+    let mut recent = Vec::new();
+    for number in 0..operations {
+        let is_large = number % (operations / 50).max(1) == 7;
+        let operation = Operation::random(&mut random, world.ranks.len(), is_large);
+        recent.push(operation);
+        ranks.iter().enumerate().for_each(|(at, rank)| operation.run(&world, at, rank));
+        if number % 100 == 99 || number + 1 == operations {
+            for (at, rank) in ranks.iter().enumerate() {
+                world.raw_streams[at].synchronize().unwrap();
+                world.ranks[at].check().unwrap_or_else(|error| panic!("{error}; seed {seed}, {recent:?}"));
+                let mut wrong = [0; 8];
+                rank.wrong.read(0, &mut wrong).unwrap();
+                assert_eq!(u64::from_le_bytes(wrong), 0, "rank {at}, seed {seed}, among {recent:#?}");
+            }
+            recent.clear();
+        }
+    }
+    world.end();
+}

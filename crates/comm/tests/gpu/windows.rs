@@ -1,0 +1,141 @@
+//! Windows on devices: collectives that reach them where they lie, and their life.
+
+use unisono::cuda::{Device, DeviceBuffer, Stream as CudaStream};
+use unisono::{Communicator, Error, Memory, Operations, ReduceOp, Stream, Window};
+use unisono_core::device::Form;
+
+use crate::world::devices;
+
+/// Runs `work` on every rank of a world, each on a thread of its own.
+fn on_threads(ranks: usize, work: impl Fn(Communicator, &CudaStream, &Stream) + Sync) {
+    let devices = devices();
+    if devices.is_empty() {
+        return;
+    }
+    let chosen: Vec<u32> = (0..ranks).map(|rank| devices[rank % devices.len()]).collect();
+    let patience = Some(std::time::Duration::from_secs(20));
+    let builder = Communicator::builder().timeout(patience).gpu_algorithm(Form::Direct, 0);
+    let world = builder.local(&chosen).unwrap();
+    let work = &work;
+    std::thread::scope(|scope| {
+        for rank in world {
+            scope.spawn(move || {
+                let device = Device::new(rank.device().unwrap()).unwrap();
+                let raw = CudaStream::new(&device).unwrap();
+                // SAFETY: the raw stream lives as long as this one.
+                let stream = unsafe { Stream::cuda(raw.raw(), device.ordinal()) }.unwrap();
+                work(rank, &raw, &stream);
+            });
+        }
+    });
+}
+
+/// Copies `values` to element `at` of a window.
+fn write(window: &Window<i32>, stream: &CudaStream, at: usize, values: &[i32]) {
+    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let mut buffer = DeviceBuffer::new(stream.device(), bytes.len()).unwrap();
+    buffer.write(0, &bytes).unwrap();
+    assert!(at + values.len() <= window.len());
+    // SAFETY: the range lies in the window, and the buffer stays until the stream was waited for.
+    unsafe { stream.copy(window.address() + at as u64 * 4, buffer.address(), bytes.len()) }.unwrap();
+    stream.synchronize().unwrap();
+}
+
+/// The `count` elements from `at` on.
+fn read(window: &Window<i32>, stream: &CudaStream, at: usize, count: usize) -> Vec<i32> {
+    let buffer = DeviceBuffer::new(stream.device(), count * 4).unwrap();
+    // SAFETY: as above.
+    unsafe { stream.copy(buffer.address(), window.address() + at as u64 * 4, count * 4) }.unwrap();
+    stream.synchronize().unwrap();
+    let mut bytes = vec![0; count * 4];
+    buffer.read(0, &mut bytes).unwrap();
+    bytes.as_chunks().0.iter().map(|value| i32::from_le_bytes(*value)).collect()
+}
+
+#[test]
+fn collectives_reach_windows_where_they_lie_at_offsets_of_each_ranks_own() {
+    for ranks in [1, 2, 3, 5] {
+        on_threads(ranks, |rank, raw, stream| {
+            let me = rank.rank();
+            for count in [4, 1000, 100_001] {
+                let mut source = rank.window::<i32>(count + 64, Memory::Device).unwrap();
+                let mut target = rank.window::<i32>(count * ranks + 64, Memory::Device).unwrap();
+                assert_eq!(read(&source, raw, 0, 4), [0; 4]);
+                // A different place on every rank: on 16 bytes, and beside them.
+                for (from, to) in [(0, 0), (4 * me, 8), (3 * me + 1, 2 * me)] {
+                    let mine: Vec<i32> = (0..count as i32).map(|at| at * 7 + me as i32 * 1000).collect();
+                    write(&source, raw, from, &mine);
+                    let on = rank.on(stream);
+                    on.all_reduce_into(
+                        source.range(from..from + count),
+                        target.range_mut(to..to + count),
+                        ReduceOp::Sum,
+                    )
+                    .unwrap();
+                    let sum =
+                        |at: usize| (0..ranks as i32).map(|rank| at as i32 * 7 + rank * 1000).sum::<i32>();
+                    assert_eq!(read(&target, raw, to, count), (0..count).map(sum).collect::<Vec<_>>());
+                    on.broadcast_into(
+                        source.range(from..from + count),
+                        target.range_mut(to..to + count),
+                        ranks - 1,
+                    )
+                    .unwrap();
+                    let last: Vec<i32> =
+                        (0..count as i32).map(|at| at * 7 + (ranks as i32 - 1) * 1000).collect();
+                    assert_eq!(read(&target, raw, to, count), last);
+                    on.all_gather_into(
+                        source.range(from..from + count),
+                        target.range_mut(to..to + count * ranks),
+                    )
+                    .unwrap();
+                    let all: Vec<i32> = (0..ranks as i32)
+                        .flat_map(|rank| (0..count as i32).map(move |at| at * 7 + rank * 1000))
+                        .collect();
+                    assert_eq!(read(&target, raw, to, count * ranks), all);
+                    // In place, and what lies outside stays.
+                    write(&source, raw, from, &mine);
+                    on.all_reduce(source.range_mut(from..from + count), ReduceOp::Sum).unwrap();
+                    assert_eq!(read(&source, raw, from, count), (0..count).map(sum).collect::<Vec<_>>());
+                    rank.check().unwrap();
+                }
+                source.close(&rank).unwrap();
+                target.close(&rank).unwrap();
+            }
+            rank.destroy().unwrap();
+        });
+    }
+}
+
+#[test]
+fn a_window_on_a_device_is_not_lent_and_a_closed_one_is_refused() {
+    on_threads(2, |rank, raw, stream| {
+        let mut window = rank.window::<i32>(100, Memory::Device).unwrap();
+        let error = window.lend().unwrap_err();
+        assert!(matches!(error, Error::Place { call: "lend", .. }), "{error}");
+        let raw_buffer = window.range_mut(0..100).raw();
+        window.close(&rank).unwrap();
+        // SAFETY: the call is refused before anything is touched.
+        let call = unsafe {
+            unisono::Call::from_raw(unisono::Kind::AllReduce { op: ReduceOp::Sum }, &[raw_buffer], &[])
+        };
+        let error = rank.on(stream).submit(call).unwrap_err();
+        assert!(matches!(error, Error::Argument { what: "window", .. }), "{error}");
+        // A window of the host is none for a stream of a GPU.
+        let mut on_host = rank.window::<i32>(10, Memory::Host).unwrap();
+        let error = rank.on(stream).all_reduce(&mut on_host, ReduceOp::Sum).unwrap_err();
+        assert!(matches!(error, Error::Argument { what: "window", .. }), "{error}");
+        raw.synchronize().unwrap();
+        rank.check().unwrap();
+        rank.destroy().unwrap();
+    });
+}
+
+#[test]
+fn ranks_that_ask_for_windows_in_different_memory_are_told() {
+    on_threads(2, |rank, _, _| {
+        let memory = if rank.rank() == 0 { Memory::Device } else { Memory::Host };
+        let error = rank.window::<i32>(100, memory).unwrap_err();
+        assert!(error.to_string().contains("window #") && error.to_string().contains("on GPUs"), "{error}");
+    });
+}

@@ -1,0 +1,150 @@
+#!/usr/bin/env bash
+# Tests and measures on a machine with GPUs, from a bundle that `cargo xtask gpu-bundle` made; no Rust is needed there.
+#
+#   gpu_run.sh [correct] [sanitizer] [kill] [bench]
+#
+# Without arguments all parts, within LIMIT_S seconds (480). Results go to $OUT, or to ./out, with all that was said in logs.tgz,
+# and the ends of it to the terminal. The last table has the exit code of every step; the script fails if one is not 0.
+# UNISONO_TEST_SCALE makes random tests and kills longer. NCCL is measured without NVLink's multicast, unless NCCL_NVLS_ENABLE
+# says otherwise.
+set -u
+
+out=${OUT:-$PWD/out}
+mkdir -p "$out" || exit 2
+out=$(cd "$out" && pwd)
+logs=$(mktemp -d)
+cd "$(dirname "${BASH_SOURCE[0]}")" || exit 2
+export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
+
+parts=("$@")
+[ ${#parts[@]} -gt 0 ] || parts=(correct kill bench sanitizer)
+for part in "${parts[@]}"; do
+    case $part in
+        correct | sanitizer | kill | bench) ;;
+        *)
+            echo "expected correct, sanitizer, kill or bench, got: $part" >&2
+            exit 2
+            ;;
+    esac
+done
+
+end=$((SECONDS + ${LIMIT_S:-480}))
+names=()
+codes=()
+times=()
+
+note() { # NAME CODE SECONDS
+    names+=("$1")
+    codes+=("$2")
+    times+=("$3")
+}
+
+# step NAME SECONDS COMMAND…: runs it for so long at most, and no longer than is left.
+step() {
+    local name=$1 limit=$2 left=$((end - SECONDS)) start=$SECONDS code
+    shift 2
+    if [ "$left" -lt 5 ]; then
+        echo "== $name: no time left"
+        note "$name" 124 0
+        return
+    fi
+    [ "$limit" -lt "$left" ] || limit=$left
+    echo "== $name: $*"
+    timeout -k 10 "$limit" "$@" >"$logs/$name.txt" 2>&1
+    code=$?
+    tail -n "${TAIL:-15}" "$logs/$name.txt"
+    note "$name" "$code" $((SECONDS - start))
+}
+
+tests() { # PROGRAM [FILTER]: the names of its tests
+    "./$1" --list --format terse ${2:+"$2"} 2>/dev/null | sed -n 's/: test$//p'
+}
+
+run_tests() { # PROGRAM PREFIX SECONDS [FILTER]
+    local all name
+    all=$(tests "$1" "${4:-}")
+    if [ -z "$all" ]; then
+        echo "== $2: no test of ./$1 is called so${4:+: $4}"
+        return
+    fi
+    for name in $all; do
+        step "$2-${name//:/_}" "$3" "./$1" --exact "$name" --nocapture
+    done
+}
+
+# Python knows where its own packages are, wherever that is.
+from_python() { # VARIABLE LIBRARY MODULE…: names the folder of LIBRARY, unless it is named
+    local variable=$1 library=$2 module folder
+    shift 2
+    [ -z "${!variable:-}" ] || return 0
+    for module in "$@"; do
+        folder=$(python3 -c "
+import importlib
+print(list(importlib.import_module('$module').__path__)[0] + '/lib')" 2>/dev/null) || continue
+        if compgen -G "$folder/$library*" >/dev/null; then
+            export "$variable=$folder"
+            echo "$variable=$folder"
+            return
+        fi
+    done
+}
+
+from_python UNISONO_NCCL libnccl.so.2 nvidia.nccl
+from_python UNISONO_NVRTC libnvrtc.so nvidia.cu13 nvidia.cuda_nvrtc
+
+nvidia-smi -L | tee "$logs/devices.txt"
+count=$(grep -c '^GPU ' "$logs/devices.txt")
+if [ "$count" -eq 0 ]; then
+    echo "there is no GPU here" >&2
+    exit 1
+fi
+nvidia-smi topo -m >"$logs/topology.txt" 2>&1
+
+part_correct() {
+    run_tests gpu correct 120
+    run_tests library library 60 gpu::
+    UNISONO_TEST_REQUIRE_NVRTC=1 run_tests kernels kernels 150
+}
+
+part_kill() {
+    run_tests faults_processes kill 200 gpu_kill
+}
+
+# Ranks of one process would wait for each other: the sanitizer runs one kernel of a process at a time.
+part_sanitizer() {
+    local tool
+    if ! command -v compute-sanitizer >/dev/null; then
+        echo "== sanitizer: there is no compute-sanitizer here"
+        return
+    fi
+    for tool in memcheck synccheck; do
+        step "sanitizer-$tool" 150 compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 99 \
+            ./unisono bench --device cuda -n "$((count < 2 ? 2 : count))" --sizes 8,96KiB,1MiB,6MiB --time 10ms
+    done
+}
+
+bench() { # NAME RANKS
+    TAIL=80 step "$1" 240 ./unisono bench --device cuda --against nccl -n "$2" "--json=$out/$1.json"
+}
+
+part_bench() {
+    local ranks
+    bench bench "$count"
+    for ranks in 2 4; do
+        [ "$ranks" -ge "$count" ] || bench "bench-$ranks" "$ranks"
+    done
+}
+
+for part in "${parts[@]}"; do
+    "part_$part"
+done
+
+failed=0
+printf '\n%-72s %5s %6s\n' step exit s
+for at in "${!names[@]}"; do
+    printf '%-72s %5s %6s\n' "${names[$at]}" "${codes[$at]}" "${times[$at]}"
+    [ "${codes[$at]}" -eq 0 ] || failed=$((failed + 1))
+done
+tar -C "$logs" -czf "$out/logs.tgz" .
+echo "${#names[@]} steps, $failed failed"
+[ "$failed" -eq 0 ]
