@@ -13,6 +13,7 @@ use clap::{Args, Parser, Subcommand};
 mod bench;
 mod doctor;
 mod hardware;
+mod kernels;
 mod logging;
 mod look;
 mod output;
@@ -55,6 +56,8 @@ enum Command {
     Doctor(doctor::Arguments),
     /// Show the last calls of every rank of running jobs
     Dump(look::dump::Arguments),
+    /// Compile the kernels of GPUs ahead of time, or list those that are kept
+    Kernels(kernels::Arguments),
     /// Start a program several times on this host, as the ranks of one job
     Run(run::Arguments),
     /// Show what every rank of running jobs is doing
@@ -86,6 +89,7 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
         Command::Bench(arguments) => bench::execute(&arguments, &cli.common),
         Command::Doctor(arguments) => doctor::execute(&arguments, &cli.common),
         Command::Dump(arguments) => look::dump::execute(&arguments, &cli.common),
+        Command::Kernels(arguments) => kernels::execute(&arguments, &cli.common),
         Command::Run(arguments) => run::execute(arguments, &cli.common),
         Command::Top(arguments) => look::top::execute(&arguments, &cli.common),
         Command::Topo(arguments) => topo::execute(&arguments, &cli.common),

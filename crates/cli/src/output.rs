@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::Failure;
 
-/// The value of `--json[=FILE]`.
+/// The value of `--json[=FILE]`, and of others that write.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum Target {
     /// `--json` or `--json=-`.
@@ -23,9 +23,14 @@ impl Target {
     pub(crate) fn write(&self, value: &impl Serialize) -> Result<(), Failure> {
         let text = serde_json::to_string_pretty(value)
             .map_err(|error| Failure::new(format!("the result cannot be written as JSON: {error}")))?;
+        self.write_text(&(text + "\n"))
+    }
+
+    /// Writes `text` there.
+    pub(crate) fn write_text(&self, text: &str) -> Result<(), Failure> {
         let written = match self {
-            Self::Stdout => writeln!(std::io::stdout().lock(), "{text}"),
-            Self::File(path) => std::fs::write(path, text + "\n"),
+            Self::Stdout => std::io::stdout().lock().write_all(text.as_bytes()),
+            Self::File(path) => std::fs::write(path, text),
         };
         written.map_err(|error| match self {
             Self::Stdout => Failure::new(format!("the result cannot be written to standard output: {error}")),

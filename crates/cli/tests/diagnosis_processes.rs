@@ -105,6 +105,21 @@ fn the_topology_of_ranks_that_are_not_there_is_planned() {
     assert!(text(&half.stderr).contains("RANK=0 is set but WORLD_SIZE is not"), "{half:?}");
 }
 
+#[test]
+fn the_topology_is_drawn_where_it_was_asked_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("topo.svg");
+    let drawn = unisono(&["topo", "-n", "3", "--svg"]).output().unwrap();
+    let svg = text(&drawn.stdout);
+    assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n"), "{svg}");
+    assert_eq!(svg.matches(">rank ").count(), 3, "{svg}");
+    let beside = unisono(&["topo", "-n", "3", &format!("--svg={}", file.display())]).output().unwrap();
+    assert!(text(&beside.stdout).contains("3 ranks, "), "{beside:?}");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), svg);
+    let both = unisono(&["topo", "--svg", "--json"]).output().unwrap();
+    assert_eq!(both.status.code(), Some(2), "{both:?}");
+}
+
 /// Writes a tuning file of this machine, and answers its identity: with two ranks one-shot at every size, direct never.
 fn tuned(path: &std::path::Path) -> String {
     let never = usize::MAX;

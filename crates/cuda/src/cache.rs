@@ -5,6 +5,10 @@
 //! whole (written beside, then renamed), so any number of processes may fill the cache at once. A machine without a compiler
 //! takes an entry of any version. A folder that cannot be used costs time, and nothing else.
 
+use std::fs::{DirBuilder, File};
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
@@ -15,11 +19,25 @@ use crate::nvrtc::{Architecture, Compiler, Source, options};
 /// Changes when entries of before must not be used.
 const FORMAT: &[u8] = b"unisono kernels 1\n";
 const CHECKSUM_BYTES: usize = 32;
+/// What is larger is no entry of ours: kernels take some hundred KiB.
+const MAX_ENTRY_BYTES: u64 = 64 << 20;
+const SUFFIX: &str = ".cubin";
 
 /// A folder of compiled kernels.
 #[derive(Clone, Debug)]
 pub struct Cache {
     folder: Option<PathBuf>,
+}
+
+/// What one file of a cache holds, as its name tells.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Entry {
+    /// The version of the compiler that made it, as (13, 0).
+    pub version: (u32, u32),
+    /// The hash of what it is made from.
+    pub key: String,
+    /// Bytes of the file.
+    pub bytes: u64,
 }
 
 impl Cache {
@@ -52,53 +70,96 @@ impl Cache {
         architecture: Architecture,
         compiler: impl FnOnce() -> Result<&'static Compiler>,
     ) -> Result<Vec<u8>> {
-        let key = key(source, architecture);
         let compiler = compiler();
-        if let Some(cubin) = self.entry(&key, compiler.as_ref().ok().map(|compiler| compiler.version())) {
+        let version = compiler.as_ref().ok().map(|compiler| compiler.version());
+        if let Some(cubin) = self.find(source, architecture, version) {
             return Ok(cubin);
         }
         let compiler = compiler?;
         let cubin = compiler.compile(source, architecture)?;
-        if let Err(error) = self.keep(&key, compiler.version(), &cubin) {
+        if let Err(error) = self.keep(source, architecture, compiler.version(), &cubin) {
             tracing::debug!("{error}");
         }
         Ok(cubin)
     }
 
-    /// An entry of this version, or of the newest one.
-    fn entry(&self, key: &str, version: Option<(u32, u32)>) -> Option<Vec<u8>> {
+    /// The CUBIN of `source` that is kept: of this version of the compiler, or of the newest one that there is.
+    pub fn find(
+        &self,
+        source: &Source,
+        architecture: Architecture,
+        version: Option<(u32, u32)>,
+    ) -> Option<Vec<u8>> {
         let folder = self.folder.as_deref()?;
+        let key = key(source, architecture);
         if let Some(version) = version {
-            return read(&folder.join(file_name(key, version)));
+            return read(&folder.join(file_name(&key, version)));
         }
-        let entries = std::fs::read_dir(folder).ok()?.flatten();
-        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
-        let mut versions: Vec<_> = names.filter_map(|name| version_of(&name, key)).collect();
-        versions.sort_unstable();
-        versions.into_iter().rev().find_map(|version| read(&folder.join(file_name(key, version))))
+        let mut entries = self.entries().ok()?;
+        entries.retain(|entry| entry.key == key);
+        entries.iter().rev().find_map(|entry| read(&folder.join(file_name(&key, entry.version))))
     }
 
-    fn keep(&self, key: &str, version: (u32, u32), cubin: &[u8]) -> Result<()> {
+    /// Keeps what this version of the compiler made of `source`. The folder is made if it is not there, for this user alone.
+    /// A cache without a place, and an entry that is too large (64 MiB), keep nothing.
+    ///
+    /// # Errors
+    /// [`Error::Cache`] if the file cannot be written.
+    pub fn keep(
+        &self,
+        source: &Source,
+        architecture: Architecture,
+        version: (u32, u32),
+        cubin: &[u8],
+    ) -> Result<()> {
         let Some(folder) = &self.folder else { return Ok(()) };
-        let failed = |path: &Path| {
-            let path = path.display().to_string();
-            move |error: std::io::Error| Error::Cache { path, message: error.to_string() }
+        if (cubin.len() + CHECKSUM_BYTES) as u64 > MAX_ENTRY_BYTES {
+            return Ok(());
+        }
+        DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed(folder))?;
+        let key = key(source, architecture);
+        let path = folder.join(file_name(&key, version));
+        // Another process, one of another container that shares the folder, or another thread has another name beside it.
+        let random = RandomState::new().build_hasher().finish();
+        let beside = folder.join(format!(".{key}.{}.{random:016x}", std::process::id()));
+        let write = || {
+            let mut file = File::create_new(&beside)?;
+            file.write_all(&Sha256::digest(cubin))?;
+            file.write_all(cubin)?;
+            std::fs::rename(&beside, &path)
         };
-        std::fs::create_dir_all(folder).map_err(failed(folder))?;
-        let path = folder.join(file_name(key, version));
-        // Another process, or another thread of this one, has another name beside it.
-        let thread = format!("{:?}", std::thread::current().id());
-        let thread: String = thread.chars().filter(char::is_ascii_digit).collect();
-        let beside = folder.join(format!(".{key}.{}.{thread}", std::process::id()));
-        let mut content = Sha256::digest(cubin).to_vec();
-        content.extend_from_slice(cubin);
-        let written = std::fs::write(&beside, &content).and_then(|()| std::fs::rename(&beside, &path));
+        let written = write();
         if written.is_err() {
             // Whatever was written is of no use to anybody.
             let _ = std::fs::remove_file(&beside);
         }
         written.map_err(failed(&path))
     }
+
+    /// What it holds, by the version of the compiler; nothing if it has no place, or the folder was not made yet.
+    ///
+    /// # Errors
+    /// [`Error::Cache`] if the folder cannot be read.
+    pub fn entries(&self) -> Result<Vec<Entry>> {
+        let Some(folder) = &self.folder else { return Ok(Vec::new()) };
+        let files = match std::fs::read_dir(folder) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            files => files.map_err(failed(folder))?,
+        };
+        let entry = |file: std::fs::DirEntry| {
+            let name = file.file_name();
+            let (key, version) = parts(name.to_str()?)?;
+            Some(Entry { version, key: key.to_owned(), bytes: file.metadata().ok()?.len() })
+        };
+        let mut entries: Vec<Entry> = files.flatten().filter_map(entry).collect();
+        entries.sort_unstable();
+        Ok(entries)
+    }
+}
+
+fn failed(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+    let path = path.display().to_string();
+    move |error| Error::Cache { path, message: error.to_string() }
 }
 
 /// The hash of all that a CUBIN is made from, but for the version of the compiler.
@@ -120,18 +181,25 @@ fn key(source: &Source, architecture: Architecture) -> String {
 }
 
 fn file_name(key: &str, (major, minor): (u32, u32)) -> String {
-    format!("{key}-{major}.{minor}.cubin")
+    format!("{key}-{major}.{minor}{SUFFIX}")
 }
 
-fn version_of(name: &str, key: &str) -> Option<(u32, u32)> {
-    let version = name.strip_prefix(key)?.strip_prefix('-')?.strip_suffix(".cubin")?;
+/// The key and the version in the name of an entry.
+fn parts(name: &str) -> Option<(&str, (u32, u32))> {
+    let (key, version) = name.strip_suffix(SUFFIX)?.split_once('-')?;
     let (major, minor) = version.split_once('.')?;
-    Some((major.parse().ok()?, minor.parse().ok()?))
+    Some((key, (major.parse().ok()?, minor.parse().ok()?)))
 }
 
 /// A whole entry, or nothing.
 fn read(path: &Path) -> Option<Vec<u8>> {
-    let mut content = std::fs::read(path).ok()?;
+    let file = File::open(path).ok()?;
+    let metadata = file.metadata().ok()?;
+    if !metadata.is_file() || metadata.len() > MAX_ENTRY_BYTES {
+        return None;
+    }
+    let mut content = Vec::with_capacity(metadata.len() as usize);
+    file.take(MAX_ENTRY_BYTES).read_to_end(&mut content).ok()?;
     if content.len() <= CHECKSUM_BYTES {
         return None;
     }
@@ -154,36 +222,75 @@ mod tests {
         }
     }
 
+    const NEW: (u32, u32) = (13, 0);
+
     #[test]
     fn what_was_kept_is_found_again_without_a_compiler_newest_first() {
         let folder = tempfile::tempdir().unwrap();
         let cache = Cache::at(folder.path().join("kernels"));
-        let key = key(&source("1"), SM_90);
         let missing = || Err(Error::NoCompiler { reason: "none here".to_owned() });
         assert_eq!(cache.cubin(&source("1"), SM_90, missing).unwrap_err(), missing().unwrap_err());
-        cache.keep(&key, (12, 9), b"old").unwrap();
-        cache.keep(&key, (13, 0), b"new").unwrap();
+        assert_eq!(cache.entries(), Ok(Vec::new()));
+        for (version, cubin) in [((12, 10), "old"), (NEW, "new"), ((12, 9), "oldest")] {
+            cache.keep(&source("1"), SM_90, version, cubin.as_bytes()).unwrap();
+        }
         assert_eq!(cache.cubin(&source("1"), SM_90, missing).unwrap(), b"new");
-        assert_eq!(cache.entry(&key, Some((12, 9))).unwrap(), b"old");
-        assert_eq!(cache.entry(&key, Some((11, 8))), None);
+        assert_eq!(cache.find(&source("1"), SM_90, Some((12, 9))).unwrap(), b"oldest");
+        assert_eq!(cache.find(&source("1"), SM_90, Some((11, 8))), None);
+        assert_eq!(cache.find(&source("2"), SM_90, None), None);
+        std::fs::write(folder.path().join("kernels/notes.txt"), "not ours").unwrap();
+        let entries: Vec<_> =
+            cache.entries().unwrap().iter().map(|entry| (entry.version, entry.bytes)).collect();
+        assert_eq!(entries, [((12, 9), 38), ((12, 10), 35), (NEW, 35)]);
+    }
+
+    #[test]
+    fn the_folder_is_the_users_alone() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::at(folder.path().join("a/b"));
+        cache.keep(&source("1"), SM_90, NEW, b"some machine code").unwrap();
+        for made in ["a", "a/b"] {
+            let mode = std::fs::metadata(folder.path().join(made)).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o700, "{made}");
+        }
     }
 
     #[test]
     fn a_damaged_entry_is_none() {
         let folder = tempfile::tempdir().unwrap();
         let cache = Cache::at(folder.path().to_owned());
-        let key = key(&source("1"), SM_90);
-        cache.keep(&key, (13, 0), b"some machine code").unwrap();
-        let path = folder.path().join(file_name(&key, (13, 0)));
+        let found = || cache.find(&source("1"), SM_90, Some(NEW));
+        cache.keep(&source("1"), SM_90, NEW, b"some machine code").unwrap();
+        let path = folder.path().join(file_name(&key(&source("1"), SM_90), NEW));
         let whole = std::fs::read(&path).unwrap();
         for length in 0..whole.len() {
             std::fs::write(&path, &whole[..length]).unwrap();
-            assert_eq!(cache.entry(&key, Some((13, 0))), None, "{length}");
+            assert_eq!(found(), None, "{length}");
         }
         let mut flipped = whole.clone();
         flipped[40] ^= 1;
         std::fs::write(&path, &flipped).unwrap();
-        assert_eq!(cache.entry(&key, Some((13, 0))), None);
+        assert_eq!(found(), None);
+        std::fs::remove_file(&path).unwrap();
+        std::fs::create_dir(&path).unwrap();
+        assert_eq!(found(), None, "a folder");
+    }
+
+    #[test]
+    fn an_entry_that_is_too_large_is_neither_read_nor_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::at(folder.path().to_owned());
+        cache.keep(&source("1"), SM_90, NEW, &vec![0; 64 << 20]).unwrap();
+        assert_eq!(cache.entries(), Ok(Vec::new()));
+        // A whole one: nothing but its size is wrong.
+        let cubin = vec![0; (64 << 20) - CHECKSUM_BYTES + 1];
+        let content = [Sha256::digest(&cubin).to_vec(), cubin].concat();
+        let path = folder.path().join(file_name(&key(&source("1"), SM_90), NEW));
+        std::fs::write(&path, &content).unwrap();
+        assert_eq!(cache.find(&source("1"), SM_90, Some(NEW)), None);
+        std::fs::write(&path, [&Sha256::digest(b"small")[..], b"small"].concat()).unwrap();
+        assert_eq!(cache.find(&source("1"), SM_90, Some(NEW)).unwrap(), b"small");
     }
 
     #[test]

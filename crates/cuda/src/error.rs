@@ -1,5 +1,8 @@
 //! The errors of CUDA: what is missing, and what the driver or the compiler refused.
 
+#[cfg(test)]
+mod sentences;
+
 /// Result of this crate's functions.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -50,6 +53,18 @@ pub enum Error {
         architecture: String,
         /// What the compiler says.
         log: String,
+    },
+    /// The compiler does not know the architecture: it is too new for it, or was given up.
+    #[error(
+        "NVRTC {version} does not compile for {architecture}, but for {supported}. Name one of another version with UNISONO_NVRTC."
+    )]
+    Unsupported {
+        /// As `sm_90`.
+        architecture: String,
+        /// The version of the compiler, as `13.0`.
+        version: String,
+        /// What it compiles for, as `sm_80, sm_90`.
+        supported: String,
     },
     /// Bytes that should be machine code for a GPU are not.
     #[error("this is no whole CUBIN: {reason}")]

@@ -19,7 +19,7 @@ pub mod nvrtc;
 pub mod places;
 pub mod stream;
 
-pub use cache::Cache;
+pub use cache::{Cache, Entry};
 pub use device::{Device, Uuid};
 pub use error::{Error, Result};
 pub use facts::{KernelFacts, kernels};

@@ -9,7 +9,9 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use libloading::Library;
 
 use crate::error::{Error, Result};
-use crate::places::{named, python_packages};
+use crate::places::named;
+
+mod search;
 
 /// A kind of GPU, as machine code is made for it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -72,6 +74,8 @@ struct Symbols {
     cubin: unsafe extern "C" fn(Handle, *mut c_char) -> c_int,
     destroy: unsafe extern "C" fn(*mut Handle) -> c_int,
     error: unsafe extern "C" fn(c_int) -> *const c_char,
+    count_architectures: unsafe extern "C" fn(*mut c_int) -> c_int,
+    architectures: unsafe extern "C" fn(*mut c_int) -> c_int,
 }
 
 /// The compiler, once it was found.
@@ -79,6 +83,8 @@ pub struct Compiler {
     symbols: Symbols,
     version: (u32, u32),
     path: PathBuf,
+    /// Ascending.
+    architectures: Vec<Architecture>,
     /// Versions before 12 compile one thing at a time.
     turn: Mutex<()>,
     _libraries: Vec<Library>,
@@ -96,44 +102,42 @@ struct Program<'c> {
     handle: Handle,
 }
 
+impl Symbols {
+    /// What the library compiles for, ascending; empty if it does not tell.
+    fn all_architectures(&self) -> Vec<Architecture> {
+        let mut count = 0;
+        // SAFETY: the answer is ours.
+        let told = unsafe { (self.count_architectures)(&raw mut count) };
+        // No library knows a thousand.
+        let Some(count) = usize::try_from(count).ok().filter(|count| told == 0 && *count < 1000) else {
+            return Vec::new();
+        };
+        let mut numbers = vec![0; count];
+        // SAFETY: the list is as long as the library said.
+        if unsafe { (self.architectures)(numbers.as_mut_ptr()) } != 0 {
+            return Vec::new();
+        }
+        let numbers = numbers.into_iter().filter_map(|number| u32::try_from(number).ok());
+        let mut all: Vec<_> =
+            numbers.map(|number| Architecture { major: number / 10, minor: number % 10 }).collect();
+        all.sort_unstable();
+        all
+    }
+}
+
 impl Compiler {
     /// Finds the compiler: where `UNISONO_NVRTC` says (a file or a folder), where the system's loader looks, in toolkits, in
     /// Python's packages. What the first search answered stands.
     ///
     /// # Errors
-    /// [`Error::NoCompiler`] if there is none, or the one that was named is of no use; [`Error::TooOld`].
+    /// [`Error::NoCompiler`] if there is none, or the one that was named is of no use; [`Error::TooOld`] if there are none but
+    /// such.
     pub fn find() -> Result<&'static Self> {
         static FOUND: OnceLock<Result<Compiler>> = OnceLock::new();
         FOUND
-            .get_or_init(|| Self::search(&|name| std::env::var_os(name).map(PathBuf::from)))
+            .get_or_init(|| search::first(&|name| std::env::var_os(name).map(PathBuf::from), &Self::open))
             .as_ref()
             .map_err(Clone::clone)
-    }
-
-    fn search(environment: &dyn Fn(&str) -> Option<PathBuf>) -> Result<Self> {
-        let none = |reason: String| Err(Error::NoCompiler { reason });
-        if let Some(named) = environment("UNISONO_NVRTC") {
-            let places = if named.is_dir() { libraries_in(&named) } else { vec![named.clone()] };
-            return match places.iter().map(|path| Self::open(path)).next() {
-                Some(opened) => opened.or_else(|error| none(format!("UNISONO_NVRTC names it, but {error}"))),
-                None => none(format!("UNISONO_NVRTC names {}, which holds none", named.display())),
-            };
-        }
-        for name in ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"] {
-            if let Ok(compiler) = Self::open(Path::new(name)) {
-                return Ok(compiler);
-            }
-        }
-        let folders = folders(environment);
-        for path in folders.iter().flat_map(|folder| libraries_in(folder)) {
-            if let Ok(compiler) = Self::open(&path) {
-                return Ok(compiler);
-            }
-        }
-        none(format!(
-            "not with the system's loader, nor in {} folders of toolkits and Python packages",
-            folders.len()
-        ))
     }
 
     fn open(path: &Path) -> Result<Self> {
@@ -150,7 +154,7 @@ impl Compiler {
         let library = unsafe { Library::new(path) }.map_err(failed)?;
         macro_rules! symbol {
             ($name:literal) => {
-                // SAFETY: the documented signature of this function, unchanged since CUDA 11.
+                // SAFETY: the documented signature of this function, unchanged since CUDA 11.2.
                 *unsafe { library.get(concat!($name, "\0").as_bytes()) }
                     .map_err(|_| Error::TooOld { library: "NVRTC", symbol: $name.to_owned() })?
             };
@@ -165,14 +169,22 @@ impl Compiler {
             cubin: symbol!("nvrtcGetCUBIN"),
             destroy: symbol!("nvrtcDestroyProgram"),
             error: symbol!("nvrtcGetErrorString"),
+            count_architectures: symbol!("nvrtcGetNumSupportedArchs"),
+            architectures: symbol!("nvrtcGetSupportedArchs"),
         };
         let (mut major, mut minor) = (0, 0);
         // SAFETY: both answers are ours.
         unsafe { (symbols.version)(&raw mut major, &raw mut minor) };
         libraries.push(library);
         let version = (major.unsigned_abs(), minor.unsigned_abs());
-        let compiler =
-            Self { symbols, version, path: path.to_owned(), turn: Mutex::new(()), _libraries: libraries };
+        let compiler = Self {
+            architectures: symbols.all_architectures(),
+            symbols,
+            version,
+            path: path.to_owned(),
+            turn: Mutex::new(()),
+            _libraries: libraries,
+        };
         tracing::debug!("{compiler:?}");
         Ok(compiler)
     }
@@ -187,11 +199,30 @@ impl Compiler {
         &self.path
     }
 
+    /// What it compiles for, ascending; empty if it does not tell.
+    pub fn architectures(&self) -> &[Architecture] {
+        &self.architectures
+    }
+
+    /// Whether it compiles for `architecture`; true, too, if it does not tell.
+    pub fn supports(&self, architecture: Architecture) -> bool {
+        self.architectures.is_empty() || self.architectures.contains(&architecture)
+    }
+
     /// Compiles `source` to a CUBIN.
     ///
     /// # Errors
-    /// [`Error::Compile`] with what the compiler says.
+    /// [`Error::Unsupported`] if the compiler does not know the architecture; [`Error::Compile`] with what it says.
     pub fn compile(&self, source: &Source, architecture: Architecture) -> Result<Vec<u8>> {
+        if !self.supports(architecture) {
+            let known: Vec<String> = self.architectures.iter().map(ToString::to_string).collect();
+            let (major, minor) = self.version;
+            return Err(Error::Unsupported {
+                architecture: architecture.to_string(),
+                version: format!("{major}.{minor}"),
+                supported: known.join(", "),
+            });
+        }
         let _turn = (self.version.0 < 12).then(|| self.turn.lock().unwrap_or_else(PoisonError::into_inner));
         let failed = |log: String| Error::Compile {
             what: source.name.to_owned(),
@@ -292,31 +323,6 @@ pub(crate) fn options(source: &Source, architecture: Architecture) -> Vec<String
     options
 }
 
-/// Where toolkits and Python's packages put it.
-fn folders(environment: &dyn Fn(&str) -> Option<PathBuf>) -> Vec<PathBuf> {
-    let mut folders = Vec::new();
-    let mut toolkit = |root: PathBuf| {
-        folders.extend([root.join("lib64"), root.join("targets/x86_64-linux/lib"), root.join("lib")]);
-    };
-    ["CUDA_HOME", "CUDA_PATH"].iter().filter_map(|name| environment(name)).for_each(&mut toolkit);
-    let mut versions = named(Path::new("/usr/local"), "cuda");
-    versions.sort();
-    versions.into_iter().rev().for_each(&mut toolkit);
-    for nvidia in python_packages(environment) {
-        folders.extend([nvidia.join("cu13/lib"), nvidia.join("cuda_nvrtc/lib")]);
-    }
-    folders.retain(|folder| folder.is_dir());
-    folders
-}
-
-/// The compilers in a folder, newest first.
-fn libraries_in(folder: &Path) -> Vec<PathBuf> {
-    let mut found = named(folder, "libnvrtc.so");
-    found.sort();
-    found.reverse();
-    found
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -327,22 +333,5 @@ mod tests {
         assert_eq!("100".parse(), Ok(Architecture { major: 10, minor: 0 }));
         assert_eq!(Architecture { major: 12, minor: 1 }.to_string(), "sm_121");
         assert!("sm_ninety".parse::<Architecture>().unwrap_err().contains("sm_ninety"));
-    }
-
-    #[test]
-    fn a_compiler_that_was_named_and_is_not_there_is_an_error_that_says_so() {
-        let folder = tempfile::tempdir().unwrap();
-        let environment = |name: &str| (name == "UNISONO_NVRTC").then(|| folder.path().to_owned());
-        let error = Compiler::search(&environment).unwrap_err();
-        assert!(
-            matches!(&error, Error::NoCompiler { reason } if reason.ends_with("which holds none")),
-            "{error}"
-        );
-        std::fs::write(folder.path().join("libnvrtc.so.13"), "no library").unwrap();
-        let error = Compiler::search(&environment).unwrap_err();
-        assert!(
-            matches!(&error, Error::NoCompiler { reason } if reason.contains("names it, but")),
-            "{error}"
-        );
     }
 }

@@ -108,6 +108,23 @@ fn a_source_that_does_not_compile_is_an_error_that_names_the_line() {
 }
 
 #[test]
+fn an_architecture_that_the_compiler_does_not_know_is_an_error_that_lists_those_that_it_knows() {
+    let Some(compiler) = compiler() else { return };
+    let known = compiler.architectures();
+    assert!(known.is_sorted() && known.contains(&SM_80) && known.contains(&SM_90), "{known:?}");
+    let (first, unknown) = (known[0], Architecture { major: 5, minor: 1 });
+    assert!(compiler.supports(first) && !compiler.supports(unknown));
+    match compiler.compile(&source(COPY), unknown) {
+        Err(Error::Unsupported { architecture, version, supported }) => {
+            let (major, minor) = compiler.version();
+            assert_eq!((architecture.as_str(), version), ("sm_51", format!("{major}.{minor}")));
+            assert!(supported.starts_with(&format!("{first}, ")), "{supported}");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
 fn a_damaged_entry_is_compiled_again_and_replaced() {
     let Some(compiler) = compiler() else { return };
     let folder = tempfile::tempdir().unwrap();

@@ -14,6 +14,7 @@ use crate::output::{Target, heading, wrap};
 use crate::{Common, Failure};
 
 mod environment;
+mod gpus;
 mod kernel;
 mod limits;
 mod machine;
@@ -104,8 +105,8 @@ pub(crate) fn execute(arguments: &Arguments, common: &Common) -> Result<u8, Fail
     }
     let mut report = Report::new(common);
     report.print(&heading());
-    let checks: [fn() -> Vec<Finding>; 5] =
-        [machine::check, kernel::check, limits::check, environment::check, self_test::check];
+    let checks: [fn() -> Vec<Finding>; 6] =
+        [machine::check, kernel::check, limits::check, gpus::check, environment::check, self_test::check];
     for check in checks {
         for finding in check() {
             report.add(finding);

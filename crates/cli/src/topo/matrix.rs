@@ -40,7 +40,7 @@ pub(super) enum Link {
 }
 
 impl Link {
-    const fn name(self) -> &'static str {
+    pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Itself => "self",
             Self::SharedMemory => "SHM",

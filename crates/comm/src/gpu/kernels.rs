@@ -67,6 +67,19 @@ impl Purpose {
     }
 }
 
+impl std::fmt::Display for Purpose {
+    /// `copies`, or `f32 sum`.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Copies => f.pad("copies"),
+            Self::Reduce(dtype, op) => {
+                let op = ReduceOp::from_code(*op, 0.0).map_or("unknown", ReduceOp::name);
+                f.pad(&format!("{dtype} {op}"))
+            }
+        }
+    }
+}
+
 /// The source of the kernels for `purpose` in worlds of this layout.
 pub fn source(layout: &ArenaLayout, purpose: Purpose) -> Source {
     let mut headers: Vec<_> = HEADERS.iter().map(|(name, text)| (*name, (*text).to_owned())).collect();
@@ -259,6 +272,10 @@ mod tests {
     fn every_pair_of_the_table_has_kernels_of_its_own() {
         let all = Purpose::all();
         assert_eq!(all.len(), 1 + 113, "{}", all.len());
+        assert_eq!(
+            Purpose::USUAL.map(|purpose| purpose.to_string()).join(", "),
+            "copies, f32 sum, f16 sum, bf16 sum"
+        );
         let layout = ArenaLayout::new(4, Link::Device);
         let bf16 = source(&layout, Purpose::reduce(DType::BF16, ReduceOp::Sum));
         assert!(bf16.definitions.contains(&("CALL_DTYPE", "DType(10)".to_owned())));

@@ -8,9 +8,11 @@
 use std::sync::Arc;
 
 use unisono_core::call::{self, Kind};
-use unisono_core::device::layout::{HEADER_OFFSETS, MAX_RANKS};
+use unisono_core::device::layout::HEADER_OFFSETS;
+pub use unisono_core::device::layout::MAX_RANKS;
 use unisono_core::device::select::{Question, Rules};
-use unisono_core::device::{ArenaLayout, Form, Launch, Link};
+pub use unisono_core::device::{ArenaLayout, Link};
+use unisono_core::device::{Form, Launch};
 use unisono_core::hello::DeviceIdentity;
 use unisono_core::settings::Settings;
 use unisono_cuda::{Device, DeviceBuffer, Event, Grid, Location, RegisteredHost, SharedPages, Stream, Uuid};

@@ -1,0 +1,68 @@
+//! `unisono kernels` as people run it: the table, the JSON, the cache that it leaves. What compiles needs NVRTC; without it the
+//! test says that it did nothing, or fails if `UNISONO_TEST_REQUIRE_NVRTC` is set, as `cargo xtask test` does.
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+/// `unisono kernels`, with this cache.
+fn kernels(cache: &Path, arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_unisono"));
+    command.arg("kernels").args(arguments).env("UNISONO_CACHE_DIR", cache).stdin(Stdio::null());
+    command.output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+#[test]
+fn kernels_are_built_once_and_listed() {
+    if std::env::var_os("UNISONO_TEST_REQUIRE_NVRTC").is_none() && unisono::cuda::Compiler::find().is_err() {
+        #[expect(clippy::print_stderr, reason = "for whoever reads the output of tests")]
+        {
+            eprintln!("SKIPPED: there is no NVRTC");
+        }
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let build = |json: &str| kernels(folder.path(), &["build", "--arch=sm_90", "--ranks=2", json]);
+    let first = build(&format!("--json={}", folder.path().join("report.json").display()));
+    assert!(first.status.success(), "{first:?}");
+    let table = text(&first.stdout);
+    assert_eq!(
+        table.lines().filter(|line| line.starts_with("sm_90    device     2  ")).count(),
+        4,
+        "{table}"
+    );
+    assert!(table.contains("\n4 sets: 4 compiled in "), "{table}");
+    let second: Value = serde_json::from_slice(&build("--json").stdout).unwrap();
+    let sets = second["sets"].as_array().unwrap();
+    let purposes: Vec<&str> = sets.iter().map(|set| set["purpose"].as_str().unwrap()).collect();
+    assert_eq!(purposes, ["copies", "f32 sum", "f16 sum", "bf16 sum"]);
+    for set in sets {
+        assert!(set["compiled_ms"].is_null(), "{set}");
+        assert!((16..=255).contains(&set["registers"].as_u64().unwrap()), "{set}");
+    }
+    let listed: Value = serde_json::from_slice(&kernels(folder.path(), &["list", "--json"]).stdout).unwrap();
+    assert_eq!((listed["entries"].as_u64(), listed["compilers"][0]["entries"].as_u64()), (Some(4), Some(4)));
+}
+
+#[test]
+fn what_cannot_be_built_is_a_sentence_and_an_exit_code() {
+    let folder = tempfile::tempdir().unwrap();
+    let empty = text(&kernels(folder.path(), &["list"]).stdout);
+    assert!(empty.ends_with("holds no kernels yet; unisono kernels build puts some there.\n"), "{empty}");
+    let wrong = kernels(folder.path(), &["build", "--arch=hopper"]);
+    assert_eq!(wrong.status.code(), Some(2), "{wrong:?}");
+    assert!(
+        text(&wrong.stderr).contains("expected an architecture such as sm_90, got `hopper`"),
+        "{wrong:?}"
+    );
+    let mut command = Command::new(env!("CARGO_BIN_EXE_unisono"));
+    command.args(["kernels", "build", "--arch=sm_90"]).env("UNISONO_NVRTC", folder.path());
+    let missing = command.output().unwrap();
+    assert_eq!(missing.status.code(), Some(125), "{missing:?}");
+    assert!(text(&missing.stderr).contains("which holds none"), "{missing:?}");
+}
