@@ -19,6 +19,10 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/cli/src/run/signals.rs",
     // What a child does between fork and exec.
     "crates/cli/src/run/spawn.rs",
+    // Describes device buffers to the library.
+    "crates/comm/examples/gpu_sweep.rs",
+    // Device buffers, whose life the caller promises.
+    "crates/comm/src/buffer.rs",
     // The door for bindings to other languages.
     "crates/comm/src/call.rs",
     // Copies between users' buffers, windows and staging.
@@ -40,6 +44,10 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/src/communicator.rs",
     // Turns the layout into references.
     "crates/comm/src/control.rs",
+    // Registers memory with the driver, and launches kernels.
+    "crates/comm/src/gpu/arenas.rs",
+    "crates/comm/src/gpu/args.rs",
+    "crates/comm/src/gpu/mod.rs",
     // Takes over the descriptor that the launcher told about.
     "crates/comm/src/launch/secret.rs",
     // Reductions over plain pointers, for memory that other ranks share.
@@ -48,16 +56,25 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/src/reduce/number.rs",
     "crates/comm/src/reduce/storage.rs",
     "crates/comm/src/reduce/tests.rs",
+    // A stream that somebody else made.
+    "crates/comm/src/stream.rs",
     // Words in windows, and elements as bytes.
     "crates/comm/src/symmetric.rs",
     // Lends a window as a slice.
     "crates/comm/src/window.rs",
     // Forks, and handles signals.
     "crates/comm/tests/faults/forks.rs",
+    // Device buffers, and a kernel that goes where it must not.
+    "crates/comm/tests/faults/gpu.rs",
     // Forks a child that inherits sockets, as a data loader does.
     "crates/comm/tests/faults/kills.rs",
     // Hands a window over as any element.
     "crates/comm/tests/golden.rs",
+    // Device buffers of tests.
+    "crates/comm/tests/gpu/life.rs",
+    "crates/comm/tests/gpu/random.rs",
+    "crates/comm/tests/gpu/windows.rs",
+    "crates/comm/tests/gpu/world.rs",
     // Submits calls as data; unaligned and guarded buffers.
     "crates/comm/tests/support/doors.rs",
     "crates/comm/tests/support/region.rs",

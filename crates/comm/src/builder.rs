@@ -3,6 +3,9 @@
 //! Argument > builder > `UNISONO_*` > tuning file > default. Building is collective: it returns when every rank has met, shares the
 //! control memory and passed a first barrier, or fails on all of them by the deadline.
 
+#[cfg(feature = "cuda")]
+mod gpu;
+
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Duration;
@@ -198,57 +201,6 @@ impl Builder {
         self
     }
 
-    /// This rank works on GPU `ordinal` of this process. All ranks have one, or none has.
-    #[cfg(feature = "cuda")]
-    pub const fn device(mut self, ordinal: u32) -> Self {
-        self.device = Some(ordinal);
-        self
-    }
-
-    /// Loads the kernels that reduce `dtype` by `op` when the communicator is made. Those that are not prepared, other than
-    /// sums of f32, f16 and bf16, are loaded by the first call that needs them, which cannot be captured in a graph.
-    ///
-    /// # Errors
-    /// [`Error::Core`] if there is no such reduction.
-    #[cfg(feature = "cuda")]
-    pub fn prepare(mut self, dtype: unisono_core::DType, op: unisono_core::ReduceOp) -> Result<Self> {
-        unisono_core::reduce_op::check(dtype, op)?;
-        self.extra.prepare.push(crate::gpu::kernels::Purpose::reduce(dtype, op));
-        Ok(self)
-    }
-
-    /// Lets the GPU's epochs begin behind `epoch`: for tests of what happens when they wrap. The same on all ranks.
-    #[cfg(feature = "cuda")]
-    #[doc(hidden)]
-    pub const fn first_epoch(mut self, epoch: u32) -> Self {
-        self.extra.epoch = epoch;
-        self
-    }
-
-    /// Whether GPUs may reach each other's memory; without, they meet in pinned memory of the host. The same on all ranks.
-    #[cfg(feature = "cuda")]
-    pub const fn peer_access(mut self, is_on: bool) -> Self {
-        self.overrides.peer_access = Some(is_on);
-        self
-    }
-
-    /// The form of collectives on GPUs, where it can serve the call, and its blocks (0: as usual). The same on all ranks.
-    #[cfg(feature = "cuda")]
-    pub const fn gpu_algorithm(mut self, form: unisono_core::device::Form, blocks: u32) -> Self {
-        self.overrides.gpu_algorithm = Some((form, blocks));
-        self
-    }
-
-    /// One communicator for each of `devices`, all in this process, with what this builder says of time-outs, order and
-    /// algorithms. Rank, world size and store are not needed. See [`Communicator::local`].
-    ///
-    /// # Errors
-    /// As [`Communicator::local`].
-    #[cfg(feature = "cuda")]
-    pub fn local(self, devices: &[u32]) -> Result<Vec<Communicator>> {
-        Communicator::local_with(devices, &self.settings()?, &self.extra)
-    }
-
     /// Meets the other ranks and connects. Collective: every rank builds at the same time.
     ///
     /// # Errors
@@ -357,14 +309,6 @@ impl Builder {
         }
         store.end(rank);
         Ok(communicator)
-    }
-
-    /// The GPU of this rank, with its usual kernels compiled before anybody waits for us.
-    #[cfg(feature = "cuda")]
-    fn open_device(&self, rank: usize, world_size: usize) -> Result<Option<unisono_cuda::Device>> {
-        let Some(ordinal) = self.device else { return Ok(None) };
-        crate::gpu::check_ranks(world_size, rank)?;
-        unisono_cuda::Device::new(ordinal).map(Some).map_err(|error| Error::Cuda { rank, error })
     }
 
     fn settings(&self) -> Result<Settings> {

@@ -42,17 +42,20 @@ pub enum Error {
         /// Which devices, and why not.
         reason: String,
     },
-    /// The kernels of a call are not loaded, and cannot be while a graph is captured. Nothing was captured.
+    /// The kernels of a call are not loaded, and cannot be now: a graph is captured, or other calls of ranks of this process are
+    /// under way, which loading would wait for. Nothing was done.
     #[error(
-        "{call} on rank {rank} ({what}) was captured before its kernels were loaded. Name it to Builder::prepare, or run it once before."
+        "{call} on rank {rank} ({what}) needs kernels that cannot be loaded now, while {why}. Name it to Builder::prepare, or run it once before."
     )]
     NotPrepared {
         /// The operation.
         call: &'static str,
         /// The rank.
         rank: usize,
-        /// Dtype and reduction.
+        /// Dtype, count and reduction.
         what: String,
+        /// What goes on.
+        why: &'static str,
     },
     /// Two calls of one communicator ran on its GPU at once. The communicator has failed on all ranks.
     #[error(

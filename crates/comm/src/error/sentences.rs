@@ -38,9 +38,9 @@ sentences! {
     NoPeerAccess: Error::NoPeerAccess { rank: 3, reason: "cuda:0 does not reach cuda:1".into() }
         => "UNISONO_REQUIRE=nvlink, but on rank 3 cuda:0 does not reach cuda:1. Without it, the GPUs would meet in pinned \
             host memory.";
-    NotPrepared: Error::NotPrepared { call: "all_reduce", rank: 3, what: "i8, 5, max".into() }
-        => "all_reduce on rank 3 (i8, 5, max) was captured before its kernels were loaded. Name it to Builder::prepare, or \
-            run it once before.";
+    NotPrepared: Error::NotPrepared { call: "all_reduce", rank: 3, what: "i8, 5, max".into(), why: "a graph is captured" }
+        => "all_reduce on rank 3 (i8, 5, max) needs kernels that cannot be loaded now, while a graph is captured. Name it to \
+            Builder::prepare, or run it once before.";
     ConcurrentUse: Error::ConcurrentUse { rank: 3 }
         => "rank 3 found two calls of one communicator on its GPU at once. Order the streams, or the branches and \
             launches of graphs, or use two communicators.";

@@ -6,6 +6,7 @@
 //! does not come) they write into that page, where the next call, `check()` or `destroy()` reads it.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use unisono_core::call::{self, Kind};
 use unisono_core::device::layout::HEADER_OFFSETS;
@@ -346,7 +347,12 @@ impl Gpu {
         let failed = |error| Error::Cuda { rank, error };
         if stream.is_capturing().map_err(failed)? {
             let what = plan.header.to_string();
-            return Err(Error::NotPrepared { call: kind.name(), rank, what });
+            return Err(Error::NotPrepared { call: kind.name(), rank, what, why: "a graph is captured" });
+        }
+        if !self.siblings.is_empty() && !self.is_quiet()? {
+            let what = plan.header.to_string();
+            let why = "other calls of this process wait for each other";
+            return Err(Error::NotPrepared { call: kind.name(), rank, what, why });
         }
         let layout = ArenaLayout::new(self.rules.ranks, self.rules.link);
         let purpose =
@@ -355,6 +361,26 @@ impl Gpu {
             kernels::loaded(sibling, layout, self.rules.ranks, purpose).map_err(failed)?;
         }
         self.kernels.load(kind, plan.dtype).map_err(failed)
+    }
+
+    /// Whether all devices of this process have nothing to do, or soon have: loading would wait for them, and they perhaps for
+    /// this very thread.
+    fn is_quiet(&self) -> Result<bool> {
+        const SOON: Duration = Duration::from_secs(1);
+        let rank = self.args.rank as usize;
+        let failed = |error| Error::Cuda { rank, error };
+        let start = Instant::now();
+        for device in self.siblings.iter().chain([&self.device]) {
+            let event = Event::new(device, false).map_err(failed)?;
+            event.record_device().map_err(failed)?;
+            while !event.is_done().map_err(failed)? {
+                if start.elapsed() > SOON {
+                    return Ok(false);
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        Ok(true)
     }
 
     /// Ok, or why kernels of this rank gave up. One load if they did not.

@@ -13,6 +13,13 @@ fn pair(configure: impl FnOnce(Builder) -> Builder) -> Option<World> {
     (!devices.is_empty()).then(|| World::new(2, &devices, configure))
 }
 
+/// With the kernels that tests capture, or call while others wait.
+fn prepared(builder: Builder) -> Builder {
+    [ReduceOp::Max, ReduceOp::Sum]
+        .into_iter()
+        .fold(builder, |builder, op| builder.prepare(unisono::DType::I32, op).unwrap())
+}
+
 fn memory(world: &World, rank: usize, values: &[i32]) -> DeviceBuffer {
     let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
     let mut buffer = DeviceBuffer::new(&world.devices[rank], bytes.len()).unwrap();
@@ -51,7 +58,7 @@ fn captured(world: &World, rank: usize, buffer: &DeviceBuffer, calls: usize) -> 
 
 #[test]
 fn graphs_are_replayed_between_each_other_and_between_eager_calls() {
-    let Some(world) = pair(|builder| builder.prepare(unisono::DType::I32, ReduceOp::Max).unwrap()) else {
+    let Some(world) = pair(prepared) else {
         return;
     };
     let small: Vec<_> = (0..2).map(|rank| memory(&world, rank, &[rank as i32; 10])).collect();
@@ -86,8 +93,8 @@ fn graphs_are_replayed_between_each_other_and_between_eager_calls() {
 
 #[test]
 fn streams_take_turns_and_several_communicators_do_not_mind_each_other() {
-    let Some(world) = pair(|builder| builder) else { return };
-    let Some(other) = pair(|builder| builder) else { return };
+    let Some(world) = pair(prepared) else { return };
+    let Some(other) = pair(prepared) else { return };
     let sums: Vec<_> = (0..2).map(|rank| memory(&world, rank, &[1; 5])).collect();
     let others: Vec<_> = (0..2).map(|rank| memory(&world, rank, &[1; 70_000])).collect();
     for _ in 0..10 {
@@ -115,7 +122,7 @@ fn streams_take_turns_and_several_communicators_do_not_mind_each_other() {
 
 #[test]
 fn two_launches_at_once_of_one_communicator_are_found() {
-    let Some(world) = pair(|builder| builder.prepare(unisono::DType::I32, ReduceOp::Max).unwrap()) else {
+    let Some(world) = pair(prepared) else {
         return;
     };
     let buffers = [memory(&world, 0, &[1; 10]), memory(&world, 0, &[1; 10])];
@@ -133,7 +140,7 @@ fn two_launches_at_once_of_one_communicator_are_found() {
 
 #[test]
 fn calls_that_differ_are_named_on_both_ranks() {
-    let Some(world) = pair(|builder| builder) else { return };
+    let Some(world) = pair(prepared) else { return };
     let buffers: Vec<_> = (0..2).map(|rank| memory(&world, rank, &[1; 64])).collect();
     world.ranks[0].on(&world.streams[0]).all_reduce(all(&world, 0, &buffers[0]), ReduceOp::Sum).unwrap();
     world.ranks[1].on(&world.streams[1]).broadcast(all(&world, 1, &buffers[1]), 1).unwrap();
@@ -208,9 +215,28 @@ fn kernels_that_are_not_loaded_cannot_be_captured_and_nothing_is() {
         .unwrap_err();
     assert_eq!(
         error,
-        Error::NotPrepared { call: "all_reduce", rank: 0, what: "i32, 10, bit_xor".to_owned() }
+        Error::NotPrepared {
+            call: "all_reduce",
+            rank: 0,
+            what: "i32, 10, bit_xor".to_owned(),
+            why: "a graph is captured"
+        }
     );
     drop(stream.end_capture().unwrap());
+    // Nor while a kernel waits for a rank of this very thread.
+    let others: Vec<_> = (0..2).map(|rank| memory(&world, rank, &[1; 10])).collect();
+    world.ranks[0].on(&world.streams[0]).barrier().unwrap();
+    let late = world.ranks[0].on(&world.streams[0]).all_reduce(all(&world, 0, &others[0]), ReduceOp::BitXor);
+    assert!(
+        matches!(late, Err(Error::NotPrepared { why, .. }) if why.starts_with("other calls")),
+        "{late:?}"
+    );
+    world.ranks[1].on(&world.streams[1]).barrier().unwrap();
+    wait(&world);
+    for rank in 0..2 {
+        world.ranks[rank].on(&world.streams[rank]).barrier().unwrap();
+    }
+    wait(&world);
     world.ranks[0].check().unwrap();
     world.end();
 }

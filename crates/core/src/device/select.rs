@@ -4,6 +4,7 @@ use std::fmt;
 
 use super::layout::{ArenaLayout, Link, MAX_BLOCKS, RING_SLOTS};
 use crate::call::Kind;
+use crate::reduce_op::ReduceOp;
 use crate::settings::Order;
 
 /// How a collective is carried out by kernels.
@@ -129,8 +130,11 @@ impl Rules {
             Form::Bulk => self.ranks > 1,
             Form::Direct => self.ranks > 1 && question.is_reachable,
             Form::Ring => {
-                let changes_order =
-                    matches!(question.kind, Kind::AllReduce { .. }) && self.order == Order::Rank;
+                // Of two ranks, either order gives the same bits; but a scaled input is rounded on its way.
+                let is_scaled = matches!(question.kind.op(), Some(ReduceOp::PreMulSum(_)));
+                let changes_order = (self.ranks > 2 || is_scaled)
+                    && matches!(question.kind, Kind::AllReduce { .. })
+                    && self.order == Order::Rank;
                 self.ranks > 1 && !changes_order
             }
         }
@@ -206,7 +210,6 @@ impl Rules {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::reduce_op::ReduceOp;
 
     fn rules(ranks: usize) -> Rules {
         Rules { ranks, link: Link::Device, crowd: 1, order: Order::Fixed, forced: None }
