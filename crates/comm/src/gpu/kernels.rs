@@ -221,6 +221,15 @@ impl Kernels {
         }
     }
 
+    /// Takes the kernels for a call that this process has loaded into the device before, if it has.
+    pub(crate) fn adopt(&mut self, kind: Kind, dtype: DType) -> bool {
+        let purpose = Purpose::key(kind, dtype);
+        match loaded_before(&(self.device.ordinal(), self.ranks, self.layout.link(), purpose)) {
+            Some(loaded) => self.loaded.insert(purpose, loaded).is_none(),
+            None => false,
+        }
+    }
+
     /// Loads the kernels for a call.
     pub(crate) fn load(&mut self, kind: Kind, dtype: DType) -> Result<()> {
         let purpose = Purpose::key(kind, dtype);
@@ -235,6 +244,13 @@ impl Kernels {
     }
 }
 
+/// What this process has loaded.
+static LOADED: Mutex<Option<HashMap<Key, Arc<Loaded>>>> = Mutex::new(None);
+
+fn loaded_before(key: &Key) -> Option<Arc<Loaded>> {
+    LOADED.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_default().get(key).cloned()
+}
+
 /// What this process has loaded into `device`, loaded now if it must be.
 pub(crate) fn loaded(
     device: &Device,
@@ -242,11 +258,8 @@ pub(crate) fn loaded(
     ranks: usize,
     purpose: Purpose,
 ) -> Result<Arc<Loaded>> {
-    static LOADED: Mutex<Option<HashMap<Key, Arc<Loaded>>>> = Mutex::new(None);
     let key = (device.ordinal(), ranks, layout.link(), purpose);
-    let find =
-        || LOADED.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_default().get(&key).cloned();
-    if let Some(loaded) = find() {
+    if let Some(loaded) = loaded_before(&key) {
         return Ok(loaded);
     }
     // Not under the lock: others compile meanwhile. Who was first stands.

@@ -345,6 +345,9 @@ impl Gpu {
     fn load(&mut self, plan: &Plan, stream: &Stream) -> Result<()> {
         let (rank, kind) = (self.args.rank as usize, plan.header.kind);
         let failed = |error| Error::Cuda { rank, error };
+        if self.kernels.adopt(kind, plan.dtype) {
+            return Ok(());
+        }
         if stream.is_capturing().map_err(failed)? {
             let what = plan.header.to_string();
             return Err(Error::NotPrepared { call: kind.name(), rank, what, why: "a graph is captured" });

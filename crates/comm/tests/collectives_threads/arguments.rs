@@ -143,7 +143,8 @@ fn a_barrier_takes_no_buffers() {
 #[test]
 fn memory_of_a_gpu_is_out_of_reach() {
     is_refused(
-        "all_gather on rank 1 got a buffer in cuda:3; this communicator works on host memory and its windows. Nothing was written.",
+        "all_gather on rank 1 got a buffer in cuda:3; this communicator works on host memory and its windows, except through on() with a \
+         stream of its GPU. Nothing was written.",
         |communicator| {
             let place = Place::Cuda { ordinal: 3 };
             let buffer = RawBuffer { ptr: 1 << 40, count: 3, dtype: DType::BF16, place };
