@@ -140,15 +140,15 @@ fn draw_node(canvas: &mut Canvas, at: (f64, f64), node: &[usize], places: &[&Pla
 fn draw_gpus(canvas: &mut Canvas, at: (f64, f64), room: f64, gpus: &Gpus) -> (f64, f64) {
     let count = gpus.gpus.len();
     let radius = if count == 1 { 0.0 } else { (count as f64 * 30.0).max(120.0) };
-    // Wider than high, as the boxes are.
-    let wide = radius * 1.4;
+    // Wider than high, as the boxes are. Two lie side by side.
+    let (wide, high) = (radius * 1.4, if count == 2 { 0.0 } else { radius });
     let width = room.max(2.0 * wide + GPU.0);
-    let centre = (at.0 + width / 2.0, at.1 + radius + GPU.1 / 2.0);
+    let centre = (at.0 + width / 2.0, at.1 + high + GPU.1 / 2.0);
     let on_ring = |number: usize| {
         // The first pair lies on top, side by side.
         let angle =
             std::f64::consts::TAU * (number as f64 - 0.5) / count as f64 - std::f64::consts::FRAC_PI_2;
-        (centre.0 + wide * angle.cos(), centre.1 + radius * angle.sin())
+        (centre.0 + wide * angle.cos(), centre.1 + high * angle.sin())
     };
     if gpus.is_switched {
         for number in 0..count {
@@ -177,7 +177,7 @@ fn draw_gpus(canvas: &mut Canvas, at: (f64, f64), room: f64, gpus: &Gpus) -> (f6
     for (number, gpu) in gpus.gpus.iter().enumerate() {
         draw_gpu(canvas, on_ring(number), gpu);
     }
-    (width, at.1 + 2.0 * radius + GPU.1)
+    (width, at.1 + 2.0 * high + GPU.1)
 }
 
 fn draw_gpu(canvas: &mut Canvas, centre: (f64, f64), gpu: &Gpu) {
@@ -187,10 +187,10 @@ fn draw_gpu(canvas: &mut Canvas, centre: (f64, f64), gpu: &Gpu) {
         [one] => format!(" · rank {one}"),
         several => format!(" · ranks {}", format_set(several)),
     };
-    let node = gpu.numa_node.map_or_else(|| "node unknown".to_owned(), |node| format!("node {node}"));
+    let node = gpu.numa_node.map_or_else(String::new, |node| format!(" · node {node}"));
     canvas.text(centre.0, centre.1 - 12.0, "middle", "name", &format!("GPU {}{ranks}", gpu.index));
     canvas.text(centre.0, centre.1 + 4.0, "middle", "small", &gpu.name);
-    canvas.text(centre.0, centre.1 + 19.0, "middle", "small", &format!("{} · {node}", gpu.pci));
+    canvas.text(centre.0, centre.1 + 19.0, "middle", "small", &format!("{}{node}", gpu.pci));
 }
 
 /// The class of a line.
