@@ -1,7 +1,7 @@
 //! What kernels are given, and what they report: both as they lie in memory. The other side is `kernels/call.cuh`.
 
 use unisono_core::call::{self, CallHeader};
-use unisono_core::device::layout::{HEADER_WORDS, MAX_RANKS};
+use unisono_core::device::layout::{HEADER_WORDS, MAX_RANKS, REPORT_WAITING};
 use unisono_sync::Word;
 
 /// The argument of every kernel, by value.
@@ -46,7 +46,6 @@ const REASON: usize = 0;
 const PEER: usize = 1;
 const EPOCH: usize = 2;
 const WAITED_NS: usize = 5;
-const WAITING: usize = 6;
 const MINE: usize = 8;
 /// Words of one header in the report: two more halves fill its last packet.
 const HEADER_SPAN: usize = HEADER_WORDS + 1;
@@ -100,7 +99,7 @@ impl Report {
 
 /// The epoch and the peer that a kernel which lasts is waiting for, if one said so.
 pub(crate) fn waiting(words: &[impl Word<u64>]) -> Option<(u32, usize)> {
-    let word = words[WAITING].load_relaxed();
+    let word = words[REPORT_WAITING].load_relaxed();
     let peer = (word & 0xffff_ffff) as usize;
     (peer > 0).then(|| ((word >> 32) as u32, peer - 1))
 }

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use unisono::cuda::{DeviceBuffer, Graph};
-use unisono::{Buf, BufMut, Builder, Error, Operations, ReduceOp, Stream};
+use unisono::{Buf, BufMut, Builder, Error, Operations, ReduceOp, Stream, recorder};
 
 use crate::world::{World, devices};
 
@@ -170,6 +170,16 @@ fn a_rank_that_does_not_come_is_named_when_patience_ends() {
             std::thread::sleep(Duration::from_millis(1500));
             let current = world.ranks[0].observer().state().current.unwrap();
             assert!(current.starts_with("call #1 on the GPU of rank 0, waiting for rank 1"), "{current}");
+            // And to who looks from outside. Other worlds of this program may wait as well.
+            let found = recorder::find(Some(&[std::process::id()])).unwrap();
+            let texts: Vec<String> = found
+                .recordings
+                .iter()
+                .map(|recording| recorder::why(&recording.snapshot().unwrap()))
+                .collect();
+            let expected =
+                "The GPU of rank 0 waits in its call #1 for that of rank 1, which has not made it.";
+            assert!(texts.iter().any(|text| text.contains(expected)), "{texts:?}");
         }
         world.raw_streams[0].synchronize().unwrap();
         let error = called.and_then(|()| world.ranks[0].check()).unwrap_err();

@@ -21,6 +21,9 @@ pub const MAX_BLOCKS: usize = 160;
 pub const HEADER_WORDS: usize = call::HEADER_WORDS + 2;
 /// The first word that is told and not compared: the offsets in windows.
 pub const HEADER_OFFSETS: usize = call::HEADER_WORDS;
+/// The word of a rank's report page in which a kernel that lasts says for whom it waits: its call in the high half, and one more
+/// than the peer in the low half; 0 if none does.
+pub const REPORT_WAITING: usize = 6;
 /// Packets that a header takes: 12 bytes each.
 pub const HEADER_PACKETS: usize = (HEADER_WORDS * 8).div_ceil(12);
 /// The word of a header that is each rank's own: the scalar.

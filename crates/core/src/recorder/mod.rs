@@ -22,7 +22,7 @@ mod words;
 
 pub use label::{JobLabel, Presence, RankLabel, TickSource};
 pub use record::{Clock, ENDED, End, Record, WAITS, Waits, WaitsOn};
-pub use snapshot::{Clocks, Failure, Process, RankView, Snapshot};
+pub use snapshot::{Clocks, Failure, GpuWait, Process, RankView, Snapshot};
 pub use standing::Standing;
 pub use why::why;
 pub use words::{ranks_phrase, time_phrase};

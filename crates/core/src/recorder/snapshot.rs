@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::label::{JobLabel, Presence, RankLabel, TickSource};
 use super::record::{Clock, Record};
+use crate::device::layout::REPORT_WAITING;
 use crate::error::{Error, Result};
 use crate::layout::{ControlLayout, Field};
 
@@ -29,6 +30,22 @@ pub struct Failure {
     pub sentence: String,
 }
 
+/// For whom the GPU of a rank waits.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct GpuWait {
+    /// The number of the call there.
+    pub call: u32,
+    /// The peer that it waits for.
+    pub peer: usize,
+}
+
+impl GpuWait {
+    fn from_word(word: u64) -> Option<Self> {
+        let peer = (word as u32).checked_sub(1)? as usize;
+        Some(Self { call: (word >> 32) as u32, peer })
+    }
+}
+
 /// What can be seen of a rank.
 #[derive(Clone, PartialEq, Debug)]
 pub struct RankView {
@@ -46,6 +63,8 @@ pub struct RankView {
     pub is_recording: bool,
     /// Its last calls, oldest first.
     pub records: Vec<Record>,
+    /// For whom a kernel of its GPU has waited for half a second or longer.
+    pub gpu_waits: Option<GpuWait>,
 }
 
 /// A communicator at one moment.
@@ -124,6 +143,8 @@ impl Snapshot {
                     Record::of_ring(&fetch(fields.records)?, &fetch(fields.records)?, clocks.of(label.ticks))
                 }
             };
+            let page = fetch(Field { bytes: 8 * (REPORT_WAITING + 1), ..fields.gpu })?;
+            let gpu_waits = page.get(REPORT_WAITING).and_then(|word| GpuWait::from_word(*word));
             ranks.push(RankView {
                 rank,
                 pid: label.pid,
@@ -132,6 +153,7 @@ impl Snapshot {
                 process: Process::Unknown,
                 is_recording: label.is_recording,
                 records,
+                gpu_waits,
             });
         }
         let abort = fetch(Field { offset: layout.abort().offset, bytes: 8 })?;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::label::Presence;
 use super::record::{Record, WaitsOn};
-use super::snapshot::{Process, RankView, Snapshot};
+use super::snapshot::{GpuWait, Process, RankView, Snapshot};
 use super::standing::Standing;
 use super::words::{Said, and, capital, ranks_phrase, rough};
 
@@ -32,7 +32,8 @@ pub fn why(snapshot: &Snapshot) -> String {
     }
     let front = front(snapshot);
     let mut groups = waiting(snapshot, front);
-    if groups.is_empty() && snapshot.failure.is_none() {
+    let on_gpus = gpus(snapshot);
+    if groups.is_empty() && on_gpus.is_empty() && snapshot.failure.is_none() {
         sentences.push("No rank waits.".to_owned());
     }
     groups.extend(others(snapshot, front));
@@ -41,9 +42,23 @@ pub fn why(snapshot: &Snapshot) -> String {
     if left_out > 0 {
         sentences.push(format!("As much can be said of {left_out} more groups of ranks."));
     }
+    sentences.extend(on_gpus);
     sentences.extend(deadlock(snapshot));
     sentences.extend(advice(snapshot));
     sentences.join(" ")
+}
+
+/// A sentence for each GPU that waits.
+fn gpus(snapshot: &Snapshot) -> Vec<String> {
+    let lives = snapshot.ranks.iter().filter(|rank| rank.process != Process::Ended);
+    let waits = lives.filter_map(|rank| Some((rank.rank, rank.gpu_waits?)));
+    let say = |(rank, wait): (usize, GpuWait)| {
+        format!(
+            "The GPU of rank {rank} waits in its call #{} for that of rank {}, which has not made it.",
+            wait.call, wait.peer
+        )
+    };
+    waits.map(say).collect()
 }
 
 /// Ranks of which the same is said.

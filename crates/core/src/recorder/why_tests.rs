@@ -46,6 +46,7 @@ fn snapshot(ranks: Vec<Vec<Record>>) -> Snapshot {
         process: Process::Running,
         is_recording: true,
         records,
+        gpu_waits: None,
     };
     Snapshot {
         job: "run-1".into(),
@@ -64,6 +65,14 @@ fn with(mut snapshot: Snapshot, rank: usize, change: impl Fn(&mut RankView)) -> 
 
 fn check(snapshot: &Snapshot, expected: &str) {
     assert_eq!(why(snapshot), expected);
+}
+
+#[test]
+fn a_gpu_that_waits_is_told_of_with_the_rank_that_it_waits_for() {
+    let all = snapshot(vec![behind(), behind()]);
+    let text = why(&with(all, 0, |rank| rank.gpu_waits = Some(GpuWait { call: 7, peer: 1 })));
+    let expected = "The GPU of rank 0 waits in its call #7 for that of rank 1, which has not made it.";
+    assert!(text.contains(expected) && !text.contains("No rank waits"), "{text}");
 }
 
 #[test]
