@@ -117,7 +117,7 @@ part_sanitizer() {
         echo "== sanitizer: there is no compute-sanitizer here"
         return
     fi
-    for tool in memcheck synccheck; do
+    for tool in memcheck synccheck initcheck; do
         step "sanitizer-$tool" 150 compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 99 \
             ./unisono bench --device cuda -n "$((count < 2 ? 2 : count))" --sizes 8,96KiB,1MiB,6MiB --time 10ms
     done
