@@ -1,7 +1,7 @@
 //! Times every form of a collective on all GPUs of this machine, with several grids, in CUDA graphs: what the borders and grids in
 //! `unisono_core::device::select` are chosen from.
 //!
-//! `gpu_sweep [all_reduce|broadcast|all_gather] [RANKS] [SIZES] [FORM:BLOCKS,…]`; prints a line for each size and form: microseconds
+//! `gpu_sweep [all_reduce|broadcast|all_gather] [RANKS] [SIZES] [FORM:BLOCKS:TILE,…]`; prints a line for each size and form: microseconds
 //! per call of the slowest rank, the least of several runs, and GB/s of the bus as nccl-tests counts them.
 #![expect(clippy::print_stdout, reason = "a program that reports to the terminal")]
 
@@ -21,7 +21,7 @@ mod sweep {
     use unisono::{
         Call, Communicator, DType, Kind, Operations, Order, Place, RawBuffer, ReduceOp, Stream, settings,
     };
-    use unisono_core::device::Form;
+    use unisono_core::device::Wish;
 
     type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
@@ -39,20 +39,18 @@ mod sweep {
         let sizes: Vec<usize> =
             sizes.split(',').map(|size| settings::parse_size(size).unwrap_or(0) as usize).collect();
         let forms = argument(3).unwrap_or(
-            "one-shot:0,one-shot:8,one-shot:16,one-shot:32,two-shot:0,two-shot:8,two-shot:16,two-shot:32,bulk:0,bulk:16,bulk:32,bulk:64,bulk:128,ring:32,ring:64,ring:128",
+            "one-shot:0,one-shot:8,one-shot:16,one-shot:32,two-shot:0,two-shot:8,two-shot:16,two-shot:32,bulk:0,bulk:12,bulk:36,bulk:48,ring:0,ring:8,ring:24,ring:32",
         );
         let devices: Vec<u32> = (0..ranks).map(|rank| (rank % there_are) as u32).collect();
         println!("{} {ranks} ranks on {there_are} devices: bytes form:blocks tile us busbw", kind.name());
         for text in forms.split(',') {
-            let (name, blocks) = text.split_once(':').unwrap_or((text, "0"));
-            let Some(form) = Form::ALL.into_iter().find(|form| form.name() == name) else {
-                return Err(format!("no form {name}").into());
-            };
-            let builder = Communicator::builder().gpu_algorithm(form, blocks.parse()?).order(Order::Fixed);
+            let wish: Wish = text.parse().map_err(|_| format!("no form {text}"))?;
+            let patience = Some(std::time::Duration::from_secs(5));
+            let builder = Communicator::builder().timeout(patience).gpu_wish(wish).order(Order::Fixed);
             let world = builder.local(&devices)?;
             for bytes in &sizes {
                 let launch = world[0].gpu_choice(kind, *bytes, 2).ok_or("no device")?;
-                if launch.form == form {
+                if launch.form == wish.form {
                     let us = time(&world, kind, *bytes)?;
                     let factor = match kind {
                         Kind::AllReduce { .. } => 2.0 * (ranks - 1) as f64 / ranks as f64,
@@ -61,7 +59,7 @@ mod sweep {
                     };
                     let busbw = *bytes as f64 * factor / us / 1e3;
                     println!(
-                        "{bytes:>11} {name}:{blocks} {}x{} {} {us:.2} {busbw:.1}",
+                        "{bytes:>11} {wish} {}x{} {} {us:.2} {busbw:.1}",
                         launch.blocks, launch.threads, launch.tile
                     );
                 }

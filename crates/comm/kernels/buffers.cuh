@@ -6,6 +6,7 @@
 #pragma once
 
 #include "element.cuh"
+#include "layout.cuh"
 
 template <int SIZE>
 struct UnitOf {
@@ -77,6 +78,9 @@ __device__ __forceinline__ void for_vectors(u64 begin, u64 end, u64 first, u64 s
   }
 }
 
+// Vectors that so many bytes take, in whole lines of 128 bytes.
+__device__ __forceinline__ u64 lines(u64 bytes) { return (bytes + 127) / 128 * 8; }
+
 __device__ __forceinline__ u32 peer_behind(u32 me, u32 k) { return me + k < RANKS ? me + k : me + k - RANKS; }
 
 // A vector of 16 bytes. WIDE: the buffer lies on 16 bytes.
@@ -98,13 +102,14 @@ __device__ __forceinline__ void store_vector(u8* at, u64 rest, uint4 value) {
   }
 }
 
-// Reduces vectors of all ranks, in rank order.
-template <int DTYPE, int OP>
-__device__ __forceinline__ uint4 reduce_vectors(const uint4 (&inputs)[RANKS], const f64* scalars) {
+// Reduces vectors of all ranks, in rank order: `inputs(rank)` is that of a rank.
+template <int DTYPE, int OP, class Inputs>
+__device__ __forceinline__ uint4 reduce_vectors(Inputs inputs, const f64* scalars) {
   Fold<DTYPE, OP, 4> fold;
 #pragma unroll
   for (int rank = 0; rank < RANKS; rank++) {
-    u32 words[4] = {inputs[rank].x, inputs[rank].y, inputs[rank].z, inputs[rank].w};
+    const uint4 input = inputs(rank);
+    u32 words[4] = {input.x, input.y, input.z, input.w};
     f64 scalar = OP == PREMUL_SUM ? scalars[rank] : 0;
     if (rank == 0) fold.first(words, scalar);
     else fold.next(words, scalar);

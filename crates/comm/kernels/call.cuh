@@ -95,7 +95,7 @@ __device__ __noinline__ void give_up(const Args& args, u32 reason, u32 peer, u32
   store_own_word(&args.state->poison, 1);
 }
 
-// Looked at now and then by whoever waits for `peer`; true if it must leave.
+// Looked at now and then by whoever waits for `peer`, or for others of this rank; true if it must leave.
 __device__ __noinline__ bool must_leave(const Args& args, const Entry& entry, u32 spins, u32 peer, u64 seen) {
   if (load_own_word(&args.state->poison) != 0) return true;
   if ((spins & 1023) != 0 || !is_leader()) return false;
@@ -103,6 +103,8 @@ __device__ __noinline__ bool must_leave(const Args& args, const Entry& entry, u3
     store_own_word(&args.state->poison, 1);
     return true;
   }
+  // Others of this rank wait for a peer, and tell which.
+  if (peer == args.rank) return false;
   u64 waited_ns = now_ns() - entry.started_ns;
   if (waited_ns > 500000000) store_word(&args.report->waiting, u64(entry.epoch) << 32 | (peer + 1));
   if (args.patience_ns == 0 || waited_ns < args.patience_ns) return false;

@@ -24,20 +24,20 @@
 #if REDUCE
 KERNEL(all_reduce_one_shot, 512, false, (one_shot<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
 KERNEL(all_reduce_two_shot, 512, false, (two_shot<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
-KERNEL(all_reduce_bulk, 512, false, (bulk<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
+KERNEL(all_reduce_bulk, TILE_THREADS, false, (bulk<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
 KERNEL(all_reduce_direct, 512, true, (direct<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
-KERNEL(all_reduce_ring, 512, false, (ring<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
+KERNEL(all_reduce_ring, TILE_THREADS, false, (ring<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
 #else
 // Bytes, whatever they mean.
 KERNEL(broadcast_one_shot, 512, false, (one_shot<BROADCAST, U8, SUM>))
 KERNEL(broadcast_two_shot, 512, false, (two_shot<BROADCAST, U8, SUM>))
-KERNEL(broadcast_bulk, 512, false, (bulk<BROADCAST, U8, SUM>))
+KERNEL(broadcast_bulk, TILE_THREADS, false, (bulk<BROADCAST, U8, SUM>))
 KERNEL(broadcast_direct, 512, true, (direct<BROADCAST, U8, SUM>))
-KERNEL(broadcast_ring, 512, false, (ring<BROADCAST, U8, SUM>))
+KERNEL(broadcast_ring, TILE_THREADS, false, (ring<BROADCAST, U8, SUM>))
 KERNEL(all_gather_one_shot, 512, false, (one_shot<ALL_GATHER, U8, SUM>))
-KERNEL(all_gather_bulk, 512, false, (bulk<ALL_GATHER, U8, SUM>))
+KERNEL(all_gather_bulk, TILE_THREADS, false, (bulk<ALL_GATHER, U8, SUM>))
 KERNEL(all_gather_direct, 512, true, (direct<ALL_GATHER, U8, SUM>))
-KERNEL(all_gather_ring, 512, false, (ring<ALL_GATHER, U8, SUM>))
+KERNEL(all_gather_ring, TILE_THREADS, false, (ring<ALL_GATHER, U8, SUM>))
 
 // Only headers: nobody leaves before all have entered.
 extern "C" __global__ void __launch_bounds__(512) barrier(const __grid_constant__ Args args) {

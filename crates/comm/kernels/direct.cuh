@@ -39,7 +39,7 @@ __device__ __forceinline__ void direct_shard(const Args& args, const Places& pla
         }
       }
 #pragma unroll
-      for (int i = 0; i < N; i++) results[i] = reduce_vectors<DTYPE, OP>(inputs[i], scalars);
+      for (int i = 0; i < N; i++) results[i] = reduce_vectors<DTYPE, OP>([&](int rank) { return inputs[i][rank]; }, scalars);
     } else {
       const u8* source = places.sources[KIND == BROADCAST ? args.root : me];
 #pragma unroll

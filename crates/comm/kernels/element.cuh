@@ -98,6 +98,7 @@ struct Element<F16> {
   static __device__ __forceinline__ void write(u32* words, int i, f32 value) {
     Integer<u16, 2>::write(words, i, is_nan(value) ? 0x7e00 : float_to_half(value));
   }
+  static __device__ __forceinline__ u32 pair(f32 low, f32 high) { return floats_to_halves(low, high); }
 };
 
 template <>
@@ -110,6 +111,7 @@ struct Element<BF16> {
   static __device__ __forceinline__ void write(u32* words, int i, f32 value) {
     Integer<u16, 2>::write(words, i, is_nan(value) ? 0x7fc0 : float_to_bf16(value));
   }
+  static __device__ __forceinline__ u32 pair(f32 low, f32 high) { return floats_to_bf16s(low, high); }
 };
 
 template <int MANTISSA, int BIAS, u32 LARGEST, u32 FIRST_NAN, u32 INFINITE>
@@ -270,15 +272,24 @@ struct Fold {
   }
   // After the last rank's: the result of `count` inputs.
   __device__ __forceinline__ void finish(u32* words, int count) {
+    if constexpr (OP == AVG) {
 #pragma unroll
-    for (int i = 0; i < WORDS; i++) words[i] = 0;
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-      E::write(words, i, OP == AVG ? C::divide(values[i], count) : values[i]);
+      for (int i = 0; i < COUNT; i++) values[i] = C::divide(values[i], count);
     }
+    partial(words);
   }
   // As it is handed on to another rank.
   __device__ __forceinline__ void partial(u32* words) {
+    if constexpr (DTYPE == F16 || DTYPE == BF16) {
+      // Two at a time, as long as none is a NaN: the hardware writes those in its own way.
+      bool have_nan = false;
+#pragma unroll
+      for (int i = 0; i < WORDS; i++) {
+        have_nan |= is_nan(values[2 * i]) || is_nan(values[2 * i + 1]);
+        words[i] = E::pair(values[2 * i], values[2 * i + 1]);
+      }
+      if (!have_nan) return;
+    }
 #pragma unroll
     for (int i = 0; i < WORDS; i++) words[i] = 0;
 #pragma unroll

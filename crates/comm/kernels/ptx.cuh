@@ -103,6 +103,89 @@ __device__ __forceinline__ u64 now_ns() {
   return value;
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+// Barriers in shared memory, and bulk copies: the hardware moves bytes on its own, on lines of 16. Copies in count on a barrier;
+// copies out are committed in groups, each thread's its own.
+
+__device__ __forceinline__ u32 shared_at(const void* at) { return u32(__cvta_generic_to_shared(at)); }
+
+__device__ __forceinline__ void make_barrier(u64* barrier, u32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_at(barrier)), "r"(arrivals) : "memory");
+}
+
+// Barriers that were made are there for copies too.
+__device__ __forceinline__ void fence_barriers() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ void arrive_at(u64* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_at(barrier)) : "memory");
+}
+
+// Arrives; the phase ends not before so many bytes more were copied in.
+__device__ __forceinline__ void arrive_with(u64* barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_at(barrier)), "r"(bytes) : "memory");
+}
+
+// Whether the phase of this parity has ended.
+__device__ __forceinline__ bool is_phase_over(u64* barrier, u32 parity) {
+  u32 is_over;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+      : "=r"(is_over)
+      : "r"(shared_at(barrier)), "r"(parity)
+      : "memory");
+  return is_over;
+}
+
+// As `is_phase_over`; gives it a microsecond.
+__device__ __forceinline__ bool rest_for_phase(u64* barrier, u32 parity) {
+  u32 is_over;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, 1000; selp.u32 %0, 1, 0, p; }"
+      : "=r"(is_over)
+      : "r"(shared_at(barrier)), "r"(parity)
+      : "memory");
+  return is_over;
+}
+
+__device__ __forceinline__ void copy_in(u8* to, const u8* from, u32 bytes, u64* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_at(to)),
+               "l"(from), "r"(bytes), "r"(shared_at(barrier))
+               : "memory");
+}
+
+__device__ __forceinline__ void copy_out(u8* to, const u8* from, u32 bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_at(from)), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void commit_copies_out() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Until all of this thread's groups but the last N are complete.
+template <int N>
+__device__ __forceinline__ void wait_copies_out() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// Until all of them but the last N were read from shared memory.
+template <int N>
+__device__ __forceinline__ void wait_copies_out_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+}
+
+// What this thread knows to be in memory is there for the copies that it issues from now on.
+__device__ __forceinline__ void fence_copies_of_memory() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// What this thread wrote into shared memory is there for copies out of it.
+__device__ __forceinline__ void fence_copies_of_room() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Bytes of shared memory that the launch gave each block.
+__device__ __forceinline__ u32 room_bytes() {
+  u32 bytes;
+  asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
+  return bytes;
+}
+#endif
+
 __device__ __forceinline__ f32 half_to_float(u32 bits) {
   f32 value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(u16(bits)));
@@ -112,6 +195,18 @@ __device__ __forceinline__ f32 half_to_float(u32 bits) {
 __device__ __forceinline__ u32 float_to_half(f32 value) {
   u16 bits;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+
+__device__ __forceinline__ u32 floats_to_halves(f32 low, f32 high) {
+  u32 bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+__device__ __forceinline__ u32 floats_to_bf16s(f32 low, f32 high) {
+  u32 bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   return bits;
 }
 

@@ -5,147 +5,165 @@
 // once more. The order of a sum is p + 1, p + 2, …, p, and what is handed on is rounded to the dtype each time. Bytes out of
 // each rank: 2 · S · (n − 1)/n. Broadcast: the root's tiles go round. All-gather: everybody's.
 //
-// Block b keeps a queue of its own to block b of the next rank: SLOTS tiles in that rank's scratch. Step j of the call uses
-// slot j mod SLOTS; its flag (stage 0) says that it is filled, and the receiver's flag back (stage 1) that it was read.
+// Block b keeps a queue of its own to block b of the next rank: slots in that rank's scratch, as many as there is room for. What
+// tile t sends lies in slot t mod slots. The next rank is told (stage 0) that our tile t is through, and so the slot filled; the
+// previous one (stage 1), and so its slot is read.
 
 #pragma once
 
-#include "flags.cuh"
 #include "one_shot.cuh"
+#include "copies.cuh"
 
-template <int DTYPE, int OP, bool WIDE>
+template <int KIND, int DTYPE, int OP>
 struct Ring {
+  static constexpr u32 INPUTS = KIND == ALL_REDUCE ? 2 : 1, OUTPUTS = 2;
+  static constexpr bool IS_SPREAD = false, FOLDS = KIND == ALL_REDUCE;
+  // Tiles that go through this rank for each place in the shards, or parts: one after the other, because each comes of the one
+  // before. Those of some places go round side by side, so that links and ranks have something to do meanwhile; with more slots
+  // than those, nobody waits for a slot that is read later than what it wants to send was.
+  static constexpr u32 STEPS = KIND == ALL_REDUCE ? 2 * RANKS - 1 : KIND == ALL_GATHER ? RANKS : 1;
+  static constexpr u32 MOST_LANES = 8;
+
   const Args& args;
-  const Entry& entry;
-  u32 next, previous, sent, received;
+  u32 channel;
+  u32 next, previous;
+  u32 slots, lanes;
+  u32 places;    // in the shards or parts, that this channel moves
+  u32 tile;
+  u64 scratch;   // our queues, in an arena
+  u64 vectors;   // of a shard or part
+  bool is_wide;
+  f64 scalar;
 
-  __device__ __forceinline__ Ring(const Args& args, const Entry& entry) : args(args), entry(entry), sent(0), received(0) {
-    next = args.rank + 1 == RANKS ? 0 : args.rank + 1;
+  __device__ __forceinline__ Ring(const Args& args, const Entry& entry) : args(args), channel(blockIdx.x), tile(args.tile) {
+    next = peer_behind(args.rank, 1);
     previous = args.rank == 0 ? RANKS - 1 : args.rank - 1;
+    vectors = lines(KIND == ALL_REDUCE ? (args.bytes + RANKS - 1) / RANKS : args.bytes);
+    slots = u32(SCRATCH_HALF_BYTES / (u64(workers()) * tile * 16));
+    // Divisions of 64 bits take long: once.
+    const u64 step = u64(workers()) * tile, first = u64(channel) * tile;
+    places = first < vectors ? u32((vectors - first + step - 1) / step) : 0;
+    lanes = slots / 2 < 1 ? 1 : slots / 2 < MOST_LANES ? slots / 2 : MOST_LANES;
+    scratch = SCRATCH_AT + half_of(entry.epoch) * SCRATCH_HALF_BYTES + u64(channel) * slots * tile * 16;
+    is_wide = is_on(args.sources[args.rank], 16) && is_on(args.targets[args.rank], 16) && args.bytes % 16 == 0;
+    scalar = __longlong_as_double(args.header[HEADER_SCALAR]);
   }
 
-  __device__ __forceinline__ u64 slot(u32 step) const {
-    return SCRATCH_AT + half_of(entry.epoch) * SCRATCH_HALF_BYTES +
-           (u64(blockIdx.x) * RING_SLOTS + step % RING_SLOTS) * args.tile * 16;
+  // Tile t is step `step` of place `place`.
+  struct Place {
+    u32 place, step;
+    u32 side;  // places that go round together with it
+  };
+  __device__ __forceinline__ Place where(u32 t) const {
+    const u32 begin = t / (lanes * STEPS) * lanes, rest = t - begin * STEPS;
+    const u32 left = places - begin, side = left < lanes ? left : lanes;
+    const u32 step = rest / side;
+    return {begin + rest - step * side, step, side};
+  }
+  __device__ __forceinline__ u64 base(const Place& at) const {
+    return (u64(at.place) * workers() + channel) * tile;
+  }
+  __device__ __forceinline__ u32 tiles() const { return places * STEPS; }
+  __device__ __forceinline__ u32 count(u32 t) const {
+    const u64 rest = vectors - base(where(t));
+    return rest < tile ? u32(rest) : tile;
+  }
+  __device__ __forceinline__ bool needs_threads() const { return KIND == ALL_REDUCE || !is_wide; }
+
+  __device__ __forceinline__ bool is_received(u32 step) const {
+    return KIND == BROADCAST ? args.rank != args.root : step > 0;
+  }
+  __device__ __forceinline__ bool is_sent(u32 step) const {
+    return KIND == BROADCAST ? next != args.root : step + 1 < STEPS;
+  }
+  __device__ __forceinline__ bool is_added(u32 step) const { return KIND == ALL_REDUCE && step < RANKS; }
+  __device__ __forceinline__ bool is_folded(u32 t) const { return is_added(where(t).step); }
+  // Whose shard or part a step is about.
+  __device__ __forceinline__ u32 shard(u32 step) const {
+    u32 behind = KIND == ALL_REDUCE ? step + 1 : step;
+    return (args.rank + 2 * RANKS - behind) % RANKS;
+  }
+  // The tile of the previous rank that sent what tile t receives.
+  __device__ __forceinline__ u32 sender_of(u32 t, const Place& at) const { return KIND == BROADCAST ? t : t - at.side; }
+  // The tile of the next rank that receives what tile t sends.
+  __device__ __forceinline__ u32 receiver_of(u32 t) const { return KIND == BROADCAST ? t : t + where(t).side; }
+
+  __device__ __forceinline__ u8* slot(u32 rank, u32 t) const {
+    return args.arenas[rank] + scratch + u64(t % slots) * tile * 16;
   }
 
-  // Moves `count` vectors: from the previous rank (RECEIVE) or from `own`; combined with `own` (ADD), finished (FINISH);
-  // to the next rank (SEND) and to `out` (KEEP). Pointers are of users' buffers; `rest` bytes are left from there.
-  template <bool RECEIVE, bool ADD, bool FINISH, bool SEND>
-  __device__ __forceinline__ bool move(const u8* own, u8* out, u64 rest, u32 count, f64 scalar) {
-    bool is_free = true;
-    if (threadIdx.x == 0) {
-      if (RECEIVE) is_free = wait_flag(args, entry, blockIdx.x, previous, 0, received);
-      if (SEND && sent >= RING_SLOTS) is_free = is_free && wait_flag(args, entry, blockIdx.x, next, 1, sent - RING_SLOTS);
+  // Input 0 is what was received, or ours where nothing is; input 1 is ours where both are added.
+  __device__ __forceinline__ u32 own_input_of(u32 step) const {
+    return !is_received(step) ? 0 : is_added(step) ? 1 : NOBODY;
+  }
+  __device__ __forceinline__ u32 own_input(u32 t) const { return own_input_of(where(t).step); }
+  __device__ __forceinline__ u32 own_output(u32) const { return 1; }
+
+  __device__ __forceinline__ Side input(u32 t, u32 k) const {
+    const Place at = where(t);
+    Side side;
+    if (k == own_input_of(at.step)) {
+      u64 vector = KIND == ALL_REDUCE ? shard(at.step) * vectors + base(at) : base(at);
+      return own_side(args.sources[args.rank], vector * 16, args.bytes);
     }
-    if (!__syncthreads_and(is_free)) return false;
-    const uint4* from = scratch_of(args, args.rank, slot(received));
-    uint4* to = scratch_of(args, next, slot(sent));
-    for_vectors<TOGETHER<WIDE, ADD ? 2 : 1>>(0, count, threadIdx.x, blockDim.x, [&](auto together, u64 v) {
-      constexpr int N = decltype(together)::value;
-      uint4 values[N], mine[N];
-      auto left = [&](u64 vector) { return rest > vector * 16 ? rest - vector * 16 : 0; };
-#pragma unroll
-      for (int i = 0; i < N; i++) {
-        const u64 vector = v + i * blockDim.x;
-        if (RECEIVE) values[i] = from[vector];
-        if (!RECEIVE || ADD) mine[i] = load_vector<WIDE>(own + vector * 16, left(vector));
-      }
-#pragma unroll
-      for (int i = 0; i < N; i++) {
-        const u64 vector = v + i * blockDim.x;
-        if (!RECEIVE || ADD) values[i] = combine<RECEIVE, ADD, FINISH>(values[i], mine[i], scalar);
-        if (SEND) to[vector] = values[i];
-        if (out != nullptr) store_vector<WIDE>(out + vector * 16, left(vector), values[i]);
-      }
-    });
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      // SYNC: what a block stored for step j, and that it read what was there, is visible after its flag of step j.
-      fence_all();
-      if (SEND) set_flag(args, entry, blockIdx.x, next, 0, sent);
-      if (RECEIVE) set_flag(args, entry, blockIdx.x, previous, 1, received);
-    }
-    sent += SEND;
-    received += RECEIVE;
-    return true;
+    if (k > 0 || !is_received(at.step)) return side;
+    const u32 sender = sender_of(t, at);
+    side.at = slot(args.rank, sender);
+    side.wait = {previous, 0, sender};
+    return side;
   }
 
-  template <bool RECEIVE, bool ADD, bool FINISH>
-  __device__ __forceinline__ uint4 combine(uint4 value, uint4 mine, f64 scalar) {
-    if constexpr (!ADD) return mine;
-    Fold<DTYPE, OP, 4> fold;
-    u32 ours[4] = {mine.x, mine.y, mine.z, mine.w}, words[4] = {value.x, value.y, value.z, value.w};
-    if constexpr (RECEIVE) {
-      fold.partial_first(words);
-      fold.next(ours, scalar);
+  // Output 0 goes to the next rank, output 1 to the user. Both neighbours are told of every tile, and for every tile we wait until
+  // the slot was read, whether something is sent in it or not: then none has to be counted.
+  __device__ __forceinline__ Side output(u32 t, u32 k) const {
+    const Place at = where(t);
+    Side side;
+    if (k == 0) {
+      if (is_sent(at.step)) side.at = slot(next, t);
+      // The last tiles send nothing, and so what would receive it is not there.
+      if (t >= slots && receiver_of(t - slots) < tiles()) side.wait = {next, 1, receiver_of(t - slots)};
+      side.tell = {next, 0, t};
+      return side;
+    }
+    side.tell = {previous, 1, t};
+    u8* target = args.targets[args.rank];
+    if (KIND == ALL_REDUCE) {
+      if (at.step + 1 < RANKS) return side;
+      return to_user(side, target, shard(at.step) * vectors + base(at));
+    }
+    if (!is_received(at.step) && args.is_same) return side;
+    return to_user(side, KIND == ALL_GATHER ? target + shard(at.step) * args.bytes : target, base(at));
+  }
+  __device__ __forceinline__ Side to_user(const Side& told, const u8* target, u64 vector) const {
+    Side side = own_side(target, vector * 16, args.bytes);
+    side.tell = told.tell;
+    return side;
+  }
+
+  template <class Values>
+  __device__ __forceinline__ uint4 fold(u32 t, Values values) const {
+    if constexpr (KIND == ALL_REDUCE) {
+      const uint4 a = values(0), b = values(1);
+      u32 words[4] = {a.x, a.y, a.z, a.w}, ours[4] = {b.x, b.y, b.z, b.w};
+      const u32 step = where(t).step;
+      Fold<DTYPE, OP, 4> fold;
+      if (step == 0) {
+        fold.first(words, scalar);
+      } else {
+        fold.partial_first(words);
+        fold.next(ours, scalar);
+      }
+      if (step + 1 == RANKS) fold.finish(words, RANKS);
+      else fold.partial(words);
+      return make_uint4(words[0], words[1], words[2], words[3]);
     } else {
-      fold.first(ours, scalar);
+      return values(0);
     }
-    if constexpr (FINISH) fold.finish(words, RANKS);
-    else fold.partial(words);
-    return make_uint4(words[0], words[1], words[2], words[3]);
   }
 };
 
-template <int KIND, int DTYPE, int OP, bool WIDE>
-__device__ __forceinline__ bool ring_passes(const Args& args, const Entry& entry) {
-  const u32 me = args.rank;
-  const u8* source = args.sources[me];
-  u8* target = args.targets[me];
-  const u64 all = (args.bytes + 15) / 16;
-  const u64 vectors = KIND == ALL_REDUCE ? (all + RANKS - 1) / RANKS : all;
-  const u64 step = u64(workers()) * args.tile;
-  const f64 scalar = __longlong_as_double(args.header[HEADER_SCALAR]);
-  Ring<DTYPE, OP, WIDE> ring(args, entry);
-  arrive(args, entry);
-  for (u64 base = u64(blockIdx.x) * args.tile; base < vectors; base += step) {
-    const u32 count = u32(vectors - base < args.tile ? vectors - base : args.tile);
-    if constexpr (KIND == ALL_REDUCE) {
-      auto at = [&](u32 shard) { return (shard * vectors + base) * 16; };
-      auto rest = [&](u32 shard) { return at(shard) < args.bytes ? args.bytes - at(shard) : 0; };
-      u32 shard = me == 0 ? RANKS - 1 : me - 1;
-      if (!ring.template move<false, true, false, true>(source + at(shard), nullptr, rest(shard), count, scalar)) return false;
-      for (u32 k = 0; k + 2 < RANKS; k++) {
-        shard = shard == 0 ? RANKS - 1 : shard - 1;
-        if (!ring.template move<true, true, false, true>(source + at(shard), nullptr, rest(shard), count, scalar)) return false;
-      }
-      if (!ring.template move<true, true, true, true>(source + at(me), target + at(me), rest(me), count, scalar)) return false;
-      shard = me;
-      for (u32 k = 0; k + 2 < RANKS; k++) {
-        shard = shard == 0 ? RANKS - 1 : shard - 1;
-        if (!ring.template move<true, false, false, true>(nullptr, target + at(shard), rest(shard), count, 0)) return false;
-      }
-      shard = shard == 0 ? RANKS - 1 : shard - 1;
-      if (!ring.template move<true, false, false, false>(nullptr, target + at(shard), rest(shard), count, 0)) return false;
-    } else if constexpr (KIND == BROADCAST) {
-      const u64 at = base * 16, rest = args.bytes - at;
-      u8* out = target + at;
-      bool is_last = ring.next == args.root;
-      bool went = me == args.root
-                      ? ring.template move<false, false, false, true>(source + at, args.is_same ? nullptr : out, rest, count, 0)
-                  : is_last ? ring.template move<true, false, false, false>(nullptr, out, rest, count, 0)
-                            : ring.template move<true, false, false, true>(nullptr, out, rest, count, 0);
-      if (!went) return false;
-    } else {
-      const u64 at = base * 16, rest = args.bytes - at;
-      auto out = [&](u32 rank) { return target + rank * args.bytes + at; };
-      if (!ring.template move<false, false, false, true>(source + at, args.is_same ? nullptr : out(me), rest, count, 0)) return false;
-      u32 rank = me;
-      for (u32 k = 0; k + 2 < RANKS; k++) {
-        rank = rank == 0 ? RANKS - 1 : rank - 1;
-        if (!ring.template move<true, false, false, true>(nullptr, out(rank), rest, count, 0)) return false;
-      }
-      rank = rank == 0 ? RANKS - 1 : rank - 1;
-      if (!ring.template move<true, false, false, false>(nullptr, out(rank), rest, count, 0)) return false;
-    }
-  }
-  return true;
-}
-
 template <int KIND, int DTYPE, int OP>
 __device__ __forceinline__ bool ring(const Args& args, const Entry& entry) {
-  const u32 me = args.rank;
-  bool is_wide = is_on(args.sources[me], 16) && is_on(args.targets[me], 16) && (KIND != ALL_GATHER || args.bytes % 16 == 0);
-  return is_wide ? ring_passes<KIND, DTYPE, OP, true>(args, entry) : ring_passes<KIND, DTYPE, OP, false>(args, entry);
+  arrive(args, entry);
+  return run(args, entry, Ring<KIND, DTYPE, OP>(args, entry));
 }

@@ -75,7 +75,7 @@ struct Overrides {
     tune_file: Option<Option<String>>,
     recorder: Option<bool>,
     #[cfg(feature = "cuda")]
-    gpu_algorithm: Option<(unisono_core::device::Form, u32)>,
+    gpu_algorithm: Option<unisono_core::device::Wish>,
     #[cfg(feature = "cuda")]
     peer_access: Option<bool>,
 }

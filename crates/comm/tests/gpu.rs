@@ -31,14 +31,16 @@ fn for_worlds(test: impl Fn(usize, &[u32])) {
 #[test]
 fn every_form_moves_and_reduces_every_kind_of_size() {
     for_worlds(|ranks, devices| {
-        let mut forms: Vec<Option<Form>> =
-            Form::ALL.into_iter().filter(|form| *form != Form::Direct).map(Some).collect();
-        forms.push(None);
+        let mut forms: Vec<Option<(Form, u32)>> =
+            Form::ALL.into_iter().filter(|form| *form != Form::Direct).map(|form| Some((form, 0))).collect();
+        // Few blocks move tiles by bulk copies where there are any, many by threads.
+        forms.extend([Some((Form::Ring, 5)), Some((Form::Ring, 90)), Some((Form::Bulk, 90)), None]);
         for form in forms {
             let world = World::new(ranks, devices, |builder| match form {
-                Some(form) => builder.gpu_algorithm(form, 0),
+                Some((form, blocks)) => builder.gpu_algorithm(form, blocks),
                 None => builder,
             });
+            let form = form.map(|(form, _)| form);
             for count in [0, 1, 5, 6, 7, 1000, 4096, 100_003, 1 << 20] {
                 for (is_in_place, offset) in [(false, 0), (true, 0), (false, 2)] {
                     let case = Case {

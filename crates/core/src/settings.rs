@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use crate::device::Form;
+use crate::device::Wish;
 use crate::error::{Error, Result};
 use crate::tuning::Tuning;
 
@@ -67,7 +67,7 @@ const ORDERS: ValueKind = ValueKind::Choice(&["fixed", "rank"], "fixed or rank")
 const SWITCH: ValueKind = ValueKind::Choice(&["on", "off"], "on or off");
 const REQUIREMENTS: ValueKind = ValueKind::Choice(&["none", "auth", "nvlink"], "none, auth or nvlink");
 const FORMS: ValueKind = ValueKind::Text(
-    "auto, one-shot, two-shot, bulk, direct or ring, and after a colon the blocks, as in bulk:32",
+    "auto, one-shot, two-shot, bulk, direct or ring, and after colons the blocks and the vectors of a tile, as in bulk:24:512",
 );
 
 const fn setting(
@@ -307,8 +307,8 @@ pub struct Settings {
     pub spin: Spin,
     /// Whether calls are recorded.
     pub recorder: bool,
-    /// The form of collectives on GPUs, and its blocks (0 as usual), if one was asked for. Equal on all ranks.
-    pub gpu_algorithm: Option<(Form, u32)>,
+    /// The form of collectives on GPUs that was asked for, if one was. Equal on all ranks.
+    pub gpu_algorithm: Option<Wish>,
     /// Whether GPUs may reach each other's memory. Equal on all ranks.
     pub peer_access: bool,
 }
@@ -374,7 +374,7 @@ impl Settings {
                 word => parse_duration(word).map(Spin::For),
             })?,
             recorder: read.parsed("UNISONO_RECORDER", default.recorder, switch)?,
-            gpu_algorithm: read.parsed("UNISONO_GPU_ALGORITHM", None, form)?,
+            gpu_algorithm: read.parsed("UNISONO_GPU_ALGORITHM", None, wish)?,
             peer_access: read.parsed("UNISONO_PEER_ACCESS", default.peer_access, switch)?,
         })
     }
@@ -393,8 +393,7 @@ impl Settings {
             Order::Rank => "rank",
         };
         let tuning = tuning.map_or_else(|| "none".to_owned(), Tuning::identity);
-        let gpu =
-            self.gpu_algorithm.map_or_else(|| "auto".to_owned(), |(form, blocks)| format!("{form}:{blocks}"));
+        let gpu = self.gpu_algorithm.map_or_else(|| "auto".to_owned(), |wish| wish.to_string());
         let access = if self.peer_access { "on" } else { "off" };
         format!("algorithm={algorithm}\norder={order}\ntuning={tuning}\ngpu={gpu}\npeer_access={access}\n")
             .into_bytes()
@@ -409,14 +408,9 @@ fn switch(word: &str) -> Option<bool> {
     }
 }
 
-/// `auto`, or the name of a form and perhaps its blocks.
-fn form(text: &str) -> Option<Option<(Form, u32)>> {
-    if text == "auto" {
-        return Some(None);
-    }
-    let (name, blocks) = text.split_once(':').unwrap_or((text, "0"));
-    let form = Form::ALL.into_iter().find(|form| form.name() == name)?;
-    Some(Some((form, blocks.parse().ok()?)))
+/// `auto`, or what was asked for.
+fn wish(text: &str) -> Option<Option<Wish>> {
+    if text == "auto" { Some(None) } else { text.parse().ok().map(Some) }
 }
 
 /// Reads values by name and says what was expected when one does not parse.

@@ -49,6 +49,8 @@ pub struct Facts {
     pub capability: (u32, u32),
     /// Its streaming multiprocessors.
     pub multiprocessors: u32,
+    /// Bytes of shared memory that a block can have.
+    pub shared_bytes: u32,
     /// Bytes of memory.
     pub memory_bytes: u64,
     /// The NUMA node of its host, if that is known.
@@ -267,6 +269,7 @@ impl Facts {
                 known(attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)),
             ),
             multiprocessors: known(attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)),
+            shared_bytes: known(attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)),
             memory_bytes: memory_bytes as u64,
             numa_node: u32::try_from(attribute(Attribute::CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID)).ok(),
             exports_descriptors: attribute(

@@ -233,6 +233,7 @@ mod tests {
             pci: "0000:1b:00.0".into(),
             capability: (9, 0),
             multiprocessors: 132,
+            shared_bytes: 227 << 10,
             memory_bytes: 140 << 30,
             numa_node: Some(0),
             exports_descriptors: true,

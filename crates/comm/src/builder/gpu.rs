@@ -36,8 +36,14 @@ impl Builder {
     }
 
     /// The form of collectives on GPUs, where it can serve the call, and its blocks (0: as usual). The same on all ranks.
-    pub const fn gpu_algorithm(mut self, form: unisono_core::device::Form, blocks: u32) -> Self {
-        self.overrides.gpu_algorithm = Some((form, blocks));
+    pub const fn gpu_algorithm(self, form: unisono_core::device::Form, blocks: u32) -> Self {
+        self.gpu_wish(unisono_core::device::Wish { form, blocks, tile: 0 })
+    }
+
+    /// As [`Builder::gpu_algorithm`], with the size of tiles: for tuning.
+    #[doc(hidden)]
+    pub const fn gpu_wish(mut self, wish: unisono_core::device::Wish) -> Self {
+        self.overrides.gpu_algorithm = Some(wish);
         self
     }
 

@@ -10,6 +10,8 @@ use unisono_node::SharedMemory;
 use unisono_sync::Deadline;
 
 use super::arenas::{Arenas, obstacle};
+use super::budget::Budget;
+use super::kernels::has_bulk_copies;
 use super::{Config, Extra, Gpu, peers};
 use crate::buffer::BufMut;
 use crate::call::{Call, Kind};
@@ -26,6 +28,8 @@ enum Can {
     Nothing = 0,
     Host = 1,
     Device = 2,
+    /// With copies that run on their own.
+    Copies = 3,
 }
 
 /// Who takes part, and how.
@@ -57,14 +61,18 @@ impl Attachment<'_> {
         let mut arenas = None;
         if can == Can::Device {
             let shared = self.share_pages();
-            can = self.agree(if shared.is_ok() { Can::Device } else { Can::Host })?;
+            can = self.agree(match shared.is_ok() {
+                true if has_bulk_copies(self.device, Link::Device) => Can::Copies,
+                true => Can::Device,
+                false => Can::Host,
+            })?;
             match shared {
-                Ok(pages) if can == Can::Device => arenas = Some(Arenas::Device(pages)),
+                Ok(pages) if can >= Can::Device => arenas = Some(Arenas::Device(pages)),
                 Ok(_) => {}
                 Err(error) => obstacles = Some(error.to_string()),
             }
         }
-        let link = if can == Can::Device { Link::Device } else { Link::Host };
+        let link = if can >= Can::Device { Link::Device } else { Link::Host };
         if link == Link::Host {
             let reason = obstacles.unwrap_or_else(|| "another rank cannot reach the others".to_owned());
             if self.settings.require == Require::Nvlink {
@@ -76,9 +84,13 @@ impl Attachment<'_> {
             Some(arenas) => Ok(arenas),
             None => self.share_host(),
         };
+        let budget = Budget::take(self.device);
+        let most_blocks = self.least(budget.blocks() as u8)?;
         let gpu = gpu.and_then(|arenas| {
+            let link = (link, can == Can::Copies, most_blocks.into());
             let config = Config::new(self.settings, &self.devices, link, self.extra);
-            Gpu::new(self.device, self.communicator.control.clone(), arenas, &config, Vec::new())
+            let control = self.communicator.control.clone();
+            Gpu::new(self.device, control, arenas, (&config, budget), Vec::new())
         });
         let all_can = self.agree(if gpu.is_ok() { Can::Device } else { Can::Nothing })?;
         let gpu = gpu?;
@@ -91,10 +103,16 @@ impl Attachment<'_> {
 
     /// The least that all ranks can.
     fn agree(&self, ours: Can) -> Result<Can> {
-        let mut all = [ours as u8];
+        let least = self.least(ours as u8)?;
+        Ok([Can::Nothing, Can::Host, Can::Device, Can::Copies][usize::from(least).min(3)])
+    }
+
+    /// The least of what all ranks say.
+    fn least(&self, ours: u8) -> Result<u8> {
+        let mut all = [ours];
         let buffer = BufMut::from(&mut all).raw();
         self.communicator.engine().submit(&Call::new(Kind::AllReduce { op: ReduceOp::Min }, [buffer]))?;
-        Ok([Can::Nothing, Can::Host, Can::Device][usize::from(all[0]).min(2)])
+        Ok(all[0])
     }
 
     /// Makes our arena and maps those of all others.
@@ -157,14 +175,17 @@ pub(crate) fn attach_local(
         Link::Host => memory = Some(Arc::new(SharedMemory::create(layout.total_bytes() * ranks)?)),
     }
     let uuids: Vec<Uuid> = devices.iter().map(|device| device.facts().uuid).collect();
-    let config = Config::new(settings, &uuids, link, extra);
-    let make = |(rank, device): (usize, &Device)| {
+    let bulk_copies = devices.iter().all(|device| has_bulk_copies(device, link));
+    let budgets: Vec<Budget> = devices.iter().map(Budget::take).collect();
+    let most_blocks = budgets.iter().map(Budget::blocks).min().unwrap_or(1);
+    let config = Config::new(settings, &uuids, (link, bulk_copies, most_blocks), extra);
+    let make = |((rank, device), budget): ((usize, &Device), Budget)| {
         let arenas = match &memory {
             None => Arenas::Device(pages.clone()),
             Some(memory) => Arenas::host(device, memory.clone(), layout).map_err(failed(rank))?,
         };
         let others = devices.iter().filter(|other| *other != device).cloned().collect();
-        Gpu::new(device, communicators[rank].control.clone(), arenas, &config, others)
+        Gpu::new(device, communicators[rank].control.clone(), arenas, (&config, budget), others)
     };
-    devices.iter().enumerate().map(make).collect()
+    devices.iter().enumerate().zip(budgets).map(make).collect()
 }

@@ -8,14 +8,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use sha2::{Digest, Sha256};
 use unisono_core::call::Kind;
-use unisono_core::device::{ArenaLayout, Form};
+use unisono_core::device::{ArenaLayout, Form, Link};
 use unisono_core::{DType, ReduceOp};
 use unisono_cuda::{Architecture, Cache, Compiler, Device, Function, Module, Result, Source};
 
 use super::args::Args;
 
 const COLLECTIVES: &str = include_str!("../../kernels/collectives.cu");
-const HEADERS: [(&str, &str); 10] = [
+const HEADERS: [(&str, &str); 12] = [
     ("ptx.cuh", include_str!("../../kernels/ptx.cuh")),
     ("element.cuh", include_str!("../../kernels/element.cuh")),
     ("call.cuh", include_str!("../../kernels/call.cuh")),
@@ -23,6 +23,8 @@ const HEADERS: [(&str, &str); 10] = [
     ("flags.cuh", include_str!("../../kernels/flags.cuh")),
     ("one_shot.cuh", include_str!("../../kernels/one_shot.cuh")),
     ("two_shot.cuh", include_str!("../../kernels/two_shot.cuh")),
+    ("pipeline.cuh", include_str!("../../kernels/pipeline.cuh")),
+    ("copies.cuh", include_str!("../../kernels/copies.cuh")),
     ("bulk.cuh", include_str!("../../kernels/bulk.cuh")),
     ("direct.cuh", include_str!("../../kernels/direct.cuh")),
     ("ring.cuh", include_str!("../../kernels/ring.cuh")),
@@ -116,6 +118,23 @@ pub fn architecture(device: &Device) -> Architecture {
     Architecture { major, minor }
 }
 
+/// Whether kernels for `device` let its copies run on their own, over this link.
+pub(crate) fn has_bulk_copies(device: &Device, link: Link) -> bool {
+    link == Link::Device && device.facts().capability >= (9, 0)
+}
+
+/// Shared memory that each block of the forms with tiles gets.
+pub(crate) fn room_bytes(device: &Device, link: Link) -> u32 {
+    /// More takes no part in hiding latency.
+    const MOST: u32 = 200 << 10;
+    /// For what kernels declare.
+    const REST: u32 = 2 << 10;
+    match has_bulk_copies(device, link) {
+        true => device.facts().shared_bytes.saturating_sub(REST).min(MOST),
+        false => 0,
+    }
+}
+
 /// Loaded kernels of one purpose.
 #[derive(Debug)]
 pub(crate) struct Loaded {
@@ -139,7 +158,11 @@ impl Loaded {
                     continue;
                 }
                 let symbol = format!("{name}_{}", form.name().replace('-', "_"));
-                functions[*operation][form as usize] = Some(module.function(&symbol)?);
+                let function = module.function(&symbol)?;
+                if matches!(form, Form::Bulk | Form::Ring) {
+                    function.allow_shared(room_bytes(device, layout.link()))?;
+                }
+                functions[*operation][form as usize] = Some(function);
             }
         }
         let barrier = match purpose {
@@ -167,7 +190,7 @@ impl Loaded {
     }
 }
 
-type Key = (u32, usize, unisono_core::device::Link, Purpose);
+type Key = (u32, usize, Link, Purpose);
 
 /// The kernels of one communicator.
 #[derive(Debug)]
@@ -270,8 +293,6 @@ pub(crate) fn loaded(
 
 #[cfg(test)]
 mod tests {
-    use unisono_core::device::Link;
-
     use super::*;
 
     #[test]

@@ -26,12 +26,14 @@ use crate::error::{Error, Result};
 use crate::neighbours::Neighbours;
 use arenas::Arenas;
 use args::{Args, HEADER_LAUNCH, Report, STATE_BYTES};
+use budget::Budget;
 use kernels::Kernels;
 use watch::Watch;
 
 pub(crate) mod arenas;
 pub(crate) mod args;
 pub(crate) mod attach;
+pub(crate) mod budget;
 pub mod kernels;
 pub(crate) mod peers;
 mod watch;
@@ -47,7 +49,12 @@ pub(crate) struct Config {
 }
 
 impl Config {
-    pub(crate) fn new(settings: &Settings, devices: &[Uuid], link: Link, extra: &Extra) -> Self {
+    pub(crate) fn new(
+        settings: &Settings,
+        devices: &[Uuid],
+        (link, bulk_copies, most_blocks): (Link, bool, u32),
+        extra: &Extra,
+    ) -> Self {
         let share = |device: &Uuid| devices.iter().filter(|other| *other == device).count();
         let crowd = devices.iter().map(share).max().unwrap_or(1);
         let ranks = devices.len();
@@ -56,7 +63,15 @@ impl Config {
             extra.prepare.iter().copied().filter(|purpose| !kernels::Purpose::USUAL.contains(purpose)),
         );
         Self {
-            rules: Rules { ranks, link, crowd, order: settings.order, forced: settings.gpu_algorithm },
+            rules: Rules {
+                ranks,
+                link,
+                crowd,
+                order: settings.order,
+                bulk_copies,
+                most_blocks,
+                forced: settings.gpu_algorithm,
+            },
             patience_ns: settings
                 .timeout
                 .map_or(0, |patience| patience.as_nanos().clamp(1, u64::MAX.into()) as u64),
@@ -81,6 +96,8 @@ pub(crate) struct Gpu {
     rules: Rules,
     kernels: Kernels,
     args: Args,
+    /// Shared memory for each block of the forms with tiles.
+    room_bytes: u32,
     /// The stream of the latest call, and an event behind it once there were two.
     latest: usize,
     order: Option<Event>,
@@ -89,6 +106,7 @@ pub(crate) struct Gpu {
     windows: Vec<OpenWindow>,
     failed: Option<Error>,
     memory: Option<Memory>,
+    _budget: Budget,
     _watch: Watch,
 }
 
@@ -125,7 +143,7 @@ impl Gpu {
         device: &Device,
         control: Arc<Control>,
         arenas: Arenas,
-        config: &Config,
+        (config, budget): (&Config, Budget),
         siblings: Vec<Device>,
     ) -> Result<Self> {
         let (rank, world_size) = control.member();
@@ -168,12 +186,14 @@ impl Gpu {
             rules,
             kernels,
             args,
+            room_bytes: kernels::room_bytes(device, rules.link),
             latest: 0,
             order: None,
             siblings,
             windows: Vec::new(),
             failed: None,
             memory: Some(memory),
+            _budget: budget,
             _watch: watch,
         })
     }
@@ -222,7 +242,7 @@ impl Gpu {
         self.order_after_latest(stream)?;
         let is_bare = plan.bytes() == 0;
         let launch = if is_bare {
-            Launch { form: Form::OneShot, blocks: 0, threads: 512, tile: 0 }
+            Launch { form: Form::OneShot, blocks: 0, threads: 512, tile: 0, by_copies: false }
         } else {
             let (bytes, size) = (plan.bytes(), plan.dtype.size());
             let is_reachable = plan.header.is_in_windows();
@@ -254,7 +274,8 @@ impl Gpu {
             args.target_bytes =
                 place(&self.windows, target, (&mut args.targets, &mut args.header[HEADER_OFFSETS + 1]));
         }
-        let grid = Grid { blocks: launch.blocks + 1, threads: launch.threads, shared_bytes: 0 };
+        let shared_bytes = if launch.by_copies { self.room_bytes } else { 0 };
+        let grid = Grid { blocks: launch.blocks + 1, threads: launch.threads, shared_bytes };
         // SAFETY: the kernel takes `Args`; what it names lives as long as this communicator, which waits for its kernels before
         // it lets go, and the buffers are valid until the stream has passed, as whoever made the call promised.
         let launched = unsafe { function.launch(stream, grid, (&raw mut self.args).cast()) };

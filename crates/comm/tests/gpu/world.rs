@@ -204,7 +204,7 @@ fn reduce(case: &Case, inputs: &[&[u8]]) -> Vec<u8> {
 /// Shard p starts at rank p + 1, and each rank adds its own to what it got.
 fn ring(case: &Case, inputs: &[Vec<u8>]) -> Vec<u8> {
     let (ranks, bytes) = (inputs.len(), inputs[0].len());
-    let shard = bytes.div_ceil(16).div_ceil(ranks) * 16;
+    let shard = bytes.div_ceil(ranks).next_multiple_of(128);
     let mut output = Vec::with_capacity(bytes);
     for owner in 0..ranks {
         let (begin, end) = ((owner * shard).min(bytes), ((owner + 1) * shard).min(bytes));

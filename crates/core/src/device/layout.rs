@@ -32,12 +32,14 @@ pub const HEADER_SCALAR: usize = 5;
 const HEADER_BYTES: usize = 256;
 /// Bytes of data in a packet.
 pub const PACKET_DATA: usize = 12;
-/// Tiles that a ring's sender may be ahead.
+/// Tiles that a ring's sender may be ahead at least.
 pub const RING_SLOTS: usize = 3;
-/// Buffers of the pipeline in each half for each of two stages: tiles that a rank may be ahead.
+/// Buffers of the pipeline in each half for each of two stages: tiles that a rank may be ahead at least.
 const BUFFERS: usize = 3;
 /// Stages that have flags.
 const STAGES: usize = 3;
+/// Words that the rounds of a flag are dealt to.
+const FLAG_WAYS: usize = 4;
 const PAGE: usize = 4096;
 
 /// How the GPUs of a world reach each other's arenas.
@@ -90,7 +92,7 @@ impl ArenaLayout {
     }
 
     const fn flags_bytes(&self) -> usize {
-        STAGES * MAX_BLOCKS * MAX_RANKS * 8
+        STAGES * MAX_BLOCKS * MAX_RANKS * FLAG_WAYS * 8
     }
 
     const fn packets_at(&self) -> usize {
@@ -166,8 +168,7 @@ impl ArenaLayout {
             ("HEADER_PACKETS", HEADER_PACKETS),
             ("HEADER_BYTES", HEADER_BYTES),
             ("PACKET_BYTES", self.packet_bytes()),
-            ("RING_SLOTS", RING_SLOTS),
-            ("BUFFERS", BUFFERS),
+            ("FLAG_WAYS", FLAG_WAYS),
             ("RANKS", self.ranks),
             ("HOST_PACKETS", usize::from(self.link == Link::Host)),
         ] {
@@ -183,7 +184,6 @@ impl ArenaLayout {
             ("GATES_AT", self.gates_at()),
             ("SCRATCH_AT", self.scratch_at()),
             ("SCRATCH_HALF_BYTES", self.scratch_half_bytes()),
-            ("SCRATCH_AREA_BYTES", self.area_bytes()),
         ] {
             text += &format!("#define {name} {value}ull\n");
         }
@@ -225,6 +225,6 @@ mod tests {
         assert!(layout.total_bytes() <= 64 << 20, "{}", layout.total_bytes());
         assert_eq!(layout.area_bytes(), 512 << 10);
         assert!(layout.two_shot_capacity(2) >= 2 << 20, "{}", layout.two_shot_capacity(2));
-        assert!(layout.definitions().contains("#define SCRATCH_AREA_BYTES 524288ull\n"));
+        assert!(layout.definitions().contains("#define SCRATCH_HALF_BYTES 25165824ull\n"));
     }
 }

@@ -4,4 +4,4 @@ pub mod layout;
 pub mod select;
 
 pub use layout::{ArenaLayout, Link};
-pub use select::{Form, Launch};
+pub use select::{Form, Launch, Wish};

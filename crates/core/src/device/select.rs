@@ -1,6 +1,7 @@
 //! Which form a call takes on the GPU, and with which grid: a pure function of values that are equal on all ranks.
 
 use std::fmt;
+use std::str::FromStr;
 
 use super::layout::{ArenaLayout, Link, MAX_BLOCKS, RING_SLOTS};
 use crate::call::Kind;
@@ -45,8 +46,45 @@ impl fmt::Display for Form {
     }
 }
 
+/// A form that somebody asks for, with blocks and the vectors of a tile; 0 of either is as usual. As text, `bulk`, `bulk:24` or
+/// `bulk:24:512`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Wish {
+    /// The form, taken where it can serve the call.
+    pub form: Form,
+    /// Blocks that move data.
+    pub blocks: u32,
+    /// Vectors of 16 bytes in a tile, of forms that have tiles.
+    pub tile: u32,
+}
+
+/// Not a [`Wish`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct NotAWish;
+
+impl FromStr for Wish {
+    type Err = NotAWish;
+
+    fn from_str(text: &str) -> Result<Self, NotAWish> {
+        let mut parts = text.splitn(3, ':');
+        let name = parts.next().unwrap_or("");
+        let form = Form::ALL.into_iter().find(|form| form.name() == name).ok_or(NotAWish)?;
+        let mut number = || parts.next().map_or(Ok(0), |part| part.parse().map_err(|_| NotAWish));
+        Ok(Self { form, blocks: number()?, tile: number()? })
+    }
+}
+
+impl fmt::Display for Wish {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}:{}", self.form, self.blocks, self.tile)
+    }
+}
+
 /// Blocks of all ranks together that surely run at once on a device.
 const CROWDED_BLOCKS: usize = 96;
+/// The most blocks for which bulk copies move data, one on a multiprocessor, and what the pipeline takes where there is no need to
+/// save. More blocks move it by their threads.
+const WIDE_BLOCKS: usize = 72;
 
 /// A form and its grid.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -59,6 +97,8 @@ pub struct Launch {
     pub threads: u32,
     /// Vectors of 16 bytes that a block moves in one round; 0 where there are no rounds.
     pub tile: u32,
+    /// Whether bulk copies move the data, and threads only fold it.
+    pub by_copies: bool,
 }
 
 /// What the choice depends on.
@@ -85,8 +125,13 @@ pub struct Rules {
     pub crowd: usize,
     /// The order of sums.
     pub order: Order,
-    /// A form that was asked for, with blocks (0: as usual), taken where it can serve the call.
-    pub forced: Option<(Form, u32)>,
+    /// Whether the devices have bulk copies that run on their own: then few blocks nearly fill the links.
+    pub bulk_copies: bool,
+    /// Blocks that this communicator may have wait on a device at once, unless more are asked for: [`MAX_BLOCKS`] for one that has
+    /// it to itself.
+    pub most_blocks: u32,
+    /// What was asked for.
+    pub forced: Option<Wish>,
 }
 
 /// Where forms change, in bytes of a part.
@@ -102,16 +147,25 @@ impl Rules {
     }
 
     fn borders(&self, kind: Kind) -> Borders {
-        // Measured on 2 × H200 (`gpu_sweep`); with more ranks one-shot sends more, and a ring takes more hops.
-        let one_shot_to = (512 << 10) / self.ranks.saturating_sub(1).max(1);
-        let ring_from = match self.ranks {
-            0..=2 => 2 << 20,
-            3 => 16 << 20,
-            4 => 32 << 20,
-            _ => 128 << 20,
+        // Measured on 2 and 4 × H200 (`gpu_sweep`), and thought on from there: with more ranks one-shot sends more, and a ring takes
+        // more hops. Where there are few blocks, a ring is no faster than the pipeline.
+        let one_shot_to = ((768 << 10) / self.ranks.saturating_sub(1).max(1)).min(512 << 10);
+        let is_narrow = (self.most_blocks as usize) < WIDE_BLOCKS;
+        let ring_from = match (kind, self.ranks) {
+            (_, 0..=2) => 2 << 20,
+            (Kind::Broadcast { .. }, 3..=4) => 2 << 20,
+            (Kind::Broadcast { .. }, _) => 4 << 20,
+            (Kind::AllGather, _) => 8 << 20,
+            _ if is_narrow => usize::MAX,
+            (_, 3..=4) => 16 << 20,
+            _ => 96 << 20,
         };
         match kind {
-            Kind::AllGather => Borders { one_shot_to, two_shot_to: 0, ring_from },
+            Kind::AllGather => {
+                // Every byte of a part goes to all in any case.
+                let one_shot_to = if self.ranks <= 4 { 1 << 20 } else { 512 << 10 };
+                Borders { one_shot_to, two_shot_to: 0, ring_from }
+            }
             _ => Borders { one_shot_to, two_shot_to: 2 << 20, ring_from },
         }
     }
@@ -142,10 +196,10 @@ impl Rules {
 
     /// The form and grid of a call that moves data.
     pub fn decide(&self, question: &Question) -> Launch {
-        if let Some((form, blocks)) = self.forced
-            && self.can(form, question)
+        if let Some(wish) = self.forced
+            && self.can(wish.form, question)
         {
-            return self.grid(form, blocks, question);
+            return self.grid(wish, question);
         }
         let borders = self.borders(question.kind);
         let form = match question.bytes {
@@ -156,52 +210,72 @@ impl Rules {
             _ if self.ranks == 1 => Form::OneShot,
             _ => Form::Bulk,
         };
-        self.grid(form, 0, question)
+        self.grid(Wish { form, blocks: 0, tile: 0 }, question)
     }
 
-    fn grid(&self, form: Form, blocks: u32, question: &Question) -> Launch {
+    fn grid(&self, wish: Wish, question: &Question) -> Launch {
+        let form = wish.form;
         let layout = self.layout();
         let ranks = self.ranks;
-        let shard = question.bytes.div_ceil(if matches!(question.kind, Kind::AllGather) { 1 } else { ranks });
-        let most = if self.crowd > 1 { (CROWDED_BLOCKS / self.crowd).max(1) } else { MAX_BLOCKS };
-        let as_asked = |usual: usize| match blocks {
-            0 => usual.clamp(1, most) as u32,
-            asked => asked.min(most as u32),
+        let is_gather = matches!(question.kind, Kind::AllGather);
+        let shard = question.bytes.div_ceil(if is_gather { 1 } else { ranks });
+        let room = if self.crowd > 1 { (CROWDED_BLOCKS / self.crowd).max(1) } else { MAX_BLOCKS };
+        let most = (self.most_blocks as usize).min(room);
+        let blocks = |usual: usize| match wish.blocks {
+            0 => usual.clamp(1, most),
+            asked => (asked as usize).min(room),
+        };
+        let launch = |blocks: usize, tile: usize, room: usize| {
+            let by_copies = self.bulk_copies && blocks <= WIDE_BLOCKS;
+            let tile = if wish.tile == 0 { tile } else { wish.tile as usize };
+            // In whole lines of 128 bytes.
+            let tile = tile.next_multiple_of(8).min(room - room % 8).max(8) as u32;
+            Launch {
+                form,
+                blocks: blocks as u32,
+                threads: if by_copies { 1024 } else { 512 },
+                tile,
+                by_copies,
+            }
+        };
+        let plain = |blocks: usize, threads: usize| Launch {
+            form,
+            blocks: blocks as u32,
+            threads: threads as u32,
+            tile: 0,
+            by_copies: false,
         };
         let threads = 512;
-        let units = |bytes: usize| bytes.div_ceil(12);
         match form {
             Form::OneShot | Form::TwoShot => {
-                let units = units(if form == Form::OneShot { question.bytes } else { shard });
+                let units = if form == Form::OneShot { question.bytes } else { shard }.div_ceil(12);
                 // One unit for each thread while that takes few blocks.
                 let threads = units.next_multiple_of(32).clamp(256, 512);
                 let usual = units.div_ceil(threads).min(if ranks == 1 { MAX_BLOCKS } else { 64 });
-                let blocks = as_asked(usual);
-                Launch { form, blocks, threads: threads as u32, tile: 0 }
+                plain(blocks(usual), threads)
             }
-            Form::Direct => {
-                let blocks = as_asked(shard.div_ceil(16 * threads).min(64));
-                Launch { form, blocks, threads: threads as u32, tile: 0 }
-            }
+            Form::Direct => plain(blocks(shard.div_ceil(16 * threads).min(64)), threads),
             Form::Bulk => {
                 // Blocks that work on one channel together.
-                let team = if matches!(question.kind, Kind::AllGather) { 2 } else { 3 };
-                let channels = as_asked(team * shard.div_ceil(16 * threads).min(40)) as usize / team;
-                let channels = channels.max(1);
-                let blocks = (channels * team) as u32;
-                let room = layout.area_bytes() / 16 / channels;
+                let team = if is_gather { 2 } else { 3 };
+                let usual = if self.bulk_copies { WIDE_BLOCKS } else { 120 };
+                let usual = usual.min(team * shard.div_ceil(16 * threads));
+                let channels = (blocks(usual) / team).max(1);
                 let due = shard.div_ceil(16).div_ceil(channels);
-                let tile = due.clamp(1, room);
-                Launch { form, blocks, threads: threads as u32, tile: tile as u32 }
+                // Some rounds at least, so that the steps overlap.
+                let tile = match self.bulk_copies && channels * team <= WIDE_BLOCKS {
+                    true => due.div_ceil(2).min(if channels * team <= WIDE_BLOCKS / 2 { 1600 } else { 800 }),
+                    false => due,
+                };
+                launch(channels * team, tile, layout.area_bytes() / 16 / channels)
             }
             Form::Ring => {
-                let blocks = as_asked(128);
-                let room = layout.scratch_half_bytes() / RING_SLOTS / 16 / blocks as usize;
+                let blocks = blocks(128);
                 let part =
                     if matches!(question.kind, Kind::AllReduce { .. }) { shard } else { question.bytes };
-                let due = part.div_ceil(16).div_ceil(blocks as usize);
-                let tile = due.clamp(1, room.min(4096));
-                Launch { form, blocks, threads: threads as u32, tile: tile as u32 }
+                let due = part.div_ceil(16).div_ceil(blocks);
+                let usual = if self.bulk_copies && blocks <= WIDE_BLOCKS { 2400 } else { 4096 };
+                launch(blocks, due.min(usual), layout.scratch_half_bytes() / RING_SLOTS / 16 / blocks)
             }
         }
     }
@@ -212,7 +286,15 @@ mod tests {
     use super::*;
 
     fn rules(ranks: usize) -> Rules {
-        Rules { ranks, link: Link::Device, crowd: 1, order: Order::Fixed, forced: None }
+        Rules {
+            ranks,
+            link: Link::Device,
+            crowd: 1,
+            order: Order::Fixed,
+            bulk_copies: true,
+            most_blocks: MAX_BLOCKS as u32,
+            forced: None,
+        }
     }
 
     fn question(bytes: usize) -> Question {
@@ -222,8 +304,14 @@ mod tests {
     #[test]
     fn forms_change_with_the_size_and_never_need_more_room_than_there_is() {
         for ranks in [1, 2, 3, 5, 8, 16] {
-            for link in [Link::Device, Link::Host] {
-                let rules = Rules { link, ..rules(ranks) };
+            for (link, bulk_copies, most_blocks) in [
+                (Link::Device, true, MAX_BLOCKS as u32),
+                (Link::Device, true, 24),
+                (Link::Device, false, MAX_BLOCKS as u32),
+                (Link::Device, false, 8),
+                (Link::Host, false, MAX_BLOCKS as u32),
+            ] {
+                let rules = Rules { link, bulk_copies, most_blocks, ..rules(ranks) };
                 let layout = rules.layout();
                 for shift in 0..36 {
                     for kind in
@@ -232,15 +320,17 @@ mod tests {
                         let question = Question { kind, ..question((1 << shift) + 1) };
                         let launch = rules.decide(&question);
                         assert!(rules.can(launch.form, &question), "{question:?}");
-                        assert!((1..=MAX_BLOCKS as u32).contains(&launch.blocks));
+                        assert!((1..=most_blocks).contains(&launch.blocks), "{question:?} {launch:?}");
+                        assert!(bulk_copies || !launch.by_copies);
                         let tiles = launch.blocks as usize * launch.tile as usize * 16;
                         let team = if kind == Kind::AllGather { 2 } else { 3 };
                         match launch.form {
                             Form::Bulk => {
-                                assert!(launch.tile > 0 && tiles / team <= layout.area_bytes());
+                                assert!(launch.tile.is_multiple_of(8) && launch.tile > 0);
+                                assert!(tiles / team <= layout.area_bytes());
                             }
                             Form::Ring => {
-                                assert!(launch.tile > 0);
+                                assert!(launch.tile.is_multiple_of(8) && launch.tile > 0);
                                 assert!(tiles * RING_SLOTS <= layout.scratch_half_bytes());
                             }
                             _ => assert_eq!(launch.tile, 0),
@@ -256,13 +346,32 @@ mod tests {
         let large = question(1 << 30);
         assert_eq!(rules(8).decide(&large).form, Form::Ring);
         assert_eq!(Rules { order: Order::Rank, ..rules(8) }.decide(&large).form, Form::Bulk);
-        let asked = Rules { forced: Some((Form::TwoShot, 7)), ..rules(8) };
+        let wish = |text: &str| Some(text.parse().unwrap());
+        let asked = Rules { forced: wish("two-shot:7"), ..rules(8) };
         let small = asked.decide(&question(4096));
         assert_eq!((small.form, small.blocks), (Form::TwoShot, 7));
         assert_eq!(asked.decide(&large).form, Form::Ring);
         assert_eq!(
-            Rules { order: Order::Rank, forced: Some((Form::Ring, 0)), ..rules(8) }.decide(&large).form,
+            Rules { order: Order::Rank, forced: wish("ring"), ..rules(8) }.decide(&large).form,
             Form::Bulk
         );
+    }
+
+    #[test]
+    fn a_wish_reads_as_it_is_written() {
+        for (text, wish) in [
+            ("ring", Wish { form: Form::Ring, blocks: 0, tile: 0 }),
+            ("bulk:24", Wish { form: Form::Bulk, blocks: 24, tile: 0 }),
+            ("one-shot:3:0", Wish { form: Form::OneShot, blocks: 3, tile: 0 }),
+            ("bulk:24:512", Wish { form: Form::Bulk, blocks: 24, tile: 512 }),
+        ] {
+            assert_eq!(text.parse(), Ok(wish));
+            assert_eq!(wish.to_string().parse(), Ok(wish));
+        }
+        for text in ["", "bulb", "bulk:", "bulk:x", "bulk:1:2:3", "bulk:-1"] {
+            assert_eq!(text.parse::<Wish>(), Err(NotAWish), "{text}");
+        }
+        let launch = Rules { forced: "bulk:25:100".parse().ok(), ..rules(8) }.decide(&question(64 << 20));
+        assert_eq!((launch.form, launch.blocks, launch.tile), (Form::Bulk, 24, 104));
     }
 }

@@ -4,6 +4,8 @@ use std::collections::HashMap;
 
 use proptest::prelude::*;
 
+use crate::device::{Form, Wish};
+
 use super::*;
 
 fn from(pairs: &[(&str, &str)]) -> Result<Settings> {
@@ -57,7 +59,7 @@ fn every_setting_is_read_into_its_own_field() {
         interface: Some("ens5".to_owned()),
         spin: Spin::For(Duration::from_micros(50)),
         recorder: false,
-        gpu_algorithm: Some((Form::Bulk, 32)),
+        gpu_algorithm: Some(Wish { form: Form::Bulk, blocks: 32, tile: 0 }),
         peer_access: false,
     };
     assert_eq!(settings.unwrap(), expected);

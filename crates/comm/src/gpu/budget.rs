@@ -1,0 +1,113 @@
+//! Who may have how many blocks wait on a device.
+//!
+//! Kernels of collectives wait for those of other ranks, so all blocks of a kernel must run at once, and if two communicators
+//! are under way in another order on another rank, those of both. The first communicator of a process on a device may fill it
+//! by threads (two of its blocks fit on a multiprocessor) or take half of it for bulk copies; later ones get some of the other half,
+//! as long as there is any. Whoever comes then gets few, and says so: more communicators at once than fit wait for each other where
+//! ranks begin them in different orders.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+use unisono_core::device::layout::MAX_BLOCKS;
+use unisono_cuda::Device;
+
+/// Blocks of a communicator that is not the first, and the one that exchanges headers.
+const SHARE: u32 = 25;
+/// As few as that are of use.
+const LEAST: u32 = 9;
+
+/// What is taken of each device, by its ordinal.
+static TAKEN: Mutex<Option<HashMap<u32, Taken>>> = Mutex::new(None);
+
+#[derive(Clone, Copy, Default, Debug)]
+struct Taken {
+    has_first: bool,
+    by_others: u32,
+}
+
+impl Taken {
+    fn take(&mut self, multiprocessors: u32) -> Share {
+        let half = multiprocessors.div_ceil(2);
+        if !std::mem::replace(&mut self.has_first, true) {
+            return Share { is_first: true, taken: 0, blocks: MAX_BLOCKS as u32 };
+        }
+        let left = (multiprocessors - half).saturating_sub(self.by_others);
+        let taken = if left < LEAST { 0 } else { left.min(SHARE) };
+        self.by_others += taken;
+        Share { is_first: false, taken, blocks: taken.max(LEAST) - 1 }
+    }
+
+    fn give_back(&mut self, share: Share) {
+        if share.is_first {
+            self.has_first = false;
+        }
+        self.by_others -= share.taken;
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Share {
+    is_first: bool,
+    taken: u32,
+    blocks: u32,
+}
+
+/// A communicator's part of a device, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Budget {
+    ordinal: u32,
+    share: Share,
+}
+
+impl Budget {
+    /// What is left for one more communicator on `device`.
+    pub(crate) fn take(device: &Device) -> Self {
+        let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_device = taken.get_or_insert_default().entry(device.ordinal()).or_default();
+        let share = of_device.take(device.facts().multiprocessors.max(2));
+        if !share.is_first && share.taken == 0 {
+            tracing::warn!(
+                "so many communicators share {device:?} that not all of them can wait there at once: ranks must begin their calls in the same order"
+            );
+        }
+        Self { ordinal: device.ordinal(), share }
+    }
+
+    /// Blocks that may wait at once, beside the one that exchanges headers.
+    pub(crate) const fn blocks(&self) -> u32 {
+        self.share.blocks
+    }
+}
+
+impl Drop for Budget {
+    fn drop(&mut self) {
+        let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(of_device) = taken.get_or_insert_default().get_mut(&self.ordinal) {
+            of_device.give_back(self.share);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_gets_all_and_later_ones_share_the_other_half() {
+        let mut taken = Taken::default();
+        let shares: Vec<Share> = (0..6).map(|_| taken.take(132)).collect();
+        let blocks: Vec<u32> = shares.iter().map(|share| share.blocks).collect();
+        assert_eq!(blocks, [MAX_BLOCKS as u32, 24, 24, 15, 8, 8]);
+        assert_eq!(taken.by_others, 66);
+        // What is given back is there for the next.
+        taken.give_back(shares[1]);
+        assert_eq!(taken.take(132), shares[1]);
+        taken.give_back(shares[0]);
+        assert_eq!(taken.take(132), shares[0]);
+        for share in &shares {
+            taken.give_back(*share);
+        }
+        assert!(!taken.has_first && taken.by_others == 0);
+    }
+}
