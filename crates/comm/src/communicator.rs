@@ -166,7 +166,8 @@ impl Communicator {
 
     /// One communicator for each of `devices`, GPUs of this process: rank r works on `devices[r]`. One thread may drive them
     /// all (each call only enqueues), or each is moved to a thread of its own. Operations on host memory block until all
-    /// ranks make them, so a single thread submits those in a [`group`](crate::group()).
+    /// ranks make them, so a single thread submits those in a [`group`](crate::group()), as it does with windows, `split`,
+    /// `duplicate` and the end.
     ///
     /// ```no_run
     /// # use unisono::{BufMut, Communicator, Operations, ReduceOp, Stream, cuda};
@@ -406,18 +407,7 @@ impl Communicator {
     /// # Errors
     /// [`Error::Argument`] if that is another communicator; those of a failed one.
     pub(crate) fn end_window(&self, kind: Kind, id: u64, owner: &Arc<Control>) -> Result<()> {
-        if let Some(error) = owner.outdated(id) {
-            return Err(error);
-        }
-        if !Arc::ptr_eq(owner, &self.control) {
-            return Err(Error::Argument {
-                call: kind.name(),
-                rank: self.rank,
-                what: "window",
-                expected: "a window of this communicator".to_owned(),
-                got: format!("window {id} of another one"),
-            });
-        }
+        crate::window::check_owner(kind, id, owner, self)?;
         let mut engine = self.engine.borrow_mut();
         let header = CallHeader { target_window: id, ..CallHeader::bare(kind) };
         #[cfg(feature = "cuda")]

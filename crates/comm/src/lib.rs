@@ -65,7 +65,7 @@ pub use call::{Call, Counts, Kind};
 pub use communicator::Communicator;
 pub use error::{Error, Result};
 pub use explanation::{Choice, Explanation};
-pub use group::{Group, Grouped, group};
+pub use group::{Group, Grouped, Promised, group};
 pub use observer::{Observer, State};
 pub use operations::Operations;
 pub use scope::{Pending, Scope};

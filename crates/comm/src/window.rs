@@ -130,6 +130,11 @@ impl<T: Element> Window<T> {
         self.base()
     }
 
+    /// Whether `communicator` made this window, for the call of this `kind`.
+    pub(crate) fn check_owner(&self, kind: Kind, communicator: &Communicator) -> Result<()> {
+        check_owner(kind, self.id, &self.control, communicator)
+    }
+
     /// Ends the window on all ranks and frees its memory. Collective.
     ///
     /// # Errors
@@ -174,6 +179,26 @@ impl<T: Element> Window<T> {
             dtype: T::DTYPE,
             place: Place::Window { id: self.id },
         }
+    }
+}
+
+/// Refuses window `id` of `owner` unless that is `communicator`, in its generation.
+pub(crate) fn check_owner(
+    kind: Kind,
+    id: u64,
+    owner: &Arc<Control>,
+    communicator: &Communicator,
+) -> Result<()> {
+    match owner.outdated(id) {
+        Some(error) => Err(error),
+        None if Arc::ptr_eq(owner, &communicator.control) => Ok(()),
+        None => Err(Error::Argument {
+            call: kind.name(),
+            rank: communicator.rank(),
+            what: "window",
+            expected: "a window of this communicator".to_owned(),
+            got: format!("window {id} of another one"),
+        }),
     }
 }
 
