@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use unisono_core::call::{self, Kind};
-use unisono_core::device::layout::HEADER_OFFSETS;
 pub use unisono_core::device::layout::MAX_RANKS;
+use unisono_core::device::layout::{HEADER_OFFSETS, RECORDER_BYTES};
 use unisono_core::device::select::{Question, Rules};
 pub use unisono_core::device::{ArenaLayout, Link};
 use unisono_core::device::{Form, Launch};
@@ -25,8 +25,9 @@ use crate::control::Control;
 use crate::error::{Error, Result};
 use crate::neighbours::Neighbours;
 use arenas::Arenas;
-use args::{Args, HEADER_LAUNCH, Report, STATE_BYTES};
+use args::{Args, HEADER_LAUNCH, Report};
 use kernels::Kernels;
+use recorder::Copier;
 use watch::Watch;
 
 pub(crate) mod arenas;
@@ -34,6 +35,7 @@ pub(crate) mod args;
 pub(crate) mod attach;
 pub mod kernels;
 pub(crate) mod peers;
+mod recorder;
 mod watch;
 
 /// What a communicator on a GPU is made with.
@@ -89,7 +91,7 @@ pub(crate) struct Gpu {
     windows: Vec<OpenWindow>,
     failed: Option<Error>,
     memory: Option<Memory>,
-    _watch: Watch,
+    watch: Option<Watch>,
 }
 
 /// A window on the devices of all ranks.
@@ -133,8 +135,8 @@ impl Gpu {
         let rules = config.rules;
         let layout = ArenaLayout::new(world_size, rules.link);
         let kernels = Kernels::new(device, layout, world_size, &config.prepare).map_err(failed)?;
-        let mut state = DeviceBuffer::new(device, STATE_BYTES).map_err(failed)?;
-        let mut words = [0; STATE_BYTES];
+        let mut state = DeviceBuffer::new(device, RECORDER_BYTES).map_err(failed)?;
+        let mut words = vec![0; RECORDER_BYTES];
         words[..4].copy_from_slice(&config.epoch.to_le_bytes());
         state.write(0, &words).map_err(failed)?;
         let memory = control.memory();
@@ -142,6 +144,7 @@ impl Gpu {
         let pages =
             unsafe { RegisteredHost::shared(device, memory.as_ptr(), memory.bytes()) }.map_err(failed)?;
         let report = control.gpu().1 as usize - memory.as_ptr() as usize;
+        let records = control.gpu_records(rank).offset as u64;
         let mut args = Args {
             state: state.address(),
             abort: pages.address(),
@@ -153,7 +156,11 @@ impl Gpu {
         for peer in 0..world_size {
             args.arenas[peer] = arenas.address(peer);
         }
-        let watch = Watch::start(device.clone(), control.clone());
+        if let Some(clock) = kernels.copies().clock() {
+            recorder::compare_clocks(device, clock, &mut args, control.gpu().0).map_err(failed)?;
+        }
+        let copier = Copier::new(state.address(), pages.address() + records);
+        let watch = Watch::start(device.clone(), control.clone(), copier);
         let memory = Memory {
             device: device.clone(),
             _state: state,
@@ -174,7 +181,7 @@ impl Gpu {
             windows: Vec::new(),
             failed: None,
             memory: Some(memory),
-            _watch: watch,
+            watch: Some(watch),
         })
     }
 
@@ -460,7 +467,7 @@ pub(crate) fn without_device(kind: Kind, rank: usize, stream: &Stream) -> Error 
     }
 }
 
-/// Form and grid as the header carries them.
+/// Form and grid as the header carries them; the recorder keeps the lower half.
 const fn launch_word(launch: Launch) -> u64 {
     launch.form as u64
         | (launch.blocks as u64) << 8
@@ -470,6 +477,8 @@ const fn launch_word(launch: Launch) -> u64 {
 
 impl Drop for Gpu {
     fn drop(&mut self) {
+        // It copies from memory that is about to go.
+        drop(self.watch.take());
         let Some(mut memory) = self.memory.take() else { return };
         memory.windows = std::mem::take(&mut self.windows);
         // Kernels of ours may still run: they end in time, because the communicator ended or failed. Nobody waits for them

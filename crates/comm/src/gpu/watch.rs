@@ -1,5 +1,5 @@
-//! A look at the GPU ten times a second, whatever the operating thread does: what kernels report ends all ranks' waits, and a
-//! device whose context is lost is told of.
+//! A look at the GPU ten times a second, whatever the operating thread does: what kernels report ends all ranks' waits, a
+//! device whose context is lost is told of, and who asks for its last calls gets them.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
@@ -8,20 +8,25 @@ use unisono_core::call::CallHeader;
 use unisono_cuda::{Device, Stream};
 
 use super::args::Report;
+use super::recorder::Copier;
 use crate::cause::Cause;
 use crate::control::Control;
 use crate::error::Error;
 
 const INTERVAL: Duration = Duration::from_millis(100);
+/// While a copy is under way, which takes some microseconds.
+const COPYING: Duration = Duration::from_millis(1);
 
 /// Ends when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Watch {
     has_ended: Arc<(Mutex<bool>, Condvar)>,
+    control: Arc<Control>,
 }
 
 impl Watch {
-    pub(crate) fn start(device: Device, control: Arc<Control>) -> Self {
+    pub(super) fn start(device: Device, control: Arc<Control>, mut copier: Copier) -> Self {
+        let watched_control = control.clone();
         let has_ended = Arc::new((Mutex::new(false), Condvar::new()));
         let (watched, ordinal) = (has_ended.clone(), device.ordinal());
         let look = move || {
@@ -29,21 +34,32 @@ impl Watch {
             let probe = Stream::new(&device).and_then(|stream| stream.relax_capture().map(|()| stream)).ok();
             let (ended, change) = &*watched;
             let mut is_over = ended.lock().unwrap_or_else(PoisonError::into_inner);
+            if probe.is_some() && !*is_over {
+                Copier::open(control.gpu().0);
+            }
             while !*is_over {
-                is_over = change.wait_timeout(is_over, INTERVAL).unwrap_or_else(PoisonError::into_inner).0;
-                // The first cause is all that there is to tell.
-                if *is_over || control.abort().raised().is_some() {
+                let pause = if copier.is_busy() { COPYING } else { INTERVAL };
+                is_over = change.wait_timeout(is_over, pause).unwrap_or_else(PoisonError::into_inner).0;
+                if *is_over {
                     return;
                 }
-                if let Some(cause) = find(probe.as_ref(), &control) {
+                let has_failed = control.abort().raised().is_some();
+                if has_failed {
+                    // The first cause, and what was done last, is all that there is to tell.
+                    copier.begin_last();
+                } else if let Some(cause) = find(probe.as_ref(), &control) {
                     control.fail(&cause);
+                }
+                let has_more = probe.as_ref().is_some_and(|probe| copier.look(probe, control.gpu().0));
+                if has_failed && !has_more {
+                    return Copier::close(control.gpu().0);
                 }
             }
         };
         if let Err(error) = std::thread::Builder::new().name("unisono-gpu".to_owned()).spawn(look) {
             tracing::warn!("nobody looks at cuda:{ordinal} between calls: {error}");
         }
-        Self { has_ended }
+        Self { has_ended, control: watched_control }
     }
 }
 
@@ -52,6 +68,10 @@ impl Drop for Watch {
         let (ended, change) = &*self.has_ended;
         *ended.lock().unwrap_or_else(PoisonError::into_inner) = true;
         change.notify_all();
+        // A forked child answers for nobody.
+        if self.control.check_process().is_ok() {
+            Copier::close(self.control.gpu().0);
+        }
     }
 }
 
