@@ -21,6 +21,7 @@ use std::num::NonZeroU64;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+pub use unisono_core::call::CallHeader;
 use unisono_core::layout::{ControlLayout, Field};
 use unisono_core::recorder::{Clock, Clocks, JobLabel};
 pub use unisono_core::recorder::{
@@ -38,6 +39,8 @@ use crate::error::Result;
 use ask::Page;
 
 pub(crate) mod ask;
+#[cfg(all(test, feature = "cuda"))]
+mod gpu_tests;
 
 /// Over so long the rate of the processor's counter is measured, once per process.
 const CALIBRATION: Duration = Duration::from_millis(20);

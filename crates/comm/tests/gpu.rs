@@ -9,6 +9,8 @@ mod group;
 mod life;
 #[path = "gpu/random.rs"]
 mod random;
+#[path = "gpu/recorder.rs"]
+mod recorder;
 #[path = "gpu/windows.rs"]
 mod windows;
 #[path = "gpu/world.rs"]

@@ -124,7 +124,7 @@ impl Recordings {
 }
 
 fn has_ended_well(recording: &Recording) -> bool {
-    let snapshot = recording.snapshot();
+    let snapshot = recording.glance();
     snapshot.is_ok_and(|snapshot| snapshot.ranks.iter().all(|rank| rank.presence == Presence::Destroyed))
 }
 

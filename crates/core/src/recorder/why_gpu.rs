@@ -19,6 +19,7 @@ pub(super) fn gpus(snapshot: &Snapshot) -> (Vec<String>, bool) {
     let mut groups = Groups::default();
     let front = front(snapshot);
     match front {
+        _ if snapshot.failure.is_some() => ended(snapshot, &mut groups),
         Some(front) => around(snapshot, front, &mut groups),
         None => busy(snapshot, &mut groups),
     }
@@ -101,6 +102,16 @@ fn elsewhere(call: &GpuCall, front: &GpuCall) -> String {
         }
         (_, Some(ended)) => format!("{{has|have}} done {{its|their}} part of it, {} ago", rough(ended)),
         (_, None) => format!("{{is|are}} beyond it, in {call}"),
+    }
+}
+
+/// What GPUs were in when the communicator failed: their kernels have left it since, or soon will.
+fn ended(snapshot: &Snapshot, groups: &mut Groups) {
+    for rank in &snapshot.ranks {
+        if let Some(call) = latest(rank).filter(|call| call.is_open()) {
+            let since = rough(call.begun);
+            groups.add(rank.rank, &format!("{{was|were}} in {call}, begun {since} ago, when it failed"));
+        }
     }
 }
 

@@ -119,6 +119,21 @@ fn a_rank_that_does_not_answer_is_said_unless_its_process_says_why() {
 }
 
 #[test]
+fn after_a_failure_it_is_told_what_gpus_were_in() {
+    let mut all = on_gpus(&[Some(call(7, 5, false)), Some(call(7, 5, false)), Some(call(6, 9, true))]);
+    all.ranks.iter_mut().for_each(|rank| rank.gpu.as_mut().unwrap().reading = Reading::Last);
+    let sentence = "rank 2 (host vm, pid 4121) died during call #7 on its GPU: its socket closed".to_owned();
+    all.failure = Some(super::super::snapshot::Failure { found_by: 0, sentence });
+    let text = why(&all);
+    assert!(
+        text.ends_with(
+            "The GPUs of ranks 0 and 1 were in all_reduce #7 (f32, 4096, sum), begun 5 s ago, when it failed."
+        ),
+        "{text}"
+    );
+}
+
+#[test]
 fn gpus_that_are_busy_do_not_wait() {
     let busy =
         |number| Some(GpuCall { begun: Duration::from_millis(3), ended: None, ..call(number, 1, false) });
