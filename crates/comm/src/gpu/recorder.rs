@@ -58,7 +58,10 @@ impl Copier {
                 Ok(false) => return true,
                 // SYNC: what the recorder held is visible after its answer.
                 Ok(true) => page[REPORT_ANSWER].store_release(request),
-                Err(_) => return false,
+                Err(_) => {
+                    self.under_way = None;
+                    return false;
+                }
             }
             self.under_way = None;
             if self.is_last {

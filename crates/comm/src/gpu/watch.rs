@@ -2,7 +2,7 @@
 //! device whose context is lost is told of, and who asks for its last calls gets them.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use unisono_core::call::CallHeader;
 use unisono_cuda::{Device, Stream};
@@ -16,6 +16,8 @@ use crate::error::Error;
 const INTERVAL: Duration = Duration::from_millis(100);
 /// While a copy is under way, which takes some microseconds.
 const COPYING: Duration = Duration::from_millis(1);
+/// How long the last copy, after a failure, may take.
+const LAST_COPY: Duration = Duration::from_secs(2);
 
 /// Ends when it is dropped.
 #[derive(Debug)]
@@ -34,24 +36,26 @@ impl Watch {
             let probe = Stream::new(&device).and_then(|stream| stream.relax_capture().map(|()| stream)).ok();
             let (ended, change) = &*watched;
             let mut is_over = ended.lock().unwrap_or_else(PoisonError::into_inner);
-            if probe.is_some() && !*is_over {
+            let copies = probe.as_ref().filter(|_| control.about().is_recording);
+            if copies.is_some() && !*is_over {
                 Copier::open(control.gpu().0);
             }
+            let mut failed_at = None;
             while !*is_over {
                 let pause = if copier.is_busy() { COPYING } else { INTERVAL };
                 is_over = change.wait_timeout(is_over, pause).unwrap_or_else(PoisonError::into_inner).0;
                 if *is_over {
                     return;
                 }
-                let has_failed = control.abort().raised().is_some();
-                if has_failed {
+                if control.abort().raised().is_some() {
                     // The first cause, and what was done last, is all that there is to tell.
                     copier.begin_last();
+                    failed_at = failed_at.or_else(|| Some(Instant::now()));
                 } else if let Some(cause) = find(probe.as_ref(), &control) {
                     control.fail(&cause);
                 }
-                let has_more = probe.as_ref().is_some_and(|probe| copier.look(probe, control.gpu().0));
-                if has_failed && !has_more {
+                let has_more = copies.is_some_and(|stream| copier.look(stream, control.gpu().0));
+                if failed_at.is_some_and(|moment| !has_more || moment.elapsed() > LAST_COPY) {
                     return Copier::close(control.gpu().0);
                 }
             }

@@ -50,7 +50,7 @@ type Request = Box<dyn FnOnce(&Communicator) -> Result<()> + Send>;
 /// What one communicator has to do when the group ends.
 pub(super) enum Task<'b> {
     Requests(Lent<'b>, Vec<Request>),
-    Destroy(Communicator),
+    Destroy(Box<Communicator>),
 }
 
 /// A communicator that a thread of the group operates, while the thread of the group waits.
@@ -91,10 +91,10 @@ impl Task<'_> {
     /// Everything in its order, whatever fails: other ranks do so, too. The first failure.
     fn carry_out(self) -> Result<()> {
         match self {
-            Self::Requests(lent, requests) => requests.into_iter().fold(Ok(()), |result, request| {
-                let done = request(lent.0);
-                result.and(done)
-            }),
+            Self::Requests(lent, requests) => {
+                let done: Vec<Result<()>> = requests.into_iter().map(|request| request(lent.0)).collect();
+                done.into_iter().collect()
+            }
             Self::Destroy(communicator) => communicator.destroy(),
         }
     }
@@ -104,7 +104,7 @@ impl<'b> Group<'b> {
     /// Ends `communicator` together with all of its ranks, as [`Communicator::destroy`] does, when the group ends. If the group
     /// fails before it carries anything out, the communicator is dropped.
     pub fn destroy(&self, communicator: Communicator) {
-        self.tasks.borrow_mut().push(Task::Destroy(communicator));
+        self.tasks.borrow_mut().push(Task::Destroy(Box::new(communicator)));
     }
 
     fn request(&self, communicator: &'b Communicator, request: Request) {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use unisono_core::call::{CallHeader, Kind};
 use unisono_core::device::layout::{
     RECORDER_KEPT, RECORDER_SERVES, REPORT_ANSWER, REPORT_CLOCKS, REPORT_RECORDER, REPORT_REQUEST,
-    STATE_BYTES,
+    STATE_BYTES, STATE_EXPECTED_AT,
 };
 use unisono_core::layout::ControlLayout;
 use unisono_sync::{Flag, Ticks, Word};
@@ -25,10 +25,13 @@ fn answer(control: &Control, is_over: &Flag) {
     let fields = ControlLayout::new(2).rank(0);
     let (page, copy) = (words(control, fields.gpu), words(control, fields.gpu_records));
     let header = CallHeader::bare(Kind::Barrier).to_words();
-    while !is_over.is_raised() {
+    let start = std::time::Instant::now();
+    while !is_over.is_raised() && start.elapsed() < Duration::from_secs(30) {
         let request = page[REPORT_REQUEST].load_acquire();
         if request != page[REPORT_ANSWER].load_relaxed() {
+            // It has entered call 1, and one block of that is to leave.
             copy[0].store_relaxed(1);
+            copy[STATE_EXPECTED_AT / 8].store_relaxed(1 << (STATE_EXPECTED_AT % 8 * 8));
             let record = [1 << 32, 1000, header[0], header[1], 1 << 32, 0, 0, 0];
             let at = STATE_BYTES / 8 + record.len();
             copy[at..].iter().zip(record).for_each(|(word, value)| word.store_relaxed(value));

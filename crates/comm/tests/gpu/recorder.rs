@@ -36,14 +36,14 @@ fn texts(calls: &[GpuCall]) -> Vec<String> {
 fn eager_and_replayed_calls_are_told_in_order_with_kinds_and_sizes() {
     let Some((world, buffers)) = pair() else { return };
     let mut graphs = Vec::new();
-    for rank in 0..2 {
+    for (rank, buffer) in buffers.iter().enumerate() {
         let (on, raw) = (world.ranks[rank].on(&world.streams[rank]), &world.raw_streams[rank]);
         raw.begin_capture().unwrap();
-        on.all_reduce(some(&world, rank, &buffers[rank], 7), ReduceOp::Max).unwrap();
+        on.all_reduce(some(&world, rank, buffer, 7), ReduceOp::Max).unwrap();
         on.barrier().unwrap();
         graphs.push(raw.end_capture().unwrap());
-        on.all_reduce(some(&world, rank, &buffers[rank], 1000), ReduceOp::Sum).unwrap();
-        on.broadcast(some(&world, rank, &buffers[rank], 1 << 20), 1).unwrap();
+        on.all_reduce(some(&world, rank, buffer, 1000), ReduceOp::Sum).unwrap();
+        on.broadcast(some(&world, rank, buffer, 1 << 20), 1).unwrap();
     }
     let replay = |times: usize| {
         for _ in 0..times {

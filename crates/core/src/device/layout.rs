@@ -264,7 +264,7 @@ mod tests {
         let report = 8 + 2 * (HEADER_WORDS + 1);
         assert!(report <= REPORT_RECORDER, "{report}");
         let line = crate::layout::LINE / 8;
-        assert!(REPORT_RECORDER % line == 0 && REPORT_REQUEST % line == 0 && REPORT_ANSWER % line == 0);
+        assert!([REPORT_RECORDER, REPORT_REQUEST, REPORT_ANSWER].iter().all(|at| at.is_multiple_of(line)));
     }
 
     #[test]
