@@ -322,7 +322,8 @@ impl Control {
         self.words_of(self.layout.rank(rank).cause)
     }
 
-    fn words_of(&self, field: Field) -> &[impl Word<u64>] {
+    /// The words of a field of the layout.
+    pub(crate) fn words_of(&self, field: Field) -> &[impl Word<u64>] {
         // SAFETY: the field lies in the mapping, aligned to a line, and is accessed as 64-bit atomics only.
         unsafe { words64(self.memory.as_ptr().add(field.offset), field.bytes / 8) }
     }

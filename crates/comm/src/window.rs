@@ -95,14 +95,14 @@ impl<T: Element> Window<T> {
             let cause = cause.into_error("a collective", self.control.member()).to_string();
             return Err(Error::Poisoned { id: self.id, cause });
         }
-        let Held::Host { .. } = &self.held else {
+        if !matches!(self.held, Held::Host { .. }) {
             return Err(Error::Place {
                 call: "lend",
                 rank: self.control.member().0,
                 expected: "windows of host memory".to_owned(),
                 got: "memory of a GPU".to_owned(),
             });
-        };
+        }
         let base: *mut T = std::ptr::with_exposed_provenance_mut(self.base() as usize);
         // SAFETY: the base is page-aligned, `count` elements long, lives as long as `memory`, and every bit pattern is a
         // valid `T`. Peers read and write it only while we are inside a collective, which needs this borrow to be over.

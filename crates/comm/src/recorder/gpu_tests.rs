@@ -14,16 +14,10 @@ use super::*;
 use crate::communicator::Communicator;
 use crate::control::Control;
 
-/// A place in the shared memory of two ranks.
-fn words(control: &Control, field: Field) -> &[impl Word<u64>] {
-    // SAFETY: the field lies in the mapping, on a page, and everybody accesses it as atomics.
-    unsafe { unisono_sync::memory::words64(control.memory().as_ptr().add(field.offset), field.bytes / 8) }
-}
-
 /// Answers for rank 0 until it `is_over`: its GPU has been in barrier #1 since it was first asked.
 fn answer(control: &Control, is_over: &Flag) {
     let fields = ControlLayout::new(2).rank(0);
-    let (page, copy) = (words(control, fields.gpu), words(control, fields.gpu_records));
+    let (page, copy) = (control.words_of(fields.gpu), control.words_of(fields.gpu_records));
     let header = CallHeader::bare(Kind::Barrier).to_words();
     let start = std::time::Instant::now();
     while !is_over.is_raised() && start.elapsed() < Duration::from_secs(30) {
@@ -49,7 +43,7 @@ fn readers_in_and_outside_of_the_process_are_answered_and_told_who_is_silent() {
     let without = observer.gpu_calls(0).unwrap_err().to_string();
     assert!(without.ends_with("this communicator was made without one (Builder::device)"), "{without}");
     for rank in 0..2 {
-        let page = words(&control, ControlLayout::new(2).rank(rank).gpu);
+        let page = control.words_of(ControlLayout::new(2).rank(rank).gpu);
         page[REPORT_CLOCKS[0]].store_relaxed(1000);
         page[REPORT_CLOCKS[1]].store_relaxed(Ticks::here().now());
         page[REPORT_RECORDER].store_release(RECORDER_SERVES);
@@ -79,7 +73,7 @@ fn readers_in_and_outside_of_the_process_are_answered_and_told_who_is_silent() {
         assert!(text.ends_with("The GPU of rank 1 was not read: its process did not answer."), "{text}");
     });
     // What is over is told without asking.
-    let page = words(&control, ControlLayout::new(2).rank(0).gpu);
+    let page = control.words_of(ControlLayout::new(2).rank(0).gpu);
     page[REPORT_RECORDER].store_release(RECORDER_KEPT);
     assert_eq!(observer.gpu_calls(0).unwrap().len(), 1);
 }
