@@ -116,9 +116,10 @@ fn place(windows: &[OpenWindow], at: Option<WindowPlace>, (bases, offset): (&mut
 struct Memory {
     device: Device,
     _state: DeviceBuffer,
+    copier: Copier,
     _arenas: Arenas,
     _control_pages: Arc<RegisteredHost>,
-    _control: Arc<Control>,
+    control: Arc<Control>,
     windows: Vec<OpenWindow>,
 }
 
@@ -159,14 +160,15 @@ impl Gpu {
         if let Some(clock) = kernels.copies().clock() {
             recorder::compare_clocks(device, clock, &mut args, control.gpu().0).map_err(failed)?;
         }
-        let copier = Copier::new(state.address(), pages.address() + records);
-        let watch = Watch::start(device.clone(), control.clone(), copier);
+        let copier = || Copier::new(state.address(), pages.address() + records);
+        let watch = Watch::start(device.clone(), control.clone(), copier());
         let memory = Memory {
             device: device.clone(),
+            copier: copier(),
             _state: state,
             _arenas: arenas,
             _control_pages: pages,
-            _control: control.clone(),
+            control: control.clone(),
             windows: Vec::new(),
         };
         Ok(Self {
@@ -486,6 +488,7 @@ impl Drop for Gpu {
         let memory = std::mem::ManuallyDrop::new(memory);
         let reap = move || {
             let _ = memory.device.synchronize();
+            let _ = memory.copier.keep(&memory.device, memory.control.gpu().0);
             drop(std::mem::ManuallyDrop::into_inner(memory));
         };
         if let Err(error) = std::thread::Builder::new().name("unisono-reaper".to_owned()).spawn(reap) {

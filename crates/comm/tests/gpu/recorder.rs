@@ -92,6 +92,19 @@ fn eager_and_replayed_calls_are_told_in_order_with_kinds_and_sizes() {
     assert!(calls.iter().all(|call| !call.is_open()));
     drop(graphs);
     world.end();
+    // And keeps them for who held the memory when the communicator is gone.
+    let is_kept = |recording: &recorder::Recording| {
+        let ranks = recording.glance().unwrap().ranks;
+        let mut views = ranks.iter().filter_map(|rank| rank.gpu.as_ref());
+        views.any(|view| {
+            view.reading == Reading::Last && view.calls.last().is_some_and(|call| call.number == 1206)
+        })
+    };
+    let start = Instant::now();
+    while !found.recordings.iter().any(is_kept) {
+        assert!(start.elapsed() < Duration::from_secs(10), "the last calls are lost");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 #[test]

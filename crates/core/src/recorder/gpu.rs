@@ -10,7 +10,7 @@
 //!
 //! Times are nanoseconds of the device's clock. They become times before now by one pair of moments that was taken on both
 //! clocks when the communicator was made: some ten microseconds apart, and what the clocks have drifted since. How long a call
-//! took is not affected.
+//! took is not affected. Without that pair, times count from the last thing that the device recorded.
 
 use std::time::Duration;
 
@@ -133,6 +133,8 @@ impl GpuCall {
     /// The calls of a device's words and ring, copied in this order while it runs.
     pub fn of_copy(words: &[u64], moment: Moment, clock: &Clock) -> Vec<Self> {
         let Some((state, ring)) = words.split_at_checked(STATE_BYTES / 8) else { return Vec::new() };
+        let moment =
+            if moment.ticks == 0 { Moment { device_ns: newest(ring), ticks: clock.now } } else { moment };
         let epoch = state[0] as u32;
         let count = |at: usize| (state[at / 8] >> (at % 8 * 8)) as u32;
         let is_idle = count(STATE_LEFT_AT).wrapping_sub(count(STATE_EXPECTED_AT)) as i32 >= 0;
@@ -212,6 +214,12 @@ impl GpuCall {
     pub fn call(&self) -> String {
         format!("{} #{}", self.header.kind.name(), self.number)
     }
+}
+
+/// The last time that any record tells.
+fn newest(ring: &[u64]) -> u64 {
+    let times = |record: &[u64; RECORD_WORDS]| record[1].max(record[6]).max(record[7]);
+    ring.as_chunks::<RECORD_WORDS>().0.iter().map(times).max().unwrap_or(0)
 }
 
 /// `all_reduce #812 (f32, 4096, sum)`.

@@ -112,6 +112,18 @@ fn the_ring_keeps_its_last_calls_over_the_wrap_of_epochs_and_times_of_older_ones
 }
 
 #[test]
+fn without_a_moment_on_both_clocks_times_count_from_the_last_thing_recorded() {
+    let mut words = device(0);
+    for epoch in 1..3 {
+        enter(&mut words, epoch);
+        put(&mut words, record(epoch, 5, seconds(u64::from(epoch) * 2)));
+    }
+    let calls = GpuCall::of_copy(&words, Moment { device_ns: 77, ticks: 0 }, &CLOCK);
+    let begun: Vec<Duration> = calls.iter().map(|call| call.begun).collect();
+    assert_eq!(begun, [Duration::from_secs(2), Duration::ZERO]);
+}
+
+#[test]
 fn halves_of_different_calls_are_no_call() {
     let mut words = device(0);
     for epoch in [1, 1025] {
