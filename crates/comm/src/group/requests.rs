@@ -57,8 +57,9 @@ pub(super) enum Task<'b> {
 pub(super) struct Lent<'b>(&'b Communicator);
 
 // SAFETY: a communicator may move between threads, and only its shared use is refused. Nobody else uses this one: whoever has a
-// reference to it is the thread that the group runs on, because a `Communicator` is not `Sync`, and that one waits in `carry_out`
-// until the thread that this is given to has ended; each communicator is in one task only.
+// reference to it is the thread that the group runs on, because a `Communicator` is not `Sync`. That one stays in `carry_out` until
+// the thread that this is given to has ended, and touches no other communicator meanwhile than that of its own task; each
+// communicator is in one task only.
 unsafe impl Send for Lent<'_> {}
 
 impl fmt::Debug for Task<'_> {
