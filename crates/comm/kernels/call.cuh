@@ -213,7 +213,8 @@ __device__ __forceinline__ void record_end(const Args& args, const Entry& entry)
   if (args.bytes >= STAMPED_BYTES && threadIdx.x == 0) raise_own_later(&record_of(args, entry)->ended_ns, now_ns());
 }
 
-// All threads of a block; a warp for each peer: lane l sends and compares packet l. READY: whoever sees our header may read our input where it lies.
+// All threads of a block, a warp for each peer: lane l sends and compares packet l. READY: whoever sees our header may read our
+// input where it lies.
 template <bool READY>
 __device__ void exchange_headers(const Args& args, const Entry& entry) {
   // SYNC: what this device did before the call is visible to peers after our header.
