@@ -381,7 +381,8 @@ impl fmt::Display for CallHeader {
             Kind::AllReduceMulti { .. } if self.parts == 1 => write!(f, ", 1 buffer")?,
             Kind::AllReduceMulti { .. } => write!(f, ", {} buffers", self.parts)?,
             Kind::BroadcastMulti { buffer, .. } => write!(f, ", its buffer {buffer}")?,
-            Kind::Window if self.parts != 0 => write!(f, ", on GPUs")?,
+            Kind::Window if self.parts == 1 => write!(f, ", on GPUs")?,
+            Kind::Window if self.parts != 0 => write!(f, ", pinned")?,
             // Sizes that differ show in this, even where their sum does not.
             _ if self.parts != 0 => write!(f, " in parts #{:06x}", self.parts & 0xff_ffff)?,
             _ => {}

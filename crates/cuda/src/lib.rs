@@ -24,7 +24,7 @@ pub use device::{Device, Uuid};
 pub use error::{Error, Result};
 pub use facts::{KernelFacts, kernels};
 pub use graph::Graph;
-pub use memory::{DeviceBuffer, Location, RegisteredHost, SharedPages};
+pub use memory::{DeviceBuffer, FabricHandle, Location, RegisteredHost, SharedPages};
 pub use module::{Function, Grid, Module};
 pub use nvml::{GpuLinks, Link, Pcie, Remote};
 pub use nvrtc::{Architecture, Compiler, Source};

@@ -10,6 +10,7 @@
 pub mod cgroup;
 pub mod connect;
 mod credentials;
+pub mod descriptor;
 pub mod error;
 pub mod fork;
 #[cfg(feature = "fuzzing")]
