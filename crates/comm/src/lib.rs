@@ -32,6 +32,7 @@ mod cause;
 mod collectives;
 pub mod communicator;
 mod control;
+mod copies;
 mod derive;
 pub mod error;
 pub mod explanation;

@@ -262,11 +262,7 @@ impl Drop for SharedPages {
     }
 }
 
-fn properties(
-    device: &Device,
-    location: Location,
-    exported_as: HandleTypes,
-) -> sys::CUmemAllocationProp {
+fn properties(device: &Device, location: Location, exported_as: HandleTypes) -> sys::CUmemAllocationProp {
     let (type_, id) = match location {
         Location::Device => (sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE, device.raw()),
         Location::HostNuma(node) => (sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_HOST_NUMA, node as i32),

@@ -15,26 +15,28 @@ use unisono_core::device::select::{Question, Rules};
 pub use unisono_core::device::{ArenaLayout, Link};
 use unisono_core::device::{Form, Launch};
 use unisono_core::hello::DeviceIdentity;
-use unisono_core::settings::Settings;
-use unisono_cuda::{Device, DeviceBuffer, Event, Grid, Location, RegisteredHost, SharedPages, Stream, Uuid};
-use unisono_sync::Deadline;
+use unisono_core::settings::{HandleKind, PinnedWay, Settings};
+use unisono_cuda::{Device, DeviceBuffer, Event, Grid, RegisteredHost, Stream, Uuid};
 
 use crate::call::Call;
-use crate::collectives::{Engine, Plan, WindowPlace};
+use crate::collectives::{Engine, Plan};
 use crate::control::Control;
 use crate::error::{Error, Result};
-use crate::neighbours::Neighbours;
 use arenas::Arenas;
 use args::{Args, HEADER_LAUNCH, Report, STATE_BYTES};
 use kernels::Kernels;
+use pinned::Enqueued;
 use watch::Watch;
+use windows::{OpenWindow, address, place, touched};
 
 pub(crate) mod arenas;
 pub(crate) mod args;
 pub(crate) mod attach;
 pub mod kernels;
 pub(crate) mod peers;
+pub(crate) mod pinned;
 mod watch;
+mod windows;
 
 /// What a communicator on a GPU is made with.
 #[derive(Clone, Debug)]
@@ -44,6 +46,8 @@ pub(crate) struct Config {
     /// The first epoch is the one after this.
     pub(crate) epoch: u32,
     pub(crate) prepare: Vec<kernels::Purpose>,
+    pub(crate) pinned_way: PinnedWay,
+    pub(crate) handles: HandleKind,
 }
 
 impl Config {
@@ -62,6 +66,8 @@ impl Config {
                 .map_or(0, |patience| patience.as_nanos().clamp(1, u64::MAX.into()) as u64),
             epoch: extra.epoch,
             prepare,
+            pinned_way: settings.pinned,
+            handles: settings.handles,
         }
     }
 }
@@ -87,26 +93,13 @@ pub(crate) struct Gpu {
     /// Other ranks of this thread: what one loads, all load, because loading may wait for all devices.
     siblings: Vec<Device>,
     windows: Vec<OpenWindow>,
+    pinned_way: PinnedWay,
+    handles: HandleKind,
+    /// Once there was a pinned window.
+    enqueued: Option<Arc<Enqueued>>,
     failed: Option<Error>,
     memory: Option<Memory>,
     _watch: Watch,
-}
-
-/// A window on the devices of all ranks.
-#[derive(Debug)]
-struct OpenWindow {
-    id: u64,
-    bytes: usize,
-    pages: Vec<Arc<SharedPages>>,
-}
-
-/// Writes where one side of a direct call lies: the windows of all ranks, and our own offset; answers their length.
-fn place(windows: &[OpenWindow], at: Option<WindowPlace>, (bases, offset): (&mut [u64], &mut u64)) -> u64 {
-    let found = at.and_then(|at| Some((windows.iter().find(|window| window.id == at.id)?, at.offset)));
-    let Some((window, within)) = found else { unreachable!("only windows that were found are direct") };
-    bases.iter_mut().zip(&window.pages).for_each(|(base, pages)| *base = pages.address());
-    *offset = within as u64;
-    window.bytes as u64
 }
 
 /// What kernels may still touch after the communicator is gone.
@@ -172,6 +165,9 @@ impl Gpu {
             order: None,
             siblings,
             windows: Vec::new(),
+            pinned_way: config.pinned_way,
+            handles: config.handles,
+            enqueued: None,
             failed: None,
             memory: Some(memory),
             _watch: watch,
@@ -243,7 +239,8 @@ impl Gpu {
         args.header[HEADER_LAUNCH] = launch_word(launch);
         (args.bytes, args.tile) = (plan.bytes() as u64, launch.tile);
         args.root = kind.root().unwrap_or(0);
-        let (source, target) = (plan.source as u64, plan.target as u64);
+        let source = address(&self.windows, rank, plan.source as u64, plan.source_window);
+        let target = address(&self.windows, rank, plan.target as u64, plan.target_window);
         (args.sources[rank], args.targets[rank]) = (source, target);
         let own = if matches!(kind, Kind::AllGather) { rank as u64 * args.bytes } else { 0 };
         args.is_same = u32::from(source == target + own);
@@ -266,46 +263,10 @@ impl Gpu {
         {
             order.record(stream).map_err(|error| Error::Cuda { rank, error })?;
         }
-        Ok(())
-    }
-
-    /// Where `bytes` at `ptr` lie in our copy of window `id`, if they do.
-    fn find_window(&self, id: u64, ptr: u64, bytes: usize) -> Option<WindowPlace> {
-        let window = self.windows.iter().find(|window| window.id == id)?;
-        let offset =
-            usize::try_from(ptr.checked_sub(window.pages[self.args.rank as usize].address())?).ok()?;
-        (offset.checked_add(bytes)? <= window.bytes).then_some(WindowPlace { id, offset })
-    }
-
-    /// Makes a window on the devices of all ranks, zeroed, of `bytes` each. Collective.
-    pub(crate) fn share_window(
-        &self,
-        neighbours: &Neighbours,
-        (id, bytes): (u64, usize),
-        deadline: Deadline,
-        is_aborted: &dyn Fn() -> bool,
-    ) -> Result<Vec<Arc<SharedPages>>> {
-        let rank = self.args.rank as usize;
-        if self.rules.link == Link::Host {
-            let reason =
-                "the devices do not reach each other's memory, so they can share no window".to_owned();
-            return Err(Error::Device { rank, reason });
+        match touched(&self.windows, [plan.source_window, plan.target_window]) {
+            Some(enqueued) => enqueued.note(stream),
+            None => Ok(()),
         }
-        let make = || {
-            let pages = SharedPages::create(&self.device, bytes, Location::Device)?;
-            pages.fill(0).map(|()| pages)
-        };
-        peers::share(neighbours, &self.device, (id as u32, bytes), make, deadline, is_aborted)
-    }
-
-    /// From now on, buffers in these pages are known to lie in window `id`.
-    pub(crate) fn open_window(&mut self, id: u64, bytes: usize, pages: Vec<Arc<SharedPages>>) {
-        self.windows.push(OpenWindow { id, bytes, pages });
-    }
-
-    /// Forgets window `id`. Whoever calls it has waited for the calls that use it.
-    pub(crate) fn close_window(&mut self, id: u64) {
-        self.windows.retain(|window| window.id != id);
     }
 
     /// Calls on different streams run one after the other. Within a graph its own dependencies order them.

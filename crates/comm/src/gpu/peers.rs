@@ -1,11 +1,13 @@
-//! Memory of the same size on the devices of all ranks, which each of them reaches: first made, then exchanged once, then
-//! there for as long as somebody holds it.
+//! Memory of the same size on all ranks, which each of them reaches: first made, then exchanged once, then there for as long as
+//! somebody holds it.
 //!
 //! The steps are a state machine over any kind of memory, so that what must be refused is tested without a GPU.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use unisono_cuda::{Device, Location, SharedPages};
+use unisono_core::settings::HandleKind;
+use unisono_cuda::{Device, FabricHandle, Location, SharedPages};
 use unisono_sync::Deadline;
 
 use crate::error::{Error, Result};
@@ -28,10 +30,11 @@ impl Claim {
         bytes
     }
 
-    fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let (rank, length) = bytes.split_first_chunk()?;
-        let bytes = u64::from_le_bytes(length.try_into().ok()?);
-        Some(Self { rank: u32::from_le_bytes(*rank), bytes })
+    /// A claim, and what follows it.
+    fn split_from(bytes: &[u8]) -> Option<(Self, &[u8])> {
+        let (rank, rest) = bytes.split_first_chunk()?;
+        let (length, rest) = rest.split_first_chunk()?;
+        Some((Self { rank: u32::from_le_bytes(*rank), bytes: u64::from_le_bytes(*length) }, rest))
     }
 }
 
@@ -110,56 +113,138 @@ impl<M: Clone> Exchange<M> {
     }
 }
 
-/// Makes `bytes` on our device and exchanges them with all ranks. Collective; `item` names them. A rank that cannot make
-/// its own tells the others, so that nobody waits.
-pub(crate) fn share(
+/// What another process needs to map memory. Which of the two there is, and of what, it sees for itself.
+#[derive(Debug)]
+pub(crate) struct Exported {
+    pub(crate) descriptor: Option<OwnedFd>,
+    pub(crate) words: Vec<u8>,
+}
+
+/// A kind of memory that ranks make and hand to each other.
+pub(crate) trait Kind {
+    type Memory: Send + Sync + 'static;
+
+    /// Ours.
+    fn make(&self) -> Result<Self::Memory>;
+
+    /// What other processes need to map ours.
+    fn export(&self, ours: &Self::Memory) -> Result<Exported>;
+
+    /// Maps what rank `peer` exported.
+    fn import(&self, peer: usize, exported: Exported) -> Result<Self::Memory>;
+
+    /// Lets our device into what another rank of this process made.
+    fn allow(&self, theirs: &Self::Memory) -> Result<()>;
+}
+
+/// Makes memory of `bytes` and exchanges it with all ranks. Collective; `item` names it. A rank that cannot make its own
+/// tells the others, so that nobody waits.
+pub(crate) fn share<K: Kind>(
     neighbours: &Neighbours,
-    device: &Device,
+    kind: &K,
     (item, bytes): (u32, usize),
-    make: impl FnOnce() -> unisono_cuda::Result<SharedPages>,
     deadline: Deadline,
     is_aborted: &dyn Fn() -> bool,
-) -> Result<Vec<Arc<SharedPages>>> {
+) -> Result<Vec<Arc<K::Memory>>> {
     let (rank, ranks) = (neighbours.me(), neighbours.world_size());
-    let failed = |error| Error::Cuda { rank, error };
-    let ours = make().map(Arc::new);
-    let is_local = neighbours.is_one_process();
-    let given = match &ours {
-        Ok(pages) if is_local => Ok(Given::Here(pages.clone())),
-        Ok(pages) => pages.export().map(Given::Descriptor),
-        Err(_) => Ok(Given::Nothing),
-    };
-    let (given, problem) = match given {
-        Ok(given) => (given, None),
-        Err(error) => (Given::Nothing, Some(error)),
-    };
     let claim = Claim { rank: rank as u32, bytes: bytes as u64 };
-    let letters = neighbours.exchange(item, &claim.to_bytes(), &given, deadline, is_aborted)?;
-    let ours = problem.map_or(ours, Err).map_err(failed)?;
-    let mapped = ours.bytes();
-    let mut exchange = Exchange::new(ranks, claim, ours);
+    let mut body = claim.to_bytes().to_vec();
+    let mut given = Given::Nothing;
+    let ours = kind.make().and_then(|memory| {
+        let memory = Arc::new(memory);
+        if neighbours.is_one_process() {
+            given = Given::Here(memory.clone());
+        } else {
+            let exported = kind.export(&memory)?;
+            body.extend(exported.words);
+            given = exported.descriptor.map_or(Given::Nothing, Given::Descriptor);
+        }
+        Ok(memory)
+    });
+    let parcels = neighbours.exchange(item, &body, &given, deadline, is_aborted)?;
+    let mut exchange = Exchange::new(ranks, claim, ours?);
     let unreadable = Claim { rank: u32::MAX, bytes: 0 };
     let read = |parcel: Option<Parcel>| {
-        parcel.map(|parcel| (Claim::from_bytes(&parcel.body).unwrap_or(unreadable), parcel.given))
+        parcel.map(|Parcel { body, given }| match Claim::split_from(&body) {
+            Some((claim, words)) => (claim, (given, words.to_vec())),
+            None => (unreadable, (given, Vec::new())),
+        })
     };
-    let all = letters.into_iter().map(read).collect();
-    exchange.exchange(all, |peer, given| {
+    exchange.exchange(parcels.into_iter().map(read).collect(), |peer, (given, words)| {
         let none = || Error::Device { rank, reason: format!("rank {peer} has no memory to give") };
         match given {
-            Given::Descriptor(descriptor) => {
-                SharedPages::import(device, descriptor, mapped, Location::Device)
-                    .map(Arc::new)
-                    .map_err(failed)
-            }
             Given::Here(memory) => {
-                let pages: Arc<SharedPages> = memory.downcast().map_err(|_| none())?;
-                pages.allow(device).map_err(failed)?;
-                Ok(pages)
+                let memory = memory.downcast().map_err(|_| none())?;
+                kind.allow(&memory).map(|()| memory)
             }
-            Given::Nothing => Err(none()),
+            Given::Nothing if words.is_empty() => Err(none()),
+            Given::Nothing => kind.import(peer, Exported { descriptor: None, words }).map(Arc::new),
+            Given::Descriptor(descriptor) => {
+                kind.import(peer, Exported { descriptor: Some(descriptor), words }).map(Arc::new)
+            }
         }
     })?;
     Ok(exchange.all()?.to_vec())
+}
+
+/// Memory of devices: handed over as a descriptor, or as a fabric handle if that is asked for.
+pub(crate) struct OnDevices<'a, F> {
+    pub(crate) rank: usize,
+    pub(crate) device: &'a Device,
+    pub(crate) bytes: usize,
+    pub(crate) handles: HandleKind,
+    pub(crate) make: F,
+}
+
+impl<F: Fn() -> unisono_cuda::Result<SharedPages>> Kind for OnDevices<'_, F> {
+    type Memory = SharedPages;
+
+    fn make(&self) -> Result<SharedPages> {
+        (self.make)().map_err(|error| Error::Cuda { rank: self.rank, error })
+    }
+
+    fn export(&self, ours: &SharedPages) -> Result<Exported> {
+        let failed = |error| Error::Cuda { rank: self.rank, error };
+        let mut words = (ours.bytes() as u64).to_le_bytes().to_vec();
+        if self.handles == HandleKind::Fabric {
+            words.extend(ours.export_fabric().map_err(failed)?.0);
+            return Ok(Exported { descriptor: None, words });
+        }
+        Ok(Exported { descriptor: Some(ours.export().map_err(failed)?), words })
+    }
+
+    fn import(&self, peer: usize, exported: Exported) -> Result<SharedPages> {
+        let failed = |error| Error::Cuda { rank: self.rank, error };
+        let mapped = length(&exported.words, self.bytes);
+        match (exported.descriptor, mapped) {
+            (Some(descriptor), Some((bytes, _))) => {
+                SharedPages::import(self.device, descriptor, bytes, Location::Device).map_err(failed)
+            }
+            (None, Some((bytes, handle))) if handle.len() == 64 => {
+                let mut words = [0; 64];
+                words.copy_from_slice(handle);
+                SharedPages::import_fabric(self.device, &FabricHandle(words), bytes).map_err(failed)
+            }
+            _ => Err(unusable(self.rank, peer)),
+        }
+    }
+
+    fn allow(&self, theirs: &SharedPages) -> Result<()> {
+        theirs.allow(self.device).map_err(|error| Error::Cuda { rank: self.rank, error })
+    }
+}
+
+/// How long a peer says that its memory is, which must be at least `bytes`, and what it says behind that. The driver refuses
+/// to map more than there is.
+pub(crate) fn length(words: &[u8], bytes: usize) -> Option<(usize, &[u8])> {
+    let (mapped, rest) = words.split_first_chunk()?;
+    let mapped = usize::try_from(u64::from_le_bytes(*mapped)).ok()?;
+    (mapped >= bytes).then_some((mapped, rest))
+}
+
+/// A peer handed over what is no handle of memory.
+pub(crate) fn unusable(rank: usize, peer: usize) -> Error {
+    Error::Device { rank, reason: format!("what rank {peer} handed over is no memory of the agreed size") }
 }
 
 #[cfg(test)]
@@ -190,7 +275,8 @@ mod tests {
              written."
         );
         let claim = Claim { rank: 1, bytes: 64 };
-        assert_eq!((Claim::from_bytes(&claim.to_bytes()), Claim::from_bytes(&[1; 11])), (Some(claim), None));
+        assert_eq!(Claim::split_from(&claim.to_bytes()), Some((claim, &[][..])));
+        assert_eq!(Claim::split_from(&[1; 11]), None);
         let given = || vec![letter(0, 64, 'a'), None, letter(2, 64, 'c')];
         exchange.exchange(given(), |_, memory| Ok(memory)).unwrap();
         assert_eq!(exchange.all().unwrap(), ['a', 'b', 'c']);
@@ -215,6 +301,17 @@ mod tests {
         let mut wrong = whole();
         wrong[0] = None;
         assert!(refused(wrong).contains("handle should be one of rank 0, got none"));
+    }
+
+    #[test]
+    fn memory_that_is_shorter_than_agreed_is_no_memory() {
+        let words = [&8192u64.to_le_bytes()[..], &[7; 64]].concat();
+        assert_eq!(length(&words, 8192), Some((8192, &[7; 64][..])));
+        assert_eq!((length(&words, 8193), length(&words[..7], 0)), (None, None));
+        assert_eq!(
+            unusable(2, 1).to_string(),
+            "rank 2 cannot work on its GPU: what rank 1 handed over is no memory of the agreed size"
+        );
     }
 
     #[test]

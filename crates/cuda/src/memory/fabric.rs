@@ -61,9 +61,8 @@ impl SharedPages {
         let mut imported = 0;
         let kind = sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_FABRIC;
         // SAFETY: 64 bytes, which the driver reads and checks; the answer is ours.
-        let result = unsafe {
-            sys::cuMemImportFromShareableHandle(&raw mut imported, (&raw mut ours).cast(), kind)
-        };
+        let result =
+            unsafe { sys::cuMemImportFromShareableHandle(&raw mut imported, (&raw mut ours).cast(), kind) };
         let ordinal = device.ordinal();
         check("cuMemImportFromShareableHandle", ordinal, result)
             .map_err(|error| Error::NoFabric { ordinal, reason: error.to_string() })?;

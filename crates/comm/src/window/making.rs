@@ -1,0 +1,129 @@
+//! How the memory of a window is made on all ranks, and how it goes.
+
+use std::sync::Arc;
+
+use unisono_core::call::CallHeader;
+use unisono_core::layout::WindowLayout;
+use unisono_sync::Deadline;
+
+use super::{Held, Memory};
+use crate::call::Kind;
+use crate::collectives::Engine;
+use crate::communicator::Communicator;
+use crate::control::Control;
+use crate::copies::Copies;
+use crate::error::{Error, Result};
+
+/// A window that this rank has made.
+pub(crate) enum Made {
+    Host(Copies),
+    #[cfg(feature = "cuda")]
+    Device {
+        pages: Vec<Arc<unisono_cuda::SharedPages>>,
+        bytes: usize,
+    },
+}
+
+/// Until when, and unless what.
+#[derive(Clone, Copy)]
+pub(crate) struct Limits<'a> {
+    pub(crate) deadline: Deadline,
+    pub(crate) is_aborted: &'a dyn Fn() -> bool,
+}
+
+impl Communicator {
+    /// Makes window `id` in `memory` and exchanges it. Collective.
+    pub(crate) fn make_window(
+        &self,
+        memory: Memory,
+        id: u64,
+        layout: WindowLayout,
+        limits: Limits<'_>,
+    ) -> Result<Made> {
+        match memory {
+            Memory::Host => self.make_on_host(id, layout, limits).map(Made::Host),
+            Memory::Device => self.make_on_device(id, layout, limits),
+            Memory::Pinned => self.make_pinned(id, layout, limits).map(Made::Host),
+        }
+    }
+
+    fn make_on_host(&self, id: u64, layout: WindowLayout, limits: Limits<'_>) -> Result<Copies> {
+        let Limits { deadline, is_aborted } = limits;
+        let memory = self.neighbours.share(id as u32, layout.total_bytes(), deadline, is_aborted)?;
+        Ok(Copies::in_one(memory, layout, self.world_size()))
+    }
+
+    /// Without GPUs, any host memory will do.
+    #[cfg(feature = "cuda")]
+    fn make_pinned(&self, id: u64, layout: WindowLayout, limits: Limits<'_>) -> Result<Copies> {
+        let Some(gpu) = &self.gpu else { return self.make_on_host(id, layout, limits) };
+        let Limits { deadline, is_aborted } = limits;
+        let (bytes, signals) = (layout.bytes(), WindowLayout::new(self.world_size(), 0, 1)?);
+        // Whoever fails here still takes part in what follows: the others wait for it.
+        let memory = self.neighbours.share(id as u32, signals.total_bytes(), deadline, is_aborted);
+        let pinned = gpu.borrow_mut().share_pinned(&self.neighbours, (id, bytes), deadline, is_aborted);
+        Ok(Copies::pinned(pinned?, bytes, memory?, signals))
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn make_pinned(&self, id: u64, layout: WindowLayout, limits: Limits<'_>) -> Result<Copies> {
+        self.make_on_host(id, layout, limits)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn make_on_device(&self, id: u64, layout: WindowLayout, limits: Limits<'_>) -> Result<Made> {
+        let Some(gpu) = &self.gpu else {
+            let reason = "this communicator was made without one (Builder::device)".to_owned();
+            return Err(Error::Device { rank: self.rank(), reason });
+        };
+        let (bytes, Limits { deadline, is_aborted }) = (layout.bytes(), limits);
+        let pages = gpu.borrow().share_window(&self.neighbours, (id, bytes), deadline, is_aborted)?;
+        Ok(Made::Device { pages, bytes })
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn make_on_device(&self, _: u64, _: WindowLayout, _: Limits<'_>) -> Result<Made> {
+        Err(Error::Builder { problem: "this build has no GPUs: it was made without the feature cuda" })
+    }
+
+    /// From now on, collectives find window `id`.
+    pub(crate) fn open_window(&self, engine: &mut Engine, id: u64, made: Made) -> Held {
+        #[cfg(feature = "cuda")]
+        let mut gpu = self.gpu.as_ref().map(|gpu| gpu.borrow_mut());
+        match made {
+            Made::Host(copies) => {
+                #[cfg(feature = "cuda")]
+                if let (Some(gpu), Some(pinned)) = (&mut gpu, copies.as_pinned()) {
+                    gpu.open_pinned(id, copies.bytes(), pinned);
+                }
+                engine.open_window(id, copies.clone());
+                Held::Host(copies)
+            }
+            #[cfg(feature = "cuda")]
+            Made::Device { pages, bytes } => {
+                let held = pages[self.rank()].clone();
+                if let Some(gpu) = &mut gpu {
+                    gpu.open_window(id, bytes, pages);
+                }
+                Held::Device(held)
+            }
+        }
+    }
+
+    /// Ends window `id`, made by the communicator of `owner`, and frees our hold on its memory. Collective.
+    ///
+    /// # Errors
+    /// As [`Communicator::end_window`]. Our hold ends in any case.
+    pub(crate) fn close_window(&self, id: u64, owner: &Arc<Control>, held: Held) -> Result<()> {
+        self.end_window(Kind::CloseWindow, id, owner)?;
+        let is_known_to_driver = held.is_known_to_driver();
+        drop(held);
+        // Freeing it may wait for all devices of this process, and so for a kernel that waits for us. So nobody makes a call
+        // before all have freed theirs.
+        if is_known_to_driver {
+            let header = CallHeader { target_window: id, ..CallHeader::bare(Kind::CloseWindow) };
+            return self.engine().meet(header, self.patience);
+        }
+        Ok(())
+    }
+}
