@@ -101,3 +101,81 @@ impl Copies {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::communicator::Communicator;
+    use crate::operations::Operations;
+    use crate::window::{Held, Window};
+    use unisono_core::ReduceOp;
+
+    const RANKS: usize = 3;
+    const COUNT: usize = 50_000;
+
+    /// Each copy in memory of its own, as pinned ones are.
+    fn apart(memories: &[Arc<SharedMemory>], signals: Arc<SharedMemory>) -> Copies {
+        Copies {
+            starts: memories.iter().map(|memory| memory.as_ptr().expose_provenance()).collect(),
+            bytes: COUNT * 4,
+            signals,
+            layout: signal_layout(),
+            #[cfg(feature = "cuda")]
+            pinned: None,
+        }
+    }
+
+    fn signal_layout() -> WindowLayout {
+        WindowLayout::new(RANKS, 0, 1).unwrap()
+    }
+
+    fn work(rank: &Communicator, copies: Copies) {
+        let me = rank.rank() as u32;
+        let id = rank.engine().next_window_id();
+        rank.engine().open_window(id, copies.clone());
+        let mut window = Window::<u32>::new(rank.control.clone(), Held::Host(copies), id, COUNT);
+        window.lend().unwrap().iter_mut().zip(0..).for_each(|(value, at)| *value = at * 3 + me * 1000);
+        // At another place on every rank; what lies around it stays.
+        let (from, count) = (5 * rank.rank(), COUNT - 100);
+        rank.all_reduce(window.range_mut(from..from + count), ReduceOp::Max).unwrap();
+        let expected = |at: u32| (0..RANKS as u32).map(|rank| (at + 5 * rank) * 3 + rank * 1000).max();
+        for (at, value) in window.lend().unwrap().iter().enumerate() {
+            let inside = (from..from + count).contains(&at);
+            let before = Some(at as u32 * 3 + me * 1000);
+            assert_eq!(Some(*value), if inside { expected((at - from) as u32) } else { before }, "{at}");
+        }
+        let part = COUNT / RANKS;
+        window.lend().unwrap()[part * me as usize..][..part].fill(me + 1);
+        rank.all_gather(window.range_mut(0..part * RANKS)).unwrap();
+        let all = window.lend().unwrap().chunks(part).take(RANKS).zip(1..);
+        all.for_each(|(part, rank)| assert!(part.iter().all(|value| *value == rank)));
+        let shared = window.into_symmetric(rank).unwrap();
+        let next = (rank.rank() + 1) % RANKS;
+        shared.write(next, COUNT - 2, &[me + 10, me + 20]).unwrap();
+        shared.signal(next, 63, 1).unwrap();
+        shared.wait_signal(63, 1, Duration::from_secs(60)).unwrap();
+        let (mut got, before) = ([0; 3], (me + RANKS as u32 - 1) % RANKS as u32);
+        shared.read(rank.rank(), COUNT - 3, &mut got).unwrap();
+        assert_eq!(got[1..], [before + 10, before + 20]);
+        shared.close(rank).unwrap();
+    }
+
+    #[test]
+    fn collectives_and_one_sided_memory_reach_copies_that_lie_apart() {
+        let memories: Vec<_> =
+            (0..RANKS).map(|_| Arc::new(SharedMemory::create(COUNT * 4).unwrap())).collect();
+        let signals = Arc::new(SharedMemory::create(signal_layout().total_bytes()).unwrap());
+        let ranks = Communicator::threads(RANKS).unwrap();
+        std::thread::scope(|scope| {
+            for rank in ranks {
+                let copies = apart(&memories, signals.clone());
+                scope.spawn(move || {
+                    work(&rank, copies);
+                    rank.destroy().unwrap();
+                });
+            }
+        });
+    }
+}

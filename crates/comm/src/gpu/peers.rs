@@ -303,6 +303,60 @@ mod tests {
         assert!(refused(wrong).contains("handle should be one of rank 0, got none"));
     }
 
+    /// Memory that is a number, which rank 1 of some worlds has not.
+    struct Numbers {
+        rank: usize,
+        fails: bool,
+    }
+
+    impl Kind for Numbers {
+        type Memory = usize;
+
+        fn make(&self) -> Result<usize> {
+            let reason = "it has no numbers".to_owned();
+            if self.fails { Err(Error::Device { rank: self.rank, reason }) } else { Ok(self.rank * 10) }
+        }
+
+        fn export(&self, _: &usize) -> Result<Exported> {
+            panic!("threads take the memory itself")
+        }
+
+        fn import(&self, _: usize, _: Exported) -> Result<usize> {
+            panic!("threads take the memory itself")
+        }
+
+        fn allow(&self, theirs: &usize) -> Result<()> {
+            let reason = "not that one".to_owned();
+            if self.rank == 2 && *theirs == 0 { Err(Error::Device { rank: 2, reason }) } else { Ok(()) }
+        }
+    }
+
+    fn share_numbers(fails: bool) -> Vec<Result<Vec<usize>, String>> {
+        let hub = Arc::new(unisono_node::ThreadHub::new(3));
+        let run = |rank| {
+            let neighbours = Neighbours::world(crate::neighbours::Host::Threads(hub.clone()), rank, 3, 0);
+            let kind = Numbers { rank, fails: fails && rank == 1 };
+            let shared = share(&neighbours, &kind, (7, 64), Deadline::NEVER, &|| false);
+            shared.map(|all| all.iter().map(|number| **number).collect()).map_err(|error| error.to_string())
+        };
+        std::thread::scope(|scope| {
+            let ranks = [0, 1, 2].map(|rank| scope.spawn(move || run(rank)));
+            ranks.map(|rank| rank.join().unwrap()).into()
+        })
+    }
+
+    #[test]
+    fn threads_share_the_memory_itself_and_hear_of_a_rank_that_has_none() {
+        let shared = share_numbers(false);
+        assert_eq!(shared[..2], [Ok(vec![0, 10, 20]), Ok(vec![0, 10, 20])]);
+        assert!(shared[2].as_ref().unwrap_err().contains("not that one"), "{shared:?}");
+        let shared = share_numbers(true);
+        let reasons = ["rank 1 has no memory to give", "it has no numbers", "not that one"];
+        for (shared, reason) in shared.iter().zip(reasons) {
+            assert!(shared.as_ref().unwrap_err().contains(reason), "{shared:?}");
+        }
+    }
+
     #[test]
     fn memory_that_is_shorter_than_agreed_is_no_memory() {
         let words = [&8192u64.to_le_bytes()[..], &[7; 64]].concat();
