@@ -38,8 +38,6 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/src/collectives/multi.rs",
     "crates/comm/src/collectives/reduce_scatter.rs",
     "crates/comm/src/collectives/transfer.rs",
-    // The address of a peer's copy of a window.
-    "crates/comm/src/collectives/windows.rs",
     // The base of our own part of a window.
     "crates/comm/src/communicator.rs",
     // Turns the layout into references.
@@ -48,6 +46,7 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/src/gpu/arenas.rs",
     "crates/comm/src/gpu/args.rs",
     "crates/comm/src/gpu/mod.rs",
+    "crates/comm/src/gpu/pinned.rs",
     // Takes over the descriptor that the launcher told about.
     "crates/comm/src/launch/secret.rs",
     // Reductions over plain pointers, for memory that other ranks share.
@@ -66,15 +65,19 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/tests/faults/forks.rs",
     // Device buffers, and a kernel that goes where it must not.
     "crates/comm/tests/faults/gpu.rs",
+    "crates/comm/tests/faults/pinned.rs",
     // Forks a child that inherits sockets, as a data loader does.
     "crates/comm/tests/faults/kills.rs",
     // Hands a window over as any element.
     "crates/comm/tests/golden.rs",
     // Device buffers of tests.
     "crates/comm/tests/gpu/life.rs",
+    "crates/comm/tests/gpu/pinned.rs",
     "crates/comm/tests/gpu/random.rs",
     "crates/comm/tests/gpu/windows.rs",
     "crates/comm/tests/gpu/world.rs",
+    // Gives a closed window to a collective.
+    "crates/comm/tests/collectives_threads/windows.rs",
     // Submits calls as data; unaligned and guarded buffers.
     "crates/comm/tests/support/doors.rs",
     "crates/comm/tests/support/region.rs",
@@ -85,6 +88,7 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/cuda/src/driver.rs",
     "crates/cuda/src/graph.rs",
     "crates/cuda/src/memory.rs",
+    "crates/cuda/src/memory/fabric.rs",
     "crates/cuda/src/module.rs",
     // One call of NVML, past a wrapper that loses its answer.
     "crates/cuda/src/nvml.rs",

@@ -5,6 +5,8 @@
 
 #[path = "gpu/life.rs"]
 mod life;
+#[path = "gpu/pinned.rs"]
+mod pinned;
 #[path = "gpu/random.rs"]
 mod random;
 #[path = "gpu/windows.rs"]

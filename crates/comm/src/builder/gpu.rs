@@ -43,6 +43,13 @@ impl Builder {
         self
     }
 
+    /// The same for each rank of [`Builder::local`]: for tests of ranks that differ.
+    #[doc(hidden)]
+    pub fn pinned_by_rank(mut self, ways: &[PinnedWay]) -> Self {
+        self.extra.pinned_ways = ways.to_vec();
+        self
+    }
+
     /// As what this rank hands the memory of its GPU to other processes. Ranks may differ.
     pub const fn handles(mut self, kind: HandleKind) -> Self {
         self.overrides.handles = Some(kind);

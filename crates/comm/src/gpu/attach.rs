@@ -180,6 +180,8 @@ pub(crate) fn attach_local(
             None => Arenas::Device(pages.clone()),
             Some(memory) => Arenas::host(device, memory.clone(), layout).map_err(failed(rank))?,
         };
+        let pinned_way = extra.pinned_ways.get(rank).copied().unwrap_or(config.pinned_way);
+        let config = Config { pinned_way, ..config.clone() };
         let others = devices.iter().filter(|other| *other != device).cloned().collect();
         Gpu::new(device, communicators[rank].control.clone(), arenas, &config, others)
     };

@@ -77,6 +77,8 @@ impl Config {
 pub(crate) struct Extra {
     pub(crate) prepare: Vec<kernels::Purpose>,
     pub(crate) epoch: u32,
+    /// Of the ranks of one process, where they differ.
+    pub(crate) pinned_ways: Vec<PinnedWay>,
 }
 
 /// One rank's side of all collectives on its GPU.

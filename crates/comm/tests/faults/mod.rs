@@ -10,6 +10,8 @@ pub(crate) mod load;
 pub(crate) mod mismatches;
 pub(crate) mod namespaces;
 pub(crate) mod parts;
+#[cfg(feature = "cuda")]
+pub(crate) mod pinned;
 pub(crate) mod proxy;
 pub(crate) mod random;
 #[path = "../support/scale.rs"]
