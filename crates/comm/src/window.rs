@@ -17,7 +17,23 @@ pub(crate) use making::Limits;
 
 mod making;
 
-/// Where the memory of a window lies.
+/// Where the memory of a window lies. All ranks ask for the same.
+///
+/// ```
+/// # use unisono::{Communicator, Memory, Operations, ReduceOp, Stream};
+/// # let ranks = Communicator::threads(2)?;
+/// # let ranks: Vec<_> = ranks.into_iter().map(|rank| std::thread::spawn(move || {
+/// // On a communicator with a GPU, a stream of that; the rest is the same.
+/// let stream = Stream::host();
+/// let mut window = rank.window::<f32>(1000, Memory::Pinned)?;
+/// window.lend()?.fill(1.0);
+/// rank.on(&stream).all_reduce(&mut window, ReduceOp::Sum)?;
+/// assert_eq!(window.lend()?[999], 2.0);
+/// window.close(&rank)?;
+/// # rank.destroy() })).collect();
+/// # for rank in ranks { rank.join().unwrap()?; }
+/// # Ok::<(), unisono::Error>(())
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub enum Memory {
@@ -26,8 +42,9 @@ pub enum Memory {
     Host,
     /// Memory of each rank's GPU, which all GPUs of the communicator reach.
     Device,
-    /// Host memory that the CPUs of all ranks and all GPUs of the host reach: collectives of both work on it in place, and
-    /// [`Window::lend`] gives it as a slice. Each rank's copy lies on the NUMA node of its GPU, where the driver offers that
+    /// Host memory that the CPUs of all ranks and all GPUs of the host reach, whether or not these reach each other's memory:
+    /// collectives of both work on it in place, and [`Window::lend`] gives it as a slice. What the host does with it waits for the
+    /// calls on it that our GPU was given before. Each rank's copy lies on the NUMA node of its GPU, where the driver offers that
     /// (`UNISONO_PINNED`). Without GPUs it is host memory, so the same code runs on both.
     Pinned,
 }

@@ -187,7 +187,9 @@ impl OnHost<'_> {
         let facts = self.device.facts();
         let (Some(node), true) = (facts.numa_node, facts.takes_host_numa) else {
             let ordinal = self.device.ordinal();
-            return Err(self.refused(format!("cuda:{ordinal} takes no memory of a NUMA node of the host")));
+            return Err(self.refused(format!(
+                "cuda:{ordinal} takes no memory of a NUMA node of the host; UNISONO_PINNED=auto does without"
+            )));
         };
         // The driver would take what there is not, and the system end some process for it.
         let available = unisono_node::memory::available_bytes();

@@ -225,6 +225,8 @@ fn lending_waits_for_graphs_too() {
             on.raw.begin_capture().unwrap();
             rank.on(&on.stream).all_reduce(&mut window, ReduceOp::Sum).unwrap();
             let graph = on.raw.end_capture().unwrap();
+            // No rank waits for a device on which another one captures.
+            rank.barrier().unwrap();
             let mut expected = 1;
             window.lend().unwrap().fill(1);
             // Lending waits for the whole device from here on, which the ranks may share: so they meet before each launch.
