@@ -123,10 +123,7 @@ impl<T: Element> Window<T> {
         if let Some(error) = self.control.outdated(self.id) {
             return Err(error);
         }
-        if let Some(cause) = self.control.cause() {
-            let cause = cause.into_error("a collective", self.control.member()).to_string();
-            return Err(Error::Poisoned { id: self.id, cause });
-        }
+        self.check_cause()?;
         #[cfg_attr(
             not(feature = "cuda"),
             expect(irrefutable_let_patterns, reason = "there are GPUs elsewhere")
@@ -139,12 +136,23 @@ impl<T: Element> Window<T> {
                 got: "memory of a GPU".to_owned(),
             });
         };
-        copies.settle()?;
+        if copies.are_pinned() {
+            let settled = copies.settle();
+            self.check_cause()?;
+            settled?;
+        }
         let base: *mut T = std::ptr::with_exposed_provenance_mut(self.base() as usize);
         // SAFETY: the base is page-aligned, `count` elements long, lives as long as `held`, and every bit pattern is a
         // valid `T`. Peers read and write it only while we are inside a collective, which needs this borrow to be over; what
         // was put into streams was just waited for.
         Ok(unsafe { std::slice::from_raw_parts_mut(base, self.count) })
+    }
+
+    /// Peers may still be writing once the communicator has failed.
+    fn check_cause(&self) -> Result<()> {
+        let Some(cause) = self.control.cause() else { return Ok(()) };
+        let cause = cause.into_error("a collective", self.control.member()).to_string();
+        Err(Error::Poisoned { id: self.id, cause })
     }
 
     /// The elements of `range` as an input.

@@ -14,7 +14,10 @@ use unisono_cuda::{Device, Event, Location, RegisteredHost, SharedPages, Stream}
 use unisono_node::{SharedMemory, descriptor};
 use unisono_sync::local::Flag;
 
+use super::args::Report;
 use super::peers::{self, Exported, Kind, unusable};
+use super::watch::{cause_of, lost_context};
+use crate::control::Control;
 use crate::error::{Error, Result};
 
 /// The copies of all ranks.
@@ -77,7 +80,7 @@ impl Part {
 /// What a communicator has put into streams that touches pinned windows.
 #[derive(Debug)]
 pub(crate) struct Enqueued {
-    rank: usize,
+    control: Arc<Control>,
     device: Device,
     /// Behind the latest call. Calls of a communicator run one after the other, on whichever stream.
     latest: Event,
@@ -86,9 +89,10 @@ pub(crate) struct Enqueued {
 }
 
 impl Enqueued {
-    pub(super) fn new(rank: usize, device: &Device) -> Result<Self> {
+    pub(super) fn new(control: Arc<Control>, device: &Device) -> Result<Self> {
+        let rank = control.member().0;
         let latest = Event::new(device, false).map_err(|error| Error::Cuda { rank, error })?;
-        Ok(Self { rank, device: device.clone(), latest, is_captured: Flag::new() })
+        Ok(Self { control, device: device.clone(), latest, is_captured: Flag::new() })
     }
 
     /// A call was put into `stream`.
@@ -97,15 +101,28 @@ impl Enqueued {
             self.is_captured.raise();
             return Ok(());
         }
-        self.latest.record(stream).map_err(|error| Error::Cuda { rank: self.rank, error })
+        self.latest.record(stream).map_err(|error| self.failed(error))
     }
 
     /// Waits for all calls so far; for everything on the device, if some may be in graphs. Kernels that wait for others leave in
-    /// time.
+    /// time. Those that gave up leave as if they were done, so the first cause is what tells.
     fn settle(&self) -> Result<()> {
         let done =
             if self.is_captured.is_raised() { self.device.synchronize() } else { self.latest.synchronize() };
-        done.map_err(|error| Error::Cuda { rank: self.rank, error })
+        let report = Report::read(self.control.gpu().0).map(|report| cause_of(report, &self.control));
+        let lost = || lost_context(done.as_ref().err()?, &self.control);
+        if let Some(cause) = report.or_else(lost) {
+            // Somebody else may have been first; then all tell the same.
+            self.control.fail(&cause);
+        }
+        match self.control.cause() {
+            Some(cause) => Err(cause.into_error("a call on its GPU", self.control.member())),
+            None => done.map_err(|error| self.failed(error)),
+        }
+    }
+
+    fn failed(&self, error: unisono_cuda::Error) -> Error {
+        Error::Cuda { rank: self.control.member().0, error }
     }
 }
 

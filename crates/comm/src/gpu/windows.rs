@@ -98,7 +98,9 @@ impl Gpu {
         let parts = peers::share(neighbours, &kind, (id as u32, bytes), deadline, is_aborted)?;
         let enqueued = match &self.enqueued {
             Some(enqueued) => enqueued.clone(),
-            None => self.enqueued.insert(Arc::new(Enqueued::new(rank, &self.device)?)).clone(),
+            None => {
+                self.enqueued.insert(Arc::new(Enqueued::new(self.control.clone(), &self.device)?)).clone()
+            }
         };
         Ok(Pinned::new(parts, enqueued))
     }

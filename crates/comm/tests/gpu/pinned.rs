@@ -246,6 +246,47 @@ fn lending_waits_for_graphs_too() {
 }
 
 #[test]
+fn what_a_failed_call_left_is_not_lent() {
+    on_threads(
+        2,
+        &[PinnedWay::Auto],
+        |builder| builder,
+        |rank, on| {
+            let mut window = rank.window::<i32>(1000, Memory::Pinned).unwrap();
+            if rank.rank() == 0 {
+                // Its kernel waits for one that never comes, and lending for the kernel.
+                rank.on(&on.stream).all_reduce(&mut window, ReduceOp::Sum).unwrap();
+            } else {
+                std::thread::sleep(std::time::Duration::from_millis(300));
+                rank.observer().abort("on purpose");
+            }
+            let error = window.lend().unwrap_err();
+            assert!(matches!(error, Error::Poisoned { .. }), "{error}");
+            assert!(error.to_string().contains("on purpose"), "{error}");
+            rank.all_reduce(&mut window, ReduceOp::Sum).unwrap_err();
+        },
+    );
+}
+
+#[test]
+fn ranks_that_differ_are_told_when_they_lend() {
+    on_threads(
+        2,
+        &[PinnedWay::Auto],
+        |builder| builder,
+        |rank, on| {
+            let mut window = rank.window::<i32>(1000, Memory::Pinned).unwrap();
+            match rank.rank() {
+                0 => rank.on(&on.stream).all_reduce(&mut window, ReduceOp::Sum).unwrap(),
+                _ => rank.on(&on.stream).broadcast(&mut window, 0).unwrap(),
+            }
+            let error = window.lend().unwrap_err().to_string();
+            assert!(error.contains("all_reduce") && error.contains("broadcast"), "{error}");
+        },
+    );
+}
+
+#[test]
 fn pinned_and_device_windows_meet_in_one_call() {
     on_threads(
         2,
