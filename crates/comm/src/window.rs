@@ -114,6 +114,7 @@ impl<T: Element> Window<T> {
 
     /// This rank's copy, until the next collective on it. Of a pinned window, waits until our GPU is done with the calls of this
     /// communicator on such windows that were put into streams; if some are in CUDA graphs, until it is done with everything.
+    /// So whoever drives several ranks makes a call on all of them before it lends a window of one.
     ///
     /// # Errors
     /// [`Error::Poisoned`] once the communicator failed: a peer may have been writing. [`Error::Generation`] once it was shrunk.

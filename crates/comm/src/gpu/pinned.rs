@@ -101,7 +101,9 @@ impl Enqueued {
             self.is_captured.raise();
             return Ok(());
         }
-        self.latest.record(stream).map_err(|error| self.failed(error))
+        // The default stream is that of the device that is current.
+        let recorded = self.device.enter().and_then(|_current| self.latest.record(stream));
+        recorded.map_err(|error| self.failed(error))
     }
 
     /// Waits for all calls so far; for everything on the device, if some may be in graphs. Kernels that wait for others leave in
