@@ -34,7 +34,7 @@ fn ways() -> Vec<Vec<PinnedWay>> {
         facts.takes_host_numa && facts.numa_node.is_some()
     };
     if devices().iter().all(takes_numa) {
-        all.extend([vec![PinnedWay::Numa], vec![PinnedWay::Numa, PinnedWay::Memfd], vec![PinnedWay::Auto]]);
+        all.extend([vec![PinnedWay::Numa], vec![PinnedWay::Numa, PinnedWay::Memfd]]);
     } else {
         eprintln!("SKIPPED: memory of NUMA nodes, which a device here does not take");
     }
