@@ -48,6 +48,8 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/src/gpu/arenas.rs",
     "crates/comm/src/gpu/args.rs",
     "crates/comm/src/gpu/mod.rs",
+    // Memory that somebody else allocated, whose life the caller promises.
+    "crates/comm/src/registration.rs",
     // Takes over the descriptor that the launcher told about.
     "crates/comm/src/launch/secret.rs",
     // Reductions over plain pointers, for memory that other ranks share.

@@ -42,7 +42,7 @@ const DESTROY_PATIENCE: Duration = Duration::from_secs(30);
 pub struct Communicator {
     /// Before the control memory, which it keeps.
     #[cfg(feature = "cuda")]
-    gpu: Option<RefCell<crate::gpu::Gpu>>,
+    pub(crate) gpu: Option<RefCell<crate::gpu::Gpu>>,
     engine: RefCell<Engine>,
     pub(crate) control: Arc<Control>,
     /// Declared before the neighbours, so that it ends before the connections may.
@@ -370,7 +370,7 @@ impl Communicator {
             Made::Device(pages) => {
                 let (held, bytes) = (pages[self.rank].clone(), layout.bytes());
                 if let Some(gpu) = &self.gpu {
-                    gpu.borrow_mut().open_window(id, bytes, pages);
+                    gpu.borrow_mut().open_window(id, bytes, pages.into());
                 }
                 Held::Device(held)
             }

@@ -28,13 +28,16 @@ use arenas::Arenas;
 use args::{Args, HEADER_LAUNCH, Report, STATE_BYTES};
 use kernels::Kernels;
 use watch::Watch;
+use windows::{Copies, Windows};
 
 pub(crate) mod arenas;
 pub(crate) mod args;
 pub(crate) mod attach;
+pub(crate) mod foreign;
 pub mod kernels;
 pub(crate) mod peers;
 mod watch;
+pub(crate) mod windows;
 
 /// What a communicator on a GPU is made with.
 #[derive(Clone, Debug)]
@@ -86,27 +89,10 @@ pub(crate) struct Gpu {
     order: Option<Event>,
     /// Other ranks of this thread: what one loads, all load, because loading may wait for all devices.
     siblings: Vec<Device>,
-    windows: Vec<OpenWindow>,
+    windows: Windows,
     failed: Option<Error>,
     memory: Option<Memory>,
     _watch: Watch,
-}
-
-/// A window on the devices of all ranks.
-#[derive(Debug)]
-struct OpenWindow {
-    id: u64,
-    bytes: usize,
-    pages: Vec<Arc<SharedPages>>,
-}
-
-/// Writes where one side of a direct call lies: the windows of all ranks, and our own offset; answers their length.
-fn place(windows: &[OpenWindow], at: Option<WindowPlace>, (bases, offset): (&mut [u64], &mut u64)) -> u64 {
-    let found = at.and_then(|at| Some((windows.iter().find(|window| window.id == at.id)?, at.offset)));
-    let Some((window, within)) = found else { unreachable!("only windows that were found are direct") };
-    bases.iter_mut().zip(&window.pages).for_each(|(base, pages)| *base = pages.address());
-    *offset = within as u64;
-    window.bytes as u64
 }
 
 /// What kernels may still touch after the communicator is gone.
@@ -117,7 +103,7 @@ struct Memory {
     _arenas: Arenas,
     _control_pages: Arc<RegisteredHost>,
     _control: Arc<Control>,
-    windows: Vec<OpenWindow>,
+    windows: Windows,
 }
 
 impl Gpu {
@@ -160,7 +146,7 @@ impl Gpu {
             _arenas: arenas,
             _control_pages: pages,
             _control: control.clone(),
-            windows: Vec::new(),
+            windows: Windows::default(),
         };
         Ok(Self {
             device: device.clone(),
@@ -171,7 +157,7 @@ impl Gpu {
             latest: 0,
             order: None,
             siblings,
-            windows: Vec::new(),
+            windows: Windows::default(),
             failed: None,
             memory: Some(memory),
             _watch: watch,
@@ -250,9 +236,14 @@ impl Gpu {
         if launch.form == Form::Direct {
             let (source, target) = (plan.source_window, plan.target_window);
             args.source_bytes =
-                place(&self.windows, source, (&mut args.sources, &mut args.header[HEADER_OFFSETS]));
+                self.windows.place(source, (&mut args.sources, &mut args.header[HEADER_OFFSETS]));
             args.target_bytes =
-                place(&self.windows, target, (&mut args.targets, &mut args.header[HEADER_OFFSETS + 1]));
+                self.windows.place(target, (&mut args.targets, &mut args.header[HEADER_OFFSETS + 1]));
+            let failed = |error| Error::Cuda { rank, error };
+            // Whoever made the graph: what its kernels reach stays as long as it does.
+            if stream.is_capturing().map_err(failed)? {
+                self.windows.keep_in_graph([source, target], stream).map_err(failed)?;
+            }
         }
         let grid = Grid { blocks: launch.blocks + 1, threads: launch.threads, shared_bytes: 0 };
         // SAFETY: the kernel takes `Args`; what it names lives as long as this communicator, which waits for its kernels before
@@ -271,10 +262,12 @@ impl Gpu {
 
     /// Where `bytes` at `ptr` lie in our copy of window `id`, if they do.
     fn find_window(&self, id: u64, ptr: u64, bytes: usize) -> Option<WindowPlace> {
-        let window = self.windows.iter().find(|window| window.id == id)?;
-        let offset =
-            usize::try_from(ptr.checked_sub(window.pages[self.args.rank as usize].address())?).ok()?;
-        (offset.checked_add(bytes)? <= window.bytes).then_some(WindowPlace { id, offset })
+        self.windows.find(self.args.rank as usize, id, (ptr, bytes))
+    }
+
+    /// The device itself.
+    pub(crate) const fn device(&self) -> &Device {
+        &self.device
     }
 
     /// Makes a window on the devices of all ranks, zeroed, of `bytes` each. Collective.
@@ -298,14 +291,14 @@ impl Gpu {
         peers::share(neighbours, &self.device, (id as u32, bytes), make, deadline, is_aborted)
     }
 
-    /// From now on, buffers in these pages are known to lie in window `id`.
-    pub(crate) fn open_window(&mut self, id: u64, bytes: usize, pages: Vec<Arc<SharedPages>>) {
-        self.windows.push(OpenWindow { id, bytes, pages });
+    /// From now on, buffers in our copy are known to lie in window `id`.
+    pub(crate) fn open_window(&mut self, id: u64, bytes: usize, copies: Copies) {
+        self.windows.open(id, bytes, copies);
     }
 
     /// Forgets window `id`. Whoever calls it has waited for the calls that use it.
     pub(crate) fn close_window(&mut self, id: u64) {
-        self.windows.retain(|window| window.id != id);
+        self.windows.close(id);
     }
 
     /// Calls on different streams run one after the other. Within a graph its own dependencies order them.
@@ -423,9 +416,12 @@ impl Gpu {
         Error::Cuda { rank, error }
     }
 
-    /// Waits until everything is done that this process gave to the device: kernels that wait for others leave in time.
+    /// Waits until everything is done that this process gave to the device: kernels that wait for others leave in time. What
+    /// graphs that are gone kept goes, too: nobody waits for us yet.
     pub(crate) fn drain(&mut self) -> Result<()> {
-        self.device.synchronize().map_err(|error| self.refused(error))
+        self.device.synchronize().map_err(|error| self.refused(error))?;
+        unisono_cuda::capture::drop_released();
+        Ok(())
     }
 
     /// Form and grid of a call, as `explain` tells them.
@@ -478,6 +474,7 @@ impl Drop for Gpu {
         let reap = move || {
             let _ = memory.device.synchronize();
             drop(std::mem::ManuallyDrop::into_inner(memory));
+            unisono_cuda::capture::drop_released();
         };
         if let Err(error) = std::thread::Builder::new().name("unisono-reaper".to_owned()).spawn(reap) {
             tracing::warn!("memory of a GPU is not given back: {error}");

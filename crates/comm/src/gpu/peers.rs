@@ -21,14 +21,16 @@ pub(crate) struct Claim {
 }
 
 impl Claim {
-    fn to_bytes(self) -> [u8; 12] {
-        let mut bytes = [0; 12];
+    pub(crate) const BYTES: usize = 12;
+
+    pub(crate) fn to_bytes(self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
         bytes[..4].copy_from_slice(&self.rank.to_le_bytes());
         bytes[4..].copy_from_slice(&self.bytes.to_le_bytes());
         bytes
     }
 
-    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let (rank, length) = bytes.split_first_chunk()?;
         let bytes = u64::from_le_bytes(length.try_into().ok()?);
         Some(Self { rank: u32::from_le_bytes(*rank), bytes })
@@ -48,6 +50,7 @@ pub(crate) struct Exchange<M> {
 enum State<M> {
     Made(M),
     Exchanged(Vec<M>),
+    Closed,
 }
 
 impl<M: Clone> Exchange<M> {
@@ -61,6 +64,15 @@ impl<M: Clone> Exchange<M> {
         Error::Argument { call: "exchange of memory", rank: self.rank, what, expected, got }
     }
 
+    fn refuse_state(&self, expected: &str) -> Error {
+        let got = match self.state {
+            State::Made(_) => "one that was not yet",
+            State::Exchanged(_) => "one that was",
+            State::Closed => "one that is closed",
+        };
+        self.refuse("state", expected, got)
+    }
+
     /// Takes what the others gave, by rank; nothing in our own place. Only what fits is mapped, by `map`.
     pub(crate) fn exchange<G>(
         &mut self,
@@ -68,7 +80,7 @@ impl<M: Clone> Exchange<M> {
         mut map: impl FnMut(usize, G) -> Result<M>,
     ) -> Result<()> {
         let State::Made(ours) = &self.state else {
-            return Err(self.refuse("state", "memory that was not exchanged yet", "one that was"));
+            return Err(self.refuse_state("memory that was not exchanged yet"));
         };
         if given.len() != self.ranks {
             return Err(self.refuse("number of handles", self.ranks, given.len()));
@@ -105,7 +117,18 @@ impl<M: Clone> Exchange<M> {
     pub(crate) fn all(&self) -> Result<&[M]> {
         match &self.state {
             State::Exchanged(all) => Ok(all),
-            State::Made(_) => Err(self.refuse("state", "memory that was exchanged", "one that was not yet")),
+            State::Made(_) | State::Closed => Err(self.refuse_state("memory that was exchanged")),
+        }
+    }
+
+    /// Hands the memory of all ranks over to whoever uses it from now on, and forgets it.
+    pub(crate) fn close(&mut self) -> Result<Vec<M>> {
+        match std::mem::replace(&mut self.state, State::Closed) {
+            State::Exchanged(all) => Ok(all),
+            before => {
+                self.state = before;
+                Err(self.refuse_state("memory that was exchanged"))
+            }
         }
     }
 }
@@ -126,7 +149,7 @@ pub(crate) fn share(
     let is_local = neighbours.is_one_process();
     let given = match &ours {
         Ok(pages) if is_local => Ok(Given::Here(pages.clone())),
-        Ok(pages) => pages.export().map(Given::Descriptor),
+        Ok(pages) => pages.export().map(|descriptor| Given::Descriptors(vec![descriptor])),
         Err(_) => Ok(Given::Nothing),
     };
     let (given, problem) = match given {
@@ -146,7 +169,8 @@ pub(crate) fn share(
     exchange.exchange(all, |peer, given| {
         let none = || Error::Device { rank, reason: format!("rank {peer} has no memory to give") };
         match given {
-            Given::Descriptor(descriptor) => {
+            Given::Descriptors(mut descriptors) => {
+                let descriptor = descriptors.pop().ok_or_else(none)?;
                 SharedPages::import(device, descriptor, mapped, Location::Device)
                     .map(Arc::new)
                     .map_err(failed)
@@ -197,6 +221,23 @@ mod tests {
         let error = exchange.exchange(given(), |_, memory| Ok(memory)).unwrap_err();
         assert!(error.to_string().contains("memory that was not exchanged yet, got one that was"), "{error}");
         assert_eq!(exchange.all().unwrap(), ['a', 'b', 'c']);
+    }
+
+    #[test]
+    fn memory_is_handed_over_once_and_is_not_there_any_more() {
+        let mut exchange = exchange();
+        assert!(exchange.close().unwrap_err().to_string().contains("got one that was not yet"));
+        let given = || vec![letter(0, 64, 'a'), None, letter(2, 64, 'c')];
+        exchange.exchange(given(), |_, memory| Ok(memory)).unwrap();
+        assert_eq!(exchange.close().unwrap(), ['a', 'b', 'c']);
+        let all = [
+            exchange.close().unwrap_err(),
+            exchange.all().unwrap_err(),
+            exchange.exchange(given(), |_, memory| Ok(memory)).unwrap_err(),
+        ];
+        for error in all {
+            assert!(error.to_string().contains("got one that is closed"), "{error}");
+        }
     }
 
     #[test]
