@@ -70,11 +70,14 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/tests/faults/gpu.rs",
     // Forks a child that inherits sockets, as a data loader does.
     "crates/comm/tests/faults/kills.rs",
+    // Device buffers that processes share.
+    "crates/comm/tests/faults/registrations.rs",
     // Hands a window over as any element.
     "crates/comm/tests/golden.rs",
     // Device buffers of tests.
     "crates/comm/tests/gpu/life.rs",
     "crates/comm/tests/gpu/random.rs",
+    "crates/comm/tests/gpu/registration.rs",
     "crates/comm/tests/gpu/windows.rs",
     "crates/comm/tests/gpu/world.rs",
     // Submits calls as data; unaligned and guarded buffers.
@@ -88,6 +91,7 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/cuda/src/driver.rs",
     "crates/cuda/src/foreign.rs",
     "crates/cuda/src/foreign/imported.rs",
+    "crates/cuda/src/foreign/tests.rs",
     "crates/cuda/src/graph.rs",
     "crates/cuda/src/memory.rs",
     "crates/cuda/src/module.rs",

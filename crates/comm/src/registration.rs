@@ -57,7 +57,7 @@ impl Registration {
     /// # Safety
     /// They are valid, aligned to their type, and written by nobody until the stream of the operation has passed it (not:
     /// until the call returns).
-    pub const unsafe fn buf<T: Element>(&self, range: Range<usize>) -> Buf<'_, T> {
+    pub unsafe fn buf<T: Element>(&self, range: Range<usize>) -> Buf<'_, T> {
         Buf::new(self.raw(range.start, range.end, T::DTYPE))
     }
 
@@ -66,19 +66,15 @@ impl Registration {
     /// # Safety
     /// They are valid, aligned to their type, and touched by nobody else until the stream of the operation has passed it
     /// (not: until the call returns). The borrow does not see to that: several outputs may be made of one registration.
-    pub const unsafe fn buf_mut<T: Element>(&self, range: Range<usize>) -> BufMut<'_, T> {
+    pub unsafe fn buf_mut<T: Element>(&self, range: Range<usize>) -> BufMut<'_, T> {
         BufMut::new(self.raw(range.start, range.end, T::DTYPE))
     }
 
-    /// An address that does not exist lies outside, too.
-    const fn raw(&self, start: usize, end: usize, dtype: DType) -> RawBuffer {
-        let offset = start.saturating_mul(dtype.size()) as u64;
-        RawBuffer {
-            ptr: self.address.saturating_add(offset),
-            count: end.saturating_sub(start),
-            dtype,
-            place: Place::Window { id: self.id },
-        }
+    /// What lies outside is described as just outside, so that no number of it overflows.
+    fn raw(&self, start: usize, end: usize, dtype: DType) -> RawBuffer {
+        let offset = start.saturating_mul(dtype.size()).min(self.bytes);
+        let count = end.saturating_sub(start).min(self.bytes + 1);
+        RawBuffer { ptr: self.address + offset as u64, count, dtype, place: Place::Window { id: self.id } }
     }
 
     /// Ends the registration on all ranks: when it returns, no rank maps this memory any more, except for CUDA graphs that were

@@ -7,6 +7,8 @@
 mod life;
 #[path = "gpu/random.rs"]
 mod random;
+#[path = "gpu/registration.rs"]
+mod registration;
 #[path = "gpu/windows.rs"]
 mod windows;
 #[path = "gpu/world.rs"]

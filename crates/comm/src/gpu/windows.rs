@@ -82,7 +82,7 @@ impl Windows {
         stream: &Stream,
     ) -> unisono_cuda::Result<()> {
         let Some(capture) = stream.capture()? else { return Ok(()) };
-        for window in self.to_keep(sides, capture.id()) {
+        for window in self.not_kept(sides, capture.id()) {
             capture.keep(window.copies.clone())?;
             window.kept_by = Some(capture.id());
         }
@@ -90,7 +90,7 @@ impl Windows {
     }
 
     /// Those of `sides` that the graph of `capture` does not keep yet.
-    fn to_keep(
+    fn not_kept(
         &mut self,
         sides: [Option<WindowPlace>; 2],
         capture: u64,
@@ -151,7 +151,7 @@ mod tests {
         let side = |id| Some(WindowPlace { id, offset: 0 });
         let ids = |windows: &mut Windows, sides, capture| {
             let mut ids = Vec::new();
-            for window in windows.to_keep(sides, capture) {
+            for window in windows.not_kept(sides, capture) {
                 window.kept_by = Some(capture);
                 ids.push(window.id);
             }

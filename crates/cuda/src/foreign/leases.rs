@@ -75,21 +75,21 @@ mod tests {
 
     #[test]
     fn what_is_there_is_shared_and_goes_with_its_last_user() {
-        static TABLE: Leases<u32, Arc<&str>> = Leases::new();
+        static TABLE: Leases<u32, Arc<String>> = Leases::new();
         let take = |key, what: &'static str| {
-            TABLE.take(key, || Ok::<_, ()>(Arc::new(what)), Arc::downgrade).unwrap()
+            TABLE.take(key, || Ok::<_, ()>(Arc::new(what.to_owned())), Arc::downgrade).unwrap()
         };
         let (first, value) = take(1, "one");
         let (second, same) = take(1, "never made");
         let (third, other) = take(2, "two");
         assert!(value.ptr_eq(&same));
-        assert_eq!(other.upgrade().as_deref(), Some(&"two"));
+        assert_eq!(other.upgrade(), Some(Arc::new("two".to_owned())));
         drop(first);
-        assert_eq!(value.upgrade().as_deref(), Some(&"one"), "it still has a user");
+        assert_eq!(value.upgrade(), Some(Arc::new("one".to_owned())), "it still has a user");
         drop(second);
         assert_eq!(value.upgrade(), None);
         let (again, anew) = take(1, "one again");
-        assert_eq!(anew.upgrade().as_deref(), Some(&"one again"));
+        assert_eq!(anew.upgrade(), Some(Arc::new("one again".to_owned())));
         drop((third, again));
         assert!(TABLE.entries().is_empty());
     }

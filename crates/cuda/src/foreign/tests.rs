@@ -79,7 +79,7 @@ fn only_memory_of_the_device_that_others_can_map_is_taken() {
 #[test]
 fn memory_of_a_device_is_found_with_its_allocation() {
     use crate::{DeviceBuffer, Location, SharedPages};
-    let Ok(device) = Device::new(0) else { return };
+    let Some(device) = device() else { return };
     let buffer = DeviceBuffer::new(&device, 5000).unwrap();
     let found = Foreign::find(&device, buffer.address() + 36, 4000).unwrap();
     assert_eq!((found.offset(), found.pieces().len()), (36, 1));
@@ -97,4 +97,152 @@ fn memory_of_a_device_is_found_with_its_allocation() {
     assert!(matches!(found.ipc_handle(), Err(Error::Memory { .. })));
     let host = [0u8; 64];
     assert!(matches!(Foreign::find(&device, host.as_ptr() as u64, 64), Err(Error::Memory { .. })));
+}
+
+/// A device, entered for calls of the driver that only tests make; none where there is no GPU, and said so.
+#[expect(clippy::print_stderr, reason = "what is skipped is said")]
+fn device() -> Option<Device> {
+    let device = Device::new(0);
+    device.inspect_err(|error| eprintln!("SKIPPED: {error}")).ok()
+}
+
+/// Two allocations of `cuMemCreate` that are mapped one behind the other, as torch's expandable segments are.
+struct Segments {
+    device: Device,
+    address: u64,
+    piece: usize,
+    handles: Vec<sys::CUmemGenericAllocationHandle>,
+}
+
+impl Segments {
+    fn new(device: &Device, piece: usize) -> Self {
+        let _current = device.enter().unwrap();
+        let properties = sys::CUmemAllocationProp {
+            type_: sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED,
+            requestedHandleTypes: sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+            location: access(device).location,
+            win32HandleMetaData: std::ptr::null_mut(),
+            allocFlags: sys::CUmemAllocationProp_st__bindgen_ty_1 {
+                compressionType: 0,
+                gpuDirectRDMACapable: 0,
+                usage: 0,
+                reserved: [0; 4],
+            },
+        };
+        let (access, mut address, mut handles) = (access(device), 0, Vec::new());
+        let ok = |result| check("segments", 0, result).unwrap();
+        // SAFETY: the range is ours and mapped from end to end.
+        unsafe {
+            ok(sys::cuMemAddressReserve(&raw mut address, piece * 2, 0, 0, 0));
+            for at in 0..2 {
+                let mut handle = 0;
+                ok(sys::cuMemCreate(&raw mut handle, piece, &raw const properties, 0));
+                ok(sys::cuMemMap(address + (at * piece) as u64, piece, 0, handle, 0));
+                handles.push(handle);
+            }
+            ok(sys::cuMemSetAccess(address, piece * 2, &raw const access, 1));
+        }
+        Self { device: device.clone(), address, piece, handles }
+    }
+}
+
+impl Drop for Segments {
+    fn drop(&mut self) {
+        let _current = self.device.enter().unwrap();
+        // SAFETY: all of it is ours.
+        unsafe {
+            let _ = sys::cuMemUnmap(self.address, self.piece * 2);
+            let _ = sys::cuMemAddressFree(self.address, self.piece * 2);
+            for handle in &self.handles {
+                let _ = sys::cuMemRelease(*handle);
+            }
+        }
+    }
+}
+
+#[test]
+fn segments_that_follow_each_other_are_mapped_as_one_range_elsewhere() {
+    let Some(device) = device() else { return };
+    let segments = Segments::new(&device, 2 << 20);
+    let start = segments.address + (1 << 20);
+    let found = Foreign::find(&device, start, 2 << 20).unwrap();
+    assert_eq!((found.way(), found.offset(), found.pieces().len()), (Way::Descriptors, 1 << 20, 2));
+    found.allow(&device).unwrap();
+    // Each mapping of the same memory has the same number, so two who import it share one mapping.
+    let import = || {
+        let pieces = found.pieces().iter().enumerate().map(|(at, piece)| {
+            let pages = PeerPages::import(&device, found.descriptor(at).unwrap()).unwrap();
+            (pages, piece.id, piece.bytes)
+        });
+        Imported::map(&device, [7; 16], &pieces.collect::<Vec<_>>()).unwrap()
+    };
+    let (first, second) = (import(), import());
+    assert_eq!(first.bytes(), 4 << 20);
+    if found.pieces().iter().all(|piece| piece.id != 0) {
+        assert_eq!(first.address(), second.address());
+        assert_ne!(found.pieces()[0].id, found.pieces()[1].id);
+    }
+    drop(first);
+    let (across, mut got) = ([1u8, 2, 3, 4, 5, 6, 7, 8], [0u8; 8]);
+    let _current = device.enter().unwrap();
+    // SAFETY: both sides are as long as the data.
+    unsafe {
+        let to = segments.address + (2 << 20) - 4;
+        check("", 0, sys::cuMemcpyHtoD_v2(to, across.as_ptr().cast(), 8)).unwrap();
+        device.finish_copies().unwrap();
+        let from = second.address() + (2 << 20) - 4;
+        check("", 0, sys::cuMemcpyDtoH_v2(got.as_mut_ptr().cast(), from, 8)).unwrap();
+    }
+    assert_eq!(got, across);
+}
+
+#[test]
+fn pools_and_managed_memory_are_refused_by_name() {
+    let Some(device) = device() else { return };
+    let _current = device.enter().unwrap();
+    let (mut pooled, mut managed) = (0, 0);
+    let global = sys::CUmemAttach_flags_enum::CU_MEM_ATTACH_GLOBAL as u32;
+    let null = std::ptr::null_mut();
+    // SAFETY: the context is current, and the answers are ours.
+    unsafe {
+        check("", 0, sys::cuMemAllocAsync(&raw mut pooled, 4096, null)).unwrap();
+        check("", 0, sys::cuStreamSynchronize(null)).unwrap();
+        check("", 0, sys::cuMemAllocManaged(&raw mut managed, 4096, global)).unwrap();
+    }
+    let got = |address| match Foreign::find(&device, address, 64) {
+        Err(Error::Memory { got, .. }) => got,
+        other => panic!("{other:?}"),
+    };
+    assert!(got(pooled).starts_with("memory of a stream-ordered pool"));
+    assert!(got(managed).starts_with("managed memory"));
+    // SAFETY: both are ours.
+    unsafe {
+        let _ = sys::cuMemFreeAsync(pooled, null);
+        let _ = sys::cuMemFree_v2(managed);
+    }
+}
+
+#[test]
+fn a_graph_keeps_what_it_was_told_to_until_it_is_gone() {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    let Some(device) = device() else { return };
+    let stream = crate::Stream::new(&device).unwrap();
+    assert!(stream.capture().unwrap().is_none());
+    let kept = Arc::new(5u8);
+    stream.begin_capture().unwrap();
+    stream.capture().unwrap().expect("it captures").keep(kept.clone()).unwrap();
+    let graph = stream.end_capture().unwrap();
+    assert_eq!(Arc::strong_count(&kept), 2);
+    graph.launch(&stream).unwrap();
+    stream.synchronize().unwrap();
+    assert_eq!(Arc::strong_count(&kept), 2);
+    drop(graph);
+    let start = std::time::Instant::now();
+    while Arc::strong_count(&kept) > 1 {
+        crate::capture::drop_released();
+        assert!(start.elapsed() < Duration::from_secs(10), "nothing was let go of");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
