@@ -97,7 +97,7 @@ impl Registration {
 impl Communicator {
     /// Lets memory of this rank's GPU that somebody else allocated join as if it were a window: `buffer`, and as many bytes on
     /// every other rank. Afterwards collectives on it are zero-copy. Collective: every rank calls it, with the same number of
-    /// bytes; addresses, offsets in allocations and dtypes may differ.
+    /// bytes; addresses, offsets in allocations and dtypes may differ. Ranks of one process call it on threads of their own.
     ///
     /// Memory of `cudaMalloc` and of `cuMemCreate` (exportable as a file descriptor) is taken, torch's expandable segments
     /// too; that of stream-ordered pools (`cudaMallocAsync`), managed and host memory are not. Memory that is registered again
@@ -140,7 +140,7 @@ impl Communicator {
         let is_aborted = || self.control.abort().raised().is_some();
         let what = (id as u32, buffer.ptr, bytes);
         let copies = foreign::share(&self.neighbours, &device, what, deadline, &is_aborted)
-            .and_then(|mut exchange| exchange.close());
+            .and_then(|exchange| exchange.map(|mut exchange| exchange.close()).transpose());
         // Either all have it or none: a rank that could not take part says why, and everybody lets go of it.
         let mut reasons = vec![0; REASON_BYTES * self.world_size()];
         tell(&mut reasons[rank * REASON_BYTES..][..REASON_BYTES], copies.as_ref().err());
@@ -149,6 +149,10 @@ impl Communicator {
         if let Some((rank, reason)) = first_reason(&reasons) {
             return Err(Error::Registration { rank, reason });
         }
+        let Some(copies) = copies else {
+            let reason = "another rank gave no memory, and did not say why".to_owned();
+            return Err(Error::Registration { rank, reason });
+        };
         let addresses = copies.iter().map(|copy| copy.address).collect();
         let held: Vec<_> = copies.into_iter().map(|copy| copy.held).collect();
         if let Some(gpu) = &self.gpu {

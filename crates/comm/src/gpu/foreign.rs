@@ -20,7 +20,7 @@ use crate::neighbours::{Given, Neighbours, Parcel};
 
 /// Memory of a rank, as our kernels reach it.
 #[derive(Clone, Debug)]
-pub(crate) struct Copy {
+pub(crate) struct Reached {
     pub(crate) address: u64,
     pub(crate) held: Arc<dyn Any + Send + Sync>,
 }
@@ -99,6 +99,8 @@ impl Offer {
 struct Arrived {
     claim: Option<Claim>,
     offer: Option<Offer>,
+    /// It has something to give; who has not says why when all agree.
+    gives: bool,
     here: Option<Arc<dyn Any + Send + Sync>>,
     pages: Vec<PeerPages>,
     problem: Option<Error>,
@@ -122,14 +124,14 @@ impl Arrived {
 }
 
 /// Tells all ranks of `bytes` at `address` of our device, and maps theirs. Collective; `item` names it. A rank that cannot
-/// give its own tells the others, so that nobody waits.
+/// give its own sends a letter all the same, so that nobody waits; then there is nothing for anybody.
 pub(crate) fn share(
     neighbours: &Neighbours,
     device: &Device,
     (item, address, bytes): (u32, u64, usize),
     deadline: Deadline,
     is_aborted: &dyn Fn() -> bool,
-) -> Result<Exchange<Copy>> {
+) -> Result<Option<Exchange<Reached>>> {
     let (rank, ranks) = (neighbours.me(), neighbours.world_size());
     let claim = Claim { rank: rank as u32, bytes: bytes as u64 };
     let ours = Foreign::find(device, address, bytes).map_err(|error| refused(error, rank));
@@ -164,6 +166,7 @@ pub(crate) fn share(
             if let (0, Some((claim, offer))) = (round, body.split_at_checked(Claim::BYTES)) {
                 arrived.claim = Claim::from_bytes(claim);
                 arrived.offer = Offer::from_bytes(offer);
+                arrived.gives = !offer.is_empty() || matches!(given, Given::Here(_));
             }
             arrived.add(given, device, rank);
         }
@@ -175,18 +178,21 @@ pub(crate) fn share(
         round += 1;
     }
     let ours = problem.map_or(ours, Err)?;
-    let mut exchange = Exchange::new(ranks, claim, Copy { address, held: Arc::new(ours) });
+    if arrived.iter().enumerate().any(|(from, arrived)| from != rank && !arrived.gives) {
+        return Ok(None);
+    }
+    let mut exchange = Exchange::new(ranks, claim, Reached { address, held: Arc::new(ours) });
     let unreadable = Claim { rank: u32::MAX, bytes: 0 };
     let given = arrived
         .into_iter()
         .enumerate()
         .map(|(from, arrived)| (from != rank).then(|| (arrived.claim.unwrap_or(unreadable), arrived)));
     exchange.exchange(given.collect(), |peer, arrived| map(device, (rank, peer), bytes, arrived))?;
-    Ok(exchange)
+    Ok(Some(exchange))
 }
 
 /// Maps what `peer` gave.
-fn map(device: &Device, (rank, peer): (usize, usize), bytes: usize, arrived: Arrived) -> Result<Copy> {
+fn map(device: &Device, (rank, peer): (usize, usize), bytes: usize, arrived: Arrived) -> Result<Reached> {
     let failed = |error| Error::Cuda { rank, error };
     if let Some(problem) = arrived.problem {
         return Err(problem);
@@ -195,7 +201,7 @@ fn map(device: &Device, (rank, peer): (usize, usize), bytes: usize, arrived: Arr
         let wrong = |_| misfit(rank, peer, "an address", "something else");
         let found = here.downcast::<Foreign>().map_err(wrong)?;
         found.allow(device).map_err(failed)?;
-        return Ok(Copy { address: found.address(), held: found });
+        return Ok(Reached { address: found.address(), held: found });
     }
     let Some(offer) = arrived.offer else {
         return Err(misfit(rank, peer, "an offer", "none"));
@@ -225,7 +231,7 @@ fn map(device: &Device, (rank, peer): (usize, usize), bytes: usize, arrived: Arr
             Imported::map(device, offer.process, &pieces).map_err(failed)?
         }
     };
-    Ok(Copy { address: imported.address() + offer.offset, held: Arc::new(imported) })
+    Ok(Reached { address: imported.address() + offer.offset, held: Arc::new(imported) })
 }
 
 /// What a peer gave is not what it should be.
@@ -246,7 +252,8 @@ fn refused(error: unisono_cuda::Error, rank: usize) -> Error {
 
 fn offer(found: &Foreign, rank: usize) -> Result<Offer> {
     let handle = match found.way() {
-        Way::Descriptors => None,
+        // Whether they can be had shows at the first.
+        Way::Descriptors => found.descriptor(0).map(|_| None).map_err(|error| refused(error, rank))?,
         Way::Ipc | Way::Nowhere => Some(found.ipc_handle().map_err(|error| refused(error, rank))?),
     };
     let pieces = found.pieces().iter().map(|piece| (piece.id, piece.bytes as u64)).collect();

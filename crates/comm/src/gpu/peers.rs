@@ -1,5 +1,5 @@
 //! Memory of the same size on the devices of all ranks, which each of them reaches: first made, then exchanged once, then
-//! there for as long as somebody holds it.
+//! there for as long as somebody holds it, or handed over to whoever does from then on.
 //!
 //! The steps are a state machine over any kind of memory, so that what must be refused is tested without a GPU.
 
