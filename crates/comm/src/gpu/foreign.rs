@@ -65,7 +65,13 @@ impl Offer {
         let (count, bytes) = bytes.split_first_chunk()?;
         let (words, rest) = bytes.as_chunks::<8>();
         let count = u32::from_le_bytes(*count) as usize;
-        if *is_ipc > 1 || count > MAX_PIECES || words.len() != count * 2 || !rest.is_empty() {
+        let is_empty = handle.iter().all(|byte| *byte == 0);
+        if *is_ipc > 1
+            || (*is_ipc == 0 && !is_empty)
+            || count > MAX_PIECES
+            || words.len() != count * 2
+            || !rest.is_empty()
+        {
             return None;
         }
         let words = words.as_chunks::<2>().0.iter();
@@ -276,6 +282,44 @@ fn process(rank: usize) -> Result<[u8; 16]> {
     });
     let reason = || "the system gave no random bytes".to_owned();
     number.ok_or_else(|| Error::Device { rank, reason: reason() })
+}
+
+/// What the fuzz targets call.
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing {
+    use super::{IPC_HANDLE_BYTES, MAX_PIECES, Offer};
+
+    /// What a peer says of memory that it hands over. What is taken lies inside of it.
+    ///
+    /// # Panics
+    /// If it does not, or is not the same once written and read again.
+    pub fn offer(bytes: &[u8]) {
+        let Some(offer) = Offer::from_bytes(bytes) else { return };
+        assert_eq!(offer.to_bytes(), bytes);
+        assert!(offer.pieces.len() <= MAX_PIECES);
+        for length in [0, 1, 4096, u64::MAX] {
+            if offer.holds(length) {
+                let total: u64 = offer.pieces.iter().map(|(_, length)| *length).sum();
+                assert!(offer.offset < offer.pieces[0].1 && length <= total - offer.offset);
+            }
+        }
+    }
+
+    /// One of each kind.
+    pub fn offer_seeds() -> Vec<Vec<u8>> {
+        let of = |pieces: &[(u64, u64)], handle| Offer {
+            process: [7; 16],
+            offset: 36,
+            pieces: pieces.to_vec(),
+            handle,
+        };
+        let offers = [
+            of(&[(9, 4096)], Some([3; IPC_HANDLE_BYTES])),
+            of(&[(9, 2 << 20), (0, 20 << 20)], None),
+            of(&[], None),
+        ];
+        offers.iter().map(Offer::to_bytes).collect()
+    }
 }
 
 #[cfg(test)]

@@ -194,6 +194,8 @@ fn a_graph_keeps_what_it_reaches_when_windows_and_registrations_are_closed() {
         on.all_reduce(&mut window, ReduceOp::Sum).unwrap();
         on.all_reduce(&mut window, ReduceOp::Sum).unwrap();
         let graph = tools.raw.end_capture().unwrap();
+        // Closing waits for the device, which must not capture then for another rank.
+        rank.barrier().unwrap();
         for registered in registered {
             registered.close(&rank).unwrap();
         }
