@@ -51,6 +51,8 @@ pub mod recorder;
 mod reduce;
 #[cfg(doctest)]
 mod refusals;
+#[cfg(feature = "cuda")]
+pub mod registration;
 mod rendezvous;
 pub mod scope;
 mod shrink;
@@ -69,6 +71,8 @@ pub use explanation::{Choice, Explanation};
 pub use group::{Group, Grouped, group};
 pub use observer::{Observer, State};
 pub use operations::Operations;
+#[cfg(feature = "cuda")]
+pub use registration::Registration;
 pub use scope::{Pending, Scope};
 pub use stream::{OnStream, Stream};
 pub use symmetric::Symmetric;

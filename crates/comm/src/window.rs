@@ -59,17 +59,6 @@ pub(crate) enum Held {
     Device(Arc<unisono_cuda::SharedPages>),
 }
 
-impl Held {
-    /// Whether the driver has a part in freeing it.
-    const fn is_known_to_driver(&self) -> bool {
-        match self {
-            Self::Host(copies) => copies.are_pinned(),
-            #[cfg(feature = "cuda")]
-            Self::Device(_) => true,
-        }
-    }
-}
-
 /// This rank's copy of a window of `T`. Peers touch it only between our entry to and exit from a collective on it, so
 /// it can be lent as a slice in between. Made by [`Communicator::window`].
 ///

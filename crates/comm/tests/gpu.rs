@@ -9,6 +9,8 @@ mod life;
 mod pinned;
 #[path = "gpu/random.rs"]
 mod random;
+#[path = "gpu/registration.rs"]
+mod registration;
 #[path = "gpu/windows.rs"]
 mod windows;
 #[path = "gpu/world.rs"]

@@ -46,6 +46,14 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// Memory that somebody else allocated is not what it should be.
+    #[error("expected {expected}, got {got}")]
+    Memory {
+        /// What it should be.
+        expected: String,
+        /// What it is.
+        got: String,
+    },
     /// The run-time compiler cannot be found.
     #[error(
         "NVRTC, the run-time compiler of CUDA, was not found: {reason}. Install it with pip install nvidia-cuda-nvrtc, or name it with UNISONO_NVRTC."

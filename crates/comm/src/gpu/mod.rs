@@ -19,7 +19,7 @@ use unisono_core::settings::{HandleKind, PinnedWay, Settings};
 use unisono_cuda::{Device, DeviceBuffer, Event, Grid, RegisteredHost, Stream, Uuid};
 
 use crate::call::Call;
-use crate::collectives::{Engine, Plan};
+use crate::collectives::{Engine, Plan, WindowPlace};
 use crate::control::Control;
 use crate::error::{Error, Result};
 use arenas::Arenas;
@@ -27,16 +27,17 @@ use args::{Args, HEADER_LAUNCH, Report, STATE_BYTES};
 use kernels::Kernels;
 use pinned::Enqueued;
 use watch::Watch;
-use windows::{OpenWindow, address, place, touched};
+use windows::Windows;
 
 pub(crate) mod arenas;
 pub(crate) mod args;
 pub(crate) mod attach;
+pub(crate) mod foreign;
 pub mod kernels;
 pub(crate) mod peers;
 pub(crate) mod pinned;
 mod watch;
-mod windows;
+pub(crate) mod windows;
 
 /// What a communicator on a GPU is made with.
 #[derive(Clone, Debug)]
@@ -94,7 +95,7 @@ pub(crate) struct Gpu {
     order: Option<Event>,
     /// Other ranks of this thread: what one loads, all load, because loading may wait for all devices.
     siblings: Vec<Device>,
-    windows: Vec<OpenWindow>,
+    windows: Windows,
     pinned_way: PinnedWay,
     handles: HandleKind,
     /// Once there was a pinned window.
@@ -112,7 +113,7 @@ struct Memory {
     _arenas: Arenas,
     _control_pages: Arc<RegisteredHost>,
     _control: Arc<Control>,
-    windows: Vec<OpenWindow>,
+    windows: Windows,
 }
 
 impl Gpu {
@@ -155,7 +156,7 @@ impl Gpu {
             _arenas: arenas,
             _control_pages: pages,
             _control: control.clone(),
-            windows: Vec::new(),
+            windows: Windows::default(),
         };
         Ok(Self {
             device: device.clone(),
@@ -166,7 +167,7 @@ impl Gpu {
             latest: 0,
             order: None,
             siblings,
-            windows: Vec::new(),
+            windows: Windows::default(),
             pinned_way: config.pinned_way,
             handles: config.handles,
             enqueued: None,
@@ -181,6 +182,11 @@ impl Gpu {
         self.device.ordinal()
     }
 
+    /// The device itself.
+    pub(crate) const fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// How the GPUs reach each other, and the rules that follow.
     pub(crate) const fn rules(&self) -> Rules {
         self.rules
@@ -191,7 +197,7 @@ impl Gpu {
     pub(crate) fn submit(&mut self, engine: &mut Engine, call: &Call<'_>, stream: &Stream) -> Result<()> {
         engine.check()?;
         self.check()?;
-        let find = |id, ptr, bytes| self.find_window(id, ptr, bytes);
+        let find = |id, ptr, bytes| self.windows.find(id, (ptr, bytes));
         let plan = engine.plan_on(call, Some((self.device.ordinal(), &find)))?;
         self.launch(&plan, stream)
     }
@@ -229,6 +235,8 @@ impl Gpu {
         if !is_bare && self.kernels.find(kind, plan.dtype).is_none() {
             self.load(plan, stream)?;
         }
+        let sides = [plan.source_window, plan.target_window];
+        let is_captured = self.keep_if_captured(sides, stream)?;
         let function = match is_bare {
             true => self.kernels.copies().barrier(),
             false => {
@@ -241,17 +249,17 @@ impl Gpu {
         args.header[HEADER_LAUNCH] = launch_word(launch);
         (args.bytes, args.tile) = (plan.bytes() as u64, launch.tile);
         args.root = kind.root().unwrap_or(0);
-        let source = address(&self.windows, rank, plan.source as u64, plan.source_window);
-        let target = address(&self.windows, rank, plan.target as u64, plan.target_window);
+        let source = self.windows.address(rank, plan.source as u64, plan.source_window);
+        let target = self.windows.address(rank, plan.target as u64, plan.target_window);
         (args.sources[rank], args.targets[rank]) = (source, target);
         let own = if matches!(kind, Kind::AllGather) { rank as u64 * args.bytes } else { 0 };
         args.is_same = u32::from(source == target + own);
         if launch.form == Form::Direct {
-            let (source, target) = (plan.source_window, plan.target_window);
+            let [source, target] = sides;
             args.source_bytes =
-                place(&self.windows, source, (&mut args.sources, &mut args.header[HEADER_OFFSETS]));
+                self.windows.place(source, (&mut args.sources, &mut args.header[HEADER_OFFSETS]));
             args.target_bytes =
-                place(&self.windows, target, (&mut args.targets, &mut args.header[HEADER_OFFSETS + 1]));
+                self.windows.place(target, (&mut args.targets, &mut args.header[HEADER_OFFSETS + 1]));
         }
         let grid = Grid { blocks: launch.blocks + 1, threads: launch.threads, shared_bytes: 0 };
         // SAFETY: the kernel takes `Args`; what it names lives as long as this communicator, which waits for its kernels before
@@ -261,14 +269,29 @@ impl Gpu {
             return Err(self.refused(error));
         }
         if let Some(order) = &self.order
-            && !stream.is_capturing().unwrap_or(true)
+            && !is_captured
         {
             order.record(stream).map_err(|error| Error::Cuda { rank, error })?;
         }
-        match touched(&self.windows, [plan.source_window, plan.target_window]) {
-            Some(enqueued) => enqueued.note(stream),
+        match self.windows.touched(sides) {
+            Some(enqueued) => enqueued.note(stream, is_captured),
             None => Ok(()),
         }
+    }
+
+    /// Whether a call in `stream` goes into a graph, as far as that matters. What its kernels reach then stays for as long as
+    /// the graph does, whoever made that.
+    #[inline]
+    fn keep_if_captured(&mut self, sides: [Option<WindowPlace>; 2], stream: &Stream) -> Result<bool> {
+        let is_in_window = sides.iter().any(Option::is_some);
+        if !is_in_window && self.order.is_none() {
+            return Ok(false);
+        }
+        let is_captured = stream.is_capturing().map_err(|error| self.refused(error))?;
+        if is_in_window && is_captured {
+            self.windows.keep_in_graph(sides, stream).map_err(|error| self.refused(error))?;
+        }
+        Ok(is_captured)
     }
 
     /// Calls on different streams run one after the other. Within a graph its own dependencies order them.
@@ -386,9 +409,12 @@ impl Gpu {
         Error::Cuda { rank, error }
     }
 
-    /// Waits until everything is done that this process gave to the device: kernels that wait for others leave in time.
+    /// Waits until everything is done that this process gave to the device: kernels that wait for others leave in time. What
+    /// graphs that are gone kept goes, too: nobody waits for us yet.
     pub(crate) fn drain(&mut self) -> Result<()> {
-        self.device.synchronize().map_err(|error| self.refused(error))
+        self.device.synchronize().map_err(|error| self.refused(error))?;
+        unisono_cuda::capture::drop_released();
+        Ok(())
     }
 
     /// Form and grid of a call, as `explain` tells them.
@@ -441,6 +467,7 @@ impl Drop for Gpu {
         let reap = move || {
             let _ = memory.device.synchronize();
             drop(std::mem::ManuallyDrop::into_inner(memory));
+            unisono_cuda::capture::drop_released();
         };
         if let Err(error) = std::thread::Builder::new().name("unisono-reaper".to_owned()).spawn(reap) {
             tracing::warn!("memory of a GPU is not given back: {error}");

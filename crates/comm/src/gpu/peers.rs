@@ -1,5 +1,5 @@
 //! Memory of the same size on all ranks, which each of them reaches: first made, then exchanged once, then there for as long as
-//! somebody holds it.
+//! somebody holds it, or handed over to whoever does from then on.
 //!
 //! The steps are a state machine over any kind of memory, so that what must be refused is tested without a GPU.
 
@@ -23,15 +23,17 @@ pub(crate) struct Claim {
 }
 
 impl Claim {
-    fn to_bytes(self) -> [u8; 12] {
-        let mut bytes = [0; 12];
+    pub(crate) const BYTES: usize = 12;
+
+    pub(crate) fn to_bytes(self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
         bytes[..4].copy_from_slice(&self.rank.to_le_bytes());
         bytes[4..].copy_from_slice(&self.bytes.to_le_bytes());
         bytes
     }
 
     /// A claim, and what follows it.
-    fn split_from(bytes: &[u8]) -> Option<(Self, &[u8])> {
+    pub(crate) fn split_from(bytes: &[u8]) -> Option<(Self, &[u8])> {
         let (rank, rest) = bytes.split_first_chunk()?;
         let (length, rest) = rest.split_first_chunk()?;
         Some((Self { rank: u32::from_le_bytes(*rank), bytes: u64::from_le_bytes(*length) }, rest))
@@ -51,6 +53,7 @@ pub(crate) struct Exchange<M> {
 enum State<M> {
     Made(M),
     Exchanged(Vec<M>),
+    Closed,
 }
 
 impl<M: Clone> Exchange<M> {
@@ -64,6 +67,15 @@ impl<M: Clone> Exchange<M> {
         Error::Argument { call: "exchange of memory", rank: self.rank, what, expected, got }
     }
 
+    fn refuse_state(&self, expected: &str) -> Error {
+        let got = match self.state {
+            State::Made(_) => "one that was not yet",
+            State::Exchanged(_) => "one that was",
+            State::Closed => "one that is closed",
+        };
+        self.refuse("state", expected, got)
+    }
+
     /// Takes what the others gave, by rank; nothing in our own place. Only what fits is mapped, by `map`.
     pub(crate) fn exchange<G>(
         &mut self,
@@ -71,7 +83,7 @@ impl<M: Clone> Exchange<M> {
         mut map: impl FnMut(usize, G) -> Result<M>,
     ) -> Result<()> {
         let State::Made(ours) = &self.state else {
-            return Err(self.refuse("state", "memory that was not exchanged yet", "one that was"));
+            return Err(self.refuse_state("memory that was not exchanged yet"));
         };
         if given.len() != self.ranks {
             return Err(self.refuse("number of handles", self.ranks, given.len()));
@@ -108,7 +120,18 @@ impl<M: Clone> Exchange<M> {
     pub(crate) fn all(&self) -> Result<&[M]> {
         match &self.state {
             State::Exchanged(all) => Ok(all),
-            State::Made(_) => Err(self.refuse("state", "memory that was exchanged", "one that was not yet")),
+            State::Made(_) | State::Closed => Err(self.refuse_state("memory that was exchanged")),
+        }
+    }
+
+    /// Hands the memory of all ranks over to whoever uses it from now on, and forgets it.
+    pub(crate) fn close(&mut self) -> Result<Vec<M>> {
+        match std::mem::replace(&mut self.state, State::Closed) {
+            State::Exchanged(all) => Ok(all),
+            before => {
+                self.state = before;
+                Err(self.refuse_state("memory that was exchanged"))
+            }
         }
     }
 }
@@ -157,7 +180,10 @@ pub(crate) fn share<K: Kind>(
         } else {
             let exported = kind.export(&memory)?;
             body.extend(exported.words);
-            given = exported.descriptor.map_or(Given::Nothing, Given::Descriptor);
+            given = match exported.descriptor {
+                Some(descriptor) => Given::Descriptors(vec![descriptor]),
+                None => Given::Nothing,
+            };
         }
         Ok(memory)
     });
@@ -172,17 +198,16 @@ pub(crate) fn share<K: Kind>(
     };
     exchange.exchange(parcels.into_iter().map(read).collect(), |peer, (given, words)| {
         let none = || Error::Device { rank, reason: format!("rank {peer} has no memory to give") };
-        match given {
+        let descriptor = match given {
             Given::Here(memory) => {
                 let memory = memory.downcast().map_err(|_| none())?;
-                kind.allow(&memory).map(|()| memory)
+                return kind.allow(&memory).map(|()| memory);
             }
-            Given::Nothing if words.is_empty() => Err(none()),
-            Given::Nothing => kind.import(peer, Exported { descriptor: None, words }).map(Arc::new),
-            Given::Descriptor(descriptor) => {
-                kind.import(peer, Exported { descriptor: Some(descriptor), words }).map(Arc::new)
-            }
-        }
+            Given::Nothing if words.is_empty() => return Err(none()),
+            Given::Nothing => None,
+            Given::Descriptors(descriptors) => descriptors.into_iter().next(),
+        };
+        kind.import(peer, Exported { descriptor, words }).map(Arc::new)
     })?;
     Ok(exchange.all()?.to_vec())
 }
@@ -283,6 +308,23 @@ mod tests {
         let error = exchange.exchange(given(), |_, memory| Ok(memory)).unwrap_err();
         assert!(error.to_string().contains("memory that was not exchanged yet, got one that was"), "{error}");
         assert_eq!(exchange.all().unwrap(), ['a', 'b', 'c']);
+    }
+
+    #[test]
+    fn memory_is_handed_over_once_and_is_not_there_any_more() {
+        let mut exchange = exchange();
+        assert!(exchange.close().unwrap_err().to_string().contains("got one that was not yet"));
+        let given = || vec![letter(0, 64, 'a'), None, letter(2, 64, 'c')];
+        exchange.exchange(given(), |_, memory| Ok(memory)).unwrap();
+        assert_eq!(exchange.close().unwrap(), ['a', 'b', 'c']);
+        let all = [
+            exchange.close().unwrap_err(),
+            exchange.all().unwrap_err(),
+            exchange.exchange(given(), |_, memory| Ok(memory)).unwrap_err(),
+        ];
+        for error in all {
+            assert!(error.to_string().contains("got one that is closed"), "{error}");
+        }
     }
 
     #[test]

@@ -37,7 +37,12 @@ impl Pinned {
         self.parts.iter().map(|part| part.start())
     }
 
-    /// The same, as our kernels call it.
+    /// That of `rank`.
+    pub(super) fn start(&self, rank: usize) -> usize {
+        self.parts[rank].start()
+    }
+
+    /// Where each rank's copy begins, as our kernels call it.
     pub(super) fn addresses(&self) -> impl Iterator<Item = u64> {
         self.parts.iter().map(|part| part.address())
     }
@@ -95,9 +100,9 @@ impl Enqueued {
         Ok(Self { control, device: device.clone(), latest, is_captured: Flag::new() })
     }
 
-    /// A call was put into `stream`.
-    pub(super) fn note(&self, stream: &Stream) -> Result<()> {
-        if stream.is_capturing().unwrap_or(true) {
+    /// A call was put into `stream`, or into the graph that this is captured into.
+    pub(super) fn note(&self, stream: &Stream, is_captured: bool) -> Result<()> {
+        if is_captured {
             self.is_captured.raise();
             return Ok(());
         }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+#[cfg(feature = "cuda")]
 use unisono_core::call::CallHeader;
 use unisono_core::layout::WindowLayout;
 use unisono_sync::Deadline;
@@ -13,6 +14,8 @@ use crate::communicator::Communicator;
 use crate::control::Control;
 use crate::copies::Copies;
 use crate::error::{Error, Result};
+#[cfg(feature = "cuda")]
+use crate::gpu::windows::Mappings;
 
 /// A window that this rank has made.
 pub(crate) enum Made {
@@ -94,7 +97,7 @@ impl Communicator {
             Made::Host(copies) => {
                 #[cfg(feature = "cuda")]
                 if let (Some(gpu), Some(pinned)) = (&mut gpu, copies.as_pinned()) {
-                    gpu.open_pinned(id, copies.bytes(), pinned);
+                    gpu.open_window(id, copies.bytes(), Mappings::pinned(self.rank(), pinned));
                 }
                 engine.open_window(id, copies.clone());
                 Held::Host(copies)
@@ -103,24 +106,25 @@ impl Communicator {
             Made::Device { pages, bytes } => {
                 let held = pages[self.rank()].clone();
                 if let Some(gpu) = &mut gpu {
-                    gpu.open_window(id, bytes, pages);
+                    gpu.open_window(id, bytes, Mappings::on_devices(self.rank(), pages));
                 }
                 Held::Device(held)
             }
         }
     }
 
-    /// Ends window `id`, made by the communicator of `owner`, and frees our hold on its memory. Collective.
+    /// Ends window or registration `id`, made by the communicator of `owner`, and frees our hold on its memory: `held`, and
+    /// what the table of our GPU keeps. Collective.
     ///
     /// # Errors
     /// As [`Communicator::end_window`]. Our hold ends in any case.
-    pub(crate) fn close_window(&self, id: u64, owner: &Arc<Control>, held: Held) -> Result<()> {
+    pub(crate) fn close_window(&self, id: u64, owner: &Arc<Control>, held: impl Sized) -> Result<()> {
         self.end_window(Kind::CloseWindow, id, owner)?;
-        let is_known_to_driver = held.is_known_to_driver();
         drop(held);
-        // Freeing it may wait for all devices of this process, and so for a kernel that waits for us. So nobody makes a call
-        // before all have freed theirs.
-        if is_known_to_driver {
+        // Freeing what the driver knows may wait for all devices of this process, and so for a kernel that waits for us; and
+        // whoever owns memory frees it only when nobody maps it. So nobody goes on before all are done.
+        #[cfg(feature = "cuda")]
+        if self.gpu.is_some() {
             let header = CallHeader { target_window: id, ..CallHeader::bare(Kind::CloseWindow) };
             return self.engine().meet(header, self.patience);
         }

@@ -14,6 +14,8 @@ pub(crate) mod parts;
 pub(crate) mod pinned;
 pub(crate) mod proxy;
 pub(crate) mod random;
+#[cfg(feature = "cuda")]
+pub(crate) mod registrations;
 #[path = "../support/scale.rs"]
 mod scale;
 pub(crate) mod scribbles;

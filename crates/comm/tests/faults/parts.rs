@@ -72,6 +72,8 @@ impl Part {
             "gpu" => super::gpu::calls(self),
             #[cfg(feature = "cuda")]
             "pinned" => super::pinned::work(self),
+            #[cfg(feature = "cuda")]
+            "registered" => super::registrations::register(self),
             "process churn" => super::leftovers::process_churn(self),
             other => panic!("no part is called {other}"),
         };

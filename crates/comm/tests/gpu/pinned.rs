@@ -246,6 +246,45 @@ fn lending_waits_for_graphs_too() {
 }
 
 #[test]
+fn a_graph_keeps_a_pinned_window_that_is_closed() {
+    if devices().is_empty() {
+        return;
+    }
+    for ways in ways() {
+        // Through the arenas, and as usual: both reach our copy, and the second those of peers.
+        for count in [100, 300_000] {
+            on_threads(
+                2,
+                &ways,
+                |builder| builder,
+                |rank, on| {
+                    let mut source = rank.window::<i32>(count, Memory::Pinned).unwrap();
+                    let mut target = rank.window::<i32>(count, Memory::Pinned).unwrap();
+                    source.lend().unwrap().fill(rank.rank() as i32 + 1);
+                    on.raw.begin_capture().unwrap();
+                    rank.on(&on.stream).all_reduce_into(&source, &mut target, ReduceOp::Sum).unwrap();
+                    let graph = on.raw.end_capture().unwrap();
+                    // Closing waits for the device, which must not capture then for another rank.
+                    rank.barrier().unwrap();
+                    // Only the graph has the memory now.
+                    source.close(&rank).unwrap();
+                    for _ in 0..3 {
+                        target.lend().unwrap().fill(POISON);
+                        rank.barrier().unwrap();
+                        graph.launch(&on.raw).unwrap();
+                        assert!(target.lend().unwrap().iter().all(|value| *value == 3));
+                    }
+                    rank.barrier().unwrap();
+                    drop(graph);
+                    target.close(&rank).unwrap();
+                    rank.destroy().unwrap();
+                },
+            );
+        }
+    }
+}
+
+#[test]
 fn what_a_failed_call_left_is_not_lent() {
     on_threads(
         2,
