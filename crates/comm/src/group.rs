@@ -1,5 +1,5 @@
-//! Operations that are posted together: on one communicator or on several that one thread drives; and windows, communicators
-//! and their ends for such a thread.
+//! Operations that are posted together: on one communicator or on several that one thread drives; and windows, registrations,
+//! communicators and their ends for such a thread.
 
 use std::cell::RefCell;
 
@@ -55,9 +55,10 @@ impl<'b> Operations<'b> for Grouped<'_, 'b> {
 /// Within a group the order of messages does not matter: no send waits for a receive that comes after it. One thread can drive
 /// several communicators, even several ranks of one world; collectives of one communicator keep their order.
 ///
-/// Windows ([`Grouped::window`], [`Grouped::close`]), communicators made of others ([`Grouped::split`], [`Grouped::duplicate`])
-/// and the end ([`Group::destroy`]) are collective as well, and block: here all communicators do them at once, each its own in
-/// order. They come after the operations, on every rank; what they give is [`Promised`].
+/// Windows ([`Grouped::window`], [`Grouped::close`]; with GPUs `Grouped::register` too), communicators made of others
+/// ([`Grouped::split`], [`Grouped::duplicate`]) and the end ([`Group::destroy`]) are collective as well, and block: here all
+/// communicators do them at once, each its own in order. They come after the operations, on every rank; what they give is
+/// [`Promised`].
 ///
 /// ```
 /// # use unisono::{Communicator, Operations, Stream, group};

@@ -7,10 +7,14 @@
 mod group;
 #[path = "gpu/life.rs"]
 mod life;
+#[path = "gpu/pinned.rs"]
+mod pinned;
 #[path = "gpu/random.rs"]
 mod random;
 #[path = "gpu/recorder.rs"]
 mod recorder;
+#[path = "gpu/registration.rs"]
+mod registration;
 #[path = "gpu/windows.rs"]
 mod windows;
 #[path = "gpu/world.rs"]

@@ -1,6 +1,6 @@
-//! What a group is asked for beside operations: windows, communicators made of others, and their ends. All of these are
-//! collective and wait for the other ranks, so a thread that drives several of them cannot carry them out one after the
-//! other. When the group ends, each communicator gets a thread for as long as its requests last.
+//! What a group is asked for beside operations: windows, registrations, communicators made of others, and their ends. All of
+//! these are collective and wait for the other ranks, so a thread that drives several of them cannot carry them out one after
+//! the other. When the group ends, each communicator gets a thread for as long as its requests last.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -9,10 +9,14 @@ use unisono_core::Element;
 use unisono_core::call::Kind;
 
 use super::{Group, Grouped};
+#[cfg(feature = "cuda")]
+use crate::buffer::RawBuffer;
 use crate::communicator::Communicator;
 use crate::error::{Error, Result};
+#[cfg(feature = "cuda")]
+use crate::registration::Registration;
 use crate::symmetric::Symmetric;
-use crate::window::{Memory, Window};
+use crate::window::{Closing, Memory, Window};
 
 /// What a request of a [`Group`] comes to, once the group has ended.
 #[must_use = "it holds what was asked for"]
@@ -178,13 +182,28 @@ impl Grouped<'_, '_> {
         self.promise(Kind::Symmetric, move |communicator| window.into_symmetric(communicator))
     }
 
-    /// As [`Window::close`], when the group ends.
+    /// As [`Communicator::register`], when the group ends.
+    ///
+    /// # Safety
+    /// `buffer` is allocated, and stays so until the registration is closed on every rank, or the group has ended without one.
     ///
     /// # Errors
-    /// [`Error::Argument`] if the communicator did not make this window; else as [`Grouped::window`].
-    pub fn close<T: Element>(&self, window: Window<T>) -> Result<()> {
-        window.check_owner(Kind::CloseWindow, self.communicator)?;
-        self.promise(Kind::CloseWindow, move |communicator| window.close(communicator)).map(drop)
+    /// What [`Communicator::register`] tells at once, on this rank alone, is told here; else as [`Grouped::window`].
+    #[cfg(feature = "cuda")]
+    pub unsafe fn register(&self, buffer: RawBuffer) -> Result<Promised<Registration>> {
+        self.communicator.registers_at(&buffer)?;
+        // SAFETY: the caller promises it of this memory for longer than the group lasts.
+        self.promise(Kind::Register, move |communicator| unsafe { communicator.register(buffer) })
+    }
+
+    /// As [`Window::close`], [`Symmetric::close`] and the `close` of registrations, when the group ends.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if the communicator did not make this memory; else as [`Grouped::window`].
+    pub fn close(&self, memory: impl Into<Closing>) -> Result<()> {
+        let memory = memory.into();
+        memory.check_owner(self.communicator)?;
+        self.promise(Kind::CloseWindow, move |communicator| communicator.close_window(memory)).map(drop)
     }
 
     fn promise<T: Send + 'static>(

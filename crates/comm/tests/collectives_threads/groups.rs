@@ -104,6 +104,71 @@ fn one_thread_splits_duplicates_and_ends_all_of_them() {
 }
 
 #[test]
+fn one_thread_closes_memory_of_every_kind_and_makes_new() {
+    let (ranks, stream) = (Communicator::threads(3).unwrap(), Stream::host());
+    for round in 0..3 {
+        for memory in [Memory::Host, Memory::Pinned] {
+            let count = 1000 << round;
+            let window = || all(&ranks, &stream, |on, _| on.window::<u64>(count, memory)).unwrap();
+            let [mut used, given]: [Vec<Window<u64>>; 2] =
+                std::array::from_fn(|_| window().into_iter().map(Result::unwrap).collect());
+            assert!(
+                used[round].lend().unwrap().iter().all(|value| *value == 0),
+                "new memory, not what was closed"
+            );
+            used.iter_mut().for_each(|window| window.lend().unwrap().fill(5));
+            let promised: Vec<Promised<Symmetric<u64>>> = group(|group| {
+                let each = |((rank, used), given)| {
+                    let on = group.on(rank, &stream);
+                    on.all_reduce(used, ReduceOp::Sum)?;
+                    on.into_symmetric(given)
+                };
+                ranks.iter().zip(&mut used).zip(given).map(each).collect()
+            })
+            .unwrap();
+            let symmetric: Vec<_> = promised.into_iter().map(|promised| promised.take().unwrap()).collect();
+            assert_eq!(used[2].lend().unwrap(), vec![15; count]);
+            symmetric[1].write(0, count - 1, &[7]).unwrap();
+            // Windows and one-sided memory, in another order than they were made, and a new one behind them.
+            let again: Vec<Promised<Window<u64>>> = group(|group| {
+                let each = |((rank, used), symmetric)| {
+                    let on = group.on(rank, &stream);
+                    on.close(symmetric)?;
+                    on.close(used)?;
+                    on.window(1, memory)
+                };
+                ranks.iter().zip(used).zip(symmetric).map(each).collect()
+            })
+            .unwrap();
+            group(|group| {
+                let again = again.into_iter().map(|promised| promised.take().unwrap());
+                ranks.iter().zip(again).try_for_each(|(rank, window)| group.on(rank, &stream).close(window))
+            })
+            .unwrap();
+        }
+    }
+    destroy(ranks).unwrap();
+}
+
+#[test]
+fn ranks_that_close_different_windows_are_both_named() {
+    let (ranks, stream) = (Communicator::threads(2).unwrap(), Stream::host());
+    let window = || all(&ranks, &stream, |on, _| on.window::<u8>(1, Memory::Host)).unwrap();
+    let mut windows = [window(), window()].map(|windows| windows.into_iter().map(Result::unwrap));
+    let error = group(|group| {
+        group.on(&ranks[0], &stream).close(windows[0].next().unwrap())?;
+        group.on(&ranks[1], &stream).close(windows[1].nth(1).unwrap())
+    })
+    .unwrap_err();
+    let Error::Mismatch { left, right } = &error else { panic!("{error}") };
+    for rank in 0..2 {
+        let named = format!("close window #5 on rank {rank}");
+        assert!([left, right].iter().any(|call| call.starts_with(&named)), "{error}");
+    }
+    assert_eq!(destroy(ranks).unwrap_err(), error);
+}
+
+#[test]
 fn counts_that_differ_are_named_to_all_ranks_of_the_thread() {
     let (ranks, stream) = (Communicator::threads(3).unwrap(), Stream::host());
     let mut kept = Vec::new();
