@@ -101,7 +101,9 @@ fi
 nvidia-smi topo -m >"$logs/topology.txt" 2>&1
 
 part_correct() {
-    run_tests gpu correct 120
+    run_tests gpu correct 150
+    run_tests faults_processes pinned 90 pinned::
+    run_tests faults_processes registration 90 gpu_registration::
     run_tests library library 60 gpu::
     UNISONO_TEST_REQUIRE_NVRTC=1 run_tests kernels kernels 150
 }

@@ -38,8 +38,6 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/src/collectives/multi.rs",
     "crates/comm/src/collectives/reduce_scatter.rs",
     "crates/comm/src/collectives/transfer.rs",
-    // The address of a peer's copy of a window.
-    "crates/comm/src/collectives/windows.rs",
     // The base of our own part of a window.
     "crates/comm/src/communicator.rs",
     // Turns the layout into references.
@@ -48,6 +46,11 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/src/gpu/arenas.rs",
     "crates/comm/src/gpu/args.rs",
     "crates/comm/src/gpu/mod.rs",
+    "crates/comm/src/gpu/pinned.rs",
+    // Copies the recorder of a GPU, and has it tell the time.
+    "crates/comm/src/gpu/recorder.rs",
+    // Lends communicators to the threads of a group that waits for them.
+    "crates/comm/src/group/requests.rs",
     // Takes over the descriptor that the launcher told about.
     "crates/comm/src/launch/secret.rs",
     // Reductions over plain pointers, for memory that other ranks share.
@@ -56,23 +59,34 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/src/reduce/number.rs",
     "crates/comm/src/reduce/storage.rs",
     "crates/comm/src/reduce/tests.rs",
+    // Memory that somebody else allocated, whose life the caller promises.
+    "crates/comm/src/registration.rs",
     // A stream that somebody else made.
     "crates/comm/src/stream.rs",
     // Words in windows, and elements as bytes.
     "crates/comm/src/symmetric.rs",
     // Lends a window as a slice.
     "crates/comm/src/window.rs",
+    // Gives a closed window to a collective.
+    "crates/comm/tests/collectives_threads/windows.rs",
     // Forks, and handles signals.
     "crates/comm/tests/faults/forks.rs",
     // Device buffers, and a kernel that goes where it must not.
     "crates/comm/tests/faults/gpu.rs",
     // Forks a child that inherits sockets, as a data loader does.
     "crates/comm/tests/faults/kills.rs",
+    // Device buffers and pinned windows that processes share.
+    "crates/comm/tests/faults/pinned.rs",
+    "crates/comm/tests/faults/registrations.rs",
     // Hands a window over as any element.
     "crates/comm/tests/golden.rs",
     // Device buffers of tests.
+    "crates/comm/tests/gpu/group.rs",
     "crates/comm/tests/gpu/life.rs",
+    "crates/comm/tests/gpu/pinned.rs",
     "crates/comm/tests/gpu/random.rs",
+    "crates/comm/tests/gpu/recorder.rs",
+    "crates/comm/tests/gpu/registration.rs",
     "crates/comm/tests/gpu/windows.rs",
     "crates/comm/tests/gpu/world.rs",
     // Submits calls as data; unaligned and guarded buffers.
@@ -81,10 +95,15 @@ const UNSAFE_FILES: &[&str] = &[
     // Gives a window that is none any more to a collective.
     "crates/comm/tests/symmetric.rs",
     // Calls of the CUDA driver, which is a C library.
+    "crates/cuda/src/capture.rs",
     "crates/cuda/src/device.rs",
     "crates/cuda/src/driver.rs",
+    "crates/cuda/src/foreign.rs",
+    "crates/cuda/src/foreign/imported.rs",
+    "crates/cuda/src/foreign/tests.rs",
     "crates/cuda/src/graph.rs",
     "crates/cuda/src/memory.rs",
+    "crates/cuda/src/memory/fabric.rs",
     "crates/cuda/src/module.rs",
     // One call of NVML, past a wrapper that loses its answer.
     "crates/cuda/src/nvml.rs",

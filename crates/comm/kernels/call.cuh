@@ -8,6 +8,10 @@
 // is also how every rank hears every other one in every call: hearing epoch e of a peer proves that it is done with e − 1,
 // so what was sent for e − 1 (the other half) may be overwritten in e + 1.
 //
+// Records. A warp of the same block that has nothing to send meanwhile writes what the call is into a ring behind the words of
+// this device; what follows are two times, when all headers are here and when large data is through. Nobody waits for these
+// stores. The host has the ring copied when somebody asks, also while kernels hang (core::recorder).
+//
 // Waits. Whoever waits polls memory of its own device. Now and then it looks at the poison word beside the epoch, more
 // seldom (one lane of a warp) at the abort word of the host and at the clock. Poison makes every thread, and every kernel
 // that is queued behind, leave through its normal exit. Nothing traps.
@@ -20,7 +24,7 @@
 // Why a kernel gave up, as the host reads it.
 enum Reason { REASON_NONE, REASON_MISMATCH, REASON_TIMEOUT, REASON_CONCURRENT, REASON_OUTSIDE };
 
-// In memory of this device, used by this rank only.
+// In memory of this device, used by this rank only. The host reads `epoch`, `left` and `expected` beside the records.
 struct State {
   u32 epoch;
   u32 arrivals;  // blocks of the running kernel that read the epoch
@@ -31,6 +35,20 @@ struct State {
   u32 cleared;   // blocks that cleared their part of the arena
   u32 open;      // the epoch for which the arena is clear
 };
+
+// A call in the ring behind those words. Each of its two sectors of 32 bytes tells the epoch.
+struct Record {
+  u64 launch;    // epoch << 32 | form and grid
+  u64 started_ns;
+  u64 kind;      // and dtype, op, root
+  u64 count;
+  u64 epoch;     // << 32
+  u64 extra;     // parts, or windows
+  u64 met_ns;    // all headers are here; of no call if it is before `started_ns`, as is the next
+  u64 ended_ns;  // the last block so far was through
+};
+
+static_assert(sizeof(Record) == RECORD_BYTES, "the host reads other records");
 
 // In host memory. `reason` is written last.
 struct Report {
@@ -175,13 +193,38 @@ __device__ __forceinline__ u32 header_half(const Args& args, u32 i) {
 // The scalar of a pre-multiplied sum and places in windows are each rank's own: told, not compared.
 __device__ __forceinline__ bool must_agree(u32 i) { return i / 2 != HEADER_SCALAR && i / 2 < HEADER_OFFSETS; }
 
-// A warp for each peer: lane l sends and compares packet l. READY: whoever sees our header may read our input where it lies.
+__device__ __forceinline__ Record* record_of(const Args& args, const Entry& entry) {
+  return reinterpret_cast<Record*>(reinterpret_cast<u8*>(args.state) + RECORDS_AT) + entry.epoch % RECORDS;
+}
+
+// Lanes of one warp: what this call is.
+__device__ __forceinline__ void record_call(const Args& args, const Entry& entry, u32 lane) {
+  if (lane > 5) return;
+  const u64 epoch = u64(entry.epoch) << 32, *header = args.header;
+  u64 word = epoch;
+  if (lane == 0) word = epoch | u32(header[HEADER_LAUNCH]);
+  if (lane == 1) word = entry.started_ns;
+  if (lane == 2) word = header[0];
+  if (lane == 3) word = header[1];
+  if (lane == 5) word = header[4] != 0 ? header[4] : header[2] << 32 | u32(header[3]);
+  store_word(reinterpret_cast<u64*>(record_of(args, entry)) + lane, word);
+}
+
+// Every block, where it is through with its part of the data.
+__device__ __forceinline__ void record_end(const Args& args, const Entry& entry) {
+  if (args.bytes >= STAMPED_BYTES && threadIdx.x == 0) raise_own_later(&record_of(args, entry)->ended_ns, now_ns());
+}
+
+// All threads of a block, a warp for each peer: lane l sends and compares packet l. READY: whoever sees our header may read our
+// input where it lies.
 template <bool READY>
 __device__ void exchange_headers(const Args& args, const Entry& entry) {
   // SYNC: what this device did before the call is visible to peers after our header.
   if (READY) fence_all();
   const u32 lane = threadIdx.x & 31, me = args.rank;
+  bool has_met = true;
   for (u32 peer = threadIdx.x / 32; peer < RANKS; peer += blockDim.x / 32) {
+    if (peer == me) record_call(args, entry, lane);
     if (peer == me || lane >= HEADER_PACKETS) continue;
     u32 mine[3], theirs[3];
 #pragma unroll
@@ -189,6 +232,7 @@ __device__ void exchange_headers(const Args& args, const Entry& entry) {
     put_packet(args.arenas[peer] + header_at(entry.epoch, me) + lane * PACKET_BYTES, mine, entry.epoch);
     const u8* at = args.arenas[me] + header_at(entry.epoch, peer) + lane * PACKET_BYTES;
     bool is_there = wait_until(args, entry, peer, [&] { return take_packet(at, theirs, entry.epoch); });
+    has_met &= is_there;
     bool differs = false;
 #pragma unroll
     for (u32 i = 0; i < 3; i++) differs |= must_agree(3 * lane + i) && mine[i] != theirs[i];
@@ -213,6 +257,8 @@ __device__ void exchange_headers(const Args& args, const Entry& entry) {
     }
     store_own_word(&args.state->poison, 1);
   }
+  has_met = __syncthreads_and(has_met);
+  if (has_met && threadIdx.x == 0) store_word(&record_of(args, entry)->met_ns, now_ns());
 }
 
 // Word `word` of the header of rank `peer`, which may be us.

@@ -17,6 +17,7 @@
       exchange_headers<READY>(args, entry);                                                     \
       leave(args);                                                                              \
     } else if (BODY(args, entry)) {                                                             \
+      record_end(args, entry);                                                                  \
       leave(args);                                                                              \
     }                                                                                           \
   }
@@ -45,15 +46,20 @@ extern "C" __global__ void __launch_bounds__(512) barrier(const __grid_constant_
   if (entry.is_poisoned) return;
   arrive(args, entry);
   exchange_headers<false>(args, entry);
-  __syncthreads();
   leave(args);
+}
+
+// What time it is here, for a host that looks at its own clock before and after.
+extern "C" __global__ void tell_time(const __grid_constant__ Args args) {
+  store_word(reinterpret_cast<u64*>(args.report) + REPORT_CLOCK, now_ns());
 }
 
 // What this side reads in arguments that the host filled, and takes the layout to be: for a test that compares them.
 extern "C" __global__ void probe(const __grid_constant__ Args args) {
   const u64 facts[] = {sizeof(Args), sizeof(Report), sizeof(State), u64(args.arenas[MAX_RANKS - 1]), u64(args.sources[1]),
                        u64(args.targets[2]), u64(args.abort), u64(args.report), args.header[HEADER_WORDS - 1], args.bytes, args.source_bytes, args.target_bytes,
-                       args.patience_ns, args.rank, args.root, args.tile, args.is_same, PACKET_BYTES, SCRATCH_AT};
+                       args.patience_ns, args.rank, args.root, args.tile, args.is_same, PACKET_BYTES, SCRATCH_AT,
+                       u64(&args.state->left) - u64(args.state), u64(&args.state->expected) - u64(args.state)};
   for (u32 i = 0; i < sizeof(facts) / 8; i++) reinterpret_cast<u64*>(args.targets[0])[i] = facts[i];
 }
 #endif

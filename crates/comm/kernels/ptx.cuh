@@ -83,6 +83,11 @@ __device__ __forceinline__ void count_own_later(u32* at, u32 value) {
   asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
 }
 
+// Raises to `value` what is less, and waits for nothing.
+__device__ __forceinline__ void raise_own_later(u64* at, u64 value) {
+  asm volatile("red.relaxed.gpu.global.max.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+}
+
 __device__ __forceinline__ u32 swap_own(u32* at, u32 expected, u32 value) {
   u32 before;
   asm volatile("atom.relaxed.gpu.global.cas.b32 %0, [%1], %2, %3;"

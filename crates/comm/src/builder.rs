@@ -78,6 +78,10 @@ struct Overrides {
     gpu_algorithm: Option<unisono_core::device::Wish>,
     #[cfg(feature = "cuda")]
     peer_access: Option<bool>,
+    #[cfg(feature = "cuda")]
+    pinned: Option<unisono_core::settings::PinnedWay>,
+    #[cfg(feature = "cuda")]
+    handles: Option<unisono_core::settings::HandleKind>,
 }
 
 impl Builder {
@@ -329,6 +333,8 @@ impl Builder {
         {
             settings.gpu_algorithm = overrides.gpu_algorithm.or(settings.gpu_algorithm);
             settings.peer_access = overrides.peer_access.unwrap_or(settings.peer_access);
+            settings.pinned = overrides.pinned.unwrap_or(settings.pinned);
+            settings.handles = overrides.handles.unwrap_or(settings.handles);
         }
         Ok(settings)
     }

@@ -24,7 +24,7 @@ use crate::observer::Observer;
 use crate::operations::Operations;
 use crate::stream::{OnStream, Stream};
 use crate::tuning::{AskedBy, Selection};
-use crate::window::{Held, Memory, Window};
+use crate::window::{Limits, Memory, Window};
 
 /// Under which the control memory is handed over; windows use their ids, which start at 1.
 const CONTROL_ITEM: u32 = 0;
@@ -42,7 +42,7 @@ const DESTROY_PATIENCE: Duration = Duration::from_secs(30);
 pub struct Communicator {
     /// Before the control memory, which it keeps.
     #[cfg(feature = "cuda")]
-    gpu: Option<RefCell<crate::gpu::Gpu>>,
+    pub(crate) gpu: Option<RefCell<crate::gpu::Gpu>>,
     engine: RefCell<Engine>,
     pub(crate) control: Arc<Control>,
     /// Declared before the neighbours, so that it ends before the connections may.
@@ -55,16 +55,6 @@ pub struct Communicator {
     rank: usize,
     pub(crate) patience: Option<Duration>,
     pub(crate) destroyed: bool,
-}
-
-/// A window that this rank has made.
-enum Made {
-    Host {
-        memory: Arc<SharedMemory>,
-        layout: WindowLayout,
-    },
-    #[cfg(feature = "cuda")]
-    Device(Vec<Arc<unisono_cuda::SharedPages>>),
 }
 
 /// What a communicator is assembled from.
@@ -166,7 +156,8 @@ impl Communicator {
 
     /// One communicator for each of `devices`, GPUs of this process: rank r works on `devices[r]`. One thread may drive them
     /// all (each call only enqueues), or each is moved to a thread of its own. Operations on host memory block until all
-    /// ranks make them, so a single thread submits those in a [`group`](crate::group()).
+    /// ranks make them, so a single thread submits those in a [`group`](crate::group()), as it does with windows, `split`,
+    /// `duplicate` and the end.
     ///
     /// ```no_run
     /// # use unisono::{BufMut, Communicator, Operations, ReduceOp, Stream, cuda};
@@ -324,7 +315,7 @@ impl Communicator {
     }
 
     /// Memory of `count` elements on every rank, zeroed, that all ranks map: collectives on it need no staging.
-    /// Collective: every rank calls it, with the same type and count.
+    /// Collective: every rank calls it, with the same type, count and kind of memory.
     ///
     /// # Errors
     /// [`Error::Mismatch`] if the counts differ; [`Error::Node`] on every rank if any of them cannot have the memory
@@ -342,13 +333,8 @@ impl Communicator {
         let layout = WindowLayout::new(self.world_size(), count, size_of::<T>())?;
         let deadline = self.patience.map_or(Deadline::NEVER, Deadline::after);
         let is_aborted = || self.control.abort().raised().is_some();
-        let made = match memory {
-            Memory::Host => {
-                let memory = self.neighbours.share(id as u32, layout.total_bytes(), deadline, &is_aborted);
-                memory.map(|memory| Made::Host { memory, layout })
-            }
-            Memory::Device => self.make_on_device(id, layout.bytes(), deadline, &is_aborted),
-        };
+        let limits = Limits { deadline, is_aborted: &is_aborted };
+        let made = self.make_window(memory, id, layout, limits);
         // Either all have it or none: a rank that could not map it says so, and everybody lets go of it.
         let mut all_have_it = [u8::from(made.is_ok())];
         engine.submit(&Call::new(
@@ -361,43 +347,8 @@ impl Communicator {
                 (layout.total_bytes(), "another rank of this host could not map it".to_owned());
             return Err(Error::Node(unisono_node::Error::Memory { bytes, action: "window", message }));
         }
-        let held = match made {
-            Made::Host { memory, layout } => {
-                engine.open_window(id, memory.clone(), layout);
-                Held::Host { memory, layout }
-            }
-            #[cfg(feature = "cuda")]
-            Made::Device(pages) => {
-                let (held, bytes) = (pages[self.rank].clone(), layout.bytes());
-                if let Some(gpu) = &self.gpu {
-                    gpu.borrow_mut().open_window(id, bytes, pages);
-                }
-                Held::Device(held)
-            }
-        };
+        let held = self.open_window(&mut engine, id, made);
         Ok(Window::new(self.control.clone(), held, id, count))
-    }
-
-    /// A window on the devices.
-    #[cfg(feature = "cuda")]
-    fn make_on_device(
-        &self,
-        id: u64,
-        bytes: usize,
-        deadline: Deadline,
-        is_aborted: &dyn Fn() -> bool,
-    ) -> Result<Made> {
-        let Some(gpu) = &self.gpu else {
-            let reason = "this communicator was made without one (Builder::device)".to_owned();
-            return Err(Error::Device { rank: self.rank, reason });
-        };
-        let pages = gpu.borrow().share_window(&self.neighbours, (id, bytes), deadline, is_aborted)?;
-        Ok(Made::Device(pages))
-    }
-
-    #[cfg(not(feature = "cuda"))]
-    fn make_on_device(&self, _: u64, _: usize, _: Deadline, _: &dyn Fn() -> bool) -> Result<Made> {
-        Err(Error::Builder { problem: "this build has no GPUs: it was made without the feature cuda" })
     }
 
     /// Ends window `id`, made by the communicator of `owner`, for collectives: because it is closed or becomes one-sided, as
@@ -406,18 +357,7 @@ impl Communicator {
     /// # Errors
     /// [`Error::Argument`] if that is another communicator; those of a failed one.
     pub(crate) fn end_window(&self, kind: Kind, id: u64, owner: &Arc<Control>) -> Result<()> {
-        if let Some(error) = owner.outdated(id) {
-            return Err(error);
-        }
-        if !Arc::ptr_eq(owner, &self.control) {
-            return Err(Error::Argument {
-                call: kind.name(),
-                rank: self.rank,
-                what: "window",
-                expected: "a window of this communicator".to_owned(),
-                got: format!("window {id} of another one"),
-            });
-        }
+        crate::window::check_owner(kind, id, owner, self)?;
         let mut engine = self.engine.borrow_mut();
         let header = CallHeader { target_window: id, ..CallHeader::bare(kind) };
         #[cfg(feature = "cuda")]

@@ -9,6 +9,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use unisono_core::layout::{
     CAUSE_BYTES, ChannelFields, ControlLayout, Field, LATEST_WORDS, RECORD_WORDS, RankFields, SLOT_WORDS,
 };
+#[cfg(feature = "cuda")]
+use unisono_core::recorder::{Clock, GpuView};
 use unisono_core::recorder::{JobLabel, Presence, RankLabel, TickSource};
 use unisono_node::identity::{self, ProcessStatus};
 use unisono_node::{Lost, PlaneEvents, Process, SharedMemory};
@@ -17,6 +19,8 @@ use unisono_sync::{AbortWord, EpochFlag, Fate, Journal, Sleepers, SlotRing, Tick
 
 use crate::cause::Cause;
 use crate::error::{Error, Result};
+#[cfg(feature = "cuda")]
+use crate::recorder::ask::Page;
 
 /// Settles the fate of a rank that leaves: no rank has this number.
 pub(crate) const LEFT: u32 = u32::MAX - 1;
@@ -293,13 +297,51 @@ impl Control {
         (self.words_of(field), unsafe { self.memory.as_ptr().add(field.offset) })
     }
 
+    /// The page of any rank, as who asks for its calls uses it.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn gpu_page(&self, rank: usize) -> impl Page {
+        Words(self.words_of(self.layout.rank(rank).gpu))
+    }
+
+    /// Where the recorder of the GPU of `rank` lies.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn gpu_records(&self, rank: usize) -> Field {
+        self.layout.rank(rank).gpu_records
+    }
+
+    /// What is known of the GPU of `rank`; `None` if it works on none.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn gpu_view(&self, rank: usize, clock: &Clock) -> Option<GpuView> {
+        let fetch = |field: Field| -> Result<Vec<u64>> {
+            Ok(self.words_of(field).iter().map(Word::load_relaxed).collect())
+        };
+        GpuView::read(&self.layout.rank(rank), clock, &fetch).ok()?.1
+    }
+
     fn record(&self, rank: usize) -> &[impl Word<u64>] {
         self.words_of(self.layout.rank(rank).cause)
     }
 
-    fn words_of(&self, field: Field) -> &[impl Word<u64>] {
+    /// The words of a field of the layout.
+    pub(crate) fn words_of(&self, field: Field) -> &[impl Word<u64>] {
         // SAFETY: the field lies in the mapping, aligned to a line, and is accessed as 64-bit atomics only.
         unsafe { words64(self.memory.as_ptr().add(field.offset), field.bytes / 8) }
+    }
+}
+
+/// Words of our own mapping.
+#[cfg(feature = "cuda")]
+struct Words<'w, W>(&'w [W]);
+
+#[cfg(feature = "cuda")]
+impl<W: Word<u64>> Page for Words<'_, W> {
+    fn load(&self, word: usize) -> Option<u64> {
+        // SYNC: what the recorder held is visible after its answer.
+        self.0.get(word).map(Word::load_acquire)
+    }
+
+    fn store(&self, word: usize, value: u64) -> bool {
+        self.0.get(word).map(|word| word.store_release(value)).is_some()
     }
 }
 

@@ -42,6 +42,15 @@ pub enum Error {
         /// Which devices, and why not.
         reason: String,
     },
+    /// A rank's memory cannot be registered, or it cannot map that of another. No rank has the registration, and the
+    /// communicator still works.
+    #[error("rank {rank} could not take part in register: {reason}. No memory was registered.")]
+    Registration {
+        /// The rank that could not.
+        rank: usize,
+        /// What it says.
+        reason: String,
+    },
     /// The kernels of a call are not loaded, and cannot be now: a graph is captured, or other calls of ranks of this process are
     /// under way, which loading would wait for. Nothing was done.
     #[error(

@@ -3,6 +3,8 @@
 use unisono_core::layout::CAUSE_BYTES;
 
 use crate::cause::Cause;
+#[cfg(feature = "cuda")]
+pub use crate::gpu::foreign::fuzzing::{offer, offer_seeds};
 pub use crate::launch::fuzzing::{launch, launch_seeds, secret_file, secret_seeds};
 pub use crate::rendezvous::fuzzing::{meeting, meeting_seeds};
 pub use crate::store::fuzzing::*;

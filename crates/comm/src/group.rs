@@ -1,4 +1,5 @@
-//! Operations that are posted together: on one communicator or on several that one thread drives.
+//! Operations that are posted together: on one communicator or on several that one thread drives; and windows, registrations,
+//! communicators and their ends for such a thread.
 
 use std::cell::RefCell;
 
@@ -9,10 +10,17 @@ use crate::error::Result;
 use crate::operations::Operations;
 use crate::stream::Stream;
 
+mod requests;
+
+pub use requests::Promised;
+use requests::Task;
+
 /// Collects the operations of [`group`].
 #[derive(Debug)]
 pub struct Group<'b> {
     calls: RefCell<Vec<(&'b Communicator, Prepared)>>,
+    /// What is done after the calls, on each communicator.
+    tasks: RefCell<Vec<Task<'b>>>,
 }
 
 /// One communicator within a group. Made by [`Group::on`].
@@ -42,10 +50,15 @@ impl<'b> Operations<'b> for Grouped<'_, 'b> {
     }
 }
 
-/// Posts all operations that `f` submits together, and returns when all are complete.
+/// Posts all operations that `f` submits together, and returns when all are complete; then does what else `f` asked for.
 ///
 /// Within a group the order of messages does not matter: no send waits for a receive that comes after it. One thread can drive
 /// several communicators, even several ranks of one world; collectives of one communicator keep their order.
+///
+/// Windows ([`Grouped::window`], [`Grouped::close`]; with GPUs `Grouped::register` too), communicators made of others
+/// ([`Grouped::split`], [`Grouped::duplicate`]) and the end ([`Group::destroy`]) are collective as well, and block: here all
+/// communicators do them at once, each its own in order. They come after the operations, on every rank; what they give is
+/// [`Promised`].
 ///
 /// ```
 /// # use unisono::{Communicator, Operations, Stream, group};
@@ -68,16 +81,16 @@ impl<'b> Operations<'b> for Grouped<'_, 'b> {
 /// Those of `f`, and of arguments: then nothing was posted. Else the first cause of a failure of any of the communicators; what was
 /// posted on the others is carried out all the same.
 pub fn group<'b, R>(f: impl FnOnce(&Group<'b>) -> Result<R>) -> Result<R> {
-    let group = Group { calls: RefCell::new(Vec::new()) };
+    let group = Group { calls: RefCell::default(), tasks: RefCell::default() };
     let value = f(&group)?;
-    let calls = group.calls.into_inner();
+    let (calls, tasks) = (group.calls.into_inner(), group.tasks.into_inner());
     let mut communicators: Vec<&Communicator> = Vec::new();
     for (communicator, _) in &calls {
         if !communicators.iter().any(|known| std::ptr::eq(*known, *communicator)) {
             communicators.push(communicator);
         }
     }
-    for communicator in &communicators {
+    for communicator in communicators.iter().copied().chain(tasks.iter().filter_map(Task::lent)) {
         communicator.engine().check()?;
     }
     let mut result = Ok(());
@@ -85,7 +98,8 @@ pub fn group<'b, R>(f: impl FnOnce(&Group<'b>) -> Result<R>) -> Result<R> {
         let posted = communicator.engine().post(prepared);
         result = result.and(posted.map(drop));
     }
-    result.and(drive(&communicators)).map(|()| value)
+    let result = result.and(drive(&communicators));
+    result.and(requests::carry_out(tasks)).map(|()| value)
 }
 
 /// Drives all communicators until nothing is in flight on any; the first failure.

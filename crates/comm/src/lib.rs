@@ -32,6 +32,7 @@ mod cause;
 mod collectives;
 pub mod communicator;
 mod control;
+mod copies;
 mod derive;
 pub mod error;
 pub mod explanation;
@@ -50,6 +51,8 @@ pub mod recorder;
 mod reduce;
 #[cfg(doctest)]
 mod refusals;
+#[cfg(feature = "cuda")]
+pub mod registration;
 mod rendezvous;
 pub mod scope;
 mod shrink;
@@ -65,9 +68,11 @@ pub use call::{Call, Counts, Kind};
 pub use communicator::Communicator;
 pub use error::{Error, Result};
 pub use explanation::{Choice, Explanation};
-pub use group::{Group, Grouped, group};
+pub use group::{Group, Grouped, Promised, group};
 pub use observer::{Observer, State};
 pub use operations::Operations;
+#[cfg(feature = "cuda")]
+pub use registration::Registration;
 pub use scope::{Pending, Scope};
 pub use stream::{OnStream, Stream};
 pub use symmetric::Symmetric;
@@ -82,7 +87,7 @@ pub use unisono_core::{
 #[cfg(feature = "cuda")]
 pub use unisono_cuda as cuda;
 pub use unisono_sync::Deadline;
-pub use window::{Memory, Window};
+pub use window::{Closing, Memory, Window};
 
 /// The examples of the README, as doc tests.
 #[cfg(doctest)]

@@ -59,8 +59,8 @@ pub(crate) enum Given {
     Nothing,
     /// The mapping itself, within a process.
     Here(Arc<dyn Any + Send + Sync>),
-    /// What another process can map.
-    Descriptor(OwnedFd),
+    /// What another process can map; at most [`unisono_node::socket::MAX_FDS`].
+    Descriptors(Vec<OwnedFd>),
 }
 
 /// What another rank gave, and what it says of it.
@@ -246,8 +246,9 @@ impl Neighbours {
                 (Host::Threads(hub), _) => {
                     hub.send(mine, *to, tag, ThreadMessage { body: body.to_vec(), memory: None })?;
                 }
-                (Host::Processes(plane), Given::Descriptor(descriptor)) => {
-                    plane.send(*to, tag, body, &[descriptor.as_fd()], deadline)?;
+                (Host::Processes(plane), Given::Descriptors(descriptors)) => {
+                    let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+                    plane.send(*to, tag, body, &descriptors, deadline)?;
                 }
                 (Host::Processes(plane), _) => plane.send(*to, tag, body, &[], deadline)?,
             }
@@ -263,10 +264,9 @@ impl Neighbours {
                 }
                 Host::Processes(plane) => {
                     let message = plane.mailbox().receive(*from, tag, what, deadline, is_aborted)?;
-                    {
-                        let given = message.fds.into_iter().next().map_or(Given::Nothing, Given::Descriptor);
-                        Parcel { body: message.body, given }
-                    }
+                    let is_empty = message.fds.is_empty();
+                    let given = if is_empty { Given::Nothing } else { Given::Descriptors(message.fds) };
+                    Parcel { body: message.body, given }
                 }
             }))
         };

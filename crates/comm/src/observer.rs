@@ -104,6 +104,39 @@ impl Observer {
         Some(format!("call #{epoch} on the GPU of rank {}, waiting for {name}", self.rank))
     }
 
+    /// The last calls on the GPU of `rank`, oldest first, replays of graphs among them: which one its kernels are in, since when,
+    /// and whether all ranks have come to it. Works while they hang; takes some 0.1 s.
+    ///
+    /// Times are before now, by the device's clock, as it was compared with ours when the communicator was made: what the two drift
+    /// apart is an error of them all, but not of how long a call took.
+    ///
+    /// ```no_run
+    /// # let observer = unisono::Communicator::local(&[0, 1])?.remove(0).observer();
+    /// if let Some(call) = observer.gpu_calls(1)?.last().filter(|call| call.is_open()) {
+    ///     println!("rank 1 has been in {call} for {:?}", call.begun);
+    /// }
+    /// # Ok::<(), unisono::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Device`] if there is no such rank, it works on no GPU, or did not answer within a second: its process is stopped or
+    /// gone. [`Error::Forked`] in a forked child.
+    #[cfg(feature = "cuda")]
+    pub fn gpu_calls(&self, rank: usize) -> crate::Result<Vec<crate::recorder::GpuCall>> {
+        use crate::recorder::{Reading, ask, clock};
+        self.control.check_process()?;
+        let none = |reason: &str| Error::Device { rank, reason: reason.to_owned() };
+        if rank >= self.control.world_size() {
+            return Err(none("there is no such rank"));
+        }
+        let has_answered = ask::ask(&[self.control.gpu_page(rank)]) == [true];
+        match self.control.gpu_view(rank, &clock()) {
+            None => Err(none("this communicator was made without one (Builder::device)")),
+            Some(view) if has_answered || view.reading == Reading::Last => Ok(view.calls),
+            Some(_) => Err(none("it did not tell its last calls within a second")),
+        }
+    }
+
     fn describe(&self, epoch: u64) -> Option<String> {
         Some(self.header(epoch)?.describe(epoch - 1, self.rank as u32))
     }

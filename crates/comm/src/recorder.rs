@@ -2,7 +2,8 @@
 //!
 //! Every communicator keeps the last calls of its ranks in its shared memory. [`find`] finds the communicators of other
 //! processes of this user, or of some of them; [`Recording::snapshot`] reads one, while it hangs or after its ranks died;
-//! [`why`] says in plain English who waits for whom. Nothing of the job has to answer: it may be stopped.
+//! [`why`] says in plain English who waits for whom. Nothing of the job has to answer: it may be stopped. Only what GPUs did lies in
+//! their own memory: a thread of each rank fetches it on request, while kernels hang, too.
 //!
 //! ```
 //! use unisono::{Communicator, Operations, recorder};
@@ -20,11 +21,12 @@ use std::num::NonZeroU64;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+pub use unisono_core::call::CallHeader;
 use unisono_core::layout::{ControlLayout, Field};
 use unisono_core::recorder::{Clock, Clocks, JobLabel};
 pub use unisono_core::recorder::{
-    End, Failure, Presence, Process, RankView, Record, Snapshot, Standing, Waits, WaitsOn, ranks_phrase,
-    time_phrase, why,
+    End, Failure, GpuCall, GpuView, GpuWait, Presence, Process, RankView, Reading, Record, Snapshot,
+    Standing, Waits, WaitsOn, ranks_phrase, time_phrase, why,
 };
 use unisono_node::ForeignMemory;
 use unisono_node::identity::ProcessStatus;
@@ -34,6 +36,11 @@ use unisono_sync::ticks::monotonic_ns;
 
 use crate::cause::Cause;
 use crate::error::Result;
+use ask::Page;
+
+pub(crate) mod ask;
+#[cfg(all(test, feature = "cuda"))]
+mod gpu_tests;
 
 /// Over so long the rate of the processor's counter is measured, once per process.
 const CALIBRATION: Duration = Duration::from_millis(20);
@@ -108,17 +115,42 @@ impl Recording {
         self.memory.identity()
     }
 
-    /// What its ranks do now. The first one in a process takes 20 ms, to learn how fast time goes.
+    /// What its ranks do now. The first one in a process takes 20 ms, to learn how fast time goes. Ranks that work on GPUs are asked
+    /// for their calls there, all at once, which takes some 0.1 s, and 1 s where one does not answer
+    /// ([`GpuView::reading`] says so).
     ///
     /// # Errors
     /// [`Error::Core`](crate::Error::Core) if the memory is not what it says; [`Error::Node`](crate::Error::Node) if it cannot be
     /// read.
     pub fn snapshot(&self) -> Result<Snapshot> {
-        let rate = counter_rate();
-        let clocks = Clocks {
-            counter: Clock { now: Ticks::here().now(), rate },
-            monotonic: Clock { now: monotonic_ns(), rate: NANOSECONDS },
+        let first = self.glance()?;
+        let can_answer = |rank: &&RankView| {
+            let serves = rank.gpu.as_ref().is_some_and(|gpu| gpu.reading == Reading::Earlier);
+            serves && rank.process == Process::Running
         };
+        let layout = ControlLayout::new(first.ranks.len());
+        let asked: Vec<usize> = first.ranks.iter().filter(can_answer).map(|rank| rank.rank).collect();
+        if asked.is_empty() {
+            return Ok(first);
+        }
+        let page = |rank: &usize| ForeignPage { memory: &self.memory, field: layout.rank(*rank).gpu };
+        let answered = ask::ask(&asked.iter().map(page).collect::<Vec<_>>());
+        let mut snapshot = self.glance()?;
+        for (rank, has_answered) in asked.into_iter().zip(answered) {
+            match snapshot.ranks.get_mut(rank).and_then(|rank| rank.gpu.as_mut()) {
+                Some(gpu) if has_answered && gpu.reading == Reading::Earlier => gpu.reading = Reading::Now,
+                _ => {}
+            }
+        }
+        Ok(snapshot)
+    }
+
+    /// As [`Recording::snapshot`], of what lies in the memory: nobody is asked, and nobody waited for.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn glance(&self) -> Result<Snapshot> {
+        let clocks = clocks();
         let fetch =
             |field: Field| -> Result<Vec<u64>> { Ok(self.memory.words(field.offset, field.bytes / 8)?) };
         let mut snapshot = Snapshot::read(self.memory.bytes(), &clocks, fetch, explain)?;
@@ -139,6 +171,41 @@ impl Recording {
             return (rank.pid, status.map_or(Process::Ended, process));
         };
         (pid, ProcessStatus::of(pid).map_or(Process::Ended, process))
+    }
+}
+
+/// The page of a GPU in the memory of another process.
+struct ForeignPage<'m> {
+    memory: &'m ForeignMemory,
+    field: Field,
+}
+
+impl Page for ForeignPage<'_> {
+    fn load(&self, word: usize) -> Option<u64> {
+        self.memory.words(self.field.offset + word * 8, 1).ok()?.first().copied()
+    }
+
+    fn store(&self, word: usize, value: u64) -> bool {
+        self.memory.write_word(self.field.offset + word * 8, value).is_ok()
+    }
+}
+
+/// The clocks of this machine.
+fn clocks() -> Clocks {
+    let rate = counter_rate();
+    Clocks {
+        counter: Clock { now: Ticks::here().now(), rate },
+        monotonic: Clock { now: monotonic_ns(), rate: NANOSECONDS },
+    }
+}
+
+/// The one that ranks of this machine take their ticks from.
+#[cfg(feature = "cuda")]
+pub(crate) fn clock() -> Clock {
+    let clocks = clocks();
+    match Ticks::here() {
+        Ticks::Counter => clocks.counter,
+        Ticks::Clock => clocks.monotonic,
     }
 }
 

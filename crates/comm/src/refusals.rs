@@ -84,6 +84,7 @@
 //! rank.scope(|scope| scope.all_reduce(&mut x, ReduceOp::Sum)?.wait())?;
 //! x[0] = 2.0;
 //! group(|group| group.on(&rank, &stream).all_reduce(&mut y, ReduceOp::Sum))?;
+//! group(|group| Ok(group.destroy(rank)))?;
 //! # Ok::<(), unisono::Error>(())
 //! ```
 //!
@@ -142,6 +143,18 @@
 //! group(|group| {
 //!     let mut x = vec![1.0f32; 4];
 //!     group.on(&rank, &stream).all_reduce(&mut x, ReduceOp::Sum)
+//! })?;
+//! # Ok::<(), unisono::Error>(())
+//! ```
+//!
+//! What ends with a group is not used in it.
+//! ```compile_fail,E0505
+//! use unisono::{Communicator, Operations, Stream, group};
+//! let (rank, stream) = (Communicator::threads(1)?.remove(0), Stream::host());
+//! group(|group| {
+//!     group.on(&rank, &stream).barrier()?;
+//!     group.destroy(rank);
+//!     Ok(())
 //! })?;
 //! # Ok::<(), unisono::Error>(())
 //! ```

@@ -23,6 +23,7 @@ use crate::call::{Call, Kind};
 use crate::cause::Cause;
 use crate::communicator::{AGREEMENT_ITEM, Communicator, Parts};
 use crate::control::{About, Control, LEFT};
+use crate::copies::Copies;
 use crate::error::{Error, Result};
 use crate::neighbours::Letter;
 
@@ -340,7 +341,7 @@ impl Decision {
         old.control.supersede(neighbours.generation());
         if self.must_quarantine {
             quarantine(old.control.memory().clone());
-            windows.into_iter().for_each(quarantine);
+            windows.into_iter().for_each(Copies::quarantine);
         }
         let places = members.iter().map(|member| old.places[*member].clone()).collect();
         let topology = Arc::new(old.topology.of(members));

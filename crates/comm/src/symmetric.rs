@@ -5,16 +5,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use unisono_core::Element;
-use unisono_core::call::Kind;
 use unisono_core::layout::{Field, SIGNAL_SLOTS, SIGNAL_STRIDE, WindowLayout};
-use unisono_node::SharedMemory;
 use unisono_sync::memory::{words32, words64};
 use unisono_sync::{SharedBytes, SignalPad, Sleepers, SpinBudget, Stopped, WaitPolicy, Watch, wait};
 
 use crate::cause::Cause;
 use crate::communicator::Communicator;
 use crate::control::Control;
+use crate::copies::Copies;
 use crate::error::{Error, Result};
+use crate::window::{Closing, Held};
 
 /// The same number of elements on every rank, which all ranks may touch at any time: by copies, never by reference. Made by
 /// [`Window::into_symmetric`](crate::Window::into_symmetric). Any thread may use it.
@@ -44,8 +44,7 @@ use crate::error::{Error, Result};
 #[derive(Debug)]
 pub struct Symmetric<T: Element> {
     control: Arc<Control>,
-    memory: Arc<SharedMemory>,
-    layout: WindowLayout,
+    copies: Copies,
     id: u64,
     count: usize,
     /// How the communicator waits.
@@ -59,12 +58,11 @@ impl<T: Element> Symmetric<T> {
 
     pub(crate) fn new(
         control: Arc<Control>,
-        memory: Arc<SharedMemory>,
-        layout: WindowLayout,
+        copies: Copies,
         (id, count): (u64, usize),
         policy: WaitPolicy,
     ) -> Self {
-        Self { control, memory, layout, id, count, policy, elem: PhantomData }
+        Self { control, copies, id, count, policy, elem: PhantomData }
     }
 
     /// Elements of each copy.
@@ -160,7 +158,7 @@ impl<T: Element> Symmetric<T> {
     /// [`Error::Argument`] if `peer` is no rank.
     pub fn address(&self, peer: usize) -> Result<u64> {
         self.check_peer("address", peer)?;
-        Ok(self.at(self.layout.copy(peer)).expose_provenance() as u64)
+        Ok(self.copies.start(peer) as u64)
     }
 
     /// Ends this memory on all ranks and frees it. Collective.
@@ -169,7 +167,7 @@ impl<T: Element> Symmetric<T> {
     /// [`Error::Argument`] if `communicator` did not make it; those of a failed communicator. This rank's hold on the memory
     /// ends in any case.
     pub fn close(self, communicator: &Communicator) -> Result<()> {
-        communicator.end_window(Kind::CloseWindow, self.id, &self.control)
+        communicator.close_window(self.into())
     }
 
     fn rank(&self) -> usize {
@@ -218,26 +216,37 @@ impl<T: Element> Symmetric<T> {
         Error::Argument { call, rank: self.rank(), what: "slot", expected, got }
     }
 
-    fn at(&self, field: Field) -> *mut u8 {
-        // SAFETY: all fields lie in the mapping, whose length was agreed.
-        unsafe { self.memory.as_ptr().add(field.offset) }
-    }
-
     fn bytes_of(&self, peer: usize) -> SharedBytes<'_> {
-        let field = self.layout.copy(peer);
-        // SAFETY: whole pages of the mapping, which lives as long as `self`; every rank touches one-sided memory by 64-bit atomics
-        // only.
-        SharedBytes::new(unsafe { words64(self.at(field), field.bytes / 8) })
+        let start = std::ptr::with_exposed_provenance_mut(self.copies.start(peer));
+        let words = self.copies.bytes().div_ceil(8);
+        // SAFETY: a copy begins on a page and has whole pages, and lives as long as `self`; every rank touches one-sided memory by
+        // 64-bit atomics only.
+        SharedBytes::new(unsafe { words64(start, words) })
     }
 
     fn pad(&self, peer: usize) -> SignalPad<'_> {
-        let field = self.layout.signals(peer);
+        let (start, field) = self.signals(|layout| layout.signals(peer));
         // SAFETY: as above.
-        SignalPad::new(unsafe { words64(self.at(field), field.bytes / 8) }, SIGNAL_STRIDE / 8)
+        SignalPad::new(unsafe { words64(start, field.bytes / 8) }, SIGNAL_STRIDE / 8)
     }
 
     fn sleepers(&self, peer: usize) -> Sleepers<'_> {
+        let (start, _) = self.signals(|layout| layout.sleepers(peer));
         // SAFETY: as above; the count is accessed as a 32-bit atomic only.
-        Sleepers::new(unsafe { &words32(self.at(self.layout.sleepers(peer)), 1)[0] })
+        Sleepers::new(unsafe { &words32(start, 1)[0] })
+    }
+
+    /// A field of the memory that holds the signals.
+    fn signals(&self, field: impl FnOnce(&WindowLayout) -> Field) -> (*mut u8, Field) {
+        let (memory, layout) = self.copies.signals();
+        let field = field(layout);
+        // SAFETY: all fields lie in the mapping, whose length was agreed.
+        (unsafe { memory.as_ptr().add(field.offset) }, field)
+    }
+}
+
+impl<T: Element> From<Symmetric<T>> for Closing {
+    fn from(symmetric: Symmetric<T>) -> Self {
+        Self::new(symmetric.control, symmetric.id, Some(Held::Host(symmetric.copies)))
     }
 }

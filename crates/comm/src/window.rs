@@ -6,16 +6,35 @@ use std::sync::Arc;
 
 use unisono_core::Element;
 use unisono_core::call::Kind;
-use unisono_core::layout::WindowLayout;
-use unisono_node::SharedMemory;
 
 use crate::buffer::{Buf, BufMut, Place, RawBuffer};
 use crate::communicator::Communicator;
 use crate::control::Control;
+use crate::copies::Copies;
 use crate::error::{Error, Result};
 use crate::symmetric::Symmetric;
+pub use making::Closing;
+pub(crate) use making::Limits;
 
-/// Where the memory of a window lies.
+mod making;
+
+/// Where the memory of a window lies. All ranks ask for the same.
+///
+/// ```
+/// # use unisono::{Communicator, Memory, Operations, ReduceOp, Stream};
+/// # let ranks = Communicator::threads(2)?;
+/// # let ranks: Vec<_> = ranks.into_iter().map(|rank| std::thread::spawn(move || {
+/// // On a communicator with a GPU, a stream of that; the rest is the same.
+/// let stream = Stream::host();
+/// let mut window = rank.window::<f32>(1000, Memory::Pinned)?;
+/// window.lend()?.fill(1.0);
+/// rank.on(&stream).all_reduce(&mut window, ReduceOp::Sum)?;
+/// assert_eq!(window.lend()?[999], 2.0);
+/// window.close(&rank)?;
+/// # rank.destroy() })).collect();
+/// # for rank in ranks { rank.join().unwrap()?; }
+/// # Ok::<(), unisono::Error>(())
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub enum Memory {
@@ -24,13 +43,18 @@ pub enum Memory {
     Host,
     /// Memory of each rank's GPU, which all GPUs of the communicator reach.
     Device,
+    /// Host memory that the CPUs of all ranks and all GPUs of the host reach, whether or not these reach each other's memory:
+    /// collectives of both work on it in place, and [`Window::lend`] gives it as a slice. What the host does with it waits for the
+    /// calls on it that our GPU was given before. Each rank's copy lies on the NUMA node of its GPU, where the driver offers that
+    /// (`UNISONO_PINNED`). Without GPUs it is host memory, so the same code runs on both.
+    Pinned,
 }
 
 /// What a window lies in.
 #[derive(Clone, Debug)]
 pub(crate) enum Held {
-    /// One mapping of all copies.
-    Host { memory: Arc<SharedMemory>, layout: WindowLayout },
+    /// All copies, as the CPU reaches them.
+    Host(Copies),
     /// Our copy, on our device.
     #[cfg(feature = "cuda")]
     Device(Arc<unisono_cuda::SharedPages>),
@@ -57,10 +81,7 @@ impl<T: Element> Window<T> {
     /// The first element of this rank's copy.
     fn base(&self) -> u64 {
         match &self.held {
-            Held::Host { memory, layout } => {
-                let offset = layout.copy(self.control.member().0).offset;
-                (memory.as_ptr().expose_provenance() + offset) as u64
-            }
+            Held::Host(copies) => copies.start(self.control.member().0) as u64,
             #[cfg(feature = "cuda")]
             Held::Device(pages) => pages.address(),
         }
@@ -81,21 +102,24 @@ impl<T: Element> Window<T> {
         self.id
     }
 
-    /// This rank's copy, until the next collective on it.
+    /// This rank's copy, until the next collective on it. Of a pinned window, waits until our GPU is done with the calls of this
+    /// communicator on such windows that were put into streams; if some are in CUDA graphs, until it is done with everything.
+    /// So whoever drives several ranks makes a call on all of them before it lends a window of one.
     ///
     /// # Errors
     /// [`Error::Poisoned`] once the communicator failed: a peer may have been writing. [`Error::Generation`] once it was shrunk.
-    /// [`Error::Forked`] in a forked child. [`Error::Place`] if it lies on a GPU.
+    /// [`Error::Forked`] in a forked child. [`Error::Place`] if it lies on a GPU. [`Error::Cuda`] if our GPU failed.
     pub fn lend(&mut self) -> Result<&mut [T]> {
         self.control.check_process()?;
         if let Some(error) = self.control.outdated(self.id) {
             return Err(error);
         }
-        if let Some(cause) = self.control.cause() {
-            let cause = cause.into_error("a collective", self.control.member()).to_string();
-            return Err(Error::Poisoned { id: self.id, cause });
-        }
-        let Held::Host { .. } = &self.held else {
+        self.check_cause()?;
+        #[cfg_attr(
+            not(feature = "cuda"),
+            expect(irrefutable_let_patterns, reason = "there are GPUs elsewhere")
+        )]
+        let Held::Host(copies) = &self.held else {
             return Err(Error::Place {
                 call: "lend",
                 rank: self.control.member().0,
@@ -103,10 +127,23 @@ impl<T: Element> Window<T> {
                 got: "memory of a GPU".to_owned(),
             });
         };
+        if copies.are_pinned() {
+            let settled = copies.settle();
+            self.check_cause()?;
+            settled?;
+        }
         let base: *mut T = std::ptr::with_exposed_provenance_mut(self.base() as usize);
-        // SAFETY: the base is page-aligned, `count` elements long, lives as long as `memory`, and every bit pattern is a
-        // valid `T`. Peers read and write it only while we are inside a collective, which needs this borrow to be over.
+        // SAFETY: the base is page-aligned, `count` elements long, lives as long as `held`, and every bit pattern is a
+        // valid `T`. Peers read and write it only while we are inside a collective, which needs this borrow to be over; what
+        // was put into streams was just waited for.
         Ok(unsafe { std::slice::from_raw_parts_mut(base, self.count) })
+    }
+
+    /// Peers may still be writing once the communicator has failed.
+    fn check_cause(&self) -> Result<()> {
+        let Some(cause) = self.control.cause() else { return Ok(()) };
+        let cause = cause.into_error("a collective", self.control.member()).to_string();
+        Err(Error::Poisoned { id: self.id, cause })
     }
 
     /// The elements of `range` as an input.
@@ -125,18 +162,23 @@ impl<T: Element> Window<T> {
         BufMut::new(self.raw(range))
     }
 
-    /// The address of this rank's copy: of host memory, or of its GPU's.
+    /// The address of this rank's copy: of host memory (as the CPU calls it, if it is pinned), or of its GPU's.
     pub fn address(&self) -> u64 {
         self.base()
+    }
+
+    /// Whether `communicator` made this window, for the call of this `kind`.
+    pub(crate) fn check_owner(&self, kind: Kind, communicator: &Communicator) -> Result<()> {
+        check_owner(kind, self.id, &self.control, communicator)
     }
 
     /// Ends the window on all ranks and frees its memory. Collective.
     ///
     /// # Errors
-    /// [`Error::Argument`] if `communicator` did not make this window; [`Error::Generation`] if an earlier generation of it did; those of a failed communicator. This rank's hold
-    /// on the memory ends in any case.
+    /// [`Error::Argument`] if `communicator` did not make this window; [`Error::Generation`] if an earlier generation of it did;
+    /// those of a failed communicator. This rank's hold on the memory ends in any case.
     pub fn close(self, communicator: &Communicator) -> Result<()> {
-        communicator.end_window(Kind::CloseWindow, self.id, &self.control)
+        communicator.close_window(self.into())
     }
 
     /// Makes this window one-sided memory: from now on every rank reads and writes all copies at any time, and no collective
@@ -149,7 +191,7 @@ impl<T: Element> Window<T> {
             not(feature = "cuda"),
             expect(irrefutable_let_patterns, reason = "there are GPUs elsewhere")
         )]
-        let Held::Host { memory, layout } = self.held else {
+        let Held::Host(copies) = self.held else {
             return Err(Error::Place {
                 call: Kind::Symmetric.name(),
                 rank: self.control.member().0,
@@ -159,7 +201,7 @@ impl<T: Element> Window<T> {
         };
         communicator.end_window(Kind::Symmetric, self.id, &self.control)?;
         let policy = communicator.engine().policy();
-        Ok(Symmetric::new(self.control, memory, layout, (self.id, self.count), policy))
+        Ok(Symmetric::new(self.control, copies, (self.id, self.count), policy))
     }
 
     fn raw(&self, range: Range<usize>) -> RawBuffer {
@@ -174,6 +216,32 @@ impl<T: Element> Window<T> {
             dtype: T::DTYPE,
             place: Place::Window { id: self.id },
         }
+    }
+}
+
+/// Refuses window `id` of `owner` unless that is `communicator`, in its generation.
+pub(crate) fn check_owner(
+    kind: Kind,
+    id: u64,
+    owner: &Arc<Control>,
+    communicator: &Communicator,
+) -> Result<()> {
+    match owner.outdated(id) {
+        Some(error) => Err(error),
+        None if Arc::ptr_eq(owner, &communicator.control) => Ok(()),
+        None => Err(Error::Argument {
+            call: kind.name(),
+            rank: communicator.rank(),
+            what: "window",
+            expected: "a window of this communicator".to_owned(),
+            got: format!("window {id} of another one"),
+        }),
+    }
+}
+
+impl<T: Element> From<Window<T>> for Closing {
+    fn from(window: Window<T>) -> Self {
+        Self::new(window.control, window.id, Some(window.held))
     }
 }
 

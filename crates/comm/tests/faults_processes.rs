@@ -27,7 +27,7 @@ fn main() -> ExitCode {
 
 fn trials() -> Vec<Trial> {
     type Test = fn();
-    let tests: [(&str, Test); 44] = [
+    let tests: [(&str, Test); 48] = [
         (
             "gpu_kill::survivors_leave_their_kernels_and_go_on",
             faults::gpu::survivors_leave_their_kernels_and_go_on,
@@ -35,6 +35,19 @@ fn trials() -> Vec<Trial> {
         (
             "gpu_kill::a_rank_that_loses_its_context_is_named",
             faults::gpu::a_rank_that_loses_its_context_is_named,
+        ),
+        ("pinned::the_same_code_runs_without_gpus", faults::pinned::the_same_code_runs_without_gpus),
+        (
+            "pinned::processes_work_on_windows_of_either_kind",
+            faults::pinned::processes_work_on_windows_of_either_kind,
+        ),
+        (
+            "pinned::fabric_handles_serve_or_are_a_typed_error",
+            faults::pinned::fabric_handles_serve_or_are_a_typed_error,
+        ),
+        (
+            "gpu_registration::processes_reach_each_others_memory",
+            faults::registrations::processes_reach_each_others_memory,
         ),
         ("kill::every_survivor_names_the_killed_rank", faults::kills::every_survivor_names_the_killed_rank),
         ("kill::a_forked_child_does_not_hide_it", faults::kills::a_forked_child_does_not_hide_it),

@@ -3,10 +3,18 @@
 #![cfg(feature = "cuda")]
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "seeds, and what is skipped, are said")]
 
+#[path = "gpu/group.rs"]
+mod group;
 #[path = "gpu/life.rs"]
 mod life;
+#[path = "gpu/pinned.rs"]
+mod pinned;
 #[path = "gpu/random.rs"]
 mod random;
+#[path = "gpu/recorder.rs"]
+mod recorder;
+#[path = "gpu/registration.rs"]
+mod registration;
 #[path = "gpu/windows.rs"]
 mod windows;
 #[path = "gpu/world.rs"]

@@ -27,7 +27,9 @@ fn on_threads<T: Send + 'static>(
 }
 
 fn symmetric<T: Element>(rank: &Communicator, count: usize) -> Symmetric<T> {
-    rank.window::<T>(count, Memory::Host).unwrap().into_symmetric(rank).unwrap()
+    // Without GPUs, it makes no difference.
+    let memory = if count.is_multiple_of(2) { Memory::Host } else { Memory::Pinned };
+    rank.window::<T>(count, memory).unwrap().into_symmetric(rank).unwrap()
 }
 
 /// Numbers that follow from a seed.

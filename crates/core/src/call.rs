@@ -119,6 +119,8 @@ pub enum Kind {
     Duplicate,
     /// Collective change of a window into one-sided memory.
     Symmetric,
+    /// Collective registration of memory that somebody else allocated; it counts bytes.
+    Register,
 }
 
 impl Kind {
@@ -150,6 +152,7 @@ impl Kind {
             Self::Split => "split",
             Self::Duplicate => "duplicate",
             Self::Symmetric => "into_symmetric",
+            Self::Register => "register",
         }
     }
 
@@ -164,6 +167,7 @@ impl Kind {
             Self::Window => 6,
             Self::CloseWindow => 7,
             Self::Symmetric => 23,
+            Self::Register => 29,
             Self::Reduce { .. } => 8,
             Self::ReduceScatter { .. } => 9,
             Self::Gather { .. } => 10,
@@ -344,6 +348,7 @@ impl CallHeader {
             30 => Kind::Split,
             31 => Kind::Duplicate,
             23 => Kind::Symmetric,
+            29 => Kind::Register,
             _ => return None,
         };
         let dtype = match dtype {
@@ -381,7 +386,8 @@ impl fmt::Display for CallHeader {
             Kind::AllReduceMulti { .. } if self.parts == 1 => write!(f, ", 1 buffer")?,
             Kind::AllReduceMulti { .. } => write!(f, ", {} buffers", self.parts)?,
             Kind::BroadcastMulti { buffer, .. } => write!(f, ", its buffer {buffer}")?,
-            Kind::Window if self.parts != 0 => write!(f, ", on GPUs")?,
+            Kind::Window if self.parts == 1 => write!(f, ", on GPUs")?,
+            Kind::Window if self.parts != 0 => write!(f, ", pinned")?,
             // Sizes that differ show in this, even where their sum does not.
             _ if self.parts != 0 => write!(f, " in parts #{:06x}", self.parts & 0xff_ffff)?,
             _ => {}

@@ -4,13 +4,14 @@
 //! ```text
 //! page 0            the abort word │ what job this is
 //! per rank          produced │ reduced │ consumed │ liveness │ cause │ call slots │ identity │ records │
-//!                   staging in │ staging out │ channels │ gpu
+//!                   staging in │ staging out │ channels │ gpu │ gpu records
 //! ```
 //! What the memory says of itself (job, identity, records) is enough to read it from another process:
 //! [`recorder`](crate::recorder).
 //!
 //! Lines are 128 bytes apart: processors fetch neighbouring 64-byte lines in pairs, and two writers must not share one.
 
+use crate::device::layout::RECORDER_BYTES;
 use crate::error::{Error, Result};
 
 /// Distance between words that different ranks write.
@@ -36,7 +37,7 @@ pub const SLOT_HEADER: usize = 7;
 /// Room for the first cause of a failure, as encoded bytes behind a length word.
 pub const CAUSE_BYTES: usize = 2048;
 /// Changes whenever anything here or in [`recorder`](crate::recorder) does: readers of another one do not guess.
-pub const LAYOUT_VERSION: u64 = 2;
+pub const LAYOUT_VERSION: u64 = 3;
 /// The words in which the memory says what job it belongs to, as [`recorder::JobLabel`](crate::recorder::JobLabel).
 pub const JOB_WORDS: usize = 64;
 /// The words in which a rank says who it is, as [`recorder::RankLabel`](crate::recorder::RankLabel).
@@ -98,13 +99,16 @@ pub struct RankFields {
     pub staging_out: Field,
     /// Channels from every rank to this one, by sender: see [`ControlLayout::channel`].
     pub channels: Field,
-    /// A page that the kernels of this rank's GPU write: what they report. See [`device`](crate::device).
+    /// A page that the kernels of this rank's GPU write: what they report. See [`device`](crate::device). One word of it,
+    /// a request, is written by readers.
     pub gpu: Field,
+    /// The recorder of this rank's GPU, as it was when somebody last asked for it.
+    pub gpu_records: Field,
 }
 
 impl RankFields {
     /// All fields, in order.
-    pub const fn all(&self) -> [Field; 12] {
+    pub const fn all(&self) -> [Field; 13] {
         [
             self.produced,
             self.reduced,
@@ -118,6 +122,7 @@ impl RankFields {
             self.staging_out,
             self.channels,
             self.gpu,
+            self.gpu_records,
         ]
     }
 }
@@ -171,7 +176,7 @@ impl ControlLayout {
 
     /// Bytes of one rank's part; staging at most 16 MiB of it.
     pub const fn rank_bytes(&self) -> usize {
-        self.rank_at(0).gpu.end()
+        self.rank_at(0).gpu_records.end()
     }
 
     /// Bytes of the ring of one channel: together about 1 MiB per rank, however many ranks there are.
@@ -226,6 +231,8 @@ impl ControlLayout {
             offset: staging_out.end(),
             bytes: (self.ranks * self.channel_bytes()).next_multiple_of(PAGE),
         };
+        let gpu = Field { offset: channels.end(), bytes: PAGE };
+        let gpu_records = Field { offset: gpu.end(), bytes: RECORDER_BYTES.next_multiple_of(PAGE) };
         RankFields {
             produced: line(base, 0),
             reduced: line(base, 1),
@@ -238,7 +245,8 @@ impl ControlLayout {
             staging_in,
             staging_out,
             channels,
-            gpu: Field { offset: channels.end(), bytes: PAGE },
+            gpu,
+            gpu_records,
         }
     }
 }

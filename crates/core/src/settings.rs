@@ -10,9 +10,11 @@ use crate::device::Wish;
 use crate::error::{Error, Result};
 use crate::tuning::Tuning;
 
+mod gpu;
 mod names;
 mod values;
 
+pub use gpu::{HandleKind, PinnedWay};
 pub use names::unknown_names;
 pub use values::{format_size, parse_duration, parse_duration_or_never, parse_size};
 
@@ -66,6 +68,8 @@ const ALGORITHMS: ValueKind =
 const ORDERS: ValueKind = ValueKind::Choice(&["fixed", "rank"], "fixed or rank");
 const SWITCH: ValueKind = ValueKind::Choice(&["on", "off"], "on or off");
 const REQUIREMENTS: ValueKind = ValueKind::Choice(&["none", "auth", "nvlink"], "none, auth or nvlink");
+const PINNED_WAYS: ValueKind = ValueKind::Choice(&["auto", "memfd", "numa"], "auto, memfd or numa");
+const HANDLES: ValueKind = ValueKind::Choice(&["auto", "descriptor", "fabric"], "auto, descriptor or fabric");
 const FORMS: ValueKind = ValueKind::Text(
     "auto, one-shot, two-shot, bulk, direct or ring, and after colons the blocks and the vectors of a tile, as in bulk:24:512",
 );
@@ -155,6 +159,18 @@ pub const SETTINGS: &[Setting] = &[
         "on",
         "Whether GPUs may reach each other's memory; without, they meet in pinned memory of the host.",
     )),
+    setting(
+        "UNISONO_PINNED",
+        PINNED_WAYS,
+        "auto",
+        "What pinned windows are made of: memfd is shared memory that the driver registers, numa is memory of the driver on the GPU's NUMA node, auto is numa where the device offers it.",
+    ),
+    setting(
+        "UNISONO_HANDLES",
+        HANDLES,
+        "auto",
+        "How memory of GPUs is handed to other processes: as a descriptor or as a fabric handle; auto is a descriptor on one host.",
+    ),
     setting(
         "UNISONO_NVRTC",
         ValueKind::Text("the path of libnvrtc.so, or of its folder"),
@@ -311,6 +327,10 @@ pub struct Settings {
     pub gpu_algorithm: Option<Wish>,
     /// Whether GPUs may reach each other's memory. Equal on all ranks.
     pub peer_access: bool,
+    /// What pinned windows are made of.
+    pub pinned: PinnedWay,
+    /// As what memory of GPUs is handed to other processes.
+    pub handles: HandleKind,
 }
 
 impl Default for Settings {
@@ -331,6 +351,8 @@ impl Default for Settings {
             recorder: true,
             gpu_algorithm: None,
             peer_access: true,
+            pinned: PinnedWay::Auto,
+            handles: HandleKind::Auto,
         }
     }
 }
@@ -376,6 +398,8 @@ impl Settings {
             recorder: read.parsed("UNISONO_RECORDER", default.recorder, switch)?,
             gpu_algorithm: read.parsed("UNISONO_GPU_ALGORITHM", None, wish)?,
             peer_access: read.parsed("UNISONO_PEER_ACCESS", default.peer_access, switch)?,
+            pinned: read.parsed("UNISONO_PINNED", default.pinned, PinnedWay::from_word)?,
+            handles: read.parsed("UNISONO_HANDLES", default.handles, HandleKind::from_word)?,
         })
     }
 

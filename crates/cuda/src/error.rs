@@ -36,6 +36,24 @@ pub enum Error {
         /// What it means.
         message: String,
     },
+    /// Memory has no fabric handle, or the driver does not take one.
+    #[error(
+        "cuda:{ordinal} hands no memory over by fabric handles: {reason}. They need an IMEX channel (nvidia-imex); UNISONO_HANDLES=descriptor does without."
+    )]
+    NoFabric {
+        /// The device.
+        ordinal: u32,
+        /// Why.
+        reason: String,
+    },
+    /// Memory that somebody else allocated is not what it should be.
+    #[error("expected {expected}, got {got}")]
+    Memory {
+        /// What it should be.
+        expected: String,
+        /// What it is.
+        got: String,
+    },
     /// The run-time compiler cannot be found.
     #[error(
         "NVRTC, the run-time compiler of CUDA, was not found: {reason}. Install it with pip install nvidia-cuda-nvrtc, or name it with UNISONO_NVRTC."

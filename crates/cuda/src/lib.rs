@@ -4,10 +4,12 @@
 //! [`Error::NoDevice`] (or [`Error::NoCompiler`]), never a panic. What never will be here: a rank, a collective.
 
 pub mod cache;
+pub mod capture;
 pub mod device;
 pub mod driver;
 pub mod error;
 pub mod facts;
+pub mod foreign;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
@@ -20,11 +22,13 @@ pub mod places;
 pub mod stream;
 
 pub use cache::{Cache, Entry};
+pub use capture::Capture;
 pub use device::{Device, Uuid};
 pub use error::{Error, Result};
 pub use facts::{KernelFacts, kernels};
+pub use foreign::{Foreign, Imported, PeerPages};
 pub use graph::Graph;
-pub use memory::{DeviceBuffer, Location, RegisteredHost, SharedPages};
+pub use memory::{DeviceBuffer, FabricHandle, Location, RegisteredHost, SharedPages};
 pub use module::{Function, Grid, Module};
 pub use nvml::{GpuLinks, Link, Pcie, Remote};
 pub use nvrtc::{Architecture, Compiler, Source};

@@ -8,11 +8,15 @@
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use cudarc::driver::sys;
+use cudarc::driver::sys::{self, CUmemAllocationHandleType as HandleTypes};
 
 use crate::device::Device;
 use crate::driver::check;
 use crate::error::{Error, Result};
+
+mod fabric;
+
+pub use fabric::FabricHandle;
 
 /// Where pages lie.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -31,19 +35,40 @@ pub struct SharedPages {
     address: u64,
     bytes: usize,
     location: Location,
+    /// Why they have no fabric handle, if they have none.
+    no_fabric: Option<String>,
     /// The other devices that were let in.
     allowed: Mutex<Vec<sys::CUdevice>>,
 }
 
 impl SharedPages {
     /// Takes at least `bytes` (rounded up to what the driver hands out, 2 MiB as a rule), accessible to `device`, not
-    /// cleared.
+    /// cleared. They can be exported as a descriptor; those of a device also as a fabric handle, where the driver gives any.
     ///
     /// # Errors
     /// What the driver refuses; nothing stays allocated.
     pub fn create(device: &Device, bytes: usize, location: Location) -> Result<Self> {
         let _current = device.enter()?;
-        let properties = properties(device, location);
+        let descriptor = HandleTypes::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+        let with_fabric = fabric::is_offered(device, location).and_then(|()| {
+            let both = descriptor | HandleTypes::CU_MEM_HANDLE_TYPE_FABRIC;
+            Self::take(device, bytes, location, both).map_err(|error| error.to_string())
+        });
+        let ((handle, bytes), no_fabric) = match with_fabric {
+            Ok(taken) => (taken, None),
+            Err(reason) => (Self::take(device, bytes, location, descriptor)?, Some(reason)),
+        };
+        Self::map(device, handle, (bytes, location), no_fabric)
+    }
+
+    /// Pages that are mapped nowhere, and how many bytes they are.
+    fn take(
+        device: &Device,
+        bytes: usize,
+        location: Location,
+        exported_as: HandleTypes,
+    ) -> Result<(sys::CUmemGenericAllocationHandle, usize)> {
+        let properties = properties(device, location, exported_as);
         let mut granularity = 0;
         // SAFETY: the properties are complete, and the answer is ours.
         let result = unsafe {
@@ -61,7 +86,7 @@ impl SharedPages {
         // SAFETY: as above.
         let result = unsafe { sys::cuMemCreate(&raw mut handle, bytes, &raw const properties, 0) };
         check("cuMemCreate", device.ordinal(), result)?;
-        Self::map(device, handle, bytes, location)
+        Ok((handle, bytes))
     }
 
     /// Maps pages that a peer exported, `bytes` of them as it says.
@@ -71,7 +96,7 @@ impl SharedPages {
     pub fn import(device: &Device, descriptor: OwnedFd, bytes: usize, location: Location) -> Result<Self> {
         let _current = device.enter()?;
         let mut handle = 0;
-        let kind = sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+        let kind = HandleTypes::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
         // SAFETY: the descriptor is open; the driver takes the number by value and checks what it is.
         let result = unsafe {
             sys::cuMemImportFromShareableHandle(
@@ -81,15 +106,15 @@ impl SharedPages {
             )
         };
         check("cuMemImportFromShareableHandle", device.ordinal(), result)?;
-        Self::map(device, handle, bytes, location)
+        Self::map(device, handle, (bytes, location), Some("they were made by another process".to_owned()))
     }
 
     /// Takes over `handle`, which is released whatever happens.
     fn map(
         device: &Device,
         handle: sys::CUmemGenericAllocationHandle,
-        bytes: usize,
-        location: Location,
+        (bytes, location): (usize, Location),
+        no_fabric: Option<String>,
     ) -> Result<Self> {
         let mut pages = Self {
             device: device.clone(),
@@ -97,6 +122,7 @@ impl SharedPages {
             address: 0,
             bytes: 0,
             location,
+            no_fabric,
             allowed: Mutex::new(Vec::new()),
         };
         let mut address = 0;
@@ -156,7 +182,7 @@ impl SharedPages {
     /// What the driver refuses.
     pub fn export(&self) -> Result<OwnedFd> {
         let mut descriptor: std::ffi::c_int = -1;
-        let kind = sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+        let kind = HandleTypes::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
         // SAFETY: the handle lives; a descriptor of that kind is an int, which is ours.
         let result =
             unsafe { sys::cuMemExportToShareableHandle((&raw mut descriptor).cast(), self.handle, kind, 0) };
@@ -202,11 +228,17 @@ impl SharedPages {
         self.device.finish_copies()
     }
 
-    /// Fills them and waits for it.
+    /// Fills them and waits for it; host memory by the CPU.
     ///
     /// # Errors
     /// What the driver refuses.
     pub fn fill(&self, value: u8) -> Result<()> {
+        if let Location::HostNuma(_) = self.location {
+            let start = std::ptr::with_exposed_provenance_mut::<u8>(self.address as usize);
+            // SAFETY: the CPU was given access to the whole range. Whoever shares it does not know it yet, or does not mind.
+            unsafe { start.write_bytes(value, self.bytes) };
+            return Ok(());
+        }
         let _current = self.device.enter()?;
         // SAFETY: the range is mapped and accessible. Whoever shares it does not know it yet, or does not mind.
         let result = unsafe { sys::cuMemsetD8_v2(self.address, value, self.bytes) };
@@ -230,14 +262,14 @@ impl Drop for SharedPages {
     }
 }
 
-fn properties(device: &Device, location: Location) -> sys::CUmemAllocationProp {
+fn properties(device: &Device, location: Location, exported_as: HandleTypes) -> sys::CUmemAllocationProp {
     let (type_, id) = match location {
         Location::Device => (sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE, device.raw()),
         Location::HostNuma(node) => (sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_HOST_NUMA, node as i32),
     };
     sys::CUmemAllocationProp {
         type_: sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED,
-        requestedHandleTypes: sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+        requestedHandleTypes: exported_as,
         location: sys::CUmemLocation { type_, id },
         win32HandleMetaData: std::ptr::null_mut(),
         allocFlags: sys::CUmemAllocationProp_st__bindgen_ty_1 {

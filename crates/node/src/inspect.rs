@@ -1,11 +1,11 @@
 //! Shared memory of other processes, found through `/proc`: no server, no name in a file system.
 //!
-//! A memory file can be opened through the descriptor table of whoever holds it, by the same user. It is read with `pread`, never
-//! mapped: what a stranger writes there, or how long the file is, can do no harm. Holding the descriptor keeps the memory
+//! A memory file can be opened through the descriptor table of whoever holds it, by the same user. It is read with `pread` (and a
+//! word in it written with `pwrite`, where a reader has something to ask), never mapped: what a stranger writes there, or how long the file is, can do no harm. Holding the descriptor keeps the memory
 //! after its owners died. Costs a look at every descriptor of every process that is looked at.
 
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
@@ -60,6 +60,21 @@ impl ForeignMemory {
             .read_exact_at(&mut bytes, offset as u64)
             .map_err(|error| inspect("the shared memory of another process", &error))?;
         Ok(bytes.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word)).collect())
+    }
+
+    /// Writes one word at `offset`, whole.
+    ///
+    /// # Errors
+    /// [`Error::Inspect`], also where the file may only be read, or is too short.
+    pub fn write_word(&self, offset: usize, value: u64) -> Result<()> {
+        let what = "a question in the shared memory of another process";
+        if offset.checked_add(8).is_none_or(|end| end > self.bytes) {
+            return Err(Error::Inspect {
+                what: what.to_owned(),
+                message: "the memory is shorter".to_owned(),
+            });
+        }
+        self.file.write_all_at(&value.to_le_bytes(), offset as u64).map_err(|error| inspect(what, &error))
     }
 
     /// The holder that calls itself `pid` (in its own namespace) and was started at `started`, as we call it.
@@ -137,7 +152,8 @@ fn look_at(
         let path = entry.path();
         if std::fs::read_link(&path).is_ok_and(|link| link.as_os_str() == LINK) {
             // A descriptor may be closed, and its number given to another file, at any time: what is opened counts.
-            let Ok(file) = File::open(&path) else { continue };
+            let opened = OpenOptions::new().read(true).write(true).open(&path).or_else(|_| File::open(&path));
+            let Ok(file) = opened else { continue };
             let Ok(metadata) = file.metadata() else { continue };
             if !metadata.is_file() {
                 continue;
@@ -191,6 +207,11 @@ mod tests {
             assert_eq!((mine[0].holder(pid, started), mine[0].holder(pid, started + 1)), (Some(pid), None));
         }
         let found = search(Some(&[pid])).unwrap();
+        let asked = found.memories.iter().find(is_it).unwrap();
+        asked.write_word(4104, 77).unwrap();
+        // SAFETY: the word lies in the mapping, and nobody writes it now.
+        assert_eq!(unsafe { ours.as_ptr().add(4104).cast::<u64>().read() }, 77);
+        assert!(asked.write_word(8192, 1).is_err() && asked.write_word(usize::MAX, 1).is_err());
         drop((ours, again));
         let kept = found.memories.iter().find(is_it).expect("the memory is still there");
         let error = kept.words(8192, 1).unwrap_err().to_string();

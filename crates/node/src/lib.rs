@@ -1,6 +1,6 @@
 //! One host: the memory that its ranks share, and the plane on which they pass descriptors and watch each other live.
 //!
-//! What is in here: sealed anonymous memory ([`SharedMemory`]), the identity of this machine ([`identity`]) and of this process ([`fork`]), what its control groups allow
+//! What is in here: sealed anonymous memory ([`SharedMemory`]), what a descriptor is of ([`descriptor`]), the identity of this machine ([`identity`]) and of this process ([`fork`]), what its control groups allow
 //! ([`cgroup`]), the sockets
 //! between the processes of a host ([`NodePlane`]) and their counterpart for threads of one process
 //! ([`ThreadHub`]), and a look at the shared memory of other processes ([`inspect`]). Nothing of it has a name in a file system, so nothing is left behind by a kill.
@@ -10,6 +10,7 @@
 pub mod cgroup;
 pub mod connect;
 mod credentials;
+pub mod descriptor;
 pub mod error;
 pub mod fork;
 #[cfg(feature = "fuzzing")]

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use clap::Args;
 use serde::Serialize;
-use unisono::recorder::{End, Record, Snapshot};
+use unisono::recorder::{End, GpuCall, Reading, Record, Snapshot};
 
-use super::state::{Call, Head, RankState};
+use super::state::{self, Call, Head, RankState};
 use super::top::bytes;
 use super::trace::Trace;
 use super::{BOLD, Seen, Selection, heading, print};
@@ -18,7 +18,8 @@ use crate::{Common, Failure};
 #[derive(Debug, Args)]
 #[command(
     after_help = "Each rank keeps its last 1,024 calls. `at once`: the call was small and never had to do more than spin, so \
-                  nobody took the time of its end. A trace opens in ui.perfetto.dev or chrome://tracing, a line per rank.\n\n\
+                  nobody took the time of its end. Calls on GPUs are read from the device, which takes a moment, and \
+                  counted apart; their times are exact to each other, and to other calls but for what the clocks drifted. A trace opens in ui.perfetto.dev or chrome://tracing, a line per rank.\n\n\
                   Exit code: 0, 1 if there is no job to look at."
 )]
 pub(crate) struct Arguments {
@@ -44,6 +45,10 @@ struct Rank {
     waits_for: Vec<usize>,
     /// Oldest first.
     calls: Vec<Call>,
+    /// now; unanswered: as of the last time that its process answered; last: the communicator is over. None without a GPU.
+    gpu_reading: Option<&'static str>,
+    /// Oldest first.
+    gpu_calls: Vec<Call>,
 }
 
 impl<'s> Job<'s> {
@@ -51,7 +56,16 @@ impl<'s> Job<'s> {
         let ranks = snapshot.ranks.iter().map(|view| {
             let RankState { rank, pid, state, waits_for, .. } = RankState::new(snapshot, view);
             let call = |record| Call::new(record, snapshot.ranks.len());
-            Rank { rank, pid, state, waits_for, calls: view.records.iter().map(call).collect() }
+            let on_gpu = view.gpu.iter().flat_map(|gpu| &gpu.calls);
+            Rank {
+                rank,
+                pid,
+                state,
+                waits_for,
+                calls: view.records.iter().map(call).collect(),
+                gpu_reading: state::reading(view.gpu.as_ref()),
+                gpu_calls: on_gpu.map(Call::on_gpu).collect(),
+            }
         });
         Self { head: Head::new(snapshot), ranks: ranks.collect() }
     }
@@ -85,6 +99,11 @@ fn table(snapshot: &Snapshot) -> String {
     ));
     for rank in &snapshot.ranks {
         lines.extend(rank.records.iter().map(|record| row((rank.rank, snapshot.ranks.len()), record)));
+        let Some(gpu) = &rank.gpu else { continue };
+        lines.extend(gpu.calls.iter().map(|call| gpu_row(rank.rank, call)));
+        if gpu.reading == Reading::Earlier {
+            lines.push(format!("{:>4} did not answer: its calls on the GPU are not those of now", rank.rank));
+        }
     }
     lines.join("\n")
 }
@@ -102,6 +121,17 @@ fn row((rank, world_size): (usize, usize), record: &Record) -> String {
         format!("{:.6} s", record.begun.as_secs_f64()),
         bytes(record.bytes()),
         record.way(world_size)
+    )
+}
+
+fn gpu_row(rank: usize, call: &GpuCall) -> String {
+    let waits = if call.is_open() && call.met.is_none() { " waits for other ranks" } else { "" };
+    format!(
+        "{rank:>4} {:>14} {:>12} {:>10}  {:<9} GPU: {call}{waits}",
+        format!("{:.6} s", call.begun.as_secs_f64()),
+        call.took().map_or_else(|| "goes on".to_owned(), time),
+        bytes(call.bytes()),
+        call.way()
     )
 }
 

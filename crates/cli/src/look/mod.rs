@@ -49,8 +49,10 @@ impl Selection {
         let start = Instant::now();
         let mut seen = Vec::new();
         for recording in found.recordings.iter().filter(|recording| self.names(recording)) {
+            let snapshot = recording.snapshot();
+            // GPUs took their time to answer.
             let taken = start.elapsed();
-            match recording.snapshot() {
+            match snapshot {
                 // What has ended is of interest only to who asks for it.
                 Ok(snapshot) if self.which.is_empty() && !snapshot.is_live() => {}
                 Ok(snapshot) => seen.push(Seen { snapshot, taken }),

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use serde::Serialize;
-use unisono::recorder::{End, Presence, Process, RankView, Record, Snapshot, Standing};
+use unisono::recorder::{
+    End, GpuCall, GpuView, Presence, Process, RankView, Reading, Record, Snapshot, Standing,
+};
 
 /// Rates are over so long, or over what the recorder still holds.
 const WINDOW: Duration = Duration::from_secs(1);
@@ -71,6 +73,11 @@ pub(crate) struct Call {
     pub(crate) begun_seconds_ago: f64,
     /// Missing while it goes on, and for small calls that were done at once.
     pub(crate) took_seconds: Option<f64>,
+    /// host, or gpu: calls there are counted apart.
+    pub(crate) device: &'static str,
+    /// On a GPU, how long ago all ranks had come to it; missing until they have.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) met_seconds_ago: Option<f64>,
 }
 
 impl Call {
@@ -96,8 +103,42 @@ impl Call {
             },
             begun_seconds_ago: record.begun.as_secs_f64(),
             took_seconds: record.took().map(|took| took.as_secs_f64()),
+            device: "host",
+            met_seconds_ago: None,
         }
     }
+
+    pub(crate) fn on_gpu(call: &GpuCall) -> Self {
+        let header = &call.header;
+        Self {
+            operation: header.kind.name(),
+            number: Some(u64::from(call.number)),
+            text: call.to_string(),
+            dtype: header.dtype.map(|dtype| dtype.name()),
+            count: header.count,
+            bytes: call.bytes(),
+            op: header.kind.op().map(|op| op.name()),
+            root: header.kind.root(),
+            to: None,
+            from: None,
+            tag: None,
+            algorithm: call.way(),
+            state: if call.is_open() { "open" } else { "done" },
+            begun_seconds_ago: call.begun.as_secs_f64(),
+            took_seconds: call.took().map(|took| took.as_secs_f64()),
+            device: "gpu",
+            met_seconds_ago: call.met.map(|met| met.as_secs_f64()),
+        }
+    }
+}
+
+/// How current what is known of a GPU's calls is, in a word; nothing without a GPU.
+pub(super) fn reading(gpu: Option<&GpuView>) -> Option<&'static str> {
+    gpu.map(|gpu| match gpu.reading {
+        Reading::Now => "now",
+        Reading::Earlier => "unanswered",
+        Reading::Last => "last",
+    })
 }
 
 impl RankState {
@@ -105,11 +146,18 @@ impl RankState {
         let standing = rank.standing();
         let record = standing.record();
         let ended = |record: &Record| record.ended().unwrap_or(record.begun);
+        // What the GPU did last tells more, where that is more recent than what the host did.
+        let on_gpu = rank.gpu.as_ref().and_then(GpuView::latest);
+        let on_gpu = on_gpu.filter(|call| {
+            let last = call.ended.unwrap_or_default();
+            record.is_none_or(|record| !record.is_open() && last <= ended(record))
+        });
         let since = match standing {
             Standing::Nowhere => None,
             Standing::Outside(record) | Standing::Failed(record) => Some(ended(record)),
             Standing::Inside(record) | Standing::Waiting(record) => Some(record.begun),
         };
+        let since = on_gpu.map_or(since, |call| Some(call.ended.unwrap_or(call.begun)));
         let state = match (rank.process, rank.presence, standing) {
             (_, Presence::Destroyed | Presence::Dropped, _) => "left",
             (_, Presence::Absent, _) => "starting",
@@ -117,6 +165,12 @@ impl RankState {
             (Process::Stopped, ..) => "stopped",
             _ if !rank.is_recording => "unrecorded",
             (.., Standing::Failed(_)) => "failed",
+            _ if on_gpu
+                .is_some_and(|call| call.is_open() && call.met.is_none() && rank.gpu_waits.is_some()) =>
+            {
+                "waiting"
+            }
+            _ if on_gpu.is_some_and(|call| call.ended.is_none_or(|ended| ended < WINDOW)) => "running",
             (.., Standing::Waiting(_)) => "waiting",
             (.., Standing::Inside(_)) => "running",
             (.., Standing::Outside(record)) if ended(record) < WINDOW => "running",
@@ -128,10 +182,16 @@ impl RankState {
             host: snapshot.host.clone(),
             pid: rank.pid,
             state,
-            call: record.map(|record| Call::new(record, snapshot.ranks.len())),
+            call: match on_gpu {
+                Some(call) => Some(Call::on_gpu(call)),
+                None => record.map(|record| Call::new(record, snapshot.ranks.len())),
+            },
             calls_per_second,
             gigabytes_per_second,
-            waits_for: snapshot.waits_for(rank.rank),
+            waits_for: match rank.gpu_waits {
+                Some(wait) if on_gpu.is_some_and(GpuCall::is_open) => vec![wait.peer],
+                _ => snapshot.waits_for(rank.rank),
+            },
             since_seconds: since.map(|since| since.as_secs_f64()),
         }
     }
@@ -142,16 +202,30 @@ impl RankState {
     }
 }
 
-/// Calls and gigabytes per second, over those that ended within the last second.
+/// Calls and gigabytes per second, on the host and on the GPU.
 fn rates(rank: &RankView) -> (f64, f64) {
-    let is_recent = |record: &&Record| record.ended().is_some_and(|ended| ended <= WINDOW);
-    let recent: Vec<&Record> = rank.records.iter().filter(is_recent).collect();
+    let host = rank.records.iter().filter_map(|record| Some((record.begun, record.ended()?, record.bytes())));
+    let host = rate(rank.records.len(), host);
+    let calls = rank.gpu.as_ref().filter(|gpu| gpu.reading == Reading::Now).map_or(&[][..], |gpu| &gpu.calls);
+    let gpu = calls.iter().filter_map(|call| Some((call.begun, call.ended?, call.bytes())));
+    let gpu = rate(calls.len(), gpu);
+    (host.0 + gpu.0, host.1 + gpu.1)
+}
+
+/// Calls and gigabytes per second, over those that ended within the last second. Each of `ended`, oldest first, says when it began,
+/// when it ended, and its bytes; a recorder holds `calls`.
+fn rate(calls: usize, ended: impl Iterator<Item = (Duration, Duration, u64)>) -> (f64, f64) {
+    let recent: Vec<_> = ended.filter(|(_, ended, _)| *ended <= WINDOW).collect();
     // Where the recorder has forgotten the beginning of the second, what it holds counts.
-    let window = match (recent.first(), recent.len() == rank.records.len()) {
-        (Some(first), true) => first.begun.min(WINDOW),
+    let window = match (recent.first(), recent.len() == calls) {
+        (Some((begun, ..)), true) => (*begun).min(WINDOW),
         _ => WINDOW,
     };
     let seconds = window.as_secs_f64().max(1e-6);
-    let bytes: f64 = recent.iter().map(|record| record.bytes() as f64).sum();
+    let bytes: f64 = recent.iter().map(|(_, _, bytes)| *bytes as f64).sum();
     (recent.len() as f64 / seconds, bytes / seconds / 1e9)
 }
+
+#[cfg(test)]
+#[path = "state_tests.rs"]
+mod tests;

@@ -1,4 +1,5 @@
-//! Recorded calls in the trace format that Chrome and Perfetto read: a line for each rank, messages on one beside it.
+//! Recorded calls in the trace format that Chrome and Perfetto read: a line for each rank, messages on one beside it, and calls
+//! on its GPU on a third.
 
 use std::time::Duration;
 
@@ -9,6 +10,8 @@ use super::state::Call;
 
 /// How long a call is drawn that was done at once, unless the next one begins before.
 const AT_ONCE_US: f64 = 1.0;
+/// Lines of each rank for each communicator.
+const LINES: usize = 3;
 
 /// The whole file.
 #[derive(Debug, Serialize)]
@@ -47,16 +50,26 @@ impl Trace {
     pub(super) fn new<'s>(seen: impl Iterator<Item = (&'s Snapshot, Duration)> + Clone) -> Self {
         let moment = |taken: Duration, ago: Duration| taken.as_secs_f64() * 1e6 - ago.as_secs_f64() * 1e6;
         let records = |snapshot: &'s Snapshot| snapshot.ranks.iter().flat_map(|rank| &rank.records);
+        let calls = |snapshot: &'s Snapshot| {
+            snapshot.ranks.iter().filter_map(|rank| rank.gpu.as_ref()).flat_map(|gpu| &gpu.calls)
+        };
+        let begun = |snapshot| {
+            let host = records(snapshot).map(|record| record.begun);
+            host.chain(calls(snapshot).map(|call| call.begun))
+        };
         let first = seen
             .clone()
-            .flat_map(|(snapshot, taken)| records(snapshot).map(move |record| moment(taken, record.begun)))
+            .flat_map(|(snapshot, taken)| begun(snapshot).map(move |begun| moment(taken, begun)))
             .fold(f64::INFINITY, f64::min);
         let mut events = Vec::new();
         for (index, (snapshot, taken)) in seen.enumerate() {
             for rank in &snapshot.ranks {
                 let (pid, name) = (rank.rank, format!("rank {} (pid {})", rank.rank, rank.pid));
                 events.push(Event::Name { name: "process_name", ph: "M", pid, tid: 0, args: Name { name } });
-                for (tid, what) in [(2 * index, "collectives"), (2 * index + 1, "messages")] {
+                let line = LINES * index;
+                let lines = [(line, "collectives"), (line + 1, "messages"), (line + 2, "calls on the GPU")];
+                let used = if rank.gpu.is_some() { LINES } else { LINES - 1 };
+                for (tid, what) in lines.into_iter().take(used) {
                     let name = format!("{} of {}", what, snapshot.job);
                     events.push(Event::Name { name: "thread_name", ph: "M", pid, tid, args: Name { name } });
                 }
@@ -70,10 +83,20 @@ impl Trace {
                         ts: begun[at] - first,
                         dur: duration(record, next),
                         pid,
-                        tid: 2 * index + usize::from(record.number.is_none()),
+                        tid: line + usize::from(record.number.is_none()),
                         args: Box::new(Call::new(record, snapshot.ranks.len())),
                     });
                 }
+                events.extend(rank.gpu.iter().flat_map(|gpu| &gpu.calls).map(|call| Event::Call {
+                    name: call.call(),
+                    cat: call.header.kind.name(),
+                    ph: "X",
+                    ts: moment(taken, call.begun) - first,
+                    dur: call.took().unwrap_or(call.begun).as_secs_f64() * 1e6,
+                    pid,
+                    tid: line + 2,
+                    args: Box::new(Call::on_gpu(call)),
+                }));
             }
         }
         Self { unit: "ns", events }

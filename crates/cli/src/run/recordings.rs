@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use serde::Serialize;
-use unisono::recorder::{self, End, Presence, Record, Recording, Snapshot, ranks_phrase};
+use unisono::recorder::{self, End, GpuCall, GpuView, Presence, Record, Recording, Snapshot, ranks_phrase};
 
 use crate::look::state::Call;
 
@@ -80,8 +80,11 @@ impl Recordings {
     pub(super) fn last_calls(&self, ranks: usize) -> Vec<Option<LastCall>> {
         let snapshots = self.snapshots();
         let latest = |rank| latest(&snapshots, rank);
-        let call = |(snapshot, record): (&Snapshot, &Record), rank| LastCall {
-            call: Call::new(record, snapshot.ranks.len()),
+        let call = |(snapshot, last): (&Snapshot, Last<'_>), rank| LastCall {
+            call: match last {
+                Last::Host(record) => Call::new(record, snapshot.ranks.len()),
+                Last::Gpu(call) => Call::on_gpu(call),
+            },
             waits_for: snapshot.waits_for(rank),
         };
         (0..ranks).map(|rank| latest(rank).map(|found| call(found, rank))).collect()
@@ -94,11 +97,13 @@ impl Recordings {
         for rank in 0..ranks {
             let said = match latest(&snapshots, rank) {
                 None => "made no call".to_owned(),
-                Some((_, record)) => match record.end {
+                Some((_, Last::Host(record))) => match record.end {
                     End::Open => format!("was in {record}"),
                     End::AtOnce | End::Done(_) => format!("had done {record}"),
                     End::Failed(_) => format!("failed in {record}"),
                 },
+                Some((_, Last::Gpu(call))) if call.is_open() => format!("was in {call} on its GPU"),
+                Some((_, Last::Gpu(call))) => format!("had done {call} on its GPU"),
             };
             match groups.iter_mut().find(|(known, _)| *known == said) {
                 Some((_, members)) => members.push(rank),
@@ -124,14 +129,34 @@ impl Recordings {
 }
 
 fn has_ended_well(recording: &Recording) -> bool {
-    let snapshot = recording.snapshot();
+    let snapshot = recording.glance();
     snapshot.is_ok_and(|snapshot| snapshot.ranks.iter().all(|rank| rank.presence == Presence::Destroyed))
 }
 
+/// A call on the host or on a GPU.
+#[derive(Clone, Copy)]
+enum Last<'s> {
+    Host(&'s Record),
+    Gpu(&'s GpuCall),
+}
+
+impl Last<'_> {
+    /// When it was done or, if it was not, begun. On GPUs also calls that the host waits for nowhere go on: they are of now.
+    fn ago(self) -> Duration {
+        match self {
+            Self::Host(record) => record.ended().unwrap_or(record.begun).min(record.begun),
+            Self::Gpu(call) => call.ended.unwrap_or_default(),
+        }
+    }
+}
+
 /// The latest call of `rank` in any communicator, those that all ranks have ended in good order left out.
-fn latest(snapshots: &[Snapshot], rank: usize) -> Option<(&Snapshot, &Record)> {
-    let calls = snapshots
-        .iter()
-        .filter_map(|snapshot| Some((snapshot, snapshot.ranks.get(rank)?.standing().record()?)));
-    calls.min_by_key(|(_, record)| record.ended().unwrap_or(record.begun).min(record.begun))
+fn latest(snapshots: &[Snapshot], rank: usize) -> Option<(&Snapshot, Last<'_>)> {
+    let calls = snapshots.iter().filter_map(|snapshot| Some((snapshot, snapshot.ranks.get(rank)?)));
+    let calls = calls.flat_map(|(snapshot, rank)| {
+        let host = rank.standing().record().map(Last::Host);
+        let gpu = rank.gpu.as_ref().and_then(GpuView::latest).map(Last::Gpu);
+        host.into_iter().chain(gpu).map(move |last| (snapshot, last))
+    });
+    calls.min_by_key(|(_, last)| last.ago())
 }

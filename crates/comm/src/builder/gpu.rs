@@ -1,5 +1,7 @@
 //! What a builder says of GPUs.
 
+use unisono_core::settings::{HandleKind, PinnedWay};
+
 use super::Builder;
 use crate::communicator::Communicator;
 use crate::error::{Error, Result};
@@ -32,6 +34,25 @@ impl Builder {
     /// Whether GPUs may reach each other's memory; without, they meet in pinned memory of the host. The same on all ranks.
     pub const fn peer_access(mut self, is_on: bool) -> Self {
         self.overrides.peer_access = Some(is_on);
+        self
+    }
+
+    /// What this rank's copies of pinned windows ([`Memory::Pinned`](crate::Memory::Pinned)) are made of. Ranks may differ.
+    pub const fn pinned(mut self, way: PinnedWay) -> Self {
+        self.overrides.pinned = Some(way);
+        self
+    }
+
+    /// The same for each rank of [`Builder::local`]: for tests of ranks that differ.
+    #[doc(hidden)]
+    pub fn pinned_by_rank(mut self, ways: &[PinnedWay]) -> Self {
+        self.extra.pinned_ways = ways.to_vec();
+        self
+    }
+
+    /// As what this rank hands the memory of its GPU to other processes. Ranks may differ.
+    pub const fn handles(mut self, kind: HandleKind) -> Self {
+        self.overrides.handles = Some(kind);
         self
     }
 

@@ -170,6 +170,7 @@ impl Engine {
     /// Checks a collective and chooses its algorithm.
     #[inline]
     pub(super) fn plan(&self, call: &Call<'_>) -> Result<Plan> {
+        self.windows.settle(call.buffers())?;
         self.plan_on(call, None)
     }
 

@@ -259,7 +259,8 @@ impl Engine {
 
     fn check_place(&self, kind: Kind, buffer: &RawBuffer) -> Result<()> {
         match buffer.place {
-            Place::Host | Place::Window { .. } => Ok(()),
+            Place::Host => Ok(()),
+            Place::Window { .. } => self.windows.settle(&[*buffer]),
             got @ Place::Cuda { .. } => Err(Error::Place {
                 call: kind.name(),
                 rank: self.rank,

@@ -37,4 +37,6 @@ mod windows;
 
 pub(crate) use engine::{Engine, EngineConfig};
 pub(crate) use flight::{Prepared, Ticket};
-pub(crate) use plan::{Plan, WindowPlace};
+#[cfg(feature = "cuda")]
+pub(crate) use plan::Plan;
+pub(crate) use plan::WindowPlace;

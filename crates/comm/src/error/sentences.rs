@@ -38,6 +38,13 @@ sentences! {
     NoPeerAccess: Error::NoPeerAccess { rank: 3, reason: "cuda:0 does not reach cuda:1".into() }
         => "UNISONO_REQUIRE=nvlink, but on rank 3 cuda:0 does not reach cuda:1. Without it, the GPUs would meet in pinned \
             host memory.";
+    Registration: Error::Registration {
+        rank: 1,
+        reason: "register on rank 1: buffer should be memory of cuda:1 from cudaMalloc or cuMemCreate, got host memory. \
+                 Nothing was written"
+            .into(),
+    } => "rank 1 could not take part in register: register on rank 1: buffer should be memory of cuda:1 from cudaMalloc or \
+          cuMemCreate, got host memory. Nothing was written. No memory was registered.";
     NotPrepared: Error::NotPrepared { call: "all_reduce", rank: 3, what: "i8, 5, max".into(), why: "a graph is captured" }
         => "all_reduce on rank 3 (i8, 5, max) needs kernels that cannot be loaded now, while a graph is captured. Name it to \
             Builder::prepare, or run it once before.";

@@ -1,6 +1,7 @@
 //! What kernels are given, and what they report: both as they lie in memory. The other side is `kernels/call.cuh`.
 
 use unisono_core::call::{self, CallHeader};
+pub(crate) use unisono_core::device::layout::HEADER_LAUNCH;
 use unisono_core::device::layout::{HEADER_WORDS, MAX_RANKS, REPORT_WAITING};
 use unisono_sync::Word;
 
@@ -36,11 +37,6 @@ pub(crate) struct Args {
     /// Whether input and output are the same memory.
     pub(crate) is_same: u32,
 }
-
-/// Words in the words of the device, all zero at first: 1 KiB, with room to grow.
-pub(crate) const STATE_BYTES: usize = 1024;
-/// The word of the header that tells form and grid.
-pub(crate) const HEADER_LAUNCH: usize = 6;
 
 const REASON: usize = 0;
 const PEER: usize = 1;
@@ -106,6 +102,7 @@ pub(crate) fn waiting(words: &[impl Word<u64>]) -> Option<(u32, usize)> {
 
 #[cfg(test)]
 mod tests {
+    use unisono_core::device::layout::{STATE_EXPECTED_AT, STATE_LEFT_AT};
     use unisono_core::device::{ArenaLayout, Link};
     use unisono_cuda::{Cache, Compiler, Device, DeviceBuffer, Grid, Module, Stream};
 
@@ -119,7 +116,7 @@ mod tests {
         let source = source(&layout, Purpose::Copies);
         let cubin = Cache::of_user().cubin(&source, architecture(&device), Compiler::find).unwrap();
         let probe = Module::load(&device, &cubin).unwrap().function("probe").unwrap();
-        let facts = DeviceBuffer::new(&device, 19 * 8).unwrap();
+        let facts = DeviceBuffer::new(&device, 21 * 8).unwrap();
         let mut args = Args {
             abort: 4,
             report: 5,
@@ -138,15 +135,16 @@ mod tests {
         args.targets[0] = facts.address();
         let stream = Stream::new(&device).unwrap();
         let grid = Grid { blocks: 1, threads: 1, shared_bytes: 0 };
-        // SAFETY: the kernel takes `Args` and writes 19 words to the first target.
+        // SAFETY: the kernel takes `Args` and writes 21 words to the first target.
         unsafe { probe.launch(&stream, grid, (&raw mut args).cast()) }.unwrap();
         stream.synchronize().unwrap();
-        let mut bytes = [0; 19 * 8];
+        let mut bytes = [0; 21 * 8];
         facts.read(0, &mut bytes).unwrap();
         let facts: Vec<u64> = bytes.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect();
         assert_eq!(facts[..3], [size_of::<Args>() as u64, 64 + 2 * 88, 32]);
         assert_eq!(facts[3..17], [1, 2, 3, 4, 5, 6, 7, 71, 72, 8, 9, 10, 11, 12]);
         assert_eq!(facts[17], layout.packet_bytes() as u64);
         assert_eq!(facts[18] as usize + 2 * layout.scratch_half_bytes(), layout.total_bytes());
+        assert_eq!(facts[19..], [STATE_LEFT_AT as u64, STATE_EXPECTED_AT as u64]);
     }
 }

@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use unisono_core::ReduceOp;
+use unisono_core::device::layout::MAX_RANKS;
 use unisono_core::device::{ArenaLayout, Link};
-use unisono_core::settings::{Require, Settings};
-use unisono_cuda::{Device, SharedPages, Uuid};
+use unisono_core::hello::DeviceIdentity;
+use unisono_core::settings::{HandleKind, Require, Settings};
+use unisono_cuda::{Device, SharedPages, Stream, Uuid};
 use unisono_node::SharedMemory;
 use unisono_sync::Deadline;
 
@@ -61,12 +63,16 @@ impl Attachment<'_> {
         let mut arenas = None;
         if can == Can::Device {
             let shared = self.share_pages();
-            can = self.agree(match shared.is_ok() {
-                true if has_bulk_copies(self.device, Link::Device) => Can::Copies,
-                true => Can::Device,
-                false => Can::Host,
+            let is_forced = self.settings.handles == HandleKind::Fabric;
+            can = self.agree(match &shared {
+                Ok(_) if has_bulk_copies(self.device, Link::Device) => Can::Copies,
+                Ok(_) => Can::Device,
+                Err(_) if is_forced => Can::Nothing,
+                Err(_) => Can::Host,
             })?;
             match shared {
+                Err(error) if is_forced => return Err(error),
+                _ if can == Can::Nothing => return Err(elsewhere(rank)),
                 Ok(pages) if can >= Can::Device => arenas = Some(Arenas::Device(pages)),
                 Ok(_) => {}
                 Err(error) => obstacles = Some(error.to_string()),
@@ -95,8 +101,7 @@ impl Attachment<'_> {
         let all_can = self.agree(if gpu.is_ok() { Can::Device } else { Can::Nothing })?;
         let gpu = gpu?;
         if all_can == Can::Nothing {
-            let reason = "another rank cannot work on its GPU; it says why".to_owned();
-            return Err(Error::Device { rank, reason });
+            return Err(elsewhere(rank));
         }
         Ok(gpu)
     }
@@ -119,9 +124,16 @@ impl Attachment<'_> {
     fn share_pages(&self) -> Result<Vec<Arc<SharedPages>>> {
         let layout = ArenaLayout::new(self.devices.len(), Link::Device);
         let is_aborted = || self.communicator.control.abort().raised().is_some();
-        let make = || Arenas::create(self.device, &layout, self.extra.epoch);
-        let what = (ARENA_ITEM, layout.total_bytes());
-        peers::share(&self.communicator.neighbours, self.device, what, make, self.deadline, &is_aborted)
+        let bytes = layout.total_bytes();
+        let kind = peers::OnDevices {
+            rank: self.communicator.rank(),
+            device: self.device,
+            bytes,
+            handles: self.settings.handles,
+            make: || Arenas::create(self.device, &layout, self.extra.epoch),
+        };
+        let neighbours = &self.communicator.neighbours;
+        peers::share(neighbours, &kind, (ARENA_ITEM, bytes), self.deadline, &is_aborted)
     }
 
     fn share_host(&self) -> Result<Arenas> {
@@ -133,6 +145,10 @@ impl Attachment<'_> {
             self.communicator.neighbours.share(HOST_ARENA_ITEM, bytes, self.deadline, &is_aborted)?;
         Arenas::host(self.device, memory, layout).map_err(|error| Error::Cuda { rank, error })
     }
+}
+
+fn elsewhere(rank: usize) -> Error {
+    Error::Device { rank, reason: "another rank cannot work on its GPU; it says why".to_owned() }
 }
 
 /// The GPU's sides of the ranks of one process, by rank.
@@ -184,8 +200,36 @@ pub(crate) fn attach_local(
             None => Arenas::Device(pages.clone()),
             Some(memory) => Arenas::host(device, memory.clone(), layout).map_err(failed(rank))?,
         };
+        let pinned_way = extra.pinned_ways.get(rank).copied().unwrap_or(config.pinned_way);
+        let config = Config { pinned_way, ..config.clone() };
         let others = devices.iter().filter(|other| *other != device).cloned().collect();
         Gpu::new(device, communicators[rank].control.clone(), arenas, (&config, budget), others)
     };
     devices.iter().enumerate().zip(budgets).map(make).collect()
+}
+
+/// What tells `device` from all others, for the table of ranks.
+pub(crate) fn identity(device: &Device) -> DeviceIdentity {
+    let facts = device.facts();
+    DeviceIdentity { uuid: facts.uuid.0, name: facts.name.clone(), pci: facts.pci.clone() }
+}
+
+/// Refuses worlds for whose ranks an arena has no room.
+pub(crate) fn check_ranks(world_size: usize, rank: usize) -> Result<()> {
+    if world_size <= MAX_RANKS {
+        return Ok(());
+    }
+    let reason = format!("at most {MAX_RANKS} ranks share GPUs of one host, and these are {world_size}");
+    Err(Error::Device { rank, reason })
+}
+
+#[cold]
+pub(crate) fn without_device(kind: Kind, rank: usize, stream: &Stream) -> Error {
+    Error::Argument {
+        call: kind.name(),
+        rank,
+        what: "stream",
+        expected: "the host's, because this communicator was made without a GPU (Builder::device)".to_owned(),
+        got: format!("one of cuda:{}", stream.device().ordinal()),
+    }
 }

@@ -141,6 +141,7 @@ pub(crate) struct Loaded {
     /// By operation (all-reduce, broadcast, all-gather) and form.
     functions: [[Option<Function>; Form::ALL.len()]; 3],
     barrier: Option<Function>,
+    clock: Option<Function>,
 }
 
 impl Loaded {
@@ -165,11 +166,11 @@ impl Loaded {
                 functions[*operation][form as usize] = Some(function);
             }
         }
-        let barrier = match purpose {
-            Purpose::Copies => Some(module.function("barrier")?),
-            Purpose::Reduce(..) => None,
+        let (barrier, clock) = match purpose {
+            Purpose::Copies => (Some(module.function("barrier")?), Some(module.function("tell_time")?)),
+            Purpose::Reduce(..) => (None, None),
         };
-        Ok(Self { functions, barrier })
+        Ok(Self { functions, barrier, clock })
     }
 
     /// The kernel of a call that moves data.
@@ -187,6 +188,11 @@ impl Loaded {
     /// The kernel that only exchanges headers.
     pub(crate) const fn barrier(&self) -> Option<&Function> {
         self.barrier.as_ref()
+    }
+
+    /// The kernel that tells what time it is there.
+    pub(crate) const fn clock(&self) -> Option<&Function> {
+        self.clock.as_ref()
     }
 }
 

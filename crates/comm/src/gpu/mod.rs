@@ -9,34 +9,39 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use unisono_core::call::{self, Kind};
-use unisono_core::device::layout::HEADER_OFFSETS;
 pub use unisono_core::device::layout::MAX_RANKS;
+use unisono_core::device::layout::{HEADER_OFFSETS, RECORDER_BYTES};
 use unisono_core::device::select::{Question, Rules};
 pub use unisono_core::device::{ArenaLayout, Link};
 use unisono_core::device::{Form, Launch};
-use unisono_core::hello::DeviceIdentity;
-use unisono_core::settings::Settings;
-use unisono_cuda::{Device, DeviceBuffer, Event, Grid, Location, RegisteredHost, SharedPages, Stream, Uuid};
-use unisono_sync::Deadline;
+use unisono_core::settings::{HandleKind, PinnedWay, Settings};
+use unisono_cuda::{Device, DeviceBuffer, Event, Grid, RegisteredHost, Stream, Uuid};
 
 use crate::call::Call;
 use crate::collectives::{Engine, Plan, WindowPlace};
 use crate::control::Control;
 use crate::error::{Error, Result};
-use crate::neighbours::Neighbours;
 use arenas::Arenas;
-use args::{Args, HEADER_LAUNCH, Report, STATE_BYTES};
+use args::{Args, HEADER_LAUNCH, Report};
+pub(crate) use attach::{check_ranks, identity, without_device};
 use budget::Budget;
 use kernels::Kernels;
+use pinned::Enqueued;
+use recorder::Copier;
 use watch::Watch;
+use windows::Windows;
 
 pub(crate) mod arenas;
 pub(crate) mod args;
 pub(crate) mod attach;
 pub(crate) mod budget;
+pub(crate) mod foreign;
 pub mod kernels;
 pub(crate) mod peers;
+pub(crate) mod pinned;
+mod recorder;
 mod watch;
+pub(crate) mod windows;
 
 /// What a communicator on a GPU is made with.
 #[derive(Clone, Debug)]
@@ -46,6 +51,8 @@ pub(crate) struct Config {
     /// The first epoch is the one after this.
     pub(crate) epoch: u32,
     pub(crate) prepare: Vec<kernels::Purpose>,
+    pub(crate) pinned_way: PinnedWay,
+    pub(crate) handles: HandleKind,
 }
 
 impl Config {
@@ -77,6 +84,8 @@ impl Config {
                 .map_or(0, |patience| patience.as_nanos().clamp(1, u64::MAX.into()) as u64),
             epoch: extra.epoch,
             prepare,
+            pinned_way: settings.pinned,
+            handles: settings.handles,
         }
     }
 }
@@ -86,6 +95,8 @@ impl Config {
 pub(crate) struct Extra {
     pub(crate) prepare: Vec<kernels::Purpose>,
     pub(crate) epoch: u32,
+    /// Of the ranks of one process, where they differ.
+    pub(crate) pinned_ways: Vec<PinnedWay>,
 }
 
 /// One rank's side of all collectives on its GPU.
@@ -103,28 +114,15 @@ pub(crate) struct Gpu {
     order: Option<Event>,
     /// Other ranks of this thread: what one loads, all load, because loading may wait for all devices.
     siblings: Vec<Device>,
-    windows: Vec<OpenWindow>,
+    windows: Windows,
+    pinned_way: PinnedWay,
+    handles: HandleKind,
+    /// Once there was a pinned window.
+    enqueued: Option<Arc<Enqueued>>,
     failed: Option<Error>,
     memory: Option<Memory>,
     _budget: Budget,
-    _watch: Watch,
-}
-
-/// A window on the devices of all ranks.
-#[derive(Debug)]
-struct OpenWindow {
-    id: u64,
-    bytes: usize,
-    pages: Vec<Arc<SharedPages>>,
-}
-
-/// Writes where one side of a direct call lies: the windows of all ranks, and our own offset; answers their length.
-fn place(windows: &[OpenWindow], at: Option<WindowPlace>, (bases, offset): (&mut [u64], &mut u64)) -> u64 {
-    let found = at.and_then(|at| Some((windows.iter().find(|window| window.id == at.id)?, at.offset)));
-    let Some((window, within)) = found else { unreachable!("only windows that were found are direct") };
-    bases.iter_mut().zip(&window.pages).for_each(|(base, pages)| *base = pages.address());
-    *offset = within as u64;
-    window.bytes as u64
+    watch: Option<Watch>,
 }
 
 /// What kernels may still touch after the communicator is gone.
@@ -132,10 +130,11 @@ fn place(windows: &[OpenWindow], at: Option<WindowPlace>, (bases, offset): (&mut
 struct Memory {
     device: Device,
     _state: DeviceBuffer,
+    copier: Copier,
     _arenas: Arenas,
     _control_pages: Arc<RegisteredHost>,
-    _control: Arc<Control>,
-    windows: Vec<OpenWindow>,
+    control: Arc<Control>,
+    windows: Windows,
 }
 
 impl Gpu {
@@ -151,8 +150,8 @@ impl Gpu {
         let rules = config.rules;
         let layout = ArenaLayout::new(world_size, rules.link);
         let kernels = Kernels::new(device, layout, world_size, &config.prepare).map_err(failed)?;
-        let mut state = DeviceBuffer::new(device, STATE_BYTES).map_err(failed)?;
-        let mut words = [0; STATE_BYTES];
+        let mut state = DeviceBuffer::new(device, RECORDER_BYTES).map_err(failed)?;
+        let mut words = vec![0; RECORDER_BYTES];
         words[..4].copy_from_slice(&config.epoch.to_le_bytes());
         state.write(0, &words).map_err(failed)?;
         let memory = control.memory();
@@ -160,6 +159,7 @@ impl Gpu {
         let pages =
             unsafe { RegisteredHost::shared(device, memory.as_ptr(), memory.bytes()) }.map_err(failed)?;
         let report = control.gpu().1 as usize - memory.as_ptr() as usize;
+        let records = control.gpu_records(rank).offset as u64;
         let mut args = Args {
             state: state.address(),
             abort: pages.address(),
@@ -171,14 +171,19 @@ impl Gpu {
         for peer in 0..world_size {
             args.arenas[peer] = arenas.address(peer);
         }
-        let watch = Watch::start(device.clone(), control.clone());
+        if let Some(clock) = kernels.copies().clock() {
+            recorder::compare_clocks(device, clock, &mut args, control.gpu().0).map_err(failed)?;
+        }
+        let copier = || Copier::new(state.address(), pages.address() + records);
+        let watch = Watch::start(device.clone(), control.clone(), copier());
         let memory = Memory {
             device: device.clone(),
+            copier: copier(),
             _state: state,
             _arenas: arenas,
             _control_pages: pages,
-            _control: control.clone(),
-            windows: Vec::new(),
+            control: control.clone(),
+            windows: Windows::default(),
         };
         Ok(Self {
             device: device.clone(),
@@ -190,17 +195,25 @@ impl Gpu {
             latest: 0,
             order: None,
             siblings,
-            windows: Vec::new(),
+            windows: Windows::default(),
+            pinned_way: config.pinned_way,
+            handles: config.handles,
+            enqueued: None,
             failed: None,
             memory: Some(memory),
             _budget: budget,
-            _watch: watch,
+            watch: Some(watch),
         })
     }
 
     /// Its number in this process.
     pub(crate) fn ordinal(&self) -> u32 {
         self.device.ordinal()
+    }
+
+    /// The device itself.
+    pub(crate) const fn device(&self) -> &Device {
+        &self.device
     }
 
     /// How the GPUs reach each other, and the rules that follow.
@@ -213,7 +226,7 @@ impl Gpu {
     pub(crate) fn submit(&mut self, engine: &mut Engine, call: &Call<'_>, stream: &Stream) -> Result<()> {
         engine.check()?;
         self.check()?;
-        let find = |id, ptr, bytes| self.find_window(id, ptr, bytes);
+        let find = |id, ptr, bytes| self.windows.find(id, (ptr, bytes));
         let plan = engine.plan_on(call, Some((self.device.ordinal(), &find)))?;
         self.launch(&plan, stream)
     }
@@ -251,6 +264,8 @@ impl Gpu {
         if !is_bare && self.kernels.find(kind, plan.dtype).is_none() {
             self.load(plan, stream)?;
         }
+        let sides = [plan.source_window, plan.target_window];
+        let is_captured = self.keep_if_captured(sides, stream)?;
         let function = match is_bare {
             true => self.kernels.copies().barrier(),
             false => {
@@ -263,16 +278,17 @@ impl Gpu {
         args.header[HEADER_LAUNCH] = launch_word(launch);
         (args.bytes, args.tile) = (plan.bytes() as u64, launch.tile);
         args.root = kind.root().unwrap_or(0);
-        let (source, target) = (plan.source as u64, plan.target as u64);
+        let source = self.windows.address(rank, plan.source as u64, plan.source_window);
+        let target = self.windows.address(rank, plan.target as u64, plan.target_window);
         (args.sources[rank], args.targets[rank]) = (source, target);
         let own = if matches!(kind, Kind::AllGather) { rank as u64 * args.bytes } else { 0 };
         args.is_same = u32::from(source == target + own);
         if launch.form == Form::Direct {
-            let (source, target) = (plan.source_window, plan.target_window);
+            let [source, target] = sides;
             args.source_bytes =
-                place(&self.windows, source, (&mut args.sources, &mut args.header[HEADER_OFFSETS]));
+                self.windows.place(source, (&mut args.sources, &mut args.header[HEADER_OFFSETS]));
             args.target_bytes =
-                place(&self.windows, target, (&mut args.targets, &mut args.header[HEADER_OFFSETS + 1]));
+                self.windows.place(target, (&mut args.targets, &mut args.header[HEADER_OFFSETS + 1]));
         }
         let shared_bytes = if launch.by_copies { self.room_bytes } else { 0 };
         let grid = Grid { blocks: launch.blocks + 1, threads: launch.threads, shared_bytes };
@@ -283,50 +299,29 @@ impl Gpu {
             return Err(self.refused(error));
         }
         if let Some(order) = &self.order
-            && !stream.is_capturing().unwrap_or(true)
+            && !is_captured
         {
             order.record(stream).map_err(|error| Error::Cuda { rank, error })?;
         }
-        Ok(())
-    }
-
-    /// Where `bytes` at `ptr` lie in our copy of window `id`, if they do.
-    fn find_window(&self, id: u64, ptr: u64, bytes: usize) -> Option<WindowPlace> {
-        let window = self.windows.iter().find(|window| window.id == id)?;
-        let offset =
-            usize::try_from(ptr.checked_sub(window.pages[self.args.rank as usize].address())?).ok()?;
-        (offset.checked_add(bytes)? <= window.bytes).then_some(WindowPlace { id, offset })
-    }
-
-    /// Makes a window on the devices of all ranks, zeroed, of `bytes` each. Collective.
-    pub(crate) fn share_window(
-        &self,
-        neighbours: &Neighbours,
-        (id, bytes): (u64, usize),
-        deadline: Deadline,
-        is_aborted: &dyn Fn() -> bool,
-    ) -> Result<Vec<Arc<SharedPages>>> {
-        let rank = self.args.rank as usize;
-        if self.rules.link == Link::Host {
-            let reason =
-                "the devices do not reach each other's memory, so they can share no window".to_owned();
-            return Err(Error::Device { rank, reason });
+        match self.windows.touched(sides) {
+            Some(enqueued) => enqueued.note(stream, is_captured),
+            None => Ok(()),
         }
-        let make = || {
-            let pages = SharedPages::create(&self.device, bytes, Location::Device)?;
-            pages.fill(0).map(|()| pages)
-        };
-        peers::share(neighbours, &self.device, (id as u32, bytes), make, deadline, is_aborted)
     }
 
-    /// From now on, buffers in these pages are known to lie in window `id`.
-    pub(crate) fn open_window(&mut self, id: u64, bytes: usize, pages: Vec<Arc<SharedPages>>) {
-        self.windows.push(OpenWindow { id, bytes, pages });
-    }
-
-    /// Forgets window `id`. Whoever calls it has waited for the calls that use it.
-    pub(crate) fn close_window(&mut self, id: u64) {
-        self.windows.retain(|window| window.id != id);
+    /// Whether a call in `stream` goes into a graph, as far as that matters. What its kernels reach then stays for as long as
+    /// the graph does, whoever made that.
+    #[inline]
+    fn keep_if_captured(&mut self, sides: [Option<WindowPlace>; 2], stream: &Stream) -> Result<bool> {
+        let is_in_window = sides.iter().any(Option::is_some);
+        if !is_in_window && self.order.is_none() {
+            return Ok(false);
+        }
+        let is_captured = stream.is_capturing().map_err(|error| self.refused(error))?;
+        if is_in_window && is_captured {
+            self.windows.keep_in_graph(sides, stream).map_err(|error| self.refused(error))?;
+        }
+        Ok(is_captured)
     }
 
     /// Calls on different streams run one after the other. Within a graph its own dependencies order them.
@@ -444,9 +439,12 @@ impl Gpu {
         Error::Cuda { rank, error }
     }
 
-    /// Waits until everything is done that this process gave to the device: kernels that wait for others leave in time.
+    /// Waits until everything is done that this process gave to the device: kernels that wait for others leave in time. What
+    /// graphs that are gone kept goes, too: nobody waits for us yet.
     pub(crate) fn drain(&mut self) -> Result<()> {
-        self.device.synchronize().map_err(|error| self.refused(error))
+        self.device.synchronize().map_err(|error| self.refused(error))?;
+        unisono_cuda::capture::drop_released();
+        Ok(())
     }
 
     /// Form and grid of a call, as `explain` tells them.
@@ -455,33 +453,7 @@ impl Gpu {
     }
 }
 
-/// What tells `device` from all others, for the table of ranks.
-pub(crate) fn identity(device: &Device) -> DeviceIdentity {
-    let facts = device.facts();
-    DeviceIdentity { uuid: facts.uuid.0, name: facts.name.clone(), pci: facts.pci.clone() }
-}
-
-/// Refuses worlds for whose ranks an arena has no room.
-pub(crate) fn check_ranks(world_size: usize, rank: usize) -> Result<()> {
-    if world_size <= MAX_RANKS {
-        return Ok(());
-    }
-    let reason = format!("at most {MAX_RANKS} ranks share GPUs of one host, and these are {world_size}");
-    Err(Error::Device { rank, reason })
-}
-
-#[cold]
-pub(crate) fn without_device(kind: Kind, rank: usize, stream: &Stream) -> Error {
-    Error::Argument {
-        call: kind.name(),
-        rank,
-        what: "stream",
-        expected: "the host's, because this communicator was made without a GPU (Builder::device)".to_owned(),
-        got: format!("one of cuda:{}", stream.device().ordinal()),
-    }
-}
-
-/// Form and grid as the header carries them.
+/// Form and grid as the header carries them; the recorder keeps the lower half.
 const fn launch_word(launch: Launch) -> u64 {
     launch.form as u64
         | (launch.blocks as u64) << 8
@@ -491,6 +463,8 @@ const fn launch_word(launch: Launch) -> u64 {
 
 impl Drop for Gpu {
     fn drop(&mut self) {
+        // It copies from memory that is about to go.
+        drop(self.watch.take());
         let Some(mut memory) = self.memory.take() else { return };
         memory.windows = std::mem::take(&mut self.windows);
         // Kernels of ours may still run: they end in time, because the communicator ended or failed. Nobody waits for them
@@ -498,7 +472,9 @@ impl Drop for Gpu {
         let memory = std::mem::ManuallyDrop::new(memory);
         let reap = move || {
             let _ = memory.device.synchronize();
+            let _ = memory.copier.keep(&memory.device, memory.control.gpu().0);
             drop(std::mem::ManuallyDrop::into_inner(memory));
+            unisono_cuda::capture::drop_released();
         };
         if let Err(error) = std::thread::Builder::new().name("unisono-reaper".to_owned()).spawn(reap) {
             tracing::warn!("memory of a GPU is not given back: {error}");

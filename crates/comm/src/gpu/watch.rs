@@ -1,27 +1,34 @@
-//! A look at the GPU ten times a second, whatever the operating thread does: what kernels report ends all ranks' waits, and a
-//! device whose context is lost is told of.
+//! A look at the GPU ten times a second, whatever the operating thread does: what kernels report ends all ranks' waits, a
+//! device whose context is lost is told of, and who asks for its last calls gets them.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use unisono_core::call::CallHeader;
 use unisono_cuda::{Device, Stream};
 
 use super::args::Report;
+use super::recorder::Copier;
 use crate::cause::Cause;
 use crate::control::Control;
 use crate::error::Error;
 
 const INTERVAL: Duration = Duration::from_millis(100);
+/// While a copy is under way, which takes some microseconds.
+const COPYING: Duration = Duration::from_millis(1);
+/// How long the last copy, after a failure, may take.
+const LAST_COPY: Duration = Duration::from_secs(2);
 
 /// Ends when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Watch {
     has_ended: Arc<(Mutex<bool>, Condvar)>,
+    control: Arc<Control>,
 }
 
 impl Watch {
-    pub(crate) fn start(device: Device, control: Arc<Control>) -> Self {
+    pub(super) fn start(device: Device, control: Arc<Control>, mut copier: Copier) -> Self {
+        let watched_control = control.clone();
         let has_ended = Arc::new((Mutex::new(false), Condvar::new()));
         let (watched, ordinal) = (has_ended.clone(), device.ordinal());
         let look = move || {
@@ -29,21 +36,34 @@ impl Watch {
             let probe = Stream::new(&device).and_then(|stream| stream.relax_capture().map(|()| stream)).ok();
             let (ended, change) = &*watched;
             let mut is_over = ended.lock().unwrap_or_else(PoisonError::into_inner);
+            let copies = probe.as_ref().filter(|_| control.about().is_recording);
+            if copies.is_some() && !*is_over {
+                Copier::open(control.gpu().0);
+            }
+            let mut failed_at = None;
             while !*is_over {
-                is_over = change.wait_timeout(is_over, INTERVAL).unwrap_or_else(PoisonError::into_inner).0;
-                // The first cause is all that there is to tell.
-                if *is_over || control.abort().raised().is_some() {
+                let pause = if copier.is_busy() { COPYING } else { INTERVAL };
+                is_over = change.wait_timeout(is_over, pause).unwrap_or_else(PoisonError::into_inner).0;
+                if *is_over {
                     return;
                 }
-                if let Some(cause) = find(probe.as_ref(), &control) {
+                if control.abort().raised().is_some() {
+                    // The first cause, and what was done last, is all that there is to tell.
+                    copier.begin_last();
+                    failed_at = failed_at.or_else(|| Some(Instant::now()));
+                } else if let Some(cause) = find(probe.as_ref(), &control) {
                     control.fail(&cause);
+                }
+                let has_more = copies.is_some_and(|stream| copier.look(stream, control.gpu().0));
+                if failed_at.is_some_and(|moment| !has_more || moment.elapsed() > LAST_COPY) {
+                    return Copier::close(control.gpu().0);
                 }
             }
         };
         if let Err(error) = std::thread::Builder::new().name("unisono-gpu".to_owned()).spawn(look) {
             tracing::warn!("nobody looks at cuda:{ordinal} between calls: {error}");
         }
-        Self { has_ended }
+        Self { has_ended, control: watched_control }
     }
 }
 
@@ -52,6 +72,10 @@ impl Drop for Watch {
         let (ended, change) = &*self.has_ended;
         *ended.lock().unwrap_or_else(PoisonError::into_inner) = true;
         change.notify_all();
+        // A forked child answers for nobody.
+        if self.control.check_process().is_ok() {
+            Copier::close(self.control.gpu().0);
+        }
     }
 }
 

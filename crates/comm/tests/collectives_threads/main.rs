@@ -9,6 +9,7 @@ mod support;
 mod arguments;
 mod departures;
 mod determinism;
+mod groups;
 mod in_flight;
 mod messages;
 mod mismatches;

@@ -1,31 +1,38 @@
 //! Windows: memory that all ranks map. Typed ranges as inputs and outputs, what is refused, what happens at the end.
 
-use unisono::{Error, Memory, Operations, ReduceOp, Window};
+use unisono::{Call, Communicator, Error, Kind, Memory, Operations, ReduceOp, Window};
 
 use crate::support::threads::{on_built, on_threads};
+
+/// What the CPU works on. Without GPUs, both are the same.
+const KINDS: [Memory; 2] = [Memory::Host, Memory::Pinned];
 
 #[test]
 fn a_window_starts_with_zeros_and_is_lent_between_collectives() {
     on_threads(3, |communicator| {
-        let rank = communicator.rank();
-        let mut window = communicator.window::<f64>(5000, Memory::Host).unwrap();
-        assert_eq!((window.len(), window.is_empty()), (5000, false));
-        assert!(window.lend().unwrap().iter().all(|value| *value == 0.0));
-        for turn in 0..20 {
-            window.lend().unwrap().fill(f64::from(turn) + rank as f64);
-            communicator.all_reduce(&mut window, ReduceOp::Avg).unwrap();
-            assert!(window.lend().unwrap().iter().all(|value| *value == f64::from(turn) + 1.0));
-        }
-        window.close(&communicator).unwrap();
+        KINDS.into_iter().for_each(|memory| starts_with_zeros(&communicator, memory));
         communicator.destroy().unwrap();
     });
+}
+
+fn starts_with_zeros(communicator: &Communicator, memory: Memory) {
+    let rank = communicator.rank();
+    let mut window = communicator.window::<f64>(5000, memory).unwrap();
+    assert_eq!((window.len(), window.is_empty()), (5000, false));
+    assert!(window.lend().unwrap().iter().all(|value| *value == 0.0));
+    for turn in 0..20 {
+        window.lend().unwrap().fill(f64::from(turn) + rank as f64);
+        communicator.all_reduce(&mut window, ReduceOp::Avg).unwrap();
+        assert!(window.lend().unwrap().iter().all(|value| *value == f64::from(turn) + 1.0));
+    }
+    window.close(communicator).unwrap();
 }
 
 #[test]
 fn ranges_of_windows_are_inputs_and_outputs() {
     on_threads(3, |communicator| {
         let rank = communicator.rank();
-        let mut from = communicator.window::<u32>(30_000, Memory::Host).unwrap();
+        let mut from = communicator.window::<u32>(30_000, Memory::Pinned).unwrap();
         let mut to = communicator.window::<u32>(30_000, Memory::Host).unwrap();
         assert_ne!(from.id(), to.id());
         from.lend().unwrap().fill(rank as u32 + 1);
@@ -106,6 +113,60 @@ fn windows_of_different_counts_are_a_mismatch() {
 }
 
 #[test]
+fn windows_in_different_memory_are_a_mismatch() {
+    for kinds in [[Memory::Host, Memory::Pinned], [Memory::Pinned, Memory::Device]] {
+        let errors = on_threads(2, move |communicator| {
+            communicator.barrier().unwrap();
+            communicator.window::<u16>(10, kinds[communicator.rank()]).unwrap_err()
+        });
+        for error in errors {
+            let Error::Mismatch { left, right } = &error else { panic!("{error}") };
+            let both = format!("{left} {right}");
+            for (rank, memory) in kinds.into_iter().enumerate() {
+                let place = match memory {
+                    Memory::Pinned => ", pinned",
+                    Memory::Device => ", on GPUs",
+                    _ => "",
+                };
+                assert!(both.contains(&format!("window #2 on rank {rank} (u16, 10{place})")), "{both}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_closed_window_holds_no_buffers_any_more() {
+    on_threads(2, |communicator| {
+        for memory in KINDS {
+            let mut window = communicator.window::<i32>(100, memory).unwrap();
+            let raw_buffer = window.range_mut(0..100).raw();
+            window.close(&communicator).unwrap();
+            // SAFETY: the call is refused before anything is touched.
+            let call = unsafe { Call::from_raw(Kind::AllReduce { op: ReduceOp::Sum }, &[raw_buffer], &[]) };
+            let error = communicator.submit(call).unwrap_err();
+            assert!(matches!(error, Error::Argument { what: "window", .. }), "{error}");
+        }
+        communicator.destroy().unwrap();
+    });
+}
+
+#[test]
+fn messages_leave_and_reach_windows() {
+    on_threads(2, |communicator| {
+        let rank = communicator.rank();
+        let mut window = communicator.window::<u32>(1000, Memory::Pinned).unwrap();
+        if rank == 0 {
+            window.lend().unwrap().fill(7);
+            communicator.send(window.range(10..510), 1, 3).unwrap();
+        } else {
+            communicator.recv(window.range_mut(500..1000), 0, 3).unwrap();
+            assert!(window.lend().unwrap().iter().skip(500).all(|value| *value == 7));
+        }
+        communicator.destroy().unwrap();
+    });
+}
+
+#[test]
 fn a_window_is_of_no_use_to_another_communicator() {
     let foreign: Vec<Window<u32>> = on_threads(2, |communicator| {
         let window = communicator.window(100, Memory::Host).unwrap();
@@ -160,7 +221,7 @@ fn many_windows_come_and_go_between_ranks_that_meet_as_processes_do() {
         |communicator| {
             let mut kept = Vec::new();
             for turn in 0..30usize {
-                let mut window = communicator.window::<u64>(turn * 100, Memory::Host).unwrap();
+                let mut window = communicator.window::<u64>(turn * 100, KINDS[turn / 3 % 2]).unwrap();
                 window.lend().unwrap().fill(turn as u64);
                 communicator.all_reduce(&mut window, ReduceOp::Sum).unwrap();
                 assert!(window.lend().unwrap().iter().all(|value| *value == 3 * turn as u64));

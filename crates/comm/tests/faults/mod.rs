@@ -10,8 +10,12 @@ pub(crate) mod load;
 pub(crate) mod mismatches;
 pub(crate) mod namespaces;
 pub(crate) mod parts;
+#[cfg(feature = "cuda")]
+pub(crate) mod pinned;
 pub(crate) mod proxy;
 pub(crate) mod random;
+#[cfg(feature = "cuda")]
+pub(crate) mod registrations;
 #[path = "../support/scale.rs"]
 mod scale;
 pub(crate) mod scribbles;

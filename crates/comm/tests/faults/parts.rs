@@ -70,6 +70,10 @@ impl Part {
             "survivor" => super::shrinks::survive(self),
             #[cfg(feature = "cuda")]
             "gpu" => super::gpu::calls(self),
+            #[cfg(feature = "cuda")]
+            "pinned" => super::pinned::work(self),
+            #[cfg(feature = "cuda")]
+            "registered" => super::registrations::register(self),
             "process churn" => super::leftovers::process_churn(self),
             other => panic!("no part is called {other}"),
         };

@@ -8,10 +8,10 @@ use crate::world::devices;
 
 /// What a rank works with. Nothing is allocated or freed between its calls: that may wait for the whole device, and so for the
 /// kernel of another rank there, which waits for us.
-struct Tools {
-    raw: CudaStream,
-    stream: Stream,
-    staging: DeviceBuffer,
+pub(crate) struct Tools {
+    pub(crate) raw: CudaStream,
+    pub(crate) stream: Stream,
+    pub(crate) staging: DeviceBuffer,
 }
 
 impl Tools {
@@ -47,7 +47,7 @@ impl Tools {
 }
 
 /// Runs `work` on every rank of a world, each on a thread of its own.
-fn on_threads(ranks: usize, work: impl Fn(Communicator, &mut Tools) + Sync) {
+pub(crate) fn on_threads(ranks: usize, work: impl Fn(Communicator, &mut Tools) + Sync) {
     let devices = devices();
     if devices.is_empty() {
         return;

@@ -34,8 +34,8 @@ impl Rank {
         seed: u64,
         window_bytes: usize,
     ) -> Result<Self> {
-        let window = || communicator.window::<u8>(window_bytes, unisono::Memory::Host);
-        let windows = [window()?, window()?];
+        let window = |memory| communicator.window::<u8>(window_bytes, memory);
+        let windows = [window(unisono::Memory::Host)?, window(unisono::Memory::Pinned)?];
         let verifier = Verifier::new(seed);
         Ok(Self { communicator, windows, seed, name: name.to_owned(), verifier })
     }

@@ -24,6 +24,37 @@ pub const HEADER_OFFSETS: usize = call::HEADER_WORDS;
 /// The word of a rank's report page in which a kernel that lasts says for whom it waits: its call in the high half, and one more
 /// than the peer in the low half; 0 if none does.
 pub const REPORT_WAITING: usize = 6;
+/// The word of a header that tells form and grid.
+pub const HEADER_LAUNCH: usize = 6;
+/// Bytes of a device's words of its own: the epoch, counts of blocks, and room to grow. The recorder lies behind them.
+pub const STATE_BYTES: usize = 1024;
+/// Where among these words `u32` counts lie: blocks that are through, and how many are once the kernels so far are done.
+pub const STATE_LEFT_AT: usize = 16;
+/// See [`STATE_LEFT_AT`].
+pub const STATE_EXPECTED_AT: usize = 20;
+/// Calls that the flight recorder of a GPU keeps, a power of two.
+pub const RECORDS: usize = 1024;
+/// 64-bit words in its record of a call: two sectors of 32 bytes, each of which is whole and begins with the epoch.
+pub const RECORD_WORDS: usize = 8;
+/// Bytes of a device's words and of its recorder behind them: what is copied for who asks.
+pub const RECORDER_BYTES: usize = STATE_BYTES + RECORDS * RECORD_WORDS * 8;
+/// From so many bytes on, every block stamps its end: the data goes on for longer than the headers do.
+pub const STAMPED_BYTES: usize = 256 << 10;
+/// The word of a rank's report page that says whether its recorder is read for who asks: 0 there is none, else
+/// [`RECORDER_SERVES`], [`RECORDER_KEPT`] or [`RECORDER_LOST`].
+pub const REPORT_RECORDER: usize = 64;
+/// It is read when [`REPORT_REQUEST`] changes; once it was, [`REPORT_ANSWER`] is the same.
+pub const RECORDER_SERVES: u64 = 1;
+/// The communicator is over, and its last calls were read.
+pub const RECORDER_KEPT: u64 = 2;
+/// The communicator is over, and its last calls were not read.
+pub const RECORDER_LOST: u64 = 3;
+/// A moment by the clock of the device, in nanoseconds, and by the ticks of the host.
+pub const REPORT_CLOCKS: [usize; 2] = [65, 66];
+/// Counted up by whoever wants to read the recorder.
+pub const REPORT_REQUEST: usize = 80;
+/// The latest request that was answered.
+pub const REPORT_ANSWER: usize = 96;
 /// Packets that a header takes: 12 bytes each.
 pub const HEADER_PACKETS: usize = (HEADER_WORDS * 8).div_ceil(12);
 /// The word of a header that is each rank's own: the scalar.
@@ -165,10 +196,14 @@ impl ArenaLayout {
             ("HEADER_WORDS", HEADER_WORDS),
             ("HEADER_SCALAR", HEADER_SCALAR),
             ("HEADER_OFFSETS", HEADER_OFFSETS),
+            ("HEADER_LAUNCH", HEADER_LAUNCH),
             ("HEADER_PACKETS", HEADER_PACKETS),
             ("HEADER_BYTES", HEADER_BYTES),
             ("PACKET_BYTES", self.packet_bytes()),
             ("FLAG_WAYS", FLAG_WAYS),
+            ("RECORDS", RECORDS),
+            ("RECORD_BYTES", RECORD_WORDS * 8),
+            ("REPORT_CLOCK", REPORT_CLOCKS[0]),
             ("RANKS", self.ranks),
             ("HOST_PACKETS", usize::from(self.link == Link::Host)),
         ] {
@@ -176,6 +211,8 @@ impl ArenaLayout {
         }
         for (name, value) in [
             ("HEADERS_AT", 0),
+            ("RECORDS_AT", STATE_BYTES),
+            ("STAMPED_BYTES", STAMPED_BYTES),
             ("FLAGS_AT", self.flags_at()),
             ("FLAGS_BYTES", self.flags_bytes()),
             ("PACKETS_AT", self.packets_at()),
@@ -217,6 +254,17 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn words_of_the_report_page_stand_apart_and_records_fill_lines() {
+        const { assert!(RECORDS.is_power_of_two() && STATE_BYTES.is_multiple_of(RECORD_WORDS * 8)) };
+        const { assert!(STATE_EXPECTED_AT < STATE_BYTES && REPORT_ANSWER * 8 < crate::layout::PAGE) };
+        // Kernels write what comes first, this rank's host the next, readers the request.
+        let report = 8 + 2 * (HEADER_WORDS + 1);
+        assert!(report <= REPORT_RECORDER, "{report}");
+        let line = crate::layout::LINE / 8;
+        assert!([REPORT_RECORDER, REPORT_REQUEST, REPORT_ANSWER].iter().all(|at| at.is_multiple_of(line)));
     }
 
     #[test]

@@ -13,16 +13,19 @@
 //!
 //! Contents are untrusted: whatever the words are, decoding gives records that make sense, or none, and never panics.
 
+mod gpu;
 mod label;
 mod record;
 mod snapshot;
 mod standing;
 mod why;
+mod why_gpu;
 mod words;
 
+pub use gpu::{GpuCall, GpuView, GpuWait, Moment, Reading};
 pub use label::{JobLabel, Presence, RankLabel, TickSource};
 pub use record::{Clock, ENDED, End, Record, WAITS, Waits, WaitsOn};
-pub use snapshot::{Clocks, Failure, GpuWait, Process, RankView, Snapshot};
+pub use snapshot::{Clocks, Failure, Process, RankView, Snapshot};
 pub use standing::Standing;
 pub use why::why;
 pub use words::{ranks_phrase, time_phrase};

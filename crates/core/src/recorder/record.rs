@@ -211,10 +211,7 @@ impl Record {
 
     /// Bytes of this rank's part.
     pub fn bytes(&self) -> u64 {
-        let element = self.header.dtype.map_or(0, |dtype| dtype.size() as u64);
-        let buffers =
-            if matches!(self.header.kind, Kind::AllReduceMulti { .. }) { self.header.parts } else { 1 };
-        self.header.count.saturating_mul(element).saturating_mul(buffers)
+        bytes_of(&self.header)
     }
 
     /// The tag of a message.
@@ -290,6 +287,13 @@ impl std::fmt::Display for Record {
     }
 }
 
+/// Bytes of a rank's part of a call.
+pub(super) fn bytes_of(header: &CallHeader) -> u64 {
+    let element = header.dtype.map_or(0, |dtype| dtype.size() as u64);
+    let buffers = if matches!(header.kind, Kind::AllReduceMulti { .. }) { header.parts } else { 1 };
+    header.count.saturating_mul(element).saturating_mul(buffers)
+}
+
 fn message_header(first: u64, count: u64, tag: u64, other: u64) -> Option<CallHeader> {
     let [code, dtype, ..] = first.to_le_bytes();
     let (peer, tag) = ((first >> 32) as u32, tag as u32);
@@ -310,12 +314,17 @@ fn collective_header(first: u64, count: u64, extra: u64) -> Option<(CallHeader, 
         3 => Algorithm::Direct,
         _ => return None,
     };
-    let mut words = [first & !0xff00_0000, count, 0, 0, extra, 1f64.to_bits(), 0, 0];
+    Some((packed_header(first & !0xff00_0000, count, extra)?, algorithm))
+}
+
+/// The call of which `extra` holds the parts, or the windows.
+pub(super) fn packed_header(first: u64, count: u64, extra: u64) -> Option<CallHeader> {
+    let mut words = [first, count, 0, 0, extra, 1f64.to_bits(), 0, 0];
     let has_parts = |header: &CallHeader| header.kind.is_uneven() || header.kind.is_multi();
     if !CallHeader::from_words(&words).as_ref().is_some_and(has_parts) {
         words[2..5].copy_from_slice(&[extra >> 32, extra & 0xffff_ffff, 0]);
     }
-    Some((CallHeader::from_words(&words)?, algorithm))
+    CallHeader::from_words(&words)
 }
 
 #[cfg(test)]

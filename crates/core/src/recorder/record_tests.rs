@@ -37,6 +37,7 @@ fn every_collective_round_trips() {
         Kind::Window,
         Kind::CloseWindow,
         Kind::Symmetric,
+        Kind::Register,
     ];
     for kind in kinds {
         for (source_window, target_window) in [(0, 0), (7, 7), (1, 2), (0, 9)] {

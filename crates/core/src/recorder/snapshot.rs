@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
+use super::gpu::{GpuView, GpuWait};
 use super::label::{JobLabel, Presence, RankLabel, TickSource};
 use super::record::{Clock, Record};
-use crate::device::layout::REPORT_WAITING;
 use crate::error::{Error, Result};
 use crate::layout::{ControlLayout, Field};
 
@@ -30,22 +30,6 @@ pub struct Failure {
     pub sentence: String,
 }
 
-/// For whom the GPU of a rank waits.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct GpuWait {
-    /// The number of the call there.
-    pub call: u32,
-    /// The peer that it waits for.
-    pub peer: usize,
-}
-
-impl GpuWait {
-    fn from_word(word: u64) -> Option<Self> {
-        let peer = (word as u32).checked_sub(1)? as usize;
-        Some(Self { call: (word >> 32) as u32, peer })
-    }
-}
-
 /// What can be seen of a rank.
 #[derive(Clone, PartialEq, Debug)]
 pub struct RankView {
@@ -65,6 +49,9 @@ pub struct RankView {
     pub records: Vec<Record>,
     /// For whom a kernel of its GPU has waited for half a second or longer.
     pub gpu_waits: Option<GpuWait>,
+    /// The calls on its GPU, if it works on one. What lies in the memory is as of the last time that somebody asked; whoever asks
+    /// for this snapshot says so in [`GpuView::reading`].
+    pub gpu: Option<GpuView>,
 }
 
 /// A communicator at one moment.
@@ -143,8 +130,7 @@ impl Snapshot {
                     Record::of_ring(&fetch(fields.records)?, &fetch(fields.records)?, clocks.of(label.ticks))
                 }
             };
-            let page = fetch(Field { bytes: 8 * (REPORT_WAITING + 1), ..fields.gpu })?;
-            let gpu_waits = page.get(REPORT_WAITING).and_then(|word| GpuWait::from_word(*word));
+            let (gpu_waits, gpu) = GpuView::read(&fields, clocks.of(label.ticks), &fetch)?;
             ranks.push(RankView {
                 rank,
                 pid: label.pid,
@@ -154,6 +140,7 @@ impl Snapshot {
                 is_recording: label.is_recording,
                 records,
                 gpu_waits,
+                gpu,
             });
         }
         let abort = fetch(Field { offset: layout.abort().offset, bytes: 8 })?;
@@ -187,8 +174,13 @@ mod tests {
 
     use proptest::prelude::*;
 
+    use super::super::gpu::Reading;
     use super::*;
     use crate::call::{CallHeader, Kind};
+    use crate::device::layout::{
+        self as device, RECORDER_KEPT, RECORDER_LOST, RECORDER_SERVES, REPORT_CLOCKS, REPORT_RECORDER,
+        REPORT_WAITING, STATE_BYTES,
+    };
     use crate::layout::{RECORD_WORDS, RECORDS};
     use crate::select::Algorithm;
 
@@ -247,6 +239,44 @@ mod tests {
     }
 
     #[test]
+    fn what_a_gpu_did_is_told_with_how_current_that_is() {
+        let mut words = memory(2);
+        assert!(read(&words).unwrap().ranks.iter().all(|rank| rank.gpu.is_none()));
+        let fields = ControlLayout::new(2).rank(1);
+        let (page, copy) = (fields.gpu.offset / 8, fields.gpu_records.offset / 8);
+        words[page + REPORT_WAITING] = 1 << 32 | 1;
+        let header = CallHeader::bare(Kind::Barrier).to_words();
+        words[copy] = 1;
+        words[copy + STATE_BYTES / 8 + device::RECORD_WORDS..][..6].copy_from_slice(&[
+            1 << 32,
+            7,
+            header[0],
+            header[1],
+            1 << 32,
+            0,
+        ]);
+        // By the clock of the host it is 10 s; at 4 s the one of the device stood where the call began.
+        (words[page + REPORT_CLOCKS[0]], words[page + REPORT_CLOCKS[1]]) = (7, 4000);
+        for (state, reading) in [
+            (RECORDER_SERVES, Reading::Earlier),
+            (RECORDER_KEPT, Reading::Last),
+            (RECORDER_LOST, Reading::Earlier),
+        ] {
+            words[page + REPORT_RECORDER] = state;
+            let snapshot = read(&words).unwrap();
+            let view = snapshot.ranks[1].gpu.as_ref().unwrap();
+            assert_eq!((view.reading, view.calls.len()), (reading, 1));
+            assert_eq!(view.latest().is_some(), reading == Reading::Last);
+            assert_eq!(
+                (view.calls[0].to_string(), view.calls[0].begun),
+                ("barrier #1".into(), Duration::from_secs(6))
+            );
+            assert_eq!(snapshot.ranks[1].gpu_waits, Some(GpuWait { call: 1, peer: 0 }));
+            assert!(snapshot.ranks[0].gpu.is_none());
+        }
+    }
+
+    #[test]
     fn a_memory_shorter_than_it_says_is_refused() {
         let words = memory(2);
         let error = read(&words[..words.len() - 512]).unwrap_err().to_string();
@@ -258,11 +288,16 @@ mod tests {
         #[test]
         fn no_content_does_harm(noise: Vec<(u16, u64)>, clock: (u64, u64)) {
             let mut words = memory(2);
-            // Everything that is read lies in the first pages of each part.
-            let parts = [0, ControlLayout::new(2).rank(0).produced.offset, ControlLayout::new(2).rank(1).produced.offset];
+            // Everything that is read lies in the first pages of each part, and in its last.
+            let layout = ControlLayout::new(2);
+            let parts = [0, 1].map(|rank| [layout.rank(rank).produced, layout.rank(rank).gpu]);
+            let parts: Vec<usize> = parts.concat().iter().map(|field| field.offset).chain([0]).collect();
+            for rank in 0..2 {
+                words[layout.rank(rank).gpu.offset / 8 + REPORT_RECORDER] = 1;
+            }
             for (at, value) in noise {
-                let near = usize::from(at) % (RECORDS * RECORD_WORDS + 1100);
-                words[parts[usize::from(at) % 3] / 8 + near] = value;
+                let near = usize::from(at) % (RECORDS * RECORD_WORDS + 600);
+                words[parts[usize::from(at) % parts.len()] / 8 + near] = value;
             }
             let clock = Clock { now: clock.0, rate: NonZeroU64::new(clock.1).unwrap_or(NonZeroU64::MIN) };
             let clocks = Clocks { counter: clock, monotonic: clock };

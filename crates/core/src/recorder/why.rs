@@ -7,14 +7,15 @@ use std::time::Duration;
 
 use super::label::Presence;
 use super::record::{Record, WaitsOn};
-use super::snapshot::{GpuWait, Process, RankView, Snapshot};
+use super::snapshot::{Process, RankView, Snapshot};
 use super::standing::Standing;
+use super::why_gpu;
 use super::words::{Said, and, capital, ranks_phrase, rough};
 
 /// The most sentences about groups of ranks: the rest is in the table.
 const MAX_GROUPS: usize = 8;
 /// A rank whose last call is more recent than this is busy with calls, for all that can be told.
-const RECENT: Duration = Duration::from_secs(1);
+pub(super) const RECENT: Duration = Duration::from_secs(1);
 
 /// Who waits for whom, who is behind, stopped or dead, and what to do: a paragraph.
 pub fn why(snapshot: &Snapshot) -> String {
@@ -32,8 +33,8 @@ pub fn why(snapshot: &Snapshot) -> String {
     }
     let front = front(snapshot);
     let mut groups = waiting(snapshot, front);
-    let on_gpus = gpus(snapshot);
-    if groups.is_empty() && on_gpus.is_empty() && snapshot.failure.is_none() {
+    let (on_gpus, do_gpus_wait) = why_gpu::gpus(snapshot);
+    if groups.is_empty() && !do_gpus_wait && snapshot.failure.is_none() {
         sentences.push("No rank waits.".to_owned());
     }
     groups.extend(others(snapshot, front));
@@ -46,19 +47,6 @@ pub fn why(snapshot: &Snapshot) -> String {
     sentences.extend(deadlock(snapshot));
     sentences.extend(advice(snapshot));
     sentences.join(" ")
-}
-
-/// A sentence for each GPU that waits.
-fn gpus(snapshot: &Snapshot) -> Vec<String> {
-    let lives = snapshot.ranks.iter().filter(|rank| rank.process != Process::Ended);
-    let waits = lives.filter_map(|rank| Some((rank.rank, rank.gpu_waits?)));
-    let say = |(rank, wait): (usize, GpuWait)| {
-        format!(
-            "The GPU of rank {rank} waits in its call #{} for that of rank {}, which has not made it.",
-            wait.call, wait.peer
-        )
-    };
-    waits.map(say).collect()
 }
 
 /// Ranks of which the same is said.
@@ -318,4 +306,4 @@ fn advice(snapshot: &Snapshot) -> Option<String> {
 
 #[cfg(test)]
 #[path = "why_tests.rs"]
-mod tests;
+pub(super) mod tests;

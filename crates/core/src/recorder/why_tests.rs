@@ -8,10 +8,10 @@ use crate::dtype::DType;
 use crate::reduce_op::ReduceOp;
 use crate::select::Algorithm;
 
-const S: fn(u64) -> Duration = Duration::from_secs;
+pub(in super::super) const S: fn(u64) -> Duration = Duration::from_secs;
 
 /// `all_reduce`, unless told otherwise; done `ended` seconds ago, or open.
-fn call(kind: Kind, number: u64, begun: u64, end: End) -> Record {
+pub(in super::super) fn call(kind: Kind, number: u64, begun: u64, end: End) -> Record {
     let mut header = CallHeader::bare(kind);
     if kind != Kind::Barrier {
         header = CallHeader { dtype: Some(DType::F32), count: 4096, ..header };
@@ -21,7 +21,7 @@ fn call(kind: Kind, number: u64, begun: u64, end: End) -> Record {
     Record { serial: number.unwrap_or(900), number, header, algorithm, begun: S(begun), end, waits: None }
 }
 
-const SUM: Kind = Kind::AllReduce { op: ReduceOp::Sum };
+pub(in super::super) const SUM: Kind = Kind::AllReduce { op: ReduceOp::Sum };
 
 fn on(record: Record, peer: usize, on: WaitsOn) -> Record {
     Record { waits: Some(Waits { peer, on }), ..record }
@@ -33,11 +33,11 @@ fn waits(peer: usize) -> Vec<Record> {
 }
 
 /// Has done barrier #811.
-fn behind() -> Vec<Record> {
+pub(in super::super) fn behind() -> Vec<Record> {
     vec![call(Kind::Barrier, 811, 12, End::AtOnce)]
 }
 
-fn snapshot(ranks: Vec<Vec<Record>>) -> Snapshot {
+pub(in super::super) fn snapshot(ranks: Vec<Vec<Record>>) -> Snapshot {
     let view = |(rank, records)| RankView {
         rank,
         pid: 4119 + rank as u32,
@@ -47,6 +47,7 @@ fn snapshot(ranks: Vec<Vec<Record>>) -> Snapshot {
         is_recording: true,
         records,
         gpu_waits: None,
+        gpu: None,
     };
     Snapshot {
         job: "run-1".into(),
@@ -58,21 +59,17 @@ fn snapshot(ranks: Vec<Vec<Record>>) -> Snapshot {
     }
 }
 
-fn with(mut snapshot: Snapshot, rank: usize, change: impl Fn(&mut RankView)) -> Snapshot {
+pub(in super::super) fn with(
+    mut snapshot: Snapshot,
+    rank: usize,
+    change: impl Fn(&mut RankView),
+) -> Snapshot {
     change(&mut snapshot.ranks[rank]);
     snapshot
 }
 
-fn check(snapshot: &Snapshot, expected: &str) {
+pub(in super::super) fn check(snapshot: &Snapshot, expected: &str) {
     assert_eq!(why(snapshot), expected);
-}
-
-#[test]
-fn a_gpu_that_waits_is_told_of_with_the_rank_that_it_waits_for() {
-    let all = snapshot(vec![behind(), behind()]);
-    let text = why(&with(all, 0, |rank| rank.gpu_waits = Some(GpuWait { call: 7, peer: 1 })));
-    let expected = "The GPU of rank 0 waits in its call #7 for that of rank 1, which has not made it.";
-    assert!(text.contains(expected) && !text.contains("No rank waits"), "{text}");
 }
 
 #[test]

@@ -44,6 +44,8 @@ fn every_setting_is_read_into_its_own_field() {
         ("UNISONO_RECORDER", "off"),
         ("UNISONO_GPU_ALGORITHM", "bulk:32"),
         ("UNISONO_PEER_ACCESS", "off"),
+        ("UNISONO_PINNED", "numa"),
+        ("UNISONO_HANDLES", "Fabric"),
     ]);
     let expected = Settings {
         log: "debug,mio=warn".to_owned(),
@@ -61,6 +63,8 @@ fn every_setting_is_read_into_its_own_field() {
         recorder: false,
         gpu_algorithm: Some(Wish { form: Form::Bulk, blocks: 32, tile: 0 }),
         peer_access: false,
+        pinned: PinnedWay::Numa,
+        handles: HandleKind::Fabric,
     };
     assert_eq!(settings.unwrap(), expected);
 }
@@ -158,6 +162,10 @@ fn a_value_that_cannot_be_read_says_what_was_expected() {
     assert_eq!(
         sentence("UNISONO_ALGORITHM", "ring"),
         "UNISONO_ALGORITHM=ring cannot be read: expected auto, one-shot, two-shot or direct"
+    );
+    assert_eq!(
+        sentence("UNISONO_PINNED", "hugetlb"),
+        "UNISONO_PINNED=hugetlb cannot be read: expected auto, memfd or numa"
     );
     assert_eq!(
         sentence("UNISONO_SPIN", "a lot"),

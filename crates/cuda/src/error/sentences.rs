@@ -34,6 +34,11 @@ sentences! {
         name: "CUDA_ERROR_OUT_OF_MEMORY".into(),
         message: "out of memory".into(),
     } => "cuMemCreate failed on cuda:1: CUDA_ERROR_OUT_OF_MEMORY (out of memory)";
+    NoFabric: Error::NoFabric { ordinal: 2, reason: "the device does not offer them".into() }
+        => "cuda:2 hands no memory over by fabric handles: the device does not offer them. They need an IMEX channel \
+            (nvidia-imex); UNISONO_HANDLES=descriptor does without.";
+    Memory: Error::Memory { expected: "memory of cuda:0".into(), got: "memory of cuda:1".into() }
+        => "expected memory of cuda:0, got memory of cuda:1";
     NoCompiler: Error::NoCompiler { reason: "UNISONO_NVRTC names /opt/cuda, which holds none".into() }
         => "NVRTC, the run-time compiler of CUDA, was not found: UNISONO_NVRTC names /opt/cuda, which holds none. Install it \
             with pip install nvidia-cuda-nvrtc, or name it with UNISONO_NVRTC.";

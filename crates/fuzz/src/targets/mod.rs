@@ -30,6 +30,7 @@ pub const TARGETS: &[Target] = &[
     target("node_connection", Parts(node::connection, node::connection_seeds)),
     target("node_plane", Parts(node::plane_messages, node::plane_seeds)),
     target("cause", Whole(comm::cause, comm::cause_seeds)),
+    target("offer", Whole(comm::offer, comm::offer_seeds)),
     target("meeting", Parts(comm::meeting, comm::meeting_seeds)),
     target("launch", Whole(comm::launch, comm::launch_seeds)),
     target("secret_file", Whole(comm::secret_file, comm::secret_seeds)),

@@ -7,6 +7,9 @@ use std::num::NonZeroU64;
 
 use unisono_core::Error;
 use unisono_core::call::{CallHeader, Kind};
+use unisono_core::device::layout::{
+    RECORD_WORDS, RECORDER_KEPT, RECORDS as GPU_RECORDS, REPORT_RECORDER, REPORT_WAITING, STATE_BYTES,
+};
 use unisono_core::layout::{ControlLayout, Field, RECORDS};
 use unisono_core::recorder::{
     Clock, Clocks, JobLabel, Presence, RankLabel, Record, Snapshot, TickSource, why,
@@ -40,6 +43,9 @@ pub(super) fn snapshot(parts: &[&[u8]]) {
                 rank.records
                     .iter()
                     .for_each(|record| drop((record.call(), record.arguments(), record.bytes())));
+                let calls = rank.gpu.as_ref().map_or(&[][..], |gpu| &gpu.calls);
+                assert!(calls.len() <= GPU_RECORDS);
+                calls.iter().for_each(|call| drop((call.to_string(), call.took(), call.bytes())));
             }
             drop((snapshot.is_live(), why(&snapshot)));
         }
@@ -60,10 +66,37 @@ pub(super) fn snapshot_seeds() -> Vec<Vec<Vec<u8>>> {
     let header = CallHeader { count: 1024, ..CallHeader::bare(Kind::AllGather) }.to_words();
     let mut record = Record::begin_collective(&header, Algorithm::OneShot, 5, 100);
     record[0] = RECORDS as u64;
+    // A GPU that waits in call 1 for rank 0.
+    let mut page = [0; REPORT_RECORDER + 8];
+    (page[REPORT_WAITING], page[REPORT_RECORDER]) = (1 << 32 | 1, RECORDER_KEPT);
+    let mut copy = [0; STATE_BYTES / 8 + 4 * RECORD_WORDS];
+    (copy[0], copy[2]) = (1, 8 << 32);
+    copy[STATE_BYTES / 8 + RECORD_WORDS..][..6].copy_from_slice(&[
+        1 << 32,
+        7,
+        header[0],
+        header[1],
+        1 << 32,
+        0,
+    ]);
+    let (page, copy) = (bytes(&page), bytes(&copy));
     let (label, record) = (bytes(&label.to_words()), bytes(&record));
     let (first, second) = (bytes(&rank(7).to_words()), bytes(&rank(8).to_words()));
+    // The fields of each rank: identity, records, page of its GPU and, if that has a recorder, the copy of it. Then the abort
+    // word, and the cause.
     vec![
-        vec![label.clone(), first.clone(), record.clone(), second.clone(), Vec::new()],
-        vec![label, first, Vec::new(), second, record, bytes(&[2]), vec![1; 40]],
+        vec![label.clone(), first.clone(), record.clone(), Vec::new(), second.clone()],
+        vec![
+            label.clone(),
+            first.clone(),
+            Vec::new(),
+            Vec::new(),
+            second.clone(),
+            record.clone(),
+            Vec::new(),
+            bytes(&[2]),
+            vec![1; 40],
+        ],
+        vec![label, first, record, page.clone(), copy.clone(), second, Vec::new(), page, copy],
     ]
 }

@@ -1,0 +1,155 @@
+//! Why the GPUs of a job do not go on: the sentences of the paragraph that are about calls on them.
+//!
+//! What the kernels recorded tells which call each GPU is in, and which ones have not begun it. Where a rank's recorder could not
+//! be read, what its kernel says of a wait that lasts is told instead.
+
+use std::time::Duration;
+
+use super::gpu::{GpuCall, GpuView, Reading};
+use super::label::Presence;
+use super::snapshot::{Process, RankView, Snapshot};
+use super::why::RECENT;
+use super::words::{Said, ranks_phrase, rough};
+
+/// A call that goes on for so long is worth a word.
+const LONG: Duration = Duration::from_millis(500);
+
+/// The sentences, and whether any GPU waits.
+pub(super) fn gpus(snapshot: &Snapshot) -> (Vec<String>, bool) {
+    let mut groups = Groups::default();
+    let front = front(snapshot);
+    match front {
+        _ if snapshot.failure.is_some() => ended(snapshot, &mut groups),
+        Some(front) => around(snapshot, front, &mut groups),
+        None => busy(snapshot, &mut groups),
+    }
+    let mut sentences = groups.sentences();
+    let before = sentences.len();
+    for rank in snapshot.ranks.iter().filter(|rank| lives(rank) && latest(rank).is_none()) {
+        if let Some(wait) = rank.gpu_waits {
+            sentences.push(format!(
+                "The GPU of rank {} waits in its call #{} for that of rank {}, which has not made it.",
+                rank.rank, wait.call, wait.peer
+            ));
+        }
+    }
+    let does_wait = front.is_some() || sentences.len() > before;
+    (sentences, does_wait)
+}
+
+fn lives(rank: &RankView) -> bool {
+    rank.process != Process::Ended && rank.presence == Presence::Here
+}
+
+fn latest(rank: &RankView) -> Option<&GpuCall> {
+    rank.gpu.as_ref().and_then(GpuView::latest)
+}
+
+/// The latest call that a GPU has been in for long; of several that differ, the one that most are in.
+fn front(snapshot: &Snapshot) -> Option<&GpuCall> {
+    let waiting = || {
+        let calls = snapshot.ranks.iter().filter(|rank| lives(rank)).filter_map(latest);
+        calls.filter(|call| call.is_open() && call.begun >= LONG)
+    };
+    let votes = |candidate: &GpuCall| waiting().filter(|call| call.is_same_call(candidate)).count();
+    waiting().reduce(|best, call| match best.behind(call) {
+        1.. => call,
+        0 if votes(call) > votes(best) => call,
+        _ => best,
+    })
+}
+
+/// Where everybody stands, seen from the call that GPUs are in.
+fn around(snapshot: &Snapshot, front: &GpuCall, groups: &mut Groups) {
+    let same =
+        |rank: &RankView| latest(rank).filter(|call| call.is_open() && call.is_same_call(front)).copied();
+    let inside: Vec<GpuCall> = snapshot.ranks.iter().filter_map(same).collect();
+    let since = rough(inside.iter().map(|call| call.begun).max().unwrap_or_default());
+    for rank in &snapshot.ranks {
+        if let Some(call) = same(rank) {
+            let met = if call.met.is_some() { ", which all ranks have begun" } else { "" };
+            groups.add(rank.rank, &format!("{{has|have}} been in {front} for {since}{met}"));
+        }
+    }
+    for rank in snapshot.ranks.iter().filter(|rank| same(rank).is_none()) {
+        let said = match (&rank.gpu, latest(rank)) {
+            (None, _) => continue,
+            (Some(view), None) if view.reading != Reading::Earlier => {
+                "{has|have} not begun it, nor any call before".to_owned()
+            }
+            // What is said of its process says why.
+            (Some(_), None) if rank.process != Process::Running => continue,
+            (Some(_), None) => "{was|were} not read: {its process|their processes} did not answer".to_owned(),
+            (_, Some(call)) => elsewhere(call, front),
+        };
+        groups.add(rank.rank, &said);
+    }
+}
+
+/// What is said of a GPU whose latest call is not the one that others are in.
+fn elsewhere(call: &GpuCall, front: &GpuCall) -> String {
+    let since = rough(call.begun);
+    match (call.behind(front), call.ended) {
+        (0, _) if call.header != front.header => format!(
+            "{{has|have}} called {call} instead, {since} ago; all ranks must make the same calls in the same order"
+        ),
+        (1.., None) => format!("{{has|have}} not begun it: {{it has|they have}} been in {call} for {since}"),
+        (1.., Some(ended)) => {
+            format!(
+                "{{has|have}} not begun it: {{its|their}} last call was {call}, done {} ago",
+                rough(ended)
+            )
+        }
+        (_, Some(ended)) => format!("{{has|have}} done {{its|their}} part of it, {} ago", rough(ended)),
+        (_, None) => format!("{{is|are}} beyond it, in {call}"),
+    }
+}
+
+/// What GPUs were in when the communicator failed: their kernels have left it since, or soon will.
+fn ended(snapshot: &Snapshot, groups: &mut Groups) {
+    for rank in &snapshot.ranks {
+        if let Some(call) = latest(rank).filter(|call| call.is_open()) {
+            let since = rough(call.begun);
+            groups.add(rank.rank, &format!("{{was|were}} in {call}, begun {since} ago, when it failed"));
+        }
+    }
+}
+
+/// GPUs that make calls while nobody waits.
+fn busy(snapshot: &Snapshot, groups: &mut Groups) {
+    for rank in snapshot.ranks.iter().filter(|rank| lives(rank)) {
+        if let Some(call) = latest(rank).filter(|call| call.begun < RECENT) {
+            let kind = call.header.kind.name();
+            groups.add(
+                rank.rank,
+                &format!("{{makes|make}} calls: the latest {{was|were}} {kind} #{}", call.number),
+            );
+        }
+    }
+}
+
+/// Ranks of whose GPUs the same is said.
+#[derive(Default)]
+struct Groups(Vec<(Vec<usize>, Said)>);
+
+impl Groups {
+    fn add(&mut self, rank: usize, said: &str) {
+        let said = Said::new(said);
+        match self.0.iter_mut().find(|(_, known)| *known == said) {
+            Some((ranks, _)) => ranks.push(rank),
+            None => self.0.push((vec![rank], said)),
+        }
+    }
+
+    fn sentences(&self) -> Vec<String> {
+        let sentence = |(ranks, said): &(Vec<usize>, Said)| match ranks.as_slice() {
+            [rank] => format!("The GPU of rank {rank} {}.", said.one),
+            ranks => format!("The GPUs of {} {}.", ranks_phrase(ranks), said.many),
+        };
+        self.0.iter().map(sentence).collect()
+    }
+}
+
+#[cfg(test)]
+#[path = "why_gpu_tests.rs"]
+mod tests;
