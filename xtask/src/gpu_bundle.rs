@@ -17,7 +17,10 @@ const MAX_BYTES: u64 = 48 << 20;
 type Build = (&'static [&'static str], &'static [(&'static str, &'static str)]);
 const BUILDS: [Build; 4] = [
     (&["build", "--release", "-p", "unisono-cli", "--bin", "unisono"], &[("unisono", "unisono")]),
-    (&["build", "--release", "-p", "unisono", "--example", "gpu_sweep"], &[("gpu_sweep", "gpu_sweep")]),
+    (
+        &["build", "--release", "-p", "unisono", "--example", "gpu_sweep", "--example", "gpu_call_cost"],
+        &[("gpu_sweep", "gpu_sweep"), ("gpu_call_cost", "gpu_call_cost")],
+    ),
     (&["test", "--release", "-p", "unisono", "--lib", "--no-run"], &[("unisono", "library")]),
     (
         &[

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Tests and measures on a machine with GPUs, from a bundle that `cargo xtask gpu-bundle` made; no Rust is needed there.
 #
-#   gpu_run.sh [correct] [sanitizer] [kill] [bench]
+#   gpu_run.sh [correct] [sanitizer] [kill] [bench] [kernels]
 #
-# Without arguments all parts, within LIMIT_S seconds (480). Results go to $OUT, or to ./out, with all that was said in logs.tgz,
+# Without arguments all parts but the last, which compiles kernels and needs no GPU, within LIMIT_S seconds (480). Results go to $OUT, or to ./out, with all that was said in logs.tgz,
 # and the ends of it to the terminal. The last table has the exit code of every step; the script fails if one is not 0.
 # UNISONO_TEST_SCALE makes random tests and kills longer. NCCL is measured without NVLink's multicast, unless NCCL_NVLS_ENABLE
 # says otherwise.
@@ -20,9 +20,9 @@ parts=("$@")
 [ ${#parts[@]} -gt 0 ] || parts=(correct kill bench sanitizer)
 for part in "${parts[@]}"; do
     case $part in
-        correct | sanitizer | kill | bench) ;;
+        correct | sanitizer | kill | bench | kernels) ;;
         *)
-            echo "expected correct, sanitizer, kill or bench, got: $part" >&2
+            echo "expected correct, sanitizer, kill, bench or kernels, got: $part" >&2
             exit 2
             ;;
     esac
@@ -105,6 +105,9 @@ part_correct() {
     run_tests faults_processes pinned 90 pinned::
     run_tests faults_processes registration 90 gpu_registration::
     run_tests library library 60 gpu::
+}
+
+part_kernels() {
     UNISONO_TEST_REQUIRE_NVRTC=1 run_tests kernels kernels 150
 }
 
@@ -135,6 +138,9 @@ part_bench() {
     for ranks in 2 4; do
         [ "$ranks" -ge "$count" ] || bench "bench-$ranks" "$ranks"
     done
+    UNISONO_ORDER=rank TAIL=20 step rank-order 60 ./unisono bench all_reduce --device cuda -n "$count" --sizes 256MiB,1GiB \
+        "--json=$out/rank-order.json"
+    step call-cost 60 ./gpu_call_cost
 }
 
 for part in "${parts[@]}"; do

@@ -43,11 +43,22 @@ pub struct SharedPages {
 
 impl SharedPages {
     /// Takes at least `bytes` (rounded up to what the driver hands out, 2 MiB as a rule), accessible to `device`, not
-    /// cleared. They can be exported as a descriptor; those of a device also as a fabric handle, where the driver gives any.
+    /// cleared. They can be exported as a descriptor.
     ///
     /// # Errors
     /// What the driver refuses; nothing stays allocated.
     pub fn create(device: &Device, bytes: usize, location: Location) -> Result<Self> {
+        let _current = device.enter()?;
+        let descriptor = HandleTypes::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+        let (handle, bytes) = Self::take(device, bytes, location, descriptor)?;
+        Self::map(device, handle, (bytes, location), Some("nobody asked for one".to_owned()))
+    }
+
+    /// As [`SharedPages::create`]; they can also be exported as a fabric handle, if the driver gives any.
+    ///
+    /// # Errors
+    /// As [`SharedPages::create`].
+    pub fn create_with_fabric(device: &Device, bytes: usize, location: Location) -> Result<Self> {
         let _current = device.enter()?;
         let descriptor = HandleTypes::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
         let with_fabric = fabric::is_offered(device, location).and_then(|()| {

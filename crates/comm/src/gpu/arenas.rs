@@ -7,9 +7,11 @@
 use std::sync::Arc;
 
 use unisono_core::device::ArenaLayout;
-use unisono_cuda::{Device, Location, RegisteredHost, SharedPages};
+use unisono_core::settings::HandleKind;
+use unisono_cuda::{Device, RegisteredHost, SharedPages};
 use unisono_node::SharedMemory;
 
+use super::peers;
 use crate::error::{Error, Result};
 
 /// All arenas, as one rank reaches them.
@@ -37,8 +39,9 @@ impl Arenas {
         device: &Device,
         layout: &ArenaLayout,
         epoch: u32,
+        handles: HandleKind,
     ) -> unisono_cuda::Result<SharedPages> {
-        let pages = SharedPages::create(device, layout.total_bytes(), Location::Device)?;
+        let pages = peers::on_device(device, layout.total_bytes(), handles)?;
         pages.fill(0)?;
         if epoch != 0 {
             let flags = layout.flags();

@@ -130,7 +130,7 @@ impl Attachment<'_> {
             device: self.device,
             bytes,
             handles: self.settings.handles,
-            make: || Arenas::create(self.device, &layout, self.extra.epoch),
+            make: || Arenas::create(self.device, &layout, self.extra.epoch, self.settings.handles),
         };
         let neighbours = &self.communicator.neighbours;
         peers::share(neighbours, &kind, (ARENA_ITEM, bytes), self.deadline, &is_aborted)
@@ -181,7 +181,9 @@ pub(crate) fn attach_local(
     match link {
         Link::Device => {
             for (rank, device) in devices.iter().enumerate() {
-                let arena = Arc::new(Arenas::create(device, &layout, extra.epoch).map_err(failed(rank))?);
+                let arena = Arc::new(
+                    Arenas::create(device, &layout, extra.epoch, HandleKind::Auto).map_err(failed(rank))?,
+                );
                 for peer in devices.iter().filter(|peer| *peer != device) {
                     arena.allow(peer).map_err(failed(rank))?;
                 }
@@ -202,7 +204,7 @@ pub(crate) fn attach_local(
         };
         let pinned_way = extra.pinned_ways.get(rank).copied().unwrap_or(config.pinned_way);
         let config = Config { pinned_way, ..config.clone() };
-        let others = devices.iter().filter(|other| *other != device).cloned().collect();
+        let others = (0..ranks).filter(|other| *other != rank).map(|other| devices[other].clone()).collect();
         Gpu::new(device, communicators[rank].control.clone(), arenas, (&config, budget), others)
     };
     devices.iter().enumerate().zip(budgets).map(make).collect()

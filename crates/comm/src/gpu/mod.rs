@@ -109,7 +109,8 @@ pub(crate) struct Gpu {
     args: Args,
     /// Shared memory for each block of the forms with tiles.
     room_bytes: u32,
-    /// The stream of the latest call, and an event behind it once there were two.
+    /// The stream of the latest call, and an event behind it once there were two: from the start where ranks share a device, because
+    /// the first change of streams waits for all of it.
     latest: usize,
     order: Option<Event>,
     /// Other ranks of this thread: what one loads, all load, because loading may wait for all devices.
@@ -175,6 +176,7 @@ impl Gpu {
             recorder::compare_clocks(device, clock, &mut args, control.gpu().0).map_err(failed)?;
         }
         let copier = || Copier::new(state.address(), pages.address() + records);
+        let order = (rules.crowd > 1).then(|| Event::new(device, false)).transpose().map_err(failed)?;
         let watch = Watch::start(device.clone(), control.clone(), copier());
         let memory = Memory {
             device: device.clone(),
@@ -193,7 +195,7 @@ impl Gpu {
             args,
             room_bytes: kernels::room_bytes(device, rules.link),
             latest: 0,
-            order: None,
+            order,
             siblings,
             windows: Windows::default(),
             pinned_way: config.pinned_way,

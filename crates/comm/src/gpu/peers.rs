@@ -212,6 +212,18 @@ pub(crate) fn share<K: Kind>(
     Ok(exchange.all()?.to_vec())
 }
 
+/// Pages of `device` that can be handed over so.
+pub(crate) fn on_device(
+    device: &Device,
+    bytes: usize,
+    handles: HandleKind,
+) -> unisono_cuda::Result<SharedPages> {
+    match handles {
+        HandleKind::Fabric => SharedPages::create_with_fabric(device, bytes, Location::Device),
+        HandleKind::Auto | HandleKind::Descriptor => SharedPages::create(device, bytes, Location::Device),
+    }
+}
+
 /// Memory of devices: handed over as a descriptor, or as a fabric handle if that is asked for.
 pub(crate) struct OnDevices<'a, F> {
     pub(crate) rank: usize,

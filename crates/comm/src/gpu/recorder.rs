@@ -11,6 +11,7 @@ use unisono_cuda::{Device, Function, Grid, Stream};
 use unisono_sync::{Ticks, Word};
 
 use super::args::Args;
+use super::watch::side_stream;
 
 /// Copies the recorder for who asks. Used by the thread that looks at the GPU; nothing here waits.
 #[derive(Debug)]
@@ -39,7 +40,7 @@ impl Copier {
         if page[REPORT_RECORDER].load_relaxed() != RECORDER_LOST {
             return Ok(());
         }
-        let stream = Stream::new(device)?;
+        let stream = side_stream(device)?;
         // SAFETY: both are as long as the layout says, and stay until the copy was waited for.
         unsafe { stream.copy(self.to, self.from, RECORDER_BYTES) }?;
         stream.synchronize()?;
@@ -108,7 +109,7 @@ pub(super) fn compare_clocks(
     args: &mut Args,
     page: &[impl Word<u64>],
 ) -> unisono_cuda::Result<()> {
-    let (stream, ticks) = (Stream::new(device)?, Ticks::here());
+    let (stream, ticks) = (side_stream(device)?, Ticks::here());
     let grid = Grid { blocks: 1, threads: 1, shared_bytes: 0 };
     let [at_device, at_host] = REPORT_CLOCKS;
     let mut best: Option<(u64, [u64; 2])> = None;

@@ -33,10 +33,11 @@ impl Watch {
         let (watched, ordinal) = (has_ended.clone(), device.ordinal());
         let look = move || {
             // Idle for ever; asking it tells how the context is.
-            let probe = Stream::new(&device).and_then(|stream| stream.relax_capture().map(|()| stream)).ok();
+            let probe = side_stream(&device).and_then(|stream| stream.relax_capture().map(|()| stream)).ok();
             let (ended, change) = &*watched;
             let mut is_over = ended.lock().unwrap_or_else(PoisonError::into_inner);
-            let copies = probe.as_ref().filter(|_| control.about().is_recording);
+            let probe = probe.as_deref();
+            let copies = probe.filter(|_| control.about().is_recording);
             if copies.is_some() && !*is_over {
                 Copier::open(control.gpu().0);
             }
@@ -51,7 +52,7 @@ impl Watch {
                     // The first cause, and what was done last, is all that there is to tell.
                     copier.begin_last();
                     failed_at = failed_at.or_else(|| Some(Instant::now()));
-                } else if let Some(cause) = find(probe.as_ref(), &control) {
+                } else if let Some(cause) = find(probe, &control) {
                     control.fail(&cause);
                 }
                 let has_more = copies.is_some_and(|stream| copier.look(stream, control.gpu().0));
@@ -77,6 +78,19 @@ impl Drop for Watch {
             Copier::close(self.control.gpu().0);
         }
     }
+}
+
+/// The stream of a device for what runs beside the calls of all communicators of this process: a device has few queues, and streams
+/// that share one wait for each other.
+pub(super) fn side_stream(device: &Device) -> unisono_cuda::Result<Arc<Stream>> {
+    static STREAMS: Mutex<Vec<Arc<Stream>>> = Mutex::new(Vec::new());
+    let mut streams = STREAMS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(stream) = streams.iter().find(|stream| stream.device() == device) {
+        return Ok(stream.clone());
+    }
+    let stream = Arc::new(Stream::new(device)?);
+    streams.push(stream.clone());
+    Ok(stream)
 }
 
 fn find(probe: Option<&Stream>, control: &Control) -> Option<Cause> {

@@ -5,7 +5,7 @@ use std::any::Any;
 use std::sync::Arc;
 
 use unisono_core::device::Link;
-use unisono_cuda::{Location, SharedPages, Stream};
+use unisono_cuda::{SharedPages, Stream};
 use unisono_sync::Deadline;
 
 use super::pinned::{Enqueued, OnHost, Pinned};
@@ -149,7 +149,7 @@ impl Gpu {
             return Err(Error::Device { rank, reason });
         }
         let make = || {
-            let pages = SharedPages::create(&self.device, bytes, Location::Device)?;
+            let pages = peers::on_device(&self.device, bytes, self.handles)?;
             pages.fill(0).map(|()| pages)
         };
         let kind = peers::OnDevices { rank, device: &self.device, bytes, handles: self.handles, make };

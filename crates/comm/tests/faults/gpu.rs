@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use unisono::cuda::{Device, DeviceBuffer, Stream as CudaStream};
-use unisono::{BufMut, Communicator, Error, Operations, ReduceOp, Result, Stream};
+use unisono::{BufMut, Communicator, DType, Error, Operations, ReduceOp, Result, Stream};
 
 use super::parts::{Part, report, setting};
 use super::random::Random;
@@ -84,7 +84,8 @@ pub(crate) fn calls(part: &Part) -> Result<()> {
     let count = device_count().unwrap_or(1);
     let ordinal = part.rank as u32 % count;
     let device = Device::new(ordinal).unwrap();
-    let communicator = part.builder().device(ordinal).build()?;
+    // Loading kernels takes seconds where nothing is cached, and who loads hears of nobody.
+    let communicator = part.builder().device(ordinal).prepare(DType::I32, ReduceOp::Max)?.build()?;
     let raw = CudaStream::new(&device).unwrap();
     // SAFETY: the raw stream lives as long as this one.
     let stream = unsafe { Stream::cuda(raw.raw(), ordinal) }?;

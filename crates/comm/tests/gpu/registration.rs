@@ -231,7 +231,7 @@ fn memory_that_cannot_be_registered_is_refused_on_all_ranks_who_go_on() {
         let me = rank.rank();
         let stream = std::mem::replace(&mut tools.stream, Stream::host());
         let ordinal = rank.device().unwrap();
-        let [plain, pages] = Foreign::both(ordinal, 4 << 20);
+        let [plain, _pages] = Foreign::both(ordinal, 4 << 20);
         let host = vec![0i32; 1024];
         // SAFETY: all of these are refused.
         let register_raw = |buffer: RawBuffer| unsafe { rank.register(buffer) }.unwrap_err();
@@ -245,7 +245,7 @@ fn memory_that_cannot_be_registered_is_refused_on_all_ranks_who_go_on() {
         assert!(matches!(register_raw(buffer(&rank, plain.address(), 0)), Error::Argument { .. }));
         // What is wrong on one rank is said on all.
         let good = buffer(&rank, plain.address(), 1024);
-        let beyond = buffer(&rank, pages.address() + (4 << 20) - 16, 1024);
+        let beyond = buffer(&rank, plain.address() + (4 << 20) - 16, 1024);
         let unknown = buffer(&rank, host.as_ptr() as u64, 1024);
         for (culprit, wrong, got) in
             [(1, beyond, "only 16 bytes there"), (2, unknown, "an address that the driver does not know")]
