@@ -20,6 +20,7 @@ const UNSAFE_FILES: &[&str] = &[
     // What a child does between fork and exec.
     "crates/cli/src/run/spawn.rs",
     // Describes device buffers to the library.
+    "crates/comm/examples/gpu_call_cost.rs",
     "crates/comm/examples/gpu_sweep.rs",
     // Device buffers, whose life the caller promises.
     "crates/comm/src/buffer.rs",

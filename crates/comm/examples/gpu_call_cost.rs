@@ -115,9 +115,7 @@ mod cost {
                 for (at, (rank, communicator)) in ranks.iter().zip(&world).enumerate() {
                     if at + 1 == ranks.len() {
                         let start = Instant::now();
-                        while start.elapsed() < SKEW {
-                            std::hint::spin_loop();
-                        }
+                        while start.elapsed() < SKEW {}
                         rank.events[0].record(&rank.raw)?;
                     }
                     rank.call(communicator, bytes)?;
