@@ -104,6 +104,7 @@ part_correct() {
     run_tests gpu correct 150
     run_tests faults_processes pinned 90 pinned::
     run_tests faults_processes registration 90 gpu_registration::
+    run_tests faults_processes matrix 120 gpu_matrix::
     run_tests library library 60 gpu::
 }
 

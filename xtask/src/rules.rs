@@ -74,6 +74,7 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/tests/faults/forks.rs",
     // Device buffers, and a kernel that goes where it must not.
     "crates/comm/tests/faults/gpu.rs",
+    "crates/comm/tests/faults/gpu_matrix.rs",
     // Forks a child that inherits sockets, as a data loader does.
     "crates/comm/tests/faults/kills.rs",
     // Device buffers and pinned windows that processes share.

@@ -27,7 +27,7 @@ fn main() -> ExitCode {
 
 fn trials() -> Vec<Trial> {
     type Test = fn();
-    let tests: [(&str, Test); 48] = [
+    let tests: [(&str, Test); 49] = [
         (
             "gpu_kill::survivors_leave_their_kernels_and_go_on",
             faults::gpu::survivors_leave_their_kernels_and_go_on,
@@ -48,6 +48,10 @@ fn trials() -> Vec<Trial> {
         (
             "gpu_registration::processes_reach_each_others_memory",
             faults::registrations::processes_reach_each_others_memory,
+        ),
+        (
+            "gpu_matrix::processes_have_the_bits_of_the_reference",
+            faults::gpu_matrix::processes_have_the_bits_of_the_reference,
         ),
         ("kill::every_survivor_names_the_killed_rank", faults::kills::every_survivor_names_the_killed_rank),
         ("kill::a_forked_child_does_not_hide_it", faults::kills::a_forked_child_does_not_hide_it),

@@ -3,6 +3,8 @@
 #![cfg(feature = "cuda")]
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "seeds, and what is skipped, are said")]
 
+#[path = "support/gpu_case.rs"]
+mod case;
 #[path = "gpu/group.rs"]
 mod group;
 #[path = "gpu/life.rs"]

@@ -1,7 +1,10 @@
 //! A world of ranks on GPUs, driven by one thread, and what a case gives in it.
 
+pub(crate) use crate::case::{Case, Operation};
+use crate::case::{expected, input};
+
 use unisono::cuda::{Device, DeviceBuffer, Stream as CudaStream};
-use unisono::{Builder, Call, Communicator, DType, Kind, Operations, Place, RawBuffer, ReduceOp, Stream};
+use unisono::{Builder, Call, Communicator, Kind, Operations, Place, RawBuffer, Stream};
 use unisono_core::device::Form;
 
 /// The devices of this machine; none, and said so, where there is none.
@@ -11,39 +14,6 @@ pub(crate) fn devices() -> Vec<u32> {
         Err(error) => {
             eprintln!("SKIPPED: {error}");
             Vec::new()
-        }
-    }
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Operation {
-    AllReduce,
-    Broadcast,
-    AllGather,
-}
-
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Case {
-    pub(crate) operation: Operation,
-    pub(crate) dtype: DType,
-    pub(crate) op: ReduceOp,
-    pub(crate) count: usize,
-    pub(crate) root: usize,
-    pub(crate) is_in_place: bool,
-    /// Bytes by which buffers miss a line.
-    pub(crate) offset: usize,
-}
-
-impl Default for Case {
-    fn default() -> Self {
-        Self {
-            operation: Operation::AllReduce,
-            dtype: DType::F32,
-            op: ReduceOp::Sum,
-            count: 1,
-            root: 0,
-            is_in_place: false,
-            offset: 0,
         }
     }
 }
@@ -78,11 +48,18 @@ impl World {
         let offset = case.offset.next_multiple_of(case.dtype.size());
         let parts = if case.operation == Operation::AllGather { ranks } else { 1 };
         let inputs: Vec<Vec<u8>> = (0..ranks).map(|rank| input(case, rank)).collect();
-        let expected = expected(case, &inputs, form, self);
-        let op = match case.op {
-            ReduceOp::PreMulSum(_) => |rank: usize| ReduceOp::PreMulSum(scalar(rank)),
-            _ => |_: usize| ReduceOp::Sum,
-        };
+        let kind = Kind::AllReduce { op: case.op };
+        let taken = self.ranks[0].gpu_choice(kind, bytes, case.dtype.size()).map(|launch| launch.form);
+        assert!(
+            case.operation != Operation::AllReduce
+                || form.is_none()
+                || ranks == 1
+                || bytes == 0
+                || taken == form
+                || bytes > 64 << 10,
+            "{taken:?} {form:?}"
+        );
+        let expected = expected(case, &inputs, taken);
         let mut memory = Vec::new();
         for (rank, input) in inputs.iter().enumerate() {
             let own = if case.operation == Operation::AllGather { rank * bytes } else { 0 };
@@ -103,14 +80,7 @@ impl World {
                 dtype: case.dtype,
                 place: Place::Cuda { ordinal: self.devices[rank].ordinal() },
             };
-            let kind = match case.operation {
-                Operation::AllReduce if matches!(case.op, ReduceOp::PreMulSum(_)) => {
-                    Kind::AllReduce { op: op(rank) }
-                }
-                Operation::AllReduce => Kind::AllReduce { op: case.op },
-                Operation::Broadcast => Kind::Broadcast { root: case.root as u32 },
-                Operation::AllGather => Kind::AllGather,
-            };
+            let kind = case.kind(rank);
             let both = [raw(source, 1), raw(target, parts)];
             let used = if case.is_in_place { &both[1..] } else { &both[..] };
             // SAFETY: both buffers live until the streams were waited for, below.
@@ -153,66 +123,4 @@ impl World {
             ends.into_iter().for_each(|end| end.join().unwrap().unwrap());
         });
     }
-}
-
-/// The scalar of a rank in pre-multiplied sums.
-fn scalar(rank: usize) -> f64 {
-    0.75 + rank as f64 * 1.5
-}
-
-/// Random bits: every pattern of every dtype comes, NaN and subnormals too.
-fn input(case: &Case, rank: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15u64.wrapping_mul(rank as u64 + 1) ^ case.count as u64;
-    let mut bytes = Vec::with_capacity(case.count * case.dtype.size() + 8);
-    while bytes.len() < case.count * case.dtype.size() {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (state ^ state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        bytes.extend((mixed ^ mixed >> 31).to_le_bytes());
-    }
-    bytes.truncate(case.count * case.dtype.size());
-    bytes
-}
-
-fn expected(case: &Case, inputs: &[Vec<u8>], form: Option<Form>, world: &World) -> Vec<u8> {
-    match case.operation {
-        Operation::Broadcast => inputs[case.root].clone(),
-        Operation::AllGather => inputs.concat(),
-        Operation::AllReduce => {
-            let kind = Kind::AllReduce { op: case.op };
-            let bytes = inputs[0].len();
-            let taken = world.ranks[0].gpu_choice(kind, bytes, case.dtype.size()).map(|launch| launch.form);
-            if bytes > 0 && taken == Some(Form::Ring) {
-                return ring(case, inputs);
-            }
-            assert!(
-                form.is_none() || inputs.len() == 1 || bytes == 0 || taken == form || bytes > 64 << 10,
-                "{taken:?} {form:?}"
-            );
-            reduce(case, &inputs.iter().map(Vec::as_slice).collect::<Vec<_>>())
-        }
-    }
-}
-
-fn reduce(case: &Case, inputs: &[&[u8]]) -> Vec<u8> {
-    let scalars: Vec<f64> = (0..inputs.len()).map(scalar).collect();
-    let mut output = vec![0; inputs[0].len()];
-    unisono::reduce_op::reference(case.dtype, case.op, inputs, &scalars, &mut output).unwrap();
-    output
-}
-
-/// Shard p starts at rank p + 1, and each rank adds its own to what it got.
-fn ring(case: &Case, inputs: &[Vec<u8>]) -> Vec<u8> {
-    let (ranks, bytes) = (inputs.len(), inputs[0].len());
-    let shard = bytes.div_ceil(ranks).next_multiple_of(128);
-    let mut output = Vec::with_capacity(bytes);
-    for owner in 0..ranks {
-        let (begin, end) = ((owner * shard).min(bytes), ((owner + 1) * shard).min(bytes));
-        let mut partial = inputs[(owner + 1) % ranks][begin..end].to_vec();
-        for hop in 2..=ranks {
-            partial = reduce(case, &[&partial, &inputs[(owner + hop) % ranks][begin..end]]);
-        }
-        output.extend(partial);
-    }
-    output
 }

@@ -1,0 +1,146 @@
+//! Collectives between processes on GPUs against the scalar reference: every form, a reduction of every dtype, kinds of sizes and
+//! alignments, in and out of place. (`tests/gpu.rs` has more of it, with all ranks in one process.)
+//!
+//! Without a GPU the test says so and passes.
+
+#[path = "../support/gpu_case.rs"]
+mod case;
+
+use case::{Case, Operation, expected, input};
+use unisono::cuda::{Device, DeviceBuffer, Stream as CudaStream};
+use unisono::{Call, Communicator, DType, Form, Operations, Place, RawBuffer, ReduceOp, Result, Stream};
+
+use super::parts::{Part, expect};
+use super::server;
+use super::world::Setup;
+
+/// Bytes behind and before a buffer that must stay as they are.
+const MARGIN: usize = 64;
+
+pub(crate) fn processes_have_the_bits_of_the_reference() {
+    let count = match unisono::cuda::driver::device_count() {
+        Ok(count) => count,
+        Err(error) => {
+            println!("SKIPPED: {error}");
+            return;
+        }
+    };
+    let server = server();
+    for size in [2, (count as usize).clamp(3, 8)] {
+        let setup = Setup::new("gpu matrix", size, server.unique_id()).with("FAULTS_INIT_MS", 60_000);
+        setup.start().expect_good_end();
+    }
+}
+
+/// One reduction of each dtype, all reductions among them.
+fn reductions() -> impl Iterator<Item = (DType, ReduceOp)> {
+    DType::ALL.into_iter().enumerate().filter_map(|(at, dtype)| {
+        let ops = ReduceOp::ALL.into_iter().cycle().skip(at);
+        let op = ops.take(9).find(|op| unisono::reduce_op::check(dtype, *op).is_ok())?;
+        Some((dtype, op))
+    })
+}
+
+struct Bench {
+    communicator: Communicator,
+    stream: Stream,
+    raw: CudaStream,
+    source: DeviceBuffer,
+    target: DeviceBuffer,
+    ordinal: u32,
+}
+
+/// The part of a rank.
+pub(crate) fn play(part: &Part) -> Result<()> {
+    let count = unisono::cuda::driver::device_count().unwrap_or(1);
+    let ordinal = part.rank as u32 % count;
+    let device = Device::new(ordinal).unwrap();
+    let most = 2 << 20;
+    let forms = [
+        Some((Form::OneShot, 0)),
+        Some((Form::TwoShot, 0)),
+        Some((Form::Bulk, 0)),
+        Some((Form::Bulk, 90)),
+        Some((Form::Ring, 0)),
+        Some((Form::Ring, 9)),
+        None,
+    ];
+    for (at, form) in forms.into_iter().enumerate() {
+        let mut builder = part.builder().device(ordinal).job(format!("{}-{at}", part.job));
+        if let Some((form, blocks)) = form {
+            builder = builder.gpu_algorithm(form, blocks);
+        }
+        for (dtype, op) in reductions() {
+            builder = builder.prepare(dtype, op)?;
+        }
+        let raw = CudaStream::new(&device).unwrap();
+        // SAFETY: the raw stream lies beside this one and lives as long.
+        let stream = unsafe { Stream::cuda(raw.raw(), ordinal) }?;
+        let source = DeviceBuffer::new(&device, most + 2 * MARGIN).unwrap();
+        let target = DeviceBuffer::new(&device, most * part.size + 2 * MARGIN).unwrap();
+        let communicator = builder.build()?;
+        let mut bench = Bench { communicator, stream, raw, source, target, ordinal };
+        if at == 0 {
+            println!("ready");
+        }
+        for (dtype, op) in reductions() {
+            for (count, is_in_place, offset) in [(777, false, 0), (100_003, true, 0), (1000, false, 2)] {
+                let count = count.min(most / dtype.size());
+                check(&mut bench, &Case { dtype, op, count, is_in_place, offset, ..Case::default() })?;
+            }
+        }
+        for count in [0, 1, 5, 1000, 4096, 1 << 18] {
+            for (is_in_place, offset) in [(false, 0), (true, 0), (false, 4)] {
+                for operation in [Operation::Broadcast, Operation::AllGather] {
+                    let root = part.size - 1;
+                    check(
+                        &mut bench,
+                        &Case { operation, root, count, is_in_place, offset, ..Case::default() },
+                    )?;
+                }
+            }
+        }
+        bench.communicator.destroy()?;
+    }
+    Ok(())
+}
+
+fn check(bench: &mut Bench, case: &Case) -> Result<()> {
+    let (rank, ranks) = (bench.communicator.rank(), bench.communicator.world_size());
+    let bytes = case.count * case.dtype.size();
+    let begin = MARGIN + case.offset.next_multiple_of(case.dtype.size());
+    let parts = if case.operation == Operation::AllGather { ranks } else { 1 };
+    let own = if parts > 1 { rank * bytes } else { 0 };
+    let inputs: Vec<Vec<u8>> = (0..ranks).map(|rank| input(case, rank)).collect();
+    let mut before = vec![0xa5; begin + bytes * parts + MARGIN];
+    if case.is_in_place {
+        before[begin + own..][..bytes].copy_from_slice(&inputs[rank]);
+    } else {
+        bench.source.write(begin, &inputs[rank]).unwrap();
+    }
+    bench.target.write(0, &before).unwrap();
+    let raw = |buffer: &DeviceBuffer, parts: usize| RawBuffer {
+        ptr: buffer.address() + begin as u64,
+        count: case.count * parts,
+        dtype: case.dtype,
+        place: Place::Cuda { ordinal: bench.ordinal },
+    };
+    let both = [raw(&bench.source, 1), raw(&bench.target, parts)];
+    let used = if case.is_in_place { &both[1..] } else { &both[..] };
+    let taken = bench.communicator.gpu_choice(case.kind(rank), bytes, case.dtype.size());
+    // SAFETY: both buffers live until the stream was waited for, and nobody else uses them.
+    let call = unsafe { Call::from_raw(case.kind(rank), used, &[]) };
+    bench.communicator.on(&bench.stream).submit(call)?;
+    bench.raw.synchronize().unwrap();
+    bench.communicator.check()?;
+    before[begin..][..bytes * parts].copy_from_slice(&expected(
+        case,
+        &inputs,
+        taken.map(|launch| launch.form),
+    ));
+    let mut got = vec![0; before.len()];
+    bench.target.read(0, &mut got).unwrap();
+    let wrong = before.iter().zip(&got).position(|(expected, got)| expected != got);
+    expect(wrong.is_none(), || format!("{case:?} {taken:?}: byte {wrong:?} from {begin}"));
+    Ok(())
+}
