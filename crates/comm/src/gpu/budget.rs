@@ -1,10 +1,10 @@
 //! Who may have how many blocks wait on a device.
 //!
 //! Kernels of collectives wait for those of other ranks, so all blocks of a kernel must run at once, and if two communicators
-//! are under way in another order on another rank, those of both. The first communicator of a process on a device may fill it
-//! by threads (two of its blocks fit on a multiprocessor) or take half of it for bulk copies; later ones get some of the other half,
-//! as long as there is any. Whoever comes then gets few, and says so: more communicators at once than fit wait for each other where
-//! ranks begin them in different orders.
+//! are under way in another order on another rank, those of both. The first communicator of a process on a device gets half of
+//! its multiprocessors: a block for bulk copies takes one, of others two fit on one. Later ones get some of the other half, as long
+//! as there is any. So whatever is begun first, there is room for all. Whoever comes then gets few, and says so: more communicators
+//! at once than fit wait for each other where ranks begin them in different orders.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -30,7 +30,9 @@ impl Taken {
     fn take(&mut self, multiprocessors: u32) -> Share {
         let half = multiprocessors.div_ceil(2);
         if !std::mem::replace(&mut self.has_first, true) {
-            return Share { is_first: true, taken: 0, blocks: MAX_BLOCKS as u32 };
+            // One more exchanges headers, and one multiprocessor may be left with a single block.
+            let blocks = (2 * half - 2).clamp(1, MAX_BLOCKS as u32);
+            return Share { is_first: true, taken: 0, blocks };
         }
         let left = (multiprocessors - half).saturating_sub(self.by_others);
         let taken = if left < LEAST { 0 } else { left.min(SHARE) };
@@ -98,7 +100,7 @@ mod tests {
         let mut taken = Taken::default();
         let shares: Vec<Share> = (0..6).map(|_| taken.take(132)).collect();
         let blocks: Vec<u32> = shares.iter().map(|share| share.blocks).collect();
-        assert_eq!(blocks, [MAX_BLOCKS as u32, 24, 24, 15, 8, 8]);
+        assert_eq!(blocks, [130, 24, 24, 15, 8, 8]);
         assert_eq!(taken.by_others, 66);
         // What is given back is there for the next.
         taken.give_back(shares[1]);

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use unisono::cuda::{DeviceBuffer, Graph};
-use unisono::{Buf, BufMut, Builder, Error, Operations, ReduceOp, Stream, recorder};
+use unisono::{Buf, BufMut, Builder, DType, Error, Form, Operations, ReduceOp, Stream, recorder};
 
 use crate::world::{World, devices};
 
@@ -17,7 +17,7 @@ fn pair(configure: impl FnOnce(Builder) -> Builder) -> Option<World> {
 fn prepared(builder: Builder) -> Builder {
     [ReduceOp::Max, ReduceOp::Sum]
         .into_iter()
-        .fold(builder, |builder, op| builder.prepare(unisono::DType::I32, op).unwrap())
+        .fold(builder, |builder, op| builder.prepare(DType::I32, op).unwrap())
 }
 
 fn memory(world: &World, rank: usize, values: &[i32]) -> DeviceBuffer {
@@ -118,6 +118,62 @@ fn streams_take_turns_and_several_communicators_do_not_mind_each_other() {
     }
     world.end();
     other.end();
+}
+
+/// Large calls of four communicators, which each rank begins in another order: there is room for the blocks of all. Ranks that share
+/// a device have no such promise, because their own calls need room as well.
+#[test]
+fn communicators_with_large_calls_are_begun_in_any_order() {
+    let ordinals = devices();
+    if ordinals.len() < 2 {
+        eprintln!("SKIPPED: one device");
+        return;
+    }
+    for form in [Form::Bulk, Form::Ring] {
+        let worlds: Vec<World> = (0..4)
+            .map(|_| {
+                World::new(ordinals.len(), &ordinals, |builder| {
+                    builder.gpu_algorithm(form, 0).prepare(DType::F32, ReduceOp::Max).unwrap()
+                })
+            })
+            .collect();
+        let count = 4 << 20;
+        let buffers: Vec<Vec<DeviceBuffer>> = worlds
+            .iter()
+            .map(|world| (0..ordinals.len()).map(|rank| floats(world, rank, count)).collect())
+            .collect();
+        for round in 0..5 {
+            for (rank, ordinal) in ordinals.iter().enumerate() {
+                for turn in 0..worlds.len() {
+                    // Another one begins on each rank and in each round, and every other rank goes backwards.
+                    let turn = if rank % 2 == 0 { turn } else { worlds.len() - 1 - turn };
+                    let at = (turn + rank / 2 + round) % worlds.len();
+                    let (world, buffer) = (&worlds[at], &buffers[at][rank]);
+                    // SAFETY: the buffers live until the streams were waited for, and only their streams touch them.
+                    let x = unsafe { BufMut::<f32>::cuda(buffer.address(), count, *ordinal) };
+                    world.ranks[rank].on(&world.streams[rank]).all_reduce(x, ReduceOp::Max).unwrap();
+                }
+            }
+        }
+        for (world, buffers) in worlds.iter().zip(&buffers) {
+            wait(world);
+            for (rank, buffer) in buffers.iter().enumerate() {
+                world.ranks[rank].check().unwrap();
+                let mut bytes = vec![0; count * 4];
+                buffer.read(0, &mut bytes).unwrap();
+                let most = ordinals.len() as f32;
+                assert!(bytes.as_chunks().0.iter().all(|value| f32::from_le_bytes(*value) == most));
+            }
+        }
+        worlds.into_iter().for_each(World::end);
+    }
+}
+
+/// `count` times the rank's number from 1.
+fn floats(world: &World, rank: usize, count: usize) -> DeviceBuffer {
+    let mut buffer = DeviceBuffer::new(&world.devices[rank], count * 4).unwrap();
+    buffer.write(0, &(rank as f32 + 1.0).to_le_bytes().repeat(count)).unwrap();
+    buffer
 }
 
 #[test]

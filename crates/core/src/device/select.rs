@@ -82,9 +82,9 @@ impl fmt::Display for Wish {
 
 /// Blocks of all ranks together that surely run at once on a device.
 const CROWDED_BLOCKS: usize = 96;
-/// The most blocks for which bulk copies move data, one on a multiprocessor, and what the pipeline takes where there is no need to
-/// save. More blocks move it by their threads.
-const WIDE_BLOCKS: usize = 72;
+/// The most blocks for which bulk copies move data, and what the pipeline takes where there is no need to save. Each takes a
+/// multiprocessor, so these are half of an H200, as are twice as many that move data by their threads.
+const WIDE_BLOCKS: usize = 64;
 
 /// A form and its grid.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -127,8 +127,8 @@ pub struct Rules {
     pub order: Order,
     /// Whether the devices have bulk copies that run on their own: then few blocks nearly fill the links.
     pub bulk_copies: bool,
-    /// Blocks that this communicator may have wait on a device at once, unless more are asked for: [`MAX_BLOCKS`] for one that has
-    /// it to itself.
+    /// Blocks that this communicator may have wait on a device at once, unless more are asked for. Few ([below 64](Self::is_narrow)) may
+    /// take a multiprocessor each; of more, two share one, and those that need one take half as many.
     pub most_blocks: u32,
     /// What was asked for.
     pub forced: Option<Wish>,
@@ -146,11 +146,16 @@ impl Rules {
         ArenaLayout::new(self.ranks, self.link)
     }
 
+    /// Whether the communicator shares its devices with others of this process, and may have few blocks there.
+    pub const fn is_narrow(&self) -> bool {
+        (self.most_blocks as usize) < WIDE_BLOCKS
+    }
+
     fn borders(&self, kind: Kind) -> Borders {
         // Measured on 2 and 4 × H200 (`gpu_sweep`), and thought on from there: with more ranks one-shot sends more, and a ring takes
         // more hops. Where there are few blocks, a ring is no faster than the pipeline.
         let one_shot_to = ((768 << 10) / self.ranks.saturating_sub(1).max(1)).min(512 << 10);
-        let is_narrow = (self.most_blocks as usize) < WIDE_BLOCKS;
+        let is_narrow = self.is_narrow();
         let ring_from = match (kind, self.ranks) {
             (_, 0..=2) => 2 << 20,
             (Kind::Broadcast { .. }, 3..=4) => 2 << 20,
@@ -221,7 +226,9 @@ impl Rules {
         let shard = question.bytes.div_ceil(if is_gather { 1 } else { ranks });
         let room = if self.crowd > 1 { (CROWDED_BLOCKS / self.crowd).max(1) } else { MAX_BLOCKS };
         let most = (self.most_blocks as usize).min(room);
-        let blocks = |usual: usize| match wish.blocks {
+        // Of those that take a multiprocessor each.
+        let whole = if self.is_narrow() { most } else { most.div_ceil(2) };
+        let blocks = |usual: usize, most: usize| match wish.blocks {
             0 => usual.clamp(1, most),
             asked => (asked as usize).min(room),
         };
@@ -251,16 +258,18 @@ impl Rules {
                 let units = if form == Form::OneShot { question.bytes } else { shard }.div_ceil(12);
                 // One unit for each thread while that takes few blocks.
                 let threads = units.next_multiple_of(32).clamp(256, 512);
-                let usual = units.div_ceil(threads).min(if ranks == 1 { MAX_BLOCKS } else { 64 });
-                plain(blocks(usual), threads)
+                // Who is alone waits for nobody.
+                let most = if ranks == 1 { MAX_BLOCKS } else { whole.min(64) };
+                plain(blocks(units.div_ceil(threads), most), threads)
             }
-            Form::Direct => plain(blocks(shard.div_ceil(16 * threads).min(64)), threads),
+            Form::Direct => plain(blocks(shard.div_ceil(16 * threads), whole.min(64)), threads),
             Form::Bulk => {
                 // Blocks that work on one channel together.
                 let team = if is_gather { 2 } else { 3 };
                 let usual = if self.bulk_copies { WIDE_BLOCKS } else { 120 };
                 let usual = usual.min(team * shard.div_ceil(16 * threads));
-                let channels = (blocks(usual) / team).max(1);
+                let most = if self.bulk_copies { whole } else { most };
+                let channels = (blocks(usual, most) / team).max(1);
                 let due = shard.div_ceil(16).div_ceil(channels);
                 // Some rounds at least, so that the steps overlap.
                 let tile = match self.bulk_copies && channels * team <= WIDE_BLOCKS {
@@ -270,7 +279,7 @@ impl Rules {
                 launch(channels * team, tile, layout.area_bytes() / 16 / channels)
             }
             Form::Ring => {
-                let blocks = blocks(128);
+                let blocks = blocks(128, most);
                 let part =
                     if matches!(question.kind, Kind::AllReduce { .. }) { shard } else { question.bytes };
                 let due = part.div_ceil(16).div_ceil(blocks);
@@ -320,7 +329,12 @@ mod tests {
                         let question = Question { kind, ..question((1 << shift) + 1) };
                         let launch = rules.decide(&question);
                         assert!(rules.can(launch.form, &question), "{question:?}");
+                        let most_blocks = if ranks == 1 { MAX_BLOCKS as u32 } else { most_blocks };
                         assert!((1..=most_blocks).contains(&launch.blocks), "{question:?} {launch:?}");
+                        // What takes a multiprocessor each takes no more than half of them.
+                        assert!(
+                            ranks == 1 || launch.form == Form::Ring || !bulk_copies || launch.blocks <= 64
+                        );
                         assert!(bulk_copies || !launch.by_copies);
                         let tiles = launch.blocks as usize * launch.tile as usize * 16;
                         let team = if kind == Kind::AllGather { 2 } else { 3 };
