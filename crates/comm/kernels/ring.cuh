@@ -3,7 +3,7 @@
 //
 // All-reduce: shard p starts at rank p + 1 and goes round to p, each rank adding its own; then the finished shards go round
 // once more. The order of a sum is p + 1, p + 2, …, p, and what is handed on is rounded to the dtype each time. Bytes out of
-// each rank: 2 · S · (n − 1)/n. Broadcast: the root's tiles go round. All-gather: everybody's.
+// each rank: 2 · S · (n − 1)/n. Reduce-scatter: the first time round. Broadcast: the root's tiles go round. All-gather: everybody's.
 //
 // Block b keeps a queue of its own to block b of the next rank: slots in that rank's scratch, as many as there is room for. What
 // tile t sends lies in slot t mod slots. The next rank is told (stage 0) that our tile t is through, and so the slot filled; the
@@ -16,12 +16,12 @@
 
 template <int KIND, int DTYPE, int OP>
 struct Ring {
-  static constexpr u32 INPUTS = KIND == ALL_REDUCE ? 2 : 1, OUTPUTS = 2;
-  static constexpr bool IS_SPREAD = false, FOLDS = KIND == ALL_REDUCE;
+  static constexpr u32 INPUTS = Flow<KIND>::FOLDS ? 2 : 1, OUTPUTS = 2;
+  static constexpr bool IS_SPREAD = false, FOLDS = Flow<KIND>::FOLDS;
   // Tiles that go through this rank for each place in the shards, or parts: one after the other, because each comes of the one
   // before. Those of some places go round side by side, so that links and ranks have something to do meanwhile; with more slots
   // than those, nobody waits for a slot that is read later than what it wants to send was.
-  static constexpr u32 STEPS = KIND == ALL_REDUCE ? 2 * RANKS - 1 : KIND == ALL_GATHER ? RANKS : 1;
+  static constexpr u32 STEPS = KIND == ALL_REDUCE ? 2 * RANKS - 1 : KIND == BROADCAST ? 1 : RANKS;
   static constexpr u32 MOST_LANES = 8;
 
   const Args& args;
@@ -68,7 +68,7 @@ struct Ring {
     const u64 rest = vectors - base(where(t));
     return rest < tile ? u32(rest) : tile;
   }
-  __device__ __forceinline__ bool needs_threads() const { return KIND == ALL_REDUCE || !is_wide; }
+  __device__ __forceinline__ bool needs_threads() const { return FOLDS || !is_wide; }
 
   __device__ __forceinline__ bool is_received(u32 step) const {
     return KIND == BROADCAST ? args.rank != args.root : step > 0;
@@ -76,11 +76,11 @@ struct Ring {
   __device__ __forceinline__ bool is_sent(u32 step) const {
     return KIND == BROADCAST ? next != args.root : step + 1 < STEPS;
   }
-  __device__ __forceinline__ bool is_added(u32 step) const { return KIND == ALL_REDUCE && step < RANKS; }
+  __device__ __forceinline__ bool is_added(u32 step) const { return FOLDS && step < RANKS; }
   __device__ __forceinline__ bool is_folded(u32 t) const { return is_added(where(t).step); }
   // Whose shard or part a step is about.
   __device__ __forceinline__ u32 shard(u32 step) const {
-    u32 behind = KIND == ALL_REDUCE ? step + 1 : step;
+    u32 behind = FOLDS ? step + 1 : step;
     return (args.rank + 2 * RANKS - behind) % RANKS;
   }
   // The tile of the previous rank that sent what tile t receives.
@@ -103,6 +103,7 @@ struct Ring {
     const Place at = where(t);
     Side side;
     if (k == own_input_of(at.step)) {
+      if (KIND == REDUCE_SCATTER) return own_side(Flow<KIND>::source(args, shard(at.step)), base(at) * 16, args.bytes);
       u64 vector = KIND == ALL_REDUCE ? shard(at.step) * vectors + base(at) : base(at);
       return own_side(args.sources[args.rank], vector * 16, args.bytes);
     }
@@ -127,9 +128,9 @@ struct Ring {
     }
     side.tell = {previous, 1, t};
     u8* target = args.targets[args.rank];
-    if (KIND == ALL_REDUCE) {
+    if (FOLDS) {
       if (at.step + 1 < RANKS) return side;
-      return to_user(side, target, shard(at.step) * vectors + base(at));
+      return to_user(side, target, KIND == ALL_REDUCE ? shard(at.step) * vectors + base(at) : base(at));
     }
     if (!is_received(at.step) && args.is_same) return side;
     return to_user(side, KIND == ALL_GATHER ? target + shard(at.step) * args.bytes : target, base(at));
@@ -142,7 +143,7 @@ struct Ring {
 
   template <class Values>
   __device__ __forceinline__ uint4 fold(u32 t, Values values) const {
-    if constexpr (KIND == ALL_REDUCE) {
+    if constexpr (FOLDS) {
       const uint4 a = values(0), b = values(1);
       u32 words[4] = {a.x, a.y, a.z, a.w}, ours[4] = {b.x, b.y, b.z, b.w};
       const u32 step = where(t).step;

@@ -54,8 +54,10 @@ fn one_of_each_dtype() -> Vec<Purpose> {
     DType::ALL.into_iter().enumerate().map(one).collect()
 }
 
-const SOME: [Purpose; 3] = [
+const SOME: [Purpose; 5] = [
     Purpose::Copies,
+    Purpose::Parts,
+    Purpose::reduce_parts(DType::BF16, ReduceOp::Sum),
     Purpose::reduce(DType::BF16, ReduceOp::Sum),
     Purpose::reduce(DType::Complex128, ReduceOp::PreMulSum(1.0)),
 ];
@@ -72,7 +74,7 @@ fn kernels_compile_for_hopper_over_nvlink() {
 
 #[test]
 fn kernels_compile_for_hopper_over_host_memory() {
-    compile("sm_90", 2, Link::Host, &SOME[..2]);
+    compile("sm_90", 2, Link::Host, &SOME[..4]);
 }
 
 #[test]

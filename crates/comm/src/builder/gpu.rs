@@ -21,6 +21,7 @@ impl Builder {
     pub fn prepare(mut self, dtype: unisono_core::DType, op: unisono_core::ReduceOp) -> Result<Self> {
         unisono_core::reduce_op::check(dtype, op)?;
         self.extra.prepare.push(crate::gpu::kernels::Purpose::reduce(dtype, op));
+        self.extra.prepare.push(crate::gpu::kernels::Purpose::reduce_parts(dtype, op));
         Ok(self)
     }
 

@@ -235,13 +235,12 @@ impl Gpu {
 
     fn launch(&mut self, plan: &Plan, stream: &Stream) -> Result<()> {
         let (rank, kind) = (self.args.rank as usize, plan.header.kind);
-        if !matches!(kind, Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::AllGather | Kind::Barrier)
-        {
+        if !kernels::has_kernels(kind) {
             return Err(Error::Argument {
                 call: kind.name(),
                 rank,
                 what: "operation on a GPU",
-                expected: "all_reduce, broadcast, all_gather or barrier".to_owned(),
+                expected: "a collective of equal parts, or barrier".to_owned(),
                 got: kind.name().to_owned(),
             });
         }
@@ -283,8 +282,9 @@ impl Gpu {
         let source = self.windows.address(rank, plan.source as u64, plan.source_window);
         let target = self.windows.address(rank, plan.target as u64, plan.target_window);
         (args.sources[rank], args.targets[rank]) = (source, target);
-        let own = if matches!(kind, Kind::AllGather) { rank as u64 * args.bytes } else { 0 };
-        args.is_same = u32::from(source == target + own);
+        let own = |has_parts: bool| if has_parts { rank as u64 * args.bytes } else { 0 };
+        let (has_parts_in, has_parts_out) = kernels::parts(kind);
+        args.is_same = u32::from(source + own(has_parts_in) == target + own(has_parts_out));
         if launch.form == Form::Direct {
             let [source, target] = sides;
             args.source_bytes =
@@ -376,8 +376,7 @@ impl Gpu {
             return Err(Error::NotPrepared { call: kind.name(), rank, what, why });
         }
         let layout = ArenaLayout::new(self.rules.ranks, self.rules.link);
-        let purpose =
-            kind.op().map_or(kernels::Purpose::Copies, |op| kernels::Purpose::reduce(plan.dtype, op));
+        let purpose = kernels::Purpose::of(kind, plan.dtype);
         for sibling in &self.siblings {
             kernels::loaded(sibling, layout, self.rules.ranks, purpose).map_err(failed)?;
         }

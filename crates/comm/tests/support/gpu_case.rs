@@ -8,6 +8,11 @@ pub(crate) enum Operation {
     AllReduce,
     Broadcast,
     AllGather,
+    Reduce,
+    ReduceScatter,
+    Gather,
+    Scatter,
+    AllToAll,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -39,14 +44,40 @@ impl Default for Case {
 impl Case {
     /// The call of a rank.
     pub(crate) fn kind(&self, rank: usize) -> Kind {
-        match (self.operation, self.op) {
-            (Operation::AllReduce, ReduceOp::PreMulSum(_)) => {
-                Kind::AllReduce { op: ReduceOp::PreMulSum(scalar(rank)) }
-            }
-            (Operation::AllReduce, op) => Kind::AllReduce { op },
-            (Operation::Broadcast, _) => Kind::Broadcast { root: self.root as u32 },
-            (Operation::AllGather, _) => Kind::AllGather,
+        let root = self.root as u32;
+        let op = match self.op {
+            ReduceOp::PreMulSum(_) => ReduceOp::PreMulSum(scalar(rank)),
+            op => op,
+        };
+        match self.operation {
+            Operation::AllReduce => Kind::AllReduce { op },
+            Operation::Broadcast => Kind::Broadcast { root },
+            Operation::AllGather => Kind::AllGather,
+            Operation::Reduce => Kind::Reduce { op, root },
+            Operation::ReduceScatter => Kind::ReduceScatter { op },
+            Operation::Gather => Kind::Gather { root },
+            Operation::Scatter => Kind::Scatter { root },
+            Operation::AllToAll => Kind::AllToAll,
         }
+    }
+
+    /// Parts of the input and of the output on a rank. None: it has no such side.
+    pub(crate) fn parts(&self, rank: usize, ranks: usize) -> (usize, usize) {
+        let at_root = |parts| if rank == self.root { parts } else { 0 };
+        match self.operation {
+            Operation::AllReduce | Operation::Broadcast => (1, 1),
+            Operation::AllGather => (1, ranks),
+            Operation::Reduce => (1, at_root(1)),
+            Operation::ReduceScatter => (ranks, 1),
+            Operation::Gather => (1, at_root(ranks)),
+            Operation::Scatter => (at_root(ranks), 1),
+            Operation::AllToAll => (ranks, ranks),
+        }
+    }
+
+    /// Whether one buffer can be both.
+    pub(crate) fn can_be_in_place(&self) -> bool {
+        !matches!(self.operation, Operation::Gather | Operation::Scatter)
     }
 }
 
@@ -55,28 +86,51 @@ fn scalar(rank: usize) -> f64 {
     0.75 + rank as f64 * 1.5
 }
 
-/// Random bits: every pattern of every dtype comes, NaN and subnormals too.
-pub(crate) fn input(case: &Case, rank: usize) -> Vec<u8> {
+/// Random bits: every pattern of every dtype comes, NaN and subnormals too. As many parts as the rank gives, at least one.
+pub(crate) fn input(case: &Case, rank: usize, ranks: usize) -> Vec<u8> {
+    let bytes = case.count * case.dtype.size() * case.parts(rank, ranks).0.max(1);
     let mut state = 0x9e37_79b9_7f4a_7c15u64.wrapping_mul(rank as u64 + 1) ^ case.count as u64;
-    let mut bytes = Vec::with_capacity(case.count * case.dtype.size() + 8);
-    while bytes.len() < case.count * case.dtype.size() {
+    let mut all = Vec::with_capacity(bytes + 8);
+    while all.len() < bytes {
         state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mixed = (state ^ state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        bytes.extend((mixed ^ mixed >> 31).to_le_bytes());
+        all.extend((mixed ^ mixed >> 31).to_le_bytes());
     }
-    bytes.truncate(case.count * case.dtype.size());
-    bytes
+    all.truncate(bytes);
+    all
 }
 
-/// What every rank has afterwards, if all-reduces take the form `taken`.
-pub(crate) fn expected(case: &Case, inputs: &[Vec<u8>], taken: Option<Form>) -> Vec<u8> {
+/// What a rank has afterwards, if the call takes the form `taken`. Nothing where it gets nothing.
+pub(crate) fn expected(case: &Case, inputs: &[Vec<u8>], taken: Option<Form>, rank: usize) -> Vec<u8> {
+    let (ranks, bytes) = (inputs.len(), case.count * case.dtype.size());
+    let part = |from: usize, to: usize| &inputs[from][to * bytes..][..bytes];
+    let is_root = rank == case.root;
     match case.operation {
         Operation::Broadcast => inputs[case.root].clone(),
         Operation::AllGather => inputs.concat(),
-        Operation::AllReduce if !inputs[0].is_empty() && taken == Some(Form::Ring) => ring(case, inputs),
+        Operation::AllReduce if bytes > 0 && taken == Some(Form::Ring) => ring(case, inputs),
         Operation::AllReduce => reduce(case, &inputs.iter().map(Vec::as_slice).collect::<Vec<_>>()),
+        Operation::Reduce if is_root => reduce(case, &inputs.iter().map(Vec::as_slice).collect::<Vec<_>>()),
+        Operation::Gather if is_root => inputs.concat(),
+        Operation::Reduce | Operation::Gather => Vec::new(),
+        Operation::Scatter => part(case.root, rank).to_vec(),
+        Operation::AllToAll => (0..ranks).flat_map(|from| part(from, rank).to_vec()).collect(),
+        Operation::ReduceScatter => {
+            let parts: Vec<&[u8]> = (0..ranks).map(|from| part(from, rank)).collect();
+            match taken {
+                Some(Form::Ring) if bytes > 0 => passed_on(case, &parts, rank),
+                _ => reduce(case, &parts),
+            }
+        }
     }
+}
+
+/// What began at the rank behind `owner` and went round to it, each rank adding its own.
+fn passed_on(case: &Case, inputs: &[&[u8]], owner: usize) -> Vec<u8> {
+    let ranks = inputs.len();
+    let first = inputs[(owner + 1) % ranks].to_vec();
+    (2..=ranks).fold(first, |partial, hop| reduce(case, &[&partial, inputs[(owner + hop) % ranks]]))
 }
 
 fn reduce(case: &Case, inputs: &[&[u8]]) -> Vec<u8> {
@@ -86,18 +140,14 @@ fn reduce(case: &Case, inputs: &[&[u8]]) -> Vec<u8> {
     output
 }
 
-/// Shard p starts at rank p + 1, and each rank adds its own to what it got.
+/// Each shard goes round to its owner.
 fn ring(case: &Case, inputs: &[Vec<u8>]) -> Vec<u8> {
     let (ranks, bytes) = (inputs.len(), inputs[0].len());
     let shard = bytes.div_ceil(ranks).next_multiple_of(128);
-    let mut output = Vec::with_capacity(bytes);
-    for owner in 0..ranks {
+    let of_owner = |owner: usize| {
         let (begin, end) = ((owner * shard).min(bytes), ((owner + 1) * shard).min(bytes));
-        let mut partial = inputs[(owner + 1) % ranks][begin..end].to_vec();
-        for hop in 2..=ranks {
-            partial = reduce(case, &[&partial, &inputs[(owner + hop) % ranks][begin..end]]);
-        }
-        output.extend(partial);
-    }
-    output
+        let shards: Vec<&[u8]> = inputs.iter().map(|input| &input[begin..end]).collect();
+        passed_on(case, &shards, owner)
+    };
+    (0..ranks).flat_map(of_owner).collect()
 }
