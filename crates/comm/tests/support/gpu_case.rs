@@ -82,7 +82,7 @@ impl Case {
 }
 
 /// The scalar of a rank in pre-multiplied sums.
-fn scalar(rank: usize) -> f64 {
+pub(crate) fn scalar(rank: usize) -> f64 {
     0.75 + rank as f64 * 1.5
 }
 
