@@ -90,7 +90,7 @@ struct Symmetric {
     const unsigned* word = signal_of(rank, slot);
     Wait wait;
     while (int(ptx::load_short_word(word) - at_least) < 0) {
-      if (!wait.goes_on(*this)) return give_up(slot, at_least, wait);
+      if (!wait.goes_on(*this)) return give_up(signal_of(rank, slot), at_least, wait.waited_ns);
     }
     // SYNC: what came before a signal, to whichever copy, is visible after it.
     ptx::acquire_signal(word);
@@ -137,14 +137,16 @@ struct Symmetric {
     unsigned long long waited_ns = 0;  // once it was too long; 0 if the communicator failed
 
     // False if one must leave.
-    __device__ __forceinline__ bool goes_on(const Symmetric& shared) { return (++polls & 1023) != 0 || look(shared); }
+    __device__ __forceinline__ bool goes_on(const Symmetric& shared) {
+      return (++polls & 1023) != 0 || look(shared.abort, shared.patience_ns);
+    }
 
     // At what ends waits: dear, so only now and then.
-    __device__ __noinline__ bool look(const Symmetric& shared) {
-      if (ptx::load_short_word(shared.abort) != 0) return false;
+    __device__ __noinline__ bool look(const unsigned* abort, unsigned long long patience_ns) {
+      if (ptx::load_short_word(abort) != 0) return false;
       unsigned long long now_ns = ptx::now_ns();
       if (started_ns == 0) started_ns = now_ns;
-      if (shared.patience_ns == 0 || now_ns - started_ns < shared.patience_ns) return true;
+      if (patience_ns == 0 || now_ns - started_ns < patience_ns) return true;
       waited_ns = now_ns - started_ns;
       return false;
     }
@@ -158,13 +160,13 @@ struct Symmetric {
 
   __device__ static __forceinline__ bool is_first_thread() { return (threadIdx.x | threadIdx.y | threadIdx.z) == 0; }
 
-  // Leaves word behind the slot, where the host finds what was waited for in vain.
-  __device__ __noinline__ bool give_up(unsigned slot, unsigned at_least, const Wait& wait) const {
-    if (wait.waited_ns == 0) return false;
-    const unsigned* word = signal_of(rank, slot);
-    ptx::u64* missed = reinterpret_cast<ptx::u64*>(signal_of(rank, slot)) + UNISONO_MISSED_WORD;
+  // Leaves word behind the slot, where the host finds what was waited for in vain; false.
+  __device__ static __noinline__ bool give_up(unsigned* word, unsigned at_least, unsigned long long waited_ns) {
+    if (waited_ns == 0) return false;
+    ptx::u64* missed = reinterpret_cast<ptx::u64*>(word) + UNISONO_MISSED_WORD;
     ptx::store_word(missed + 1, ptx::u64(at_least) << 32 | ptx::load_short_word(word));
-    ptx::store_word(missed + 2, wait.waited_ns);
+    ptx::store_word(missed + 2, waited_ns);
+    // SYNC: what a wait in vain says is visible before that there was one.
     ptx::fence_all();
     ptx::store_word(missed, 1);
     return false;

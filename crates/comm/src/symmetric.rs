@@ -238,8 +238,7 @@ impl<T: Element> Symmetric<T> {
             Parts::Host(_) => Ok(()),
             #[cfg(feature = "cuda")]
             Parts::Device(copies) => copies.take_missed()?.map_or(Ok(()), |missed| {
-                let (slot, expected, got, waited) =
-                    (missed.slot, missed.expected, missed.got, missed.waited);
+                let (slot, expected, got, waited) = (missed.slot, missed.expected, missed.got, missed.waited);
                 Err(Error::Signal { rank: self.rank(), slot, expected, got, waited })
             }),
         }

@@ -68,7 +68,8 @@ mod tests {
     fn the_header_is_one_text_that_includes_nothing() {
         let (name, text) = device_header();
         assert_eq!(name, "unisono/device.cuh");
-        let directive = |which: &str| text.lines().filter(|line| line.trim_start().starts_with(which)).count();
+        let directive =
+            |which: &str| text.lines().filter(|line| line.trim_start().starts_with(which)).count();
         assert_eq!((directive("#include"), directive("#pragma once")), (0, 1));
         assert!(text.contains("#define UNISONO_MAX_RANKS 16\n#define UNISONO_SIGNAL_SLOTS 64\n"), "{text}");
         assert!(text.contains("void store_line(") && text.contains("struct Symmetric {"), "{text}");

@@ -109,7 +109,8 @@ impl OneSided {
     pub(crate) fn write(&self, peer: usize, at: usize, bytes: &[u8]) -> Result<()> {
         self.check(at, bytes.len());
         // SAFETY: as above.
-        unsafe { self.stream.write(self.address(peer) + at as u64, bytes) }.map_err(|error| self.failed(error))
+        unsafe { self.stream.write(self.address(peer) + at as u64, bytes) }
+            .map_err(|error| self.failed(error))
     }
 
     /// Sets `slot` of `peer`. What we wrote before is there: each write was waited for.
@@ -127,7 +128,12 @@ impl OneSided {
     }
 
     /// Waits until our `slot` holds at least `at_least`.
-    pub(crate) fn wait(&self, slot: usize, at_least: u32, timeout: Duration) -> Result<std::result::Result<(), Stopped>> {
+    pub(crate) fn wait(
+        &self,
+        slot: usize,
+        at_least: u32,
+        timeout: Duration,
+    ) -> Result<std::result::Result<(), Stopped>> {
         /// A signal that is about to come is polled for without a pause, which costs a copy each time.
         const AT_ONCE: Duration = Duration::from_millis(1);
         const PAUSE: Duration = Duration::from_micros(200);
