@@ -85,16 +85,21 @@ fn kernels_compile_for_every_dtype() {
     compile("sm_90", 2, Link::Device, &one_of_each_dtype());
 }
 
-/// Kernels of users, over the header for one-sided memory.
-const USERS: [(&str, &str); 2] = [
-    ("device_header.cu", include_str!("../examples/device_header.cu")),
-    ("symmetric.cu", include_str!("gpu/symmetric.cu")),
-];
+/// Kernels of users, over the header for one-sided memory: of the example, of the tests, and of the README.
+fn users() -> [(&'static str, &'static str); 3] {
+    let readme = include_str!("../../../README.md");
+    let (_, kernel) = readme.split_once("```cuda\n").unwrap();
+    [
+        ("device_header.cu", include_str!("../examples/device_header.cu")),
+        ("symmetric.cu", include_str!("gpu/symmetric.cu")),
+        ("README.md", kernel.split_once("```").unwrap().0),
+    ]
+}
 
 #[test]
 fn kernels_of_users_compile_with_the_device_header() {
     let Some(_) = compiler() else { return };
-    for (name, text) in USERS {
+    for (name, text) in users() {
         for architecture in ["sm_80", "sm_90", "sm_100"] {
             let headers = vec![unisono::device_header()];
             let source = Source { name, text, headers, definitions: Vec::new() };
