@@ -80,6 +80,8 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/tests/faults/gpu_matrix.rs",
     // Forks a child that inherits sockets, as a data loader does.
     "crates/comm/tests/faults/kills.rs",
+    // Launches the kernel of an example.
+    "crates/comm/tests/faults/one_sided.rs",
     // Device buffers and pinned windows that processes share.
     "crates/comm/tests/faults/pinned.rs",
     "crates/comm/tests/faults/registrations.rs",
