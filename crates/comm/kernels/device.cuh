@@ -87,10 +87,10 @@ struct Symmetric {
   // Waits until signal `slot` of this rank holds at least `at_least` (or up to 2^31 more, modulo 2^32); then this thread can read
   // what came before the signal. False if it must leave.
   __device__ __forceinline__ bool wait_signal(unsigned slot, unsigned at_least) const {
-    const unsigned* word = signal_of(rank, slot);
+    unsigned* word = signal_of(rank, slot);
     Wait wait;
     while (int(ptx::load_short_word(word) - at_least) < 0) {
-      if (!wait.goes_on(*this)) return give_up(signal_of(rank, slot), at_least, wait.waited_ns);
+      if (!wait.goes_on(*this)) return give_up(word + UNISONO_MISSED_SIGNAL, 0, word, at_least, wait.waited_ns);
     }
     // SYNC: what came before a signal, to whichever copy, is visible after it.
     ptx::acquire_signal(word);
@@ -123,7 +123,9 @@ struct Symmetric {
   __device__ __forceinline__ bool receive(unsigned long long index, Packet* packet, unsigned epoch) const {
     Wait wait;
     while (!try_receive(index, packet, epoch)) {
-      if (!wait.goes_on(*this)) return false;
+      if (wait.goes_on(*this)) continue;
+      const unsigned* word = at<unsigned>(rank, index * (PACKET_BYTES / 4) + 3);
+      return give_up(signal_of(rank, 0) + UNISONO_MISSED_PACKET, index, word, epoch, wait.waited_ns);
     }
     return true;
   }
@@ -160,15 +162,16 @@ struct Symmetric {
 
   __device__ static __forceinline__ bool is_first_thread() { return (threadIdx.x | threadIdx.y | threadIdx.z) == 0; }
 
-  // Leaves word behind the slot, where the host finds what was waited for in vain; false.
-  __device__ static __noinline__ bool give_up(unsigned* word, unsigned at_least, unsigned long long waited_ns) {
+  // Leaves word beside our signals, where the host finds what was waited for in vain; false.
+  __device__ static __noinline__ bool give_up(unsigned* missed_at, unsigned long long place, const unsigned* word,
+                                              unsigned expected, unsigned long long waited_ns) {
     if (waited_ns == 0) return false;
-    ptx::u64* missed = reinterpret_cast<ptx::u64*>(word) + UNISONO_MISSED_WORD;
-    ptx::store_word(missed + 1, ptx::u64(at_least) << 32 | ptx::load_short_word(word));
+    ptx::u64* missed = reinterpret_cast<ptx::u64*>(missed_at);
+    ptx::store_word(missed + 1, ptx::u64(expected) << 32 | ptx::load_short_word(word));
     ptx::store_word(missed + 2, waited_ns);
     // SYNC: what a wait in vain says is visible before that there was one.
     ptx::fence_all();
-    ptx::store_word(missed, 1);
+    ptx::store_word(missed, place + 1);
     return false;
   }
 };

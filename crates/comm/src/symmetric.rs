@@ -15,7 +15,7 @@ use crate::control::Control;
 use crate::copies::Copies;
 use crate::error::{Error, Result};
 #[cfg(feature = "cuda")]
-use crate::gpu::one_sided::{DeviceView, Missed, OneSided};
+use crate::gpu::one_sided::{DeviceView, OneSided};
 use crate::window::{Closing, Held};
 
 /// Where the copies lie.
@@ -226,11 +226,11 @@ impl<T: Element> Symmetric<T> {
     }
 
     /// Ok, or why waits of kernels of this rank ended without what they waited for: the first cause of a failed communicator, also
-    /// of a rank that left without `destroy`, or a signal that did not come within their patience, each of which is told once.
+    /// of a rank that left without `destroy`, or a signal or a packet that did not come within their patience, each of which is told once.
     /// Kernels that are still at work are not waited for.
     ///
     /// # Errors
-    /// [`Error::Signal`], after which the communicator still works; the first cause of a failure; [`Error::Generation`] once it was
+    /// [`Error::Signal`] or [`Error::Packet`], after which the communicator still works; the first cause of a failure; [`Error::Generation`] once it was
     /// shrunk; [`Error::Cuda`] if our GPU failed.
     pub fn check(&self) -> Result<()> {
         self.check_access("check", self.rank(), 0, 0)?;
@@ -240,10 +240,7 @@ impl<T: Element> Symmetric<T> {
         match &self.parts {
             Parts::Host(_) => Ok(()),
             #[cfg(feature = "cuda")]
-            Parts::Device(copies) => copies.take_missed()?.map_or(Ok(()), |missed| {
-                let Missed { slot, expected, got, waited } = missed;
-                Err(Error::Signal { rank: self.rank(), slot, expected, got, waited })
-            }),
+            Parts::Device(copies) => copies.take_missed(),
         }
     }
 

@@ -4,7 +4,7 @@
 use unisono_core::device::layout::MAX_RANKS;
 use unisono_core::layout::{SIGNAL_SLOTS, SIGNAL_STRIDE};
 
-use super::one_sided::{DeviceView, MISSED_AT};
+use super::one_sided::{DeviceView, MISSED_PACKET_AT, MISSED_SIGNAL_AT};
 
 const HEADER: &str = include_str!("../../kernels/device.cuh");
 const PTX: &str = include_str!("../../kernels/ptx.cuh");
@@ -54,7 +54,8 @@ fn definitions() -> String {
         ("MAX_RANKS", MAX_RANKS),
         ("SIGNAL_SLOTS", SIGNAL_SLOTS),
         ("SIGNAL_STRIDE", SIGNAL_STRIDE),
-        ("MISSED_WORD", MISSED_AT / 8),
+        ("MISSED_SIGNAL", MISSED_SIGNAL_AT / 4),
+        ("MISSED_PACKET", MISSED_PACKET_AT / 4),
         ("SYMMETRIC_BYTES", size_of::<DeviceView>()),
     ];
     all.map(|(name, value)| format!("#define UNISONO_{name} {value}\n")).concat()

@@ -19,11 +19,13 @@ use crate::communicator::Communicator;
 use crate::control::Control;
 use crate::error::{Error, Result};
 
-/// Where, from a slot on, a kernel says what it waited for in vain: whether it did, what it expected and what was there, how long
-/// it waited; words of 64 bits.
-pub(super) const MISSED_AT: usize = 8;
-const MISSED_WORDS: usize = 3;
-const _: () = assert!(MISSED_AT + MISSED_WORDS * 8 <= SIGNAL_STRIDE);
+/// Where, from a slot on, a kernel says that it waited in vain for that signal: one more than the place of a packet (0 if nobody
+/// did), what it expected and what was there, and how long it waited; words of 64 bits.
+pub(super) const MISSED_SIGNAL_AT: usize = 8;
+/// The same of a packet, from the first slot on.
+pub(super) const MISSED_PACKET_AT: usize = MISSED_SIGNAL_AT + MISSED_BYTES;
+const MISSED_BYTES: usize = 24;
+const _: () = assert!(MISSED_PACKET_AT + MISSED_BYTES <= SIGNAL_STRIDE);
 
 /// One-sided memory as kernels of one rank reach it: `unisono::Symmetric` of the header
 /// [`device_header`](crate::gpu::device_header()), by value. Made by [`Symmetric::device_view`](crate::Symmetric::device_view).
@@ -60,23 +62,34 @@ pub(super) fn nanoseconds(patience: Option<Duration>) -> u64 {
 
 /// A wait of a kernel that ended by its patience.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Missed {
-    pub(crate) slot: usize,
-    pub(crate) expected: u32,
-    pub(crate) got: u32,
-    pub(crate) waited: Duration,
+struct Missed {
+    /// The byte among our signals at which it stands.
+    at: usize,
+    /// For packets.
+    place: u64,
+    expected: u32,
+    got: u32,
+    waited: Duration,
 }
 
 impl Missed {
-    /// The first one in a pad.
+    /// The first one beside our signals.
     fn find(pad: &[u8]) -> Option<Self> {
-        pad.chunks_exact(SIGNAL_STRIDE).enumerate().find_map(|(slot, line)| {
-            let (words, _) = line[MISSED_AT..].as_chunks();
+        let slots = (0..pad.len() / SIGNAL_STRIDE).map(|slot| slot * SIGNAL_STRIDE + MISSED_SIGNAL_AT);
+        slots.chain([MISSED_PACKET_AT]).find_map(|at| {
+            let (words, _) = pad.get(at..at + MISSED_BYTES)?.as_chunks();
             let word = |at: usize| u64::from_le_bytes(words[at]);
-            let (values, waited) = (word(1), Duration::from_nanos(word(2)));
-            let missed = Self { slot, expected: (values >> 32) as u32, got: values as u32, waited };
-            (word(0) != 0).then_some(missed)
+            let (place, values, waited) = (word(0).checked_sub(1)?, word(1), Duration::from_nanos(word(2)));
+            Some(Self { at, place, expected: (values >> 32) as u32, got: values as u32, waited })
         })
+    }
+
+    fn into_error(self, rank: usize) -> Error {
+        let Self { at, place, expected, got, waited } = self;
+        match at {
+            MISSED_PACKET_AT => Error::Packet { rank, place, expected, got, waited },
+            _ => Error::Signal { rank, slot: at / SIGNAL_STRIDE, expected, got, waited },
+        }
     }
 }
 
@@ -157,16 +170,14 @@ impl OneSided {
         }
     }
 
-    /// A wait of a kernel that ended by its patience, if there is one; it is forgotten.
-    pub(crate) fn take_missed(&self) -> Result<Option<Missed>> {
+    /// Ok, or what a kernel waited for in vain; it is forgotten then.
+    pub(crate) fn take_missed(&self) -> Result<()> {
         let (rank, field) = (self.control.member().0, self.layout.device_signals());
         let mut pad = vec![0; field.bytes];
         self.read(rank, field.offset, &mut pad)?;
-        let missed = Missed::find(&pad);
-        if let Some(missed) = missed {
-            self.write(rank, self.slot(missed.slot) + MISSED_AT, &[0; 8])?;
-        }
-        Ok(missed)
+        let Some(missed) = Missed::find(&pad) else { return Ok(()) };
+        self.write(rank, field.offset + missed.at, &[0; 8])?;
+        Err(missed.into_error(rank))
     }
 
     /// What kernels are given.
@@ -251,12 +262,19 @@ mod tests {
         let mut pad = vec![0; 64 * SIGNAL_STRIDE];
         pad[5 * SIGNAL_STRIDE] = 9;
         assert_eq!(Missed::find(&pad), None);
-        let line = &mut pad[63 * SIGNAL_STRIDE + MISSED_AT..];
-        line[0] = 1;
-        line[8..16].copy_from_slice(&(7u64 << 32 | 6).to_le_bytes());
-        line[16..24].copy_from_slice(&1_500_000_000u64.to_le_bytes());
-        let missed = Missed { slot: 63, expected: 7, got: 6, waited: Duration::from_millis(1500) };
-        assert_eq!(Missed::find(&pad), Some(missed));
+        let mut tell = |at: usize, words: [u64; 3]| {
+            let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+            pad[at..at + MISSED_BYTES].copy_from_slice(&bytes);
+            Missed::find(&pad).map(|missed| missed.into_error(2))
+        };
+        let waited = Duration::from_millis(1500);
+        let words = |place: u64| [place + 1, 7 << 32 | 6, 1_500_000_000];
+        let packet = Error::Packet { rank: 2, place: 1000, expected: 7, got: 6, waited };
+        assert_eq!(tell(MISSED_PACKET_AT, words(1000)), Some(packet));
+        for slot in [63, 0] {
+            let signal = Error::Signal { rank: 2, slot, expected: 7, got: 6, waited };
+            assert_eq!(tell(slot * SIGNAL_STRIDE + MISSED_SIGNAL_AT, words(0)), Some(signal));
+        }
     }
 
     #[test]

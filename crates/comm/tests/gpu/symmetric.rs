@@ -228,6 +228,8 @@ fn waits_in_vain_end_by_their_patience_and_are_told_once() {
         let error = shared.check().unwrap_err();
         let Error::Signal { slot: 9, expected: 7, got: 5, waited, .. } = error else { panic!("{error}") };
         assert!(waited >= patience && waited < patience * 10, "{waited:?}");
+        let error = shared.check().unwrap_err();
+        assert!(matches!(error, Error::Packet { place: 0, expected: 7, got: 0, .. }), "{error}");
         shared.check().unwrap();
         // Nothing has failed: what comes later is seen.
         shared.signal(1 - rank.rank(), 9, 7).unwrap();
