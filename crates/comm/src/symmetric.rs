@@ -226,12 +226,12 @@ impl<T: Element> Symmetric<T> {
     }
 
     /// Ok, or why waits of kernels of this rank ended without what they waited for: the first cause of a failed communicator, also
-    /// of a rank that left without `destroy`, or a signal or a packet that did not come within their patience, each of which is told once.
-    /// Kernels that are still at work are not waited for.
+    /// of a rank that left without `destroy`, or a signal or a packet that did not come within their patience, each of which is
+    /// told once. Kernels that are still at work are not waited for.
     ///
     /// # Errors
-    /// [`Error::Signal`] or [`Error::Packet`], after which the communicator still works; the first cause of a failure; [`Error::Generation`] once it was
-    /// shrunk; [`Error::Cuda`] if our GPU failed.
+    /// [`Error::Signal`] or [`Error::Packet`], after which the communicator still works; the first cause of a failure;
+    /// [`Error::Generation`] once it was shrunk; [`Error::Cuda`] if our GPU failed.
     pub fn check(&self) -> Result<()> {
         self.check_access("check", self.rank(), 0, 0)?;
         if let Some(cause) = self.control.cause() {

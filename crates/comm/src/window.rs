@@ -41,7 +41,8 @@ pub enum Memory {
     /// Host memory, anonymous and shared.
     #[default]
     Host,
-    /// Memory of each rank's GPU, which all GPUs of the communicator reach.
+    /// Memory of each rank's GPU, which all GPUs of the communicator reach: collectives in place, and, once it is one-sided
+    /// ([`Window::into_symmetric`]), kernels of one's own.
     Device,
     /// Host memory that the CPUs of all ranks and all GPUs of the host reach, whether or not these reach each other's memory:
     /// collectives of both work on it in place, and [`Window::lend`] gives it as a slice. What the host does with it waits for the

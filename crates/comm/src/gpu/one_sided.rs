@@ -238,14 +238,18 @@ impl Gpu {
         let (Some(mappings), Some(memory)) = (self.windows.mappings(id), &self.memory) else {
             return Err(no_window(rank, id));
         };
-        Ok(OneSided {
+        let one_sided = OneSided {
             stream: side_stream(&self.device).map_err(|error| Error::Cuda { rank, error })?,
             mappings,
             layout,
             patience_ns: self.args.patience_ns,
             control_pages: memory.control_pages.clone(),
             control: self.control.clone(),
-        })
+        };
+        // What the driver makes for its first copies, it makes now, while no kernel waits for us.
+        one_sided.write(rank, one_sided.slot(0), &[0; 4])?;
+        one_sided.value(0)?;
+        Ok(one_sided)
     }
 }
 
