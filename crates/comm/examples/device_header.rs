@@ -1,7 +1,8 @@
 //! A kernel of one's own over one-sided memory on GPUs: packets and signals between all ranks, many rounds in one launch, checked.
 //!
-//! `device_header [RANKS] [ROUNDS]` has as many ranks as there are GPUs, threads of this process; under a launcher (`unisono run
-//! -n 4 -- device_header`) each process is a rank with the GPU of its local rank. What the kernel does stands in `device_header.cu`.
+//! `device_header [RANKS] [ROUNDS]` has as many ranks as there are GPUs (or `-`), threads of this process; under a launcher (`unisono
+//! run -n 4 -- device_header`) each process is a rank with the GPU of its local rank. What the kernel does stands in
+//! `device_header.cu`.
 #![expect(clippy::print_stdout, reason = "a program that reports to the terminal")]
 
 #[cfg(not(feature = "cuda"))]
@@ -40,7 +41,8 @@ mod example {
     pub(crate) fn run() -> Outcome<()> {
         let mut arguments = std::env::args().skip(1);
         let devices = unisono::cuda::driver::device_count()?;
-        let ranks: u32 = arguments.next().map_or(Ok(devices), |text| text.parse())?;
+        let ranks = arguments.next().filter(|text| text != "-");
+        let ranks: u32 = ranks.map_or(Ok(devices), |text| text.parse())?;
         let rounds = arguments.next().map_or(Ok(10_000), |text| text.parse())?;
         if let Some(local_rank) = std::env::var_os("LOCAL_RANK") {
             let local_rank: u32 = local_rank.to_string_lossy().parse()?;
