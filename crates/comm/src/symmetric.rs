@@ -206,8 +206,9 @@ impl<T: Element> Symmetric<T> {
     /// This memory as kernels of one's own on our GPU take it, by value: `unisono::Symmetric` of the header that
     /// [`device_header`](crate::device_header()) gives. `examples/device_header.rs` shows all of it.
     ///
-    /// It keeps nothing alive. Kernels that use it, and graphs with such kernels, must be done before this memory is dropped;
-    /// [`Symmetric::close`] waits for what this process gave to the device, and kernels of peers must not write any more then, either.
+    /// It keeps nothing alive. Whether this memory is closed or dropped, kernels that our GPU was given before are waited for (by a
+    /// thread, if it is dropped). Kernels of peers must not reach for our copy any more then, and graphs with such kernels must not
+    /// be launched any more.
     ///
     /// # Errors
     /// [`Error::Place`] if the memory lies on the host; [`Error::Forked`] in a forked child.

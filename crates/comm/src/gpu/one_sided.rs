@@ -4,6 +4,7 @@
 //! The copy of each rank lies on its GPU, its signal slots behind it. The host moves data with a copy engine, on a stream that
 //! waits for no other, and waits for that alone: some ten microseconds for each access, whatever kernels are at work.
 
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -210,6 +211,26 @@ impl OneSided {
             self.control.fail(&cause);
         }
         Error::Cuda { rank: self.control.member().0, error }
+    }
+}
+
+impl Drop for OneSided {
+    fn drop(&mut self) {
+        // As long as the communicator keeps the copies, it waits for kernels before it lets go. Else they may still be at work here:
+        // they end in time, because the communicator ended. Nobody waits for them here; if no thread can be had, the memory stays.
+        if Arc::strong_count(&self.mappings) > 1 || self.control.check_process().is_err() {
+            return;
+        }
+        let device = self.stream.device().clone();
+        let kept = (self.mappings.clone(), self.control_pages.clone(), self.control.clone());
+        let kept = ManuallyDrop::new(kept);
+        let reap = move || {
+            let _ = device.synchronize();
+            drop(ManuallyDrop::into_inner(kept));
+        };
+        if let Err(error) = std::thread::Builder::new().name("unisono-reaper".to_owned()).spawn(reap) {
+            tracing::warn!("one-sided memory of a GPU is not given back: {error}");
+        }
     }
 }
 

@@ -286,3 +286,26 @@ fn an_abort_ends_waits_of_kernels_and_of_the_host() {
         }
     });
 }
+
+#[test]
+fn memory_goes_when_the_last_kernel_on_it_has_gone_whoever_is_dropped_first() {
+    for drops_the_communicator_first in [true, false] {
+        on_threads(2, |rank, tools| {
+            let shared = symmetric::<u32>(&rank, 1000);
+            let kernel = Kernel::new(tools, TESTS, "wait_each");
+            let view = shared.device_view().unwrap();
+            rank.barrier().unwrap();
+            let answer = kernel.answer.address();
+            kernel.launch(tools, (2, 64), One { shared: view, answer, slot: 1, value: 1 });
+            if drops_the_communicator_first {
+                drop(rank);
+                drop(shared);
+            } else {
+                drop(shared);
+                drop(rank);
+            }
+            tools.raw.synchronize().unwrap();
+            assert_eq!(kernel.answer(), [0, 2 * 64]);
+        });
+    }
+}
