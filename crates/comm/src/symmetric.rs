@@ -16,6 +16,7 @@ use crate::copies::Copies;
 use crate::error::{Error, Result};
 #[cfg(feature = "cuda")]
 use crate::gpu::one_sided::{DeviceView, OneSided};
+use crate::stream::Stream;
 use crate::window::{Closing, Held};
 
 /// Where the copies lie.
@@ -146,6 +147,27 @@ impl<T: Element> Symmetric<T> {
         }
     }
 
+    /// As [`Symmetric::signal`], in the order of `stream`: after everything that the stream did before, to whichever copy. On the
+    /// host's stream that is at once. On a stream of our GPU, for memory of GPUs, it returns when it is enqueued, and can be
+    /// captured in CUDA graphs, which keep the memory then.
+    ///
+    /// # Errors
+    /// As [`Symmetric::signal`]; [`Error::Place`] if the memory lies on the host and the stream is that of a GPU;
+    /// [`Error::Argument`] if it is that of another one.
+    pub fn signal_on(&self, stream: &Stream, peer: usize, slot: usize, value: u32) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(stream) = stream.as_cuda() {
+            self.check_access("signal_on", peer, 0, 0)?;
+            self.check_slot("signal_on", slot)?;
+            return match &self.parts {
+                Parts::Device(copies) => copies.signal_on(stream, peer, slot, value),
+                Parts::Host(_) => Err(self.not_on_devices("signal_on")),
+            };
+        }
+        let _ = stream;
+        self.signal(peer, slot, value)
+    }
+
     /// What signal `slot` of this rank holds; 0 before the first signal.
     ///
     /// # Errors
@@ -217,12 +239,7 @@ impl<T: Element> Symmetric<T> {
         self.control.check_process()?;
         match &self.parts {
             Parts::Device(copies) => Ok(copies.view()),
-            Parts::Host(_) => Err(Error::Place {
-                call: "device_view",
-                rank: self.rank(),
-                expected: "one-sided memory of GPUs (Memory::Device)".to_owned(),
-                got: "memory of the host".to_owned(),
-            }),
+            Parts::Host(_) => Err(self.not_on_devices("device_view")),
         }
     }
 
@@ -307,6 +324,12 @@ impl<T: Element> Symmetric<T> {
         }
         let (expected, got) = (format!("below {world_size}"), peer.to_string());
         Err(Error::Argument { call, rank, what: "peer", expected, got })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn not_on_devices(&self, call: &'static str) -> Error {
+        let expected = "one-sided memory of GPUs (Memory::Device)".to_owned();
+        Error::Place { call, rank: self.rank(), expected, got: "memory of the host".to_owned() }
     }
 
     fn check_slot(&self, call: &'static str, slot: usize) -> Result<()> {

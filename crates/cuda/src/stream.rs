@@ -192,6 +192,21 @@ impl Stream {
         self.synchronize()
     }
 
+    /// Writes `value` to the 4 bytes at `to`, after everything that the work before wrote, to whichever memory.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    ///
+    /// # Safety
+    /// `to` is memory of a device, on 4 bytes, and valid until the stream has passed this.
+    pub unsafe fn write_word(&self, to: u64, value: u32) -> Result<()> {
+        let _current = self.device.enter()?;
+        let flags = sys::CUstreamWriteValue_flags_enum::CU_STREAM_WRITE_VALUE_DEFAULT as u32;
+        // SAFETY: as the caller promises.
+        let result = unsafe { sys::cuStreamWriteValue32_v2(self.raw, to, value, flags) };
+        check("cuStreamWriteValue32", self.device.ordinal(), result)
+    }
+
     /// Writes `value` to each of `bytes` at `to`.
     ///
     /// # Errors

@@ -133,6 +133,24 @@ impl OneSided {
         self.write(peer, self.slot(slot), &value.to_le_bytes())
     }
 
+    /// As [`OneSided::signal`], in the order of `stream`.
+    pub(crate) fn signal_on(&self, stream: &Stream, peer: usize, slot: usize, value: u32) -> Result<()> {
+        let rank = self.control.member().0;
+        if stream.device() != self.stream.device() {
+            let expected = format!("one of cuda:{}", self.stream.device().ordinal());
+            let got = format!("one of cuda:{}", stream.device().ordinal());
+            return Err(Error::Argument { call: "signal_on", rank, what: "stream", expected, got });
+        }
+        let capture = stream.capture().map_err(|error| self.failed(error))?;
+        if let Some(capture) = capture {
+            capture.keep(self.mappings.clone()).map_err(|error| self.failed(error))?;
+        }
+        // SYNC: what came before a signal, to whichever copy, is visible after it.
+        // SAFETY: the slot lies in the mapping, which stays until our device was waited for, or its graph is gone.
+        unsafe { stream.write_word(self.address(peer) + self.slot(slot) as u64, value) }
+            .map_err(|error| self.failed(error))
+    }
+
     /// What our `slot` holds.
     pub(crate) fn value(&self, slot: usize) -> Result<u32> {
         let mut value = [0; 4];

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use unisono::cuda::{Cache, Compiler, Device, DeviceBuffer, Function, Grid, Module, Source};
 use unisono::gpu::kernels::architecture;
-use unisono::{Communicator, DeviceView, Element, Error, Memory, Operations, Symmetric};
+use unisono::{Communicator, DeviceView, Element, Error, Memory, Operations, Stream, Symmetric};
 
 use crate::windows::{Tools, on_threads};
 
@@ -205,6 +205,48 @@ fn host_and_kernels_signal_each_other() {
             end(rank, shared);
         });
     }
+}
+
+#[test]
+fn signals_come_in_the_order_of_a_stream_and_of_a_graph() {
+    const COUNT: usize = 1 << 20;
+    on_threads(2, |rank, tools| {
+        let (me, peer, shared) = (rank.rank(), 1 - rank.rank(), symmetric::<u8>(&rank, COUNT));
+        let copy = |value: u32| {
+            // SAFETY: both sides are as long, and stay until the stream was waited for.
+            unsafe {
+                tools.raw.fill(tools.staging.address(), value as u8, COUNT).unwrap();
+                tools.raw.copy(shared.address(peer).unwrap(), tools.staging.address(), COUNT).unwrap();
+            }
+            shared.signal_on(&tools.stream, peer, 5, value).unwrap();
+        };
+        let check = |value: u32| {
+            shared.wait_signal(5, value, LONG).unwrap();
+            let mut got = vec![0; COUNT];
+            shared.read(me, 0, &mut got).unwrap();
+            assert!(got.iter().all(|byte| *byte == value as u8), "{value}");
+            rank.barrier().unwrap();
+        };
+        for value in 1..=20 {
+            copy(value);
+            check(value);
+        }
+        tools.raw.begin_capture().unwrap();
+        copy(21);
+        let graph = tools.raw.end_capture().unwrap();
+        assert_eq!(shared.signal_value(5), Ok(20));
+        rank.barrier().unwrap();
+        graph.launch(&tools.raw).unwrap();
+        check(21);
+        tools.raw.synchronize().unwrap();
+        drop(graph);
+        let on_host = rank.window::<u8>(10, Memory::Host).unwrap().into_symmetric(&rank).unwrap();
+        let error = on_host.signal_on(&tools.stream, peer, 0, 1).unwrap_err();
+        assert!(matches!(error, Error::Place { call: "signal_on", .. }), "{error}");
+        on_host.signal_on(&Stream::host(), me, 0, 7).unwrap();
+        assert_eq!(on_host.signal_value(0), Ok(7));
+        end(rank, shared);
+    });
 }
 
 #[test]
