@@ -104,6 +104,9 @@ part_correct() {
     run_tests gpu correct 150
     run_tests faults_processes pinned 90 pinned::
     run_tests faults_processes registration 90 gpu_registration::
+    run_tests faults_processes one-sided 90 gpu_one_sided::
+    step device-header-threads 60 ./device_header "$((count < 2 ? 2 : count))" 10000
+    step device-header-processes 60 ./unisono run -n "$((count < 2 ? 2 : count))" -- ./device_header - "$((count < 2 ? 50 : 10000))"
     run_tests faults_processes matrix 120 gpu_matrix::
     run_tests library library 60 gpu::
 }

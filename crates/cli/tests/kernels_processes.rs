@@ -66,3 +66,18 @@ fn what_cannot_be_built_is_a_sentence_and_an_exit_code() {
     assert_eq!(missing.status.code(), Some(125), "{missing:?}");
     assert!(text(&missing.stderr).contains("which holds none"), "{missing:?}");
 }
+
+#[test]
+fn the_header_for_kernels_of_users_is_written_into_a_folder_of_its_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("include");
+    let written = kernels(folder.path(), &["header", target.to_str().unwrap()]);
+    assert!(written.status.success(), "{written:?}");
+    let path = target.join("unisono/device.cuh");
+    assert_eq!(text(&written.stdout), format!("{}\n", path.display()));
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), unisono::device_header().1);
+    // Where a file stands, there is no folder.
+    let refused = kernels(folder.path(), &["header", path.to_str().unwrap()]);
+    assert_eq!(refused.status.code(), Some(125), "{refused:?}");
+    assert!(text(&refused.stderr).contains("device.cuh"), "{refused:?}");
+}

@@ -117,7 +117,7 @@ __device__ __noinline__ void give_up(const Args& args, u32 reason, u32 peer, u32
 __device__ __noinline__ bool must_leave(const Args& args, const Entry& entry, u32 spins, u32 peer, u64 seen) {
   if (load_own_word(&args.state->poison) != 0) return true;
   if ((spins & 1023) != 0 || !is_leader()) return false;
-  if (load_host_word(args.abort) != 0) {
+  if (load_short_word(args.abort) != 0) {
     store_own_word(&args.state->poison, 1);
     return true;
   }

@@ -12,7 +12,7 @@ use crate::communicator::Communicator;
 use crate::control::Control;
 use crate::copies::Copies;
 use crate::error::{Error, Result};
-use crate::symmetric::Symmetric;
+use crate::symmetric::{Parts, Symmetric};
 pub use making::Closing;
 pub(crate) use making::Limits;
 
@@ -41,7 +41,8 @@ pub enum Memory {
     /// Host memory, anonymous and shared.
     #[default]
     Host,
-    /// Memory of each rank's GPU, which all GPUs of the communicator reach.
+    /// Memory of each rank's GPU, which all GPUs of the communicator reach: collectives in place, and, once it is one-sided
+    /// ([`Window::into_symmetric`]), kernels of one's own.
     Device,
     /// Host memory that the CPUs of all ranks and all GPUs of the host reach, whether or not these reach each other's memory:
     /// collectives of both work on it in place, and [`Window::lend`] gives it as a slice. What the host does with it waits for the
@@ -187,20 +188,18 @@ impl<T: Element> Window<T> {
     /// # Errors
     /// As [`Window::close`].
     pub fn into_symmetric(self, communicator: &Communicator) -> Result<Symmetric<T>> {
-        #[cfg_attr(
-            not(feature = "cuda"),
-            expect(irrefutable_let_patterns, reason = "there are GPUs elsewhere")
-        )]
-        let Held::Host(copies) = self.held else {
-            return Err(Error::Place {
-                call: Kind::Symmetric.name(),
-                rank: self.control.member().0,
-                expected: "windows of host memory".to_owned(),
-                got: "memory of a GPU".to_owned(),
-            });
-        };
-        communicator.end_window(Kind::Symmetric, self.id, &self.control)?;
+        check_owner(Kind::Symmetric, self.id, &self.control, communicator)?;
         let policy = communicator.engine().policy();
+        let copies = match self.held {
+            Held::Host(copies) => {
+                communicator.end_window(Kind::Symmetric, self.id, &self.control)?;
+                Parts::Host(copies)
+            }
+            #[cfg(feature = "cuda")]
+            Held::Device(_) => {
+                Parts::Device(communicator.make_one_sided(self.id, (self.count, size_of::<T>()))?)
+            }
+        };
         Ok(Symmetric::new(self.control, copies, (self.id, self.count), policy))
     }
 

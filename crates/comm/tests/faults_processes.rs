@@ -27,7 +27,7 @@ fn main() -> ExitCode {
 
 fn trials() -> Vec<Trial> {
     type Test = fn();
-    let tests: [(&str, Test); 49] = [
+    let tests: [(&str, Test); 51] = [
         (
             "gpu_kill::survivors_leave_their_kernels_and_go_on",
             faults::gpu::survivors_leave_their_kernels_and_go_on,
@@ -48,6 +48,14 @@ fn trials() -> Vec<Trial> {
         (
             "gpu_registration::processes_reach_each_others_memory",
             faults::registrations::processes_reach_each_others_memory,
+        ),
+        (
+            "gpu_one_sided::processes_exchange_packets_and_signals",
+            faults::one_sided::processes_exchange_packets_and_signals,
+        ),
+        (
+            "gpu_one_sided::a_killed_rank_ends_the_waits_of_kernels_and_is_named",
+            faults::one_sided::a_killed_rank_ends_the_waits_of_kernels_and_is_named,
         ),
         (
             "gpu_matrix::processes_have_the_bits_of_the_reference",

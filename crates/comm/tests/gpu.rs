@@ -17,6 +17,8 @@ mod random;
 mod recorder;
 #[path = "gpu/registration.rs"]
 mod registration;
+#[path = "gpu/symmetric.rs"]
+mod symmetric;
 #[path = "gpu/windows.rs"]
 mod windows;
 #[path = "gpu/world.rs"]

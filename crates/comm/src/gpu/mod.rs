@@ -25,7 +25,9 @@ use arenas::Arenas;
 use args::{Args, HEADER_LAUNCH, Report};
 pub(crate) use attach::{check_ranks, identity, without_device};
 use budget::Budget;
+pub use device_header::device_header;
 use kernels::Kernels;
+pub use one_sided::DeviceView;
 use pinned::Enqueued;
 use recorder::Copier;
 use watch::Watch;
@@ -35,8 +37,10 @@ pub(crate) mod arenas;
 pub(crate) mod args;
 pub(crate) mod attach;
 pub(crate) mod budget;
+mod device_header;
 pub(crate) mod foreign;
 pub mod kernels;
+pub(crate) mod one_sided;
 pub(crate) mod peers;
 pub(crate) mod pinned;
 mod recorder;
@@ -79,9 +83,7 @@ impl Config {
                 most_blocks,
                 forced: settings.gpu_algorithm,
             },
-            patience_ns: settings
-                .timeout
-                .map_or(0, |patience| patience.as_nanos().clamp(1, u64::MAX.into()) as u64),
+            patience_ns: one_sided::nanoseconds(settings.timeout),
             epoch: extra.epoch,
             prepare,
             pinned_way: settings.pinned,
@@ -133,7 +135,7 @@ struct Memory {
     _state: DeviceBuffer,
     copier: Copier,
     _arenas: Arenas,
-    _control_pages: Arc<RegisteredHost>,
+    control_pages: Arc<RegisteredHost>,
     control: Arc<Control>,
     windows: Windows,
 }
@@ -183,7 +185,7 @@ impl Gpu {
             copier: copier(),
             _state: state,
             _arenas: arenas,
-            _control_pages: pages,
+            control_pages: pages,
             control: control.clone(),
             windows: Windows::default(),
         };

@@ -74,6 +74,8 @@ impl Part {
             "pinned" => super::pinned::work(self),
             #[cfg(feature = "cuda")]
             "registered" => super::registrations::register(self),
+            #[cfg(feature = "cuda")]
+            "one-sided" => super::one_sided::play(self),
             "gpu matrix" => super::gpu_matrix::play(self),
             "process churn" => super::leftovers::process_churn(self),
             other => panic!("no part is called {other}"),
