@@ -51,7 +51,7 @@ impl Communicator {
     /// # Errors
     /// [`Error::Mismatch`] if another rank makes another call; [`Error::Node`] on every rank if any of them cannot have the
     /// memory (then this communicator still works); the first cause of a failure of this one. With GPUs, after which it still works,
-    /// too: `Error::Cuda`, [`Error::Device`] or `Error::NoPeerAccess` on every rank if any of them cannot have what it needs on its
+    /// too: `Error::Cuda`, [`Error::Device`] or `Error::NoPeerAccess` on every rank with a color if any of them cannot have what it needs on its
     /// device; only those say why that cannot.
     pub fn split(&self, color: Option<u32>, key: i32) -> Result<Option<Self>> {
         self.derive(Kind::Split, color, key)

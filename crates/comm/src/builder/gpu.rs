@@ -50,6 +50,14 @@ impl Builder {
         self
     }
 
+    /// Lets rank 0 of communicators of so many ranks fail when these are made of others: for tests of what becomes of the rest. The same
+    /// on all ranks.
+    #[doc(hidden)]
+    pub const fn refused_size(mut self, ranks: usize) -> Self {
+        self.extra.refused_size = Some(ranks);
+        self
+    }
+
     /// As what this rank hands the memory of its GPU to other processes. Ranks may differ.
     pub const fn handles(mut self, kind: HandleKind) -> Self {
         self.overrides.handles = Some(kind);

@@ -67,6 +67,10 @@ impl Attachment<'_> {
         let budget = Budget::take(&self.origin.device);
         let most_blocks = (self.least)(budget.blocks() as u8)?;
         let arenas = self.arenas(can, obstacle?, pages)?;
+        let rank = self.communicator.rank();
+        if self.origin.refuses(rank) {
+            return Err(Error::Device { rank, reason: "a test wants it so".to_owned() });
+        }
         let link = if can >= Can::Device { Link::Device } else { Link::Host };
         let config = Config::new(self.origin, (link, can == Can::Copies, most_blocks.into()));
         let control = self.communicator.control.clone();
@@ -150,15 +154,21 @@ impl Attachment<'_> {
     }
 }
 
-/// The GPU's side that rank `rank` has made, if all ranks have made theirs: `least` tells what the least of all ranks' answers is.
-pub(crate) fn all_or_none(
-    made: Result<Gpu>,
-    rank: usize,
-    least: impl FnOnce(u8) -> Result<u8>,
-) -> Result<Gpu> {
-    let all = least(u8::from(made.is_ok()))?;
-    let gpu = made?;
-    if all == 0 { Err(elsewhere(rank)) } else { Ok(gpu) }
+/// The GPU's side that rank `rank` has made, if all ranks have made theirs: `least` tells the least of what all say. If not, it
+/// returns when all have given back what they made.
+pub(crate) fn all_or_none(made: Result<Gpu>, rank: usize, least: &dyn Fn(u8) -> Result<u8>) -> Result<Gpu> {
+    if least(u8::from(made.is_ok()))? != 0 {
+        return made;
+    }
+    let error = match made {
+        Ok(gpu) => {
+            gpu.undo();
+            elsewhere(rank)
+        }
+        Err(error) => error,
+    };
+    least(1)?;
+    Err(error)
 }
 
 fn elsewhere(rank: usize) -> Error {

@@ -31,7 +31,8 @@ impl Communicator {
             for _ in 0..ROUNDS {
                 least(u8::MAX)?;
             }
-            return all(1).map(drop);
+            // Whoever has made something gives it back, and waits until all have.
+            return if all(1)? == 0 { all(1).map(drop) } else { Ok(()) };
         };
         let rank = self.rank();
         let origin = Arc::new(origin.of(members));
@@ -44,7 +45,7 @@ impl Communicator {
                 least: &least,
                 is_aborted: &is_aborted,
             };
-            all_or_none(attachment.run(), rank, all)
+            all_or_none(attachment.run(), rank, &all)
         };
         let gpu = gpu.map_err(|error| told_by(error, rank))?;
         child.attach(origin, gpu);
@@ -65,7 +66,7 @@ impl Communicator {
                 least: &least,
                 is_aborted: &is_aborted,
             };
-            all_or_none(attachment.run(), self.rank(), least)?
+            all_or_none(attachment.run(), self.rank(), &least)?
         };
         self.attach(origin, gpu);
         Ok(())
@@ -114,5 +115,68 @@ fn told_by(error: Error, rank: usize) -> Error {
         Error::Device { reason, .. } => Error::Device { rank, reason },
         Error::NoPeerAccess { reason, .. } => Error::NoPeerAccess { rank, reason },
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::operations::Operations;
+
+    /// Runs `rank` on every rank of a world of threads.
+    fn on_threads(world_size: usize, rank: impl Fn(&Communicator) + Sync) {
+        let ranks = Communicator::threads(world_size).unwrap();
+        std::thread::scope(|scope| {
+            for one in ranks {
+                let rank = &rank;
+                scope.spawn(move || {
+                    rank(&one);
+                    one.destroy().unwrap();
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn groups_agree_side_by_side_and_ranks_without_one_only_listen() {
+        on_threads(5, |communicator| {
+            let rank = communicator.rank();
+            let groups: [&[usize]; 3] = [&[2, 0], &[1, 3], &[]];
+            let members = groups[[0, 1, 0, 1, 2][rank]];
+            let said = [7, 5, 9, 6, u8::MAX][rank];
+            let least = communicator.least_of(members, said, None).unwrap();
+            assert_eq!(least, [7, 5, 7, 5, u8::MAX][rank]);
+            assert_eq!(communicator.least_of_all(said, None).unwrap(), 5);
+        });
+    }
+
+    #[test]
+    fn who_failed_says_why_and_the_others_that_it_was_another() {
+        on_threads(3, |communicator| {
+            let rank = communicator.rank();
+            let reason = if rank == 1 { "it has none" } else { "no device here" };
+            let made = Err(Error::Device { rank: 7, reason: reason.to_owned() });
+            let error = all_or_none(made, rank, &|ours| communicator.least_of_all(ours, None)).unwrap_err();
+            assert_eq!(told_by(error, rank), Error::Device { rank, reason: reason.to_owned() });
+            let cuda = unisono_cuda::Error::NoSuchDevice { ordinal: 3, count: 1 };
+            let told = told_by(Error::Cuda { rank: 0, error: cuda.clone() }, rank);
+            assert_eq!(told, Error::Cuda { rank, error: cuda });
+            let other = Error::PeerLeft { rank: 0, during: "a test".to_owned() };
+            assert_eq!(told_by(other.clone(), rank), other);
+        });
+    }
+
+    #[test]
+    fn communicators_without_gpus_take_no_further_step() {
+        on_threads(2, |communicator| {
+            communicator.attach_child(None, &[]).unwrap();
+            let child = communicator.duplicate().unwrap();
+            assert!(child.origin.is_none() && child.gpu.is_none());
+            // One for the meeting, and three of the duplicate.
+            assert_eq!(communicator.observer().state().completed, 3);
+            assert_eq!(child.observer().state().completed, 0);
+            child.barrier().unwrap();
+            child.destroy().unwrap();
+        });
     }
 }

@@ -76,6 +76,11 @@ impl Gpu {
         Ok(())
     }
 
+    /// Gives everything back at once: nothing was called yet.
+    pub(crate) fn undo(mut self) {
+        self.end = End::Now;
+    }
+
     fn wait_until_quiet(&self) -> unisono_cuda::Result<bool> {
         let (start, event) = (Instant::now(), Event::new(&self.device, false)?);
         event.record_device()?;

@@ -15,6 +15,8 @@ pub(crate) struct Extra {
     pub(crate) epoch: u32,
     /// Of the ranks of one process, where they differ.
     pub(crate) pinned_ways: Vec<PinnedWay>,
+    /// Rank 0 of communicators of so many ranks cannot have what it needs.
+    pub(crate) refused_size: Option<usize>,
 }
 
 /// What a rank knows of its world's GPUs.
@@ -32,6 +34,7 @@ pub(crate) struct Origin {
     epoch: u32,
     /// Whether ranks of the world in which all began share a device.
     is_crowded: bool,
+    refused_size: Option<usize>,
 }
 
 impl Origin {
@@ -45,6 +48,7 @@ impl Origin {
             devices,
             prepare: extra.prepare.clone(),
             epoch: extra.epoch,
+            refused_size: extra.refused_size,
         }
     }
 
@@ -57,6 +61,11 @@ impl Origin {
     /// The device of each rank.
     pub(crate) fn devices(&self) -> &[Uuid] {
         &self.devices
+    }
+
+    /// Whether a test has this rank fail.
+    pub(crate) fn refuses(&self, rank: usize) -> bool {
+        rank == 0 && self.refused_size == Some(self.devices.len())
     }
 
     /// Behind which the first epoch is.
