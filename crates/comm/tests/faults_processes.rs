@@ -27,10 +27,14 @@ fn main() -> ExitCode {
 
 fn trials() -> Vec<Trial> {
     type Test = fn();
-    let tests: [(&str, Test); 49] = [
+    let tests: [(&str, Test); 50] = [
         (
             "gpu_kill::survivors_leave_their_kernels_and_go_on",
             faults::gpu::survivors_leave_their_kernels_and_go_on,
+        ),
+        (
+            "gpu_kill::survivors_shrink_and_sum_on_their_gpus",
+            faults::gpu::survivors_shrink_and_sum_on_their_gpus,
         ),
         (
             "gpu_kill::a_rank_that_loses_its_context_is_named",

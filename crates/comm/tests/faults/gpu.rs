@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use unisono::cuda::{Device, DeviceBuffer, Stream as CudaStream};
-use unisono::{BufMut, Communicator, DType, Error, Operations, ReduceOp, Result, Stream};
+use unisono::{BufMut, Communicator, DType, Error, Memory, Operations, ReduceOp, Result, Stream};
+use unisono_core::device::Link;
 
-use super::parts::{Part, report, setting};
+use super::parts::{Part, end_of_input, expect, report, setting};
 use super::random::Random;
 use super::world::Setup;
 use super::{ms_between, percentiles, scale, server};
@@ -57,6 +58,43 @@ pub(crate) fn survivors_leave_their_kernels_and_go_on() {
         }
     }
     println!("{kills} kills under kernels: survivors name the rank after {}", percentiles(&mut samples).0);
+}
+
+/// Row 7 on GPUs: one of at least three ranks is killed under kernels; the others shrink, and sum on their GPUs in a new generation
+/// of the same communicator, and in communicators that come from that.
+pub(crate) fn survivors_shrink_and_sum_on_their_gpus() {
+    let Some(count) = device_count() else { return };
+    let server = server();
+    let seed = Random::fresh_seed();
+    println!("seed {seed}");
+    let mut random = Random::new(seed);
+    let (mut samples, kills) = (Vec::new(), 2 * scale());
+    for _ in 0..kills {
+        let size = (count as usize).max(3);
+        let victim = random.below(size as u64) as usize;
+        let setup = Setup::new("gpu survivor", size, server.unique_id())
+            .with("FAULTS_CALLS", random.next())
+            .with("FAULTS_INIT_MS", 60_000);
+        let mut world = setup.start();
+        world.wait_until_all_said("ready");
+        std::thread::sleep(Duration::from_micros(random.below(100_000)));
+        let killed = world.kill(victim);
+        let survivors: Vec<usize> = (0..size).filter(|rank| *rank != victim).collect();
+        world.wait_until("sums of the survivors", |world| {
+            survivors.iter().all(|rank| {
+                assert!(world.ranks[*rank].status.is_none(), "rank {rank} ended\n{}", world.transcript());
+                world.ranks[*rank].value("summed").is_some()
+            })
+        });
+        world.ask_to_end();
+        world.wait_for_end();
+        for process in survivors.iter().map(|rank| &world.ranks[*rank]) {
+            let is_well = process.said("done") && process.said("intact") && process.status.unwrap().success();
+            assert!(is_well && process.value("quarantined") == Some("0"), "{}", world.transcript());
+            samples.push(ms_between(killed, process.value("summed").unwrap().parse().unwrap()));
+        }
+    }
+    println!("{kills} kills under kernels: survivors sum again after {}", percentiles(&mut samples).0);
 }
 
 /// Row 27: a rank whose kernel goes where it must not loses its context, lives on, and is named.
@@ -135,6 +173,96 @@ pub(crate) fn calls(part: &Part) -> Result<()> {
     }
     println!("again");
     Err(error)
+}
+
+/// The part of a rank that goes on with `shrink`: sums until somebody dies, shrinks, sums, and tells when it has.
+pub(crate) fn survive(part: &Part) -> Result<()> {
+    let ordinal = part.rank as u32 % device_count().unwrap_or(1);
+    let device = Device::new(ordinal).unwrap();
+    let communicator = part.builder().device(ordinal).prepare(DType::I32, ReduceOp::Sum)?.build()?;
+    let raw = CudaStream::new(&device).unwrap();
+    // SAFETY: the raw stream lives as long as this one.
+    let stream = unsafe { Stream::cuda(raw.raw(), ordinal) }?;
+    let memory = DeviceBuffer::new(&device, 4 << 22).unwrap();
+    let before = unrelated(&device);
+    let mut sums = Sums { random: Random::new(setting("FAULTS_CALLS").unwrap_or(1)), raw, stream, memory };
+    let mut window = match communicator.gpu_link() {
+        Some(Link::Device) => Some(communicator.window::<i32>(1000, Memory::Device)?),
+        _ => None,
+    };
+    let asked_to_end = end_of_input();
+    println!("ready");
+    let error = loop {
+        if let Err(error) = sums.next(&communicator) {
+            break error;
+        }
+    };
+    expect(matches!(error, Error::PeerDied { .. }), || format!("an error of a death: {error:?}"));
+    if unrelated(&device) == before {
+        println!("intact");
+    }
+    let next = communicator.shrink()?;
+    let size = part.size - 1;
+    expect(next.world_size() == size, || format!("{} ranks are left", next.world_size()));
+    // All ranks draw the same again.
+    sums.random = Random::new(7);
+    sums.next(&next)?;
+    println!("summed {}", super::now_ns());
+    if let Some(window) = &mut window {
+        let late = next.on(&sums.stream).all_reduce(window, ReduceOp::Sum);
+        let expected = Error::Generation { window: 1, generation: 2 };
+        expect(late == Err(expected), || format!("a window of the past: {late:?}"));
+    }
+    drop(window);
+    let (pair, twin) = (next.split(Some(next.rank() as u32 / 2), 0)?, next.duplicate()?);
+    for round in 0..20 {
+        for (at, communicator) in [Some(&next), pair.as_ref(), Some(&twin)].into_iter().flatten().enumerate()
+        {
+            sums.random = Random::new(round * 3 + at as u64);
+            sums.next(communicator)?;
+        }
+    }
+    println!("quarantined {}", unisono_node::memory::quarantined_bytes());
+    while !asked_to_end() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    if let Some(pair) = pair {
+        pair.destroy()?;
+    }
+    twin.destroy()?;
+    next.destroy()
+}
+
+/// Sums of random sizes, each checked.
+struct Sums {
+    random: Random,
+    raw: CudaStream,
+    stream: Stream,
+    memory: DeviceBuffer,
+}
+
+impl Sums {
+    /// A few sums, one after the other: what comes out of one goes into the next.
+    fn next(&mut self, communicator: &Communicator) -> Result<()> {
+        let (rank, size) = (communicator.rank(), communicator.world_size() as u32);
+        let (count, times) = (self.random.count(1 << 22).max(1), self.random.below(4) as u32);
+        let ordinal = self.memory.device().ordinal();
+        // SAFETY: the memory stays, and only the stream touches it.
+        unsafe { self.raw.fill(self.memory.address(), 1, count * 4) }.unwrap();
+        for _ in 0..=times {
+            // SAFETY: as above.
+            let x = unsafe { BufMut::<i32>::cuda(self.memory.address(), count, ordinal) };
+            communicator.on(&self.stream).all_reduce(x, ReduceOp::Sum)?;
+        }
+        self.raw.synchronize().map_err(|error| Error::Cuda { rank, error })?;
+        communicator.check()?;
+        let expected = 0x0101_0101u32.wrapping_mul(size.pow(times + 1));
+        let mut got = vec![0; count * 4];
+        self.memory.read(0, &mut got).unwrap();
+        let wrong = got.as_chunks().0.iter().position(|value| u32::from_le_bytes(*value) != expected);
+        expect(wrong.is_none(), || format!("sum {times} of {count} elements of {size} ranks: {wrong:?}"));
+        Ok(())
+    }
 }
 
 /// A sum in a new communicator of this process.
