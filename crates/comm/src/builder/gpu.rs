@@ -13,8 +13,9 @@ impl Builder {
         self
     }
 
-    /// Loads the kernels that reduce `dtype` by `op` when the communicator is made. Those that are not prepared, other than
-    /// sums of f32, f16 and bf16, are loaded by the first call that needs them, which cannot be captured in a graph.
+    /// Loads the kernels that reduce `dtype` by `op` when the communicator is made, or one that comes from it. Those that are not
+    /// prepared, other than sums of f32, f16 and bf16, are loaded by the first call that needs them, which cannot be captured in a
+    /// graph.
     ///
     /// # Errors
     /// [`Error::Core`] if there is no such reduction.

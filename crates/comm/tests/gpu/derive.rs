@@ -4,7 +4,7 @@
 //! Where ranks share a device, nothing is allocated or freed on it between calls that wait for one another: buffers are there
 //! before, results are looked at when all streams are done, and communicators end together.
 
-use std::sync::{Arc, Barrier};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use unisono::cuda::{Device, DeviceBuffer, Stream as CudaStream};
@@ -26,17 +26,40 @@ fn configured(builder: Builder) -> Builder {
     builder.timeout(Some(Duration::from_secs(20))).prepare(DType::I32, ReduceOp::Sum).unwrap()
 }
 
+/// Where all ranks wait for each other, but not for ever: one of them may have failed.
+struct Meeting {
+    ranks: usize,
+    come: Mutex<usize>,
+    change: Condvar,
+}
+
+impl Meeting {
+    fn new(ranks: usize) -> Self {
+        Self { ranks, come: Mutex::new(0), change: Condvar::new() }
+    }
+
+    fn wait(&self) {
+        let mut come = self.come.lock().unwrap();
+        *come += 1;
+        let all = come.next_multiple_of(self.ranks);
+        self.change.notify_all();
+        let late =
+            self.change.wait_timeout_while(come, Duration::from_secs(60), |come| *come < all).unwrap().1;
+        assert!(!late.timed_out(), "another rank does not come");
+    }
+}
+
 /// What a rank works with, made before anybody calls anything.
 struct Tools {
     rank: usize,
     ordinal: u32,
     streams: Vec<(CudaStream, Stream)>,
     buffer: DeviceBuffer,
-    all: Arc<Barrier>,
+    all: Arc<Meeting>,
 }
 
 impl Tools {
-    fn new(rank: usize, ordinal: u32, all: Arc<Barrier>) -> Self {
+    fn new(rank: usize, ordinal: u32, all: Arc<Meeting>) -> Self {
         let device = Device::new(ordinal).unwrap();
         let stream = || {
             let raw = CudaStream::new(&device).unwrap();
@@ -73,11 +96,11 @@ impl Tools {
 
     /// What a part has is the sum of these ranks' shares.
     fn expect(&self, part: usize, count: usize, members: &[usize], what: &str) {
-        let mut bytes = vec![0; PARTS * COUNT * 4];
-        self.buffer.read(0, &mut bytes).unwrap();
+        let mut bytes = vec![0; count * 4];
+        self.buffer.read(part * COUNT * 4, &mut bytes).unwrap();
         let expected = BYTES * members.iter().map(|member| *member as i32 + 1).sum::<i32>();
-        let got = bytes[part * COUNT * 4..][..count * 4].as_chunks().0.iter();
-        let wrong = got.map(|value| i32::from_le_bytes(*value)).position(|value| value != expected);
+        let got = bytes.as_chunks().0.iter().map(|value| i32::from_le_bytes(*value));
+        let wrong = got.enumerate().find(|(_, value)| *value != expected);
         assert_eq!(wrong, None, "{what}: part {part} of rank {}: {members:?}", self.rank);
     }
 }
@@ -94,7 +117,7 @@ fn on_threads(
     }
     let chosen: Vec<u32> = (0..ranks).map(|rank| devices[rank % devices.len()]).collect();
     let communicators = configure(configured(Communicator::builder())).local(&chosen).unwrap();
-    let all = Arc::new(Barrier::new(ranks));
+    let all = Arc::new(Meeting::new(ranks));
     let tools = chosen.iter().enumerate().map(|(rank, ordinal)| Tools::new(rank, *ordinal, all.clone()));
     let tools: Vec<_> = tools.collect();
     std::thread::scope(|scope| {
@@ -277,7 +300,7 @@ fn one_thread_splits_all_its_ranks_in_a_group() {
     }
     let chosen: Vec<u32> = (0..4).map(|rank| devices[rank % devices.len()]).collect();
     let ranks = configured(Communicator::builder()).local(&chosen).unwrap();
-    let alone = Arc::new(Barrier::new(1));
+    let alone = Arc::new(Meeting::new(1));
     let tools = chosen.iter().enumerate().map(|(rank, ordinal)| Tools::new(rank, *ordinal, alone.clone()));
     let (tools, host): (Vec<_>, _) = (tools.collect(), Stream::host());
     // Calls of the parent are under way meanwhile.
