@@ -61,7 +61,7 @@ impl Attachment<'_> {
             None => can,
             Some(Ok(_)) if has_bulk_copies(&self.origin.device, Link::Device) => Can::Copies,
             Some(Ok(_)) => Can::Device,
-            Some(Err(_)) if self.handles() == HandleKind::Fabric => Can::Nothing,
+            Some(Err(error)) if self.is_final(error) => Can::Nothing,
             Some(Err(_)) => Can::Host,
         })?;
         let budget = Budget::take(&self.origin.device);
@@ -100,7 +100,7 @@ impl Attachment<'_> {
         let rank = self.communicator.rank();
         let refused = match (can, pages) {
             (Can::Device | Can::Copies, Some(pages)) => return pages.map(Arenas::Device),
-            (Can::Nothing, Some(Err(error))) => return Err(error),
+            (Can::Nothing, Some(Err(error))) if self.is_final(&error) => return Err(error),
             (Can::Nothing, _) => return Err(elsewhere(rank)),
             (_, Some(Err(error))) => Some(error.to_string()),
             _ => None,
@@ -112,6 +112,13 @@ impl Attachment<'_> {
         }
         tracing::warn!("rank {rank}: the GPUs meet in pinned host memory, because {reason}");
         self.share_host()
+    }
+
+    /// Whether host memory would be no way around `error`: it says nothing of how the GPUs reach each other, or something else was
+    /// asked for.
+    fn is_final(&self, error: &Error) -> bool {
+        let is_shortage = matches!(error, Error::Cuda { error, .. } if error.is_shortage());
+        is_shortage || self.handles() == HandleKind::Fabric
     }
 
     /// The least that all ranks can.
