@@ -302,7 +302,7 @@ impl Builder {
             let devices = table.hellos().iter().filter_map(|hello| hello.device.as_ref());
             let devices = devices.map(|device| unisono_cuda::Uuid(device.uuid)).collect();
             let origin = crate::gpu::Origin::new(device, devices, &settings, &self.extra);
-            communicator.attach_all(Arc::new(origin), deadline)?;
+            communicator.attach_all(Arc::new(origin), deadline)??;
         }
         store.end(rank);
         Ok(communicator)

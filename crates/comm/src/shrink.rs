@@ -97,7 +97,11 @@ impl Communicator {
             let mut next = decision.carry_over(current, &members);
             let arrived = next.arrive(&old, &members);
             #[cfg(feature = "cuda")]
-            let arrived = arrived.and_then(|()| next.attach_again());
+            let arrived = match arrived.and_then(|()| next.attach_again()) {
+                // All members say so; who leaves first is not lost to the others.
+                Ok(Err(error)) => return Err(error),
+                arrived => arrived.map(drop),
+            };
             match arrived {
                 Ok(()) => return Ok(next),
                 // Somebody else was lost meanwhile.

@@ -161,11 +161,15 @@ impl Attachment<'_> {
     }
 }
 
-/// The GPU's side that rank `rank` has made, if all ranks have made theirs: `least` tells the least of what all say. If not, it
-/// returns when all have given back what they made.
-pub(crate) fn all_or_none(made: Result<Gpu>, rank: usize, least: &dyn Fn(u8) -> Result<u8>) -> Result<Gpu> {
+/// The GPU's side that rank `rank` has made, if all ranks have made theirs; else an error on all of them, which then have given back
+/// what they made. `least` tells the least of what all say; if it fails, nothing is agreed.
+pub(crate) fn all_or_none(
+    made: Result<Gpu>,
+    rank: usize,
+    least: &dyn Fn(u8) -> Result<u8>,
+) -> Result<Result<Gpu>> {
     if least(u8::from(made.is_ok()))? != 0 {
-        return made;
+        return Ok(made);
     }
     let error = match made {
         Ok(gpu) => {
@@ -175,7 +179,7 @@ pub(crate) fn all_or_none(made: Result<Gpu>, rank: usize, least: &dyn Fn(u8) -> 
         Err(error) => error,
     };
     least(1)?;
-    Err(error)
+    Ok(Err(error))
 }
 
 fn elsewhere(rank: usize) -> Error {

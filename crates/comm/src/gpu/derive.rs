@@ -45,16 +45,16 @@ impl Communicator {
                 least: &least,
                 is_aborted: &is_aborted,
             };
-            all_or_none(attachment.run(), rank, &all)
+            all_or_none(attachment.run(), rank, &all)?
         };
         let gpu = gpu.map_err(|error| told_by(error, rank))?;
         child.attach(origin, gpu);
         Ok(())
     }
 
-    /// Makes the GPU's side of this communicator from what it had in another life, or is made from now. Collective: it fails
-    /// on all ranks or on none.
-    pub(crate) fn attach_all(&mut self, origin: Arc<Origin>, deadline: Deadline) -> Result<()> {
+    /// Makes the GPU's side of this communicator. Collective: all ranks have theirs, or agree that none has (the inner error), or
+    /// one of them was lost meanwhile (the outer error).
+    pub(crate) fn attach_all(&mut self, origin: Arc<Origin>, deadline: Deadline) -> Result<Result<()>> {
         let patience = self.making_patience(&origin);
         let gpu = {
             let least = |ours| self.least_of_all(ours, patience);
@@ -68,13 +68,12 @@ impl Communicator {
             };
             all_or_none(attachment.run(), self.rank(), &least)?
         };
-        self.attach(origin, gpu);
-        Ok(())
+        Ok(gpu.map(|gpu| self.attach(origin, gpu)))
     }
 
     /// The same in a new generation, if the one before had GPUs.
-    pub(crate) fn attach_again(&mut self) -> Result<()> {
-        let Some(origin) = self.origin.clone() else { return Ok(()) };
+    pub(crate) fn attach_again(&mut self) -> Result<Result<()>> {
+        let Some(origin) = self.origin.clone() else { return Ok(Ok(())) };
         let patience = self.making_patience(&origin);
         self.attach_all(origin, patience.map_or(Deadline::NEVER, Deadline::after))
     }
@@ -156,7 +155,8 @@ mod tests {
             let rank = communicator.rank();
             let reason = if rank == 1 { "it has none" } else { "no device here" };
             let made = Err(Error::Device { rank: 7, reason: reason.to_owned() });
-            let error = all_or_none(made, rank, &|ours| communicator.least_of_all(ours, None)).unwrap_err();
+            let agreed = all_or_none(made, rank, &|ours| communicator.least_of_all(ours, None));
+            let error = agreed.unwrap().unwrap_err();
             assert_eq!(told_by(error, rank), Error::Device { rank, reason: reason.to_owned() });
             let cuda = unisono_cuda::Error::NoSuchDevice { ordinal: 3, count: 1 };
             let told = told_by(Error::Cuda { rank: 0, error: cuda.clone() }, rank);
