@@ -11,7 +11,7 @@ use unisono_core::device::Link;
 
 use super::parts::{Part, end_of_input, expect, report, setting};
 use super::random::Random;
-use super::world::Setup;
+use super::world::{Rank, Setup, World};
 use super::{ms_between, percentiles, scale, server};
 
 /// The longest that a survivor may take from the kill to its error.
@@ -70,31 +70,64 @@ pub(crate) fn survivors_shrink_and_sum_on_their_gpus() {
     let mut random = Random::new(seed);
     let (mut samples, kills) = (Vec::new(), 2 * scale());
     for _ in 0..kills {
-        let size = (count as usize).max(3);
-        let victim = random.below(size as u64) as usize;
-        let setup = Setup::new("gpu survivor", size, server.unique_id())
-            .with("FAULTS_CALLS", random.next())
-            .with("FAULTS_INIT_MS", 60_000);
-        let mut world = setup.start();
-        world.wait_until_all_said("ready");
-        std::thread::sleep(Duration::from_micros(random.below(100_000)));
-        let killed = world.kill(victim);
-        let survivors: Vec<usize> = (0..size).filter(|rank| *rank != victim).collect();
-        world.wait_until("sums of the survivors", |world| {
-            survivors.iter().all(|rank| {
-                assert!(world.ranks[*rank].status.is_none(), "rank {rank} ended\n{}", world.transcript());
-                world.ranks[*rank].value("summed").is_some()
-            })
-        });
+        let setup = Setup::new("gpu survivor", (count as usize).max(3), server.unique_id());
+        let (mut world, victim, killed) = lose_one(setup, Signal::KILL, &mut random);
         world.ask_to_end();
         world.wait_for_end();
-        for process in survivors.iter().map(|rank| &world.ranks[*rank]) {
-            let is_well = process.said("done") && process.said("intact") && process.status.unwrap().success();
-            assert!(is_well && process.value("quarantined") == Some("0"), "{}", world.transcript());
+        for process in expect_good_ends(&world, victim) {
+            assert_eq!(process.value("quarantined"), Some("0"), "{}", world.transcript());
             samples.push(ms_between(killed, process.value("summed").unwrap().parse().unwrap()));
         }
     }
     println!("{kills} kills under kernels: survivors sum again after {}", percentiles(&mut samples).0);
+}
+
+/// Row 28 on GPUs: a rank that is stopped is left out, what it may still write to is kept, and it harms nobody when it runs again.
+pub(crate) fn a_stopped_rank_is_left_out_and_its_memory_is_kept() {
+    let Some(count) = device_count() else { return };
+    let server = server();
+    let mut random = Random::new(Random::fresh_seed());
+    let setup = Setup::new("gpu survivor", (count as usize).max(3), server.unique_id());
+    let (mut world, victim, _) = lose_one(setup, Signal::STOP, &mut random);
+    world.signal(victim, Signal::CONT);
+    world.wait_until("the end of who was stopped", |world| world.ranks[victim].status.is_some());
+    world.ask_to_end();
+    world.wait_for_end();
+    let failure = world.ranks[victim].failure().unwrap_or_else(|| panic!("{}", world.transcript()));
+    assert_eq!(failure.variant, "GivenUp", "{}", world.transcript());
+    for process in expect_good_ends(&world, victim) {
+        let kept: usize = process.value("quarantined").unwrap().parse().unwrap();
+        assert!(kept > 0, "{}", world.transcript());
+    }
+}
+
+/// A world of survivors in which one rank gets `signal` under kernels, and all others have summed since; who it was, and when.
+fn lose_one(setup: Setup, signal: Signal, random: &mut Random) -> (World, usize, u64) {
+    let setup = setup.with("FAULTS_CALLS", random.next()).with("FAULTS_INIT_MS", 60_000);
+    let mut world = setup.start();
+    world.wait_until_all_said("ready");
+    std::thread::sleep(Duration::from_micros(random.below(100_000)));
+    let victim = random.below(setup.size as u64) as usize;
+    let at = super::now_ns();
+    world.signal(victim, signal);
+    world.wait_until("sums of the survivors", |world| {
+        (0..setup.size).filter(|rank| *rank != victim).all(|rank| {
+            assert!(world.ranks[rank].status.is_none(), "rank {rank} ended\n{}", world.transcript());
+            world.ranks[rank].value("quarantined").is_some()
+        })
+    });
+    (world, victim, at)
+}
+
+/// All but the victim, with what all survivors have said.
+fn expect_good_ends(world: &World, victim: usize) -> Vec<&Rank> {
+    let survivors = world.ranks.iter().enumerate().filter(|(rank, _)| *rank != victim);
+    let survivors: Vec<&Rank> = survivors.map(|(_, process)| process).collect();
+    for process in &survivors {
+        let is_well = process.said("done") && process.said("intact") && process.status.unwrap().success();
+        assert!(is_well && process.value("summed").is_some(), "{}", world.transcript());
+    }
+    survivors
 }
 
 /// Row 27: a rank whose kernel goes where it must not loses its context, lives on, and is named.
@@ -197,6 +230,9 @@ pub(crate) fn survive(part: &Part) -> Result<()> {
             break error;
         }
     };
+    if let Error::GivenUp { .. } = error {
+        return Err(error);
+    }
     expect(matches!(error, Error::PeerDied { .. }), || format!("an error of a death: {error:?}"));
     if unrelated(&device) == before {
         println!("intact");
