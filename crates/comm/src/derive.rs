@@ -28,11 +28,11 @@ impl Communicator {
     /// The new communicators have memory of their own and are independent of this one: each may be destroyed, dropped or fail
     /// without the others. They live on the same connections, so a process that dies is noticed in each that it is in.
     ///
-    /// Where this one works on GPUs, so do they, each rank on its device, with the same settings and the same kernels prepared. How the
-    /// GPUs of a group reach each other is found anew. Kernels are those of the group's size: where they are not in the cache yet,
-    /// compiling them takes seconds. Calls that other communicators of this process have in streams may not wait for calls that a rank
-    /// makes only afterwards. Ranks of one process split on threads of their own, or one thread asks a group for all of them
-    /// ([`Grouped::split`](crate::Grouped::split)).
+    /// Where this one works on GPUs, so do they, each rank on its device, with the same settings and the same kernels prepared.
+    /// How the GPUs of a group reach each other is found anew. Kernels are those of the group's size: where they are not in the
+    /// cache yet, compiling them takes seconds. Calls that other communicators of this process have in streams may not wait for
+    /// calls that a rank makes only afterwards. Ranks of one process split on threads of their own, or one thread asks a group
+    /// for all of them ([`Grouped::split`](crate::Grouped::split)).
     ///
     /// ```
     /// # use unisono::{Communicator, Operations, ReduceOp};
@@ -50,9 +50,9 @@ impl Communicator {
     ///
     /// # Errors
     /// [`Error::Mismatch`] if another rank makes another call; [`Error::Node`] on every rank if any of them cannot have the
-    /// memory (then this communicator still works); the first cause of a failure of this one. With GPUs, after which it still works,
-    /// too: `Error::Cuda`, [`Error::Device`] or `Error::NoPeerAccess` on every rank with a color if any of them cannot have what it needs on its
-    /// device; only those say why that cannot.
+    /// memory (then this communicator still works); the first cause of a failure of this one. With GPUs, after which it still
+    /// works, too: `Error::Cuda`, [`Error::Device`] or `Error::NoPeerAccess` on every rank with a color if any of them cannot
+    /// have what it needs on its device; only those say why that cannot.
     pub fn split(&self, color: Option<u32>, key: i32) -> Result<Option<Self>> {
         self.derive(Kind::Split, color, key)
     }

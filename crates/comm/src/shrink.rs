@@ -48,10 +48,10 @@ impl Communicator {
     /// learns so when it runs again; the memory that it may still write to is kept and not used any more. When no rank
     /// is lost, all go on.
     ///
-    /// On GPUs kernels of this generation leave, and the next has memory and kernels of its own on the same devices; what streams hold
-    /// besides goes on. Registrations answer [`Error::Generation`], too, and the memory that was registered may be freed, unless a
-    /// rank was stopped that may still write to it. Graphs that were captured with calls of this generation must not be launched any
-    /// more. Ranks of one process call it on threads of their own.
+    /// On GPUs kernels of this generation leave, and the next has memory and kernels of its own on the same devices; what
+    /// streams hold besides goes on. Registrations answer [`Error::Generation`], too, and the memory that was registered may be
+    /// freed once all ranks are back and their devices quiet, unless a rank was stopped that may still write to it. Graphs that were captured with calls of this generation
+    /// must not be launched any more. Ranks of one process call it on threads of their own.
     ///
     /// ```
     /// # use unisono::{Communicator, Operations, ReduceOp};
@@ -70,10 +70,10 @@ impl Communicator {
     /// ```
     ///
     /// # Errors
-    /// [`Error::GivenUp`] if the others go on without this rank; [`Error::Timeout`] naming the ranks that live but do not call it;
-    /// [`Error::Node`] if memory cannot be had (the others go on); [`Error::Forked`] in a forked child. With GPUs, `Error::Cuda` if the
-    /// context of this rank is lost (the others go on), and as [`Communicator::split`], on all ranks, if one cannot have what it needs
-    /// on its device.
+    /// [`Error::GivenUp`] if the others go on without this rank; [`Error::Timeout`] naming the ranks that live but do not call
+    /// it; [`Error::Node`] if memory cannot be had (the others go on); [`Error::Forked`] in a forked child. With GPUs,
+    /// `Error::Cuda` if the context of this rank is lost (the others go on), and as [`Communicator::split`], on all ranks, if
+    /// one cannot have what it needs on its device.
     pub fn shrink(self) -> Result<Self> {
         self.control.check_process()?;
         if let Some(cause @ Cause::Died { .. }) = self.control.cause()

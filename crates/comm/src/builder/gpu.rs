@@ -51,8 +51,8 @@ impl Builder {
         self
     }
 
-    /// Lets rank 0 of communicators of so many ranks fail when these are made of others: for tests of what becomes of the rest. The same
-    /// on all ranks.
+    /// Lets rank 0 of communicators of so many ranks fail when these are made of others: for tests of what becomes of the rest.
+    /// The same on all ranks.
     #[doc(hidden)]
     pub const fn refused_size(mut self, ranks: usize) -> Self {
         self.extra.refused_size = Some(ranks);

@@ -161,8 +161,8 @@ impl Attachment<'_> {
     }
 }
 
-/// The GPU's side that rank `rank` has made, if all ranks have made theirs; else an error on all of them, which then have given back
-/// what they made. `least` tells the least of what all say; if it fails, nothing is agreed.
+/// The GPU's side that rank `rank` has made, if all ranks have made theirs; else an error on all of them, which then have given
+/// back what they made. `least` tells the least of what all say; if it fails, nothing is agreed.
 pub(crate) fn all_or_none(
     made: Result<Gpu>,
     rank: usize,

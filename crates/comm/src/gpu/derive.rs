@@ -1,9 +1,10 @@
 //! The GPU's side of communicators that are made of others: of groups by `split` and `duplicate`, and of those that are left by
-//! `shrink`. Each has arenas, kernels, blocks and a recorder of its own, on the same device, and finds anew how its GPUs reach each
-//! other.
+//! `shrink`. Each has arenas, kernels, blocks and a recorder of its own, on the same device, and finds anew how its GPUs reach
+//! each other.
 //!
 //! Ranks that make groups agree over the communicator that they split: all groups take the same steps at the same time, and
-//! when it returns, nobody of any group allocates any more. A thread that drives GPUs of one process may then begin calls that wait.
+//! when it returns, nobody of any group allocates any more. A thread that drives GPUs of one process may then begin calls that
+//! wait.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,8 +20,8 @@ use crate::communicator::Communicator;
 use crate::error::{Error, Result};
 
 impl Communicator {
-    /// Makes the GPU's side of `child`, whose rank r is our `members[r]`; there is no child for a rank without a color. Collective over
-    /// this communicator: all groups have theirs or none has. Without GPUs nothing is to be done.
+    /// Makes the GPU's side of `child`, whose rank r is our `members[r]`; there is no child for a rank without a color.
+    /// Collective over this communicator: all groups have theirs or none has. Without GPUs nothing is to be done.
     pub(crate) fn attach_child(&self, child: Option<&mut Self>, members: &[usize]) -> Result<()> {
         let Some(origin) = &self.origin else { return Ok(()) };
         let patience = self.making_patience(origin);
@@ -84,7 +85,8 @@ impl Communicator {
         self.origin = Some(origin);
     }
 
-    /// What the making of arenas and kernels may take, where each world size has kernels of its own: at least what the ranks had to meet.
+    /// What the making of arenas and kernels may take, where each world size has kernels of its own: at least what the ranks
+    /// had to meet.
     fn making_patience(&self, origin: &Origin) -> Option<Duration> {
         self.patience.map(|patience| patience.max(origin.settings.init_timeout))
     }

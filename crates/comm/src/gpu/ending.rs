@@ -57,8 +57,8 @@ impl Memory {
 }
 
 impl Gpu {
-    /// Gives the kernels of a failed communicator time to leave. What other communicators of this process do on the device does not
-    /// keep us for long.
+    /// Gives the kernels of a failed communicator time to leave. What other communicators of this process do on the device does
+    /// not keep us for long.
     ///
     /// # Errors
     /// [`Error::Cuda`](crate::Error::Cuda) if the context is lost: this rank cannot go on.
@@ -93,8 +93,8 @@ impl Gpu {
         Ok(true)
     }
 
-    /// Ends this side of a communicator that goes on in another generation. If a rank that is not proven dead was left behind, which
-    /// `is_written` says, all that it reaches stays.
+    /// Ends this side of a communicator that goes on in another generation. If a rank that is not proven dead was left behind,
+    /// which `is_written` says, all that it reaches stays.
     pub(crate) fn retire(mut self, is_written: bool) {
         if is_written {
             self.end = End::Never;

@@ -58,8 +58,8 @@ pub(crate) struct Gpu {
     args: Args,
     /// Shared memory for each block of the forms with tiles.
     room_bytes: u32,
-    /// The stream of the latest call, and an event behind it once there were two: from the start where ranks share a device, or did
-    /// in the world that this comes from, because the first change of streams waits for all of it.
+    /// The stream of the latest call, and an event behind it once there were two: from the start where ranks share a device, or
+    /// did in the world that this comes from, because the first change of streams waits for all of it.
     latest: usize,
     order: Option<Event>,
     /// Other ranks of this thread: what one loads, all load, because loading may wait for all devices.

@@ -60,8 +60,8 @@ pub(crate) fn survivors_leave_their_kernels_and_go_on() {
     println!("{kills} kills under kernels: survivors name the rank after {}", percentiles(&mut samples).0);
 }
 
-/// Row 7 on GPUs: one of at least three ranks is killed under kernels; the others shrink, and sum on their GPUs in a new generation
-/// of the same communicator, and in communicators that come from that.
+/// Row 7 on GPUs: one of at least three ranks is killed under kernels; the others shrink, and sum on their GPUs in a new
+/// generation of the same communicator, and in communicators that come from that.
 pub(crate) fn survivors_shrink_and_sum_on_their_gpus() {
     let Some(count) = device_count() else { return };
     let server = server();
