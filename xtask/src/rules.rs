@@ -88,6 +88,7 @@ const UNSAFE_FILES: &[&str] = &[
     // Hands a window over as any element.
     "crates/comm/tests/golden.rs",
     // Device buffers of tests.
+    "crates/comm/tests/gpu/derive.rs",
     "crates/comm/tests/gpu/group.rs",
     "crates/comm/tests/gpu/life.rs",
     "crates/comm/tests/gpu/pinned.rs",

@@ -27,10 +27,18 @@ fn main() -> ExitCode {
 
 fn trials() -> Vec<Trial> {
     type Test = fn();
-    let tests: [(&str, Test); 51] = [
+    let tests: [(&str, Test); 53] = [
         (
             "gpu_kill::survivors_leave_their_kernels_and_go_on",
             faults::gpu::survivors_leave_their_kernels_and_go_on,
+        ),
+        (
+            "gpu_kill::survivors_shrink_and_sum_on_their_gpus",
+            faults::gpu::survivors_shrink_and_sum_on_their_gpus,
+        ),
+        (
+            "gpu_kill::a_stopped_rank_is_left_out_and_its_memory_is_kept",
+            faults::gpu::a_stopped_rank_is_left_out_and_its_memory_is_kept,
         ),
         (
             "gpu_kill::a_rank_that_loses_its_context_is_named",

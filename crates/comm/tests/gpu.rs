@@ -5,6 +5,8 @@
 
 #[path = "support/gpu_case.rs"]
 mod case;
+#[path = "gpu/derive.rs"]
+mod derive;
 #[path = "gpu/group.rs"]
 mod group;
 #[path = "gpu/life.rs"]

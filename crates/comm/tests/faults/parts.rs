@@ -71,6 +71,8 @@ impl Part {
             #[cfg(feature = "cuda")]
             "gpu" => super::gpu::calls(self),
             #[cfg(feature = "cuda")]
+            "gpu survivor" => super::gpu::survive(self),
+            #[cfg(feature = "cuda")]
             "pinned" => super::pinned::work(self),
             #[cfg(feature = "cuda")]
             "registered" => super::registrations::register(self),
