@@ -115,18 +115,7 @@ impl<T: Element> Window<T> {
             return Err(error);
         }
         self.check_cause()?;
-        #[cfg_attr(
-            not(feature = "cuda"),
-            expect(irrefutable_let_patterns, reason = "there are GPUs elsewhere")
-        )]
-        let Held::Host(copies) = &self.held else {
-            return Err(Error::Place {
-                call: "lend",
-                rank: self.control.member().0,
-                expected: "windows of host memory".to_owned(),
-                got: "memory of a GPU".to_owned(),
-            });
-        };
+        let copies = self.copies("lend")?;
         if copies.are_pinned() {
             let settled = copies.settle();
             self.check_cause()?;
@@ -137,6 +126,21 @@ impl<T: Element> Window<T> {
         // valid `T`. Peers read and write it only while we are inside a collective, which needs this borrow to be over; what
         // was put into streams was just waited for.
         Ok(unsafe { std::slice::from_raw_parts_mut(base, self.count) })
+    }
+
+    /// The copies of all ranks, if the host reaches them.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "there are GPUs elsewhere"))]
+    fn copies(&self, call: &'static str) -> Result<&Copies> {
+        match &self.held {
+            Held::Host(copies) => Ok(copies),
+            #[cfg(feature = "cuda")]
+            Held::Device(_) => Err(Error::Place {
+                call,
+                rank: self.control.member().0,
+                expected: "windows of host memory".to_owned(),
+                got: "memory of a GPU".to_owned(),
+            }),
+        }
     }
 
     /// Peers may still be writing once the communicator has failed.
@@ -185,20 +189,9 @@ impl<T: Element> Window<T> {
     /// works on it. What the copies hold stays. Collective: when it returns, every rank has given its window up.
     ///
     /// # Errors
-    /// As [`Window::close`].
+    /// As [`Window::close`]; [`Error::Place`] if it lies on a GPU.
     pub fn into_symmetric(self, communicator: &Communicator) -> Result<Symmetric<T>> {
-        #[cfg_attr(
-            not(feature = "cuda"),
-            expect(irrefutable_let_patterns, reason = "there are GPUs elsewhere")
-        )]
-        let Held::Host(copies) = self.held else {
-            return Err(Error::Place {
-                call: Kind::Symmetric.name(),
-                rank: self.control.member().0,
-                expected: "windows of host memory".to_owned(),
-                got: "memory of a GPU".to_owned(),
-            });
-        };
+        let copies = self.copies(Kind::Symmetric.name())?.clone();
         communicator.end_window(Kind::Symmetric, self.id, &self.control)?;
         let policy = communicator.engine().policy();
         Ok(Symmetric::new(self.control, copies, (self.id, self.count), policy))

@@ -23,7 +23,7 @@ use crate::control::Control;
 use crate::error::{Error, Result};
 use arenas::Arenas;
 use args::{Args, HEADER_LAUNCH, Report};
-pub(crate) use attach::{check_ranks, identity, without_device};
+pub(crate) use attach::{check_ranks, identity, without_device, without_gpu};
 use budget::Budget;
 use kernels::Kernels;
 use pinned::Enqueued;
@@ -113,7 +113,7 @@ pub(crate) struct Gpu {
     /// the first change of streams waits for all of it.
     latest: usize,
     order: Option<Event>,
-    /// Other ranks of this thread: what one loads, all load, because loading may wait for all devices.
+    /// The devices of the other ranks of this process: what one loads, all load, because loading may wait for all devices.
     siblings: Vec<Device>,
     windows: Windows,
     pinned_way: PinnedWay,
@@ -444,6 +444,7 @@ impl Gpu {
     /// Waits until everything is done that this process gave to the device: kernels that wait for others leave in time. What
     /// graphs that are gone kept goes, too: nobody waits for us yet.
     pub(crate) fn drain(&mut self) -> Result<()> {
+        self.control.check_process()?;
         self.device.synchronize().map_err(|error| self.refused(error))?;
         unisono_cuda::capture::drop_released();
         Ok(())
@@ -467,6 +468,11 @@ impl Drop for Gpu {
     fn drop(&mut self) {
         // It copies from memory that is about to go.
         drop(self.watch.take());
+        // In a forked child the driver answers nothing, and the memory is its parent's.
+        if self.control.check_process().is_err() {
+            std::mem::forget((self.memory.take(), std::mem::take(&mut self.windows)));
+            return;
+        }
         let Some(mut memory) = self.memory.take() else { return };
         memory.windows = std::mem::take(&mut self.windows);
         // Kernels of ours may still run: they end in time, because the communicator ended or failed. Nobody waits for them
