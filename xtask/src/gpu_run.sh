@@ -65,6 +65,7 @@ run_tests() { # PROGRAM PREFIX SECONDS [FILTER]
     all=$(tests "$1" "${4:-}")
     if [ -z "$all" ]; then
         echo "== $2: no test of ./$1 is called so${4:+: $4}"
+        note "$2" 1 0
         return
     fi
     for name in $all; do
@@ -124,6 +125,7 @@ part_sanitizer() {
     local tool
     if ! command -v compute-sanitizer >/dev/null; then
         echo "== sanitizer: there is no compute-sanitizer here"
+        note "sanitizer: skipped" 0 0
         return
     fi
     for tool in memcheck synccheck initcheck; do

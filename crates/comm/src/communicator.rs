@@ -317,8 +317,9 @@ impl Communicator {
     /// Collective: every rank calls it, with the same type, count and kind of memory.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] if the counts differ; [`Error::Node`] on every rank if any of them cannot have the memory
-    /// (then the communicator still works).
+    /// [`Error::Mismatch`] if the counts differ. If a rank cannot have the memory, all get an error, and the communicator still
+    /// works: that rank why ([`Error::Node`]; of a GPU [`Error::Device`], [`Error::Cuda`] or [`Error::Argument`];
+    /// [`Error::Builder`] in a build without GPUs), the others [`Error::Node`].
     pub fn window<T: Element>(&self, count: usize, memory: Memory) -> Result<Window<T>> {
         let mut engine = self.engine.borrow_mut();
         let header = CallHeader {

@@ -175,8 +175,7 @@ impl Communicator {
                 let expected = "memory of a GPU, to be registered".to_owned();
                 return Err(Error::Place { call, rank, expected, got: buffer.place.to_string() });
             }
-            let reason = "this communicator was made without one (Builder::device)".to_owned();
-            return Err(Error::Device { rank, reason });
+            return Err(crate::gpu::without_gpu(rank));
         };
         let gpu = gpu.borrow();
         let ordinal = gpu.ordinal();

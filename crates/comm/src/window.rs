@@ -116,17 +116,17 @@ impl<T: Element> Window<T> {
             return Err(error);
         }
         self.check_cause()?;
-        #[cfg_attr(
-            not(feature = "cuda"),
-            expect(irrefutable_let_patterns, reason = "there are GPUs elsewhere")
-        )]
-        let Held::Host(copies) = &self.held else {
-            return Err(Error::Place {
-                call: "lend",
-                rank: self.control.member().0,
-                expected: "windows of host memory".to_owned(),
-                got: "memory of a GPU".to_owned(),
-            });
+        let copies = match &self.held {
+            Held::Host(copies) => copies,
+            #[cfg(feature = "cuda")]
+            Held::Device(_) => {
+                return Err(Error::Place {
+                    call: "lend",
+                    rank: self.control.member().0,
+                    expected: "windows of host memory".to_owned(),
+                    got: "memory of a GPU".to_owned(),
+                });
+            }
         };
         if copies.are_pinned() {
             let settled = copies.settle();
@@ -186,7 +186,7 @@ impl<T: Element> Window<T> {
     /// works on it. What the copies hold stays. Collective: when it returns, every rank has given its window up.
     ///
     /// # Errors
-    /// As [`Window::close`].
+    /// As [`Window::close`]; [`Error::Cuda`] if it lies on our GPU, and that failed.
     pub fn into_symmetric(self, communicator: &Communicator) -> Result<Symmetric<T>> {
         check_owner(Kind::Symmetric, self.id, &self.control, communicator)?;
         let policy = communicator.engine().policy();

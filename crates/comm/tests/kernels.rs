@@ -37,8 +37,11 @@ fn compile(architecture: &str, ranks: usize, link: Link, purposes: &[Purpose]) {
                 "{architecture} {ranks} ranks, {link:?}, {purpose:?}: {} {} registers, {} bytes of stack, {} of code",
                 kernel.name, kernel.registers, kernel.stack_bytes, kernel.code_bytes
             );
-            // 512 threads of a block share 65,536 registers.
-            assert!(kernel.registers <= 128, "{architecture} {purpose:?} {kernel:?}");
+            // The threads of a block share 65,536 registers. Those of tiles have 1,024 where there are bulk copies.
+            let has_tiles = kernel.name.ends_with("_bulk") || kernel.name.ends_with("_ring");
+            let is_large = has_tiles && link == Link::Device && architecture != "sm_80";
+            let most = if is_large { 64 } else { 128 };
+            assert!(kernel.registers <= most, "{architecture} {purpose:?} {kernel:?}");
             assert!(kernel.stack_bytes <= 1024, "{architecture} {purpose:?} {kernel:?}");
         }
     }

@@ -41,6 +41,7 @@ impl Stream {
             let symbol = "cuStreamGetCaptureInfo_v3".to_owned();
             return Err(Error::TooOld { library: "the CUDA driver", symbol });
         }
+        let _current = self.device().enter()?;
         let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
         let (mut id, mut graph) = (0, std::ptr::null_mut());
         // SAFETY: the stream lives, the answers are ours, and those that are null are not asked for.

@@ -84,6 +84,7 @@ impl Stream {
     /// What the driver refuses.
     #[inline]
     pub fn is_capturing(&self) -> Result<bool> {
+        let _current = self.device.enter()?;
         let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
         // SAFETY: the stream lives, and the answer is ours.
         let result = unsafe { sys::cuStreamIsCapturing(self.raw, &raw mut status) };
@@ -133,6 +134,7 @@ impl Stream {
     /// What the driver refuses.
     #[inline]
     pub fn wait(&self, event: &Event) -> Result<()> {
+        let _current = self.device.enter()?;
         // SAFETY: stream and event live.
         let result = unsafe { sys::cuStreamWaitEvent(self.raw, event.inner.raw, 0) };
         check("cuStreamWaitEvent", self.device.ordinal(), result)
@@ -277,6 +279,7 @@ impl Event {
     /// What the driver refuses.
     #[inline]
     pub fn record(&self, stream: &Stream) -> Result<()> {
+        let _current = stream.device.enter()?;
         // SAFETY: both live.
         let result = unsafe { sys::cuEventRecord(self.inner.raw, stream.raw) };
         check("cuEventRecord", self.inner.device.ordinal(), result)

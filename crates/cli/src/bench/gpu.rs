@@ -236,7 +236,7 @@ impl Rank<'_> {
         Job { operation, bytes, parts, calls }
     }
 
-    /// Verifies a library's call, alone and in a graph.
+    /// Verifies a library's call, and ours in a graph, too: that of NCCL is only launched once.
     fn contender(&self, whose: Whose, job: &Job) -> Result<Contender> {
         let is_exact = self.is_exact(whose, job);
         self.poison(job)?;

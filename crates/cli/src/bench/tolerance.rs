@@ -46,8 +46,8 @@ impl Tolerance {
 
     /// Numbers of `got`, which begins at element `first` of what repeats, that lie too far from what is expected.
     pub(crate) fn wrong_from(&self, first: usize, got: &[u8]) -> u64 {
-        let per_element = if self.dtype.is_complex() { 2 } else { 1 };
-        let size = self.dtype.size() / per_element;
+        let size = number_bytes(self.dtype);
+        let per_element = self.dtype.size() / size;
         let mut at = first * per_element % self.expected.len();
         let mut wrong = 0;
         for bytes in got.chunks_exact(size) {
@@ -77,11 +77,16 @@ fn precision(dtype: DType) -> (f64, f64) {
 }
 
 fn numbers(dtype: DType, bytes: &[u8]) -> Vec<f64> {
-    let size = if dtype.is_complex() { dtype.size() / 2 } else { dtype.size() };
+    let size = number_bytes(dtype);
     bytes.chunks_exact(size).map(|bytes| number(dtype, bytes)).collect()
 }
 
-/// One number: an element, or half of a complex one.
+/// Bytes of one number: an element, or half of a complex one.
+const fn number_bytes(dtype: DType) -> usize {
+    if dtype.is_complex() { dtype.size() / 2 } else { dtype.size() }
+}
+
+/// One number.
 #[inline]
 fn number(dtype: DType, bytes: &[u8]) -> f64 {
     match (dtype, bytes) {
@@ -98,7 +103,7 @@ fn number(dtype: DType, bytes: &[u8]) -> f64 {
 /// The elements without their signs; of complex ones the sum of both parts' magnitudes, as a real number.
 fn magnitudes(dtype: DType, bytes: &[u8]) -> Vec<u8> {
     let mut positive = bytes.to_vec();
-    let size = if dtype.is_complex() { dtype.size() / 2 } else { dtype.size() };
+    let size = number_bytes(dtype);
     positive.chunks_exact_mut(size).for_each(|number| number[size - 1] &= 0x7f);
     if dtype.is_complex() {
         for element in positive.chunks_exact_mut(2 * size) {

@@ -69,7 +69,7 @@ impl Engine {
         self.windows.next - 1
     }
 
-    /// The memory of all open windows, and the id that the next one would get.
+    /// The memory of all open windows that the host reaches, and the id that the next one would get.
     pub(crate) fn windows(&self) -> (Vec<Copies>, u64) {
         (self.windows.open.iter().map(|window| window.copies.clone()).collect(), self.windows.next)
     }

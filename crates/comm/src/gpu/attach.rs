@@ -264,6 +264,11 @@ pub(crate) fn check_ranks(world_size: usize, rank: usize) -> Result<()> {
     Err(Error::Device { rank, reason })
 }
 
+/// That a communicator has no GPU for what is asked of it.
+pub(crate) fn without_gpu(rank: usize) -> Error {
+    Error::Device { rank, reason: "this communicator was made without one (Builder::device)".to_owned() }
+}
+
 #[cold]
 pub(crate) fn without_device(kind: Kind, rank: usize, stream: &Stream) -> Error {
     Error::Argument {

@@ -96,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_gets_all_and_later_ones_share_the_other_half() {
+    fn the_first_gets_half_and_later_ones_share_the_other() {
         let mut taken = Taken::default();
         let shares: Vec<Share> = (0..6).map(|_| taken.take(132)).collect();
         let blocks: Vec<u32> = shares.iter().map(|share| share.blocks).collect();

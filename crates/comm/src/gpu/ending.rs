@@ -106,6 +106,11 @@ impl Drop for Gpu {
     fn drop(&mut self) {
         // It copies from memory that is about to go.
         drop(self.watch.take());
+        // In a forked child the driver answers nothing, and the memory is its parent's.
+        if self.control.check_process().is_err() {
+            std::mem::forget((self.memory.take(), std::mem::take(&mut self.windows)));
+            return;
+        }
         let Some(mut memory) = self.memory.take() else { return };
         memory.windows = std::mem::take(&mut self.windows);
         match self.end {

@@ -23,7 +23,7 @@ use crate::control::Control;
 use crate::error::{Error, Result};
 use arenas::Arenas;
 use args::{Args, HEADER_LAUNCH, Report};
-pub(crate) use attach::{check_ranks, identity, without_device};
+pub(crate) use attach::{check_ranks, identity, without_device, without_gpu};
 use budget::Budget;
 pub use device_header::device_header;
 use ending::{End, Memory};
@@ -66,7 +66,7 @@ pub(crate) struct Gpu {
     /// did in the world that this comes from, because the first change of streams waits for all of it.
     latest: usize,
     order: Option<Event>,
-    /// Other ranks of this thread: what one loads, all load, because loading may wait for all devices.
+    /// The devices of the other ranks of this process: what one loads, all load, because loading may wait for all devices.
     siblings: Vec<Device>,
     windows: Windows,
     pinned_way: PinnedWay,
@@ -387,6 +387,7 @@ impl Gpu {
     /// Waits until everything is done that this process gave to the device: kernels that wait for others leave in time. What
     /// graphs that are gone kept goes, too: nobody waits for us yet.
     pub(crate) fn drain(&mut self) -> Result<()> {
+        self.control.check_process()?;
         self.device.synchronize().map_err(|error| self.refused(error))?;
         unisono_cuda::capture::drop_released();
         Ok(())

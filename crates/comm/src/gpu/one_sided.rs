@@ -234,14 +234,19 @@ impl OneSided {
 
 impl Drop for OneSided {
     fn drop(&mut self) {
+        // In a forked child the driver answers nothing, and the memory is its parent's.
+        let is_forked = self.control.check_process().is_err();
         // As long as the communicator keeps the copies, it waits for kernels before it lets go. Else they may still be at work here:
         // they end in time, because the communicator ended. Nobody waits for them here; if no thread can be had, the memory stays.
-        if Arc::strong_count(&self.mappings) > 1 || self.control.check_process().is_err() {
+        if Arc::strong_count(&self.mappings) > 1 && !is_forked {
             return;
         }
         let device = self.stream.device().clone();
         let kept = (self.mappings.clone(), self.control_pages.clone(), self.control.clone());
         let kept = ManuallyDrop::new(kept);
+        if is_forked {
+            return;
+        }
         let reap = move || {
             let _ = device.synchronize();
             drop(ManuallyDrop::into_inner(kept));

@@ -14,9 +14,8 @@ use unisono_cuda::{Device, Event, Location, RegisteredHost, SharedPages, Stream}
 use unisono_node::{SharedMemory, descriptor};
 use unisono_sync::local::Flag;
 
-use super::args::Report;
 use super::peers::{self, Exported, Kind, unusable};
-use super::watch::{cause_of, lost_context};
+use super::watch::trouble;
 use crate::control::Control;
 use crate::error::{Error, Result};
 
@@ -106,9 +105,7 @@ impl Enqueued {
             self.is_captured.raise();
             return Ok(());
         }
-        // The default stream is that of the device that is current.
-        let recorded = self.device.enter().and_then(|_current| self.latest.record(stream));
-        recorded.map_err(|error| self.failed(error))
+        self.latest.record(stream).map_err(|error| self.failed(error))
     }
 
     /// Waits for all calls so far; for everything on the device, if some may be in graphs. Kernels that wait for others leave in
@@ -116,9 +113,7 @@ impl Enqueued {
     fn settle(&self) -> Result<()> {
         let done =
             if self.is_captured.is_raised() { self.device.synchronize() } else { self.latest.synchronize() };
-        let report = Report::read(self.control.gpu().0).map(|report| cause_of(report, &self.control));
-        let lost = || lost_context(done.as_ref().err()?, &self.control);
-        if let Some(cause) = report.or_else(lost) {
+        if let Some(cause) = trouble(&self.control, || done.as_ref().err().cloned()) {
             // Somebody else may have been first; then all tell the same.
             self.control.fail(&cause);
         }

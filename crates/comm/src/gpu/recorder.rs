@@ -19,8 +19,8 @@ pub(super) struct Copier {
     /// The words of the device with the ring behind them, and where they go to, as the driver calls both.
     from: u64,
     to: u64,
-    /// The request that is being answered.
-    under_way: Option<u64>,
+    /// The request that is being answered, and whether with the last copy.
+    under_way: Option<(u64, bool)>,
     is_last: bool,
 }
 
@@ -67,7 +67,7 @@ impl Copier {
 
     /// Begins a copy if one is asked for, and tells when it is there. Whether there is still something to do.
     pub(super) fn look(&mut self, stream: &Stream, page: &[impl Word<u64>]) -> bool {
-        if let Some(request) = self.under_way {
+        if let Some((request, is_last)) = self.under_way {
             match stream.is_idle() {
                 Ok(false) => return true,
                 // SYNC: what the recorder held is visible after its answer.
@@ -78,7 +78,7 @@ impl Copier {
                 }
             }
             self.under_way = None;
-            if self.is_last {
+            if is_last {
                 page[REPORT_RECORDER].store_release(RECORDER_KEPT);
                 return false;
             }
@@ -90,7 +90,7 @@ impl Copier {
             if unsafe { stream.copy(self.to, self.from, RECORDER_BYTES) }.is_err() {
                 return false;
             }
-            self.under_way = Some(request);
+            self.under_way = Some((request, self.is_last));
         }
         true
     }

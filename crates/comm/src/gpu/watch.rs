@@ -52,7 +52,7 @@ impl Watch {
                     // The first cause, and what was done last, is all that there is to tell.
                     copier.begin_last();
                     failed_at = failed_at.or_else(|| Some(Instant::now()));
-                } else if let Some(cause) = find(probe, &control) {
+                } else if let Some(cause) = trouble(&control, || probe?.is_idle().err()) {
                     control.fail(&cause);
                 }
                 let has_more = copies.is_some_and(|stream| copier.look(stream, control.gpu().0));
@@ -70,13 +70,14 @@ impl Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
+        // A forked child answers for nobody, and has no thread that would give the lock back.
+        if self.control.check_process().is_err() {
+            return;
+        }
         let (ended, change) = &*self.has_ended;
         *ended.lock().unwrap_or_else(PoisonError::into_inner) = true;
         change.notify_all();
-        // A forked child answers for nobody.
-        if self.control.check_process().is_ok() {
-            Copier::close(self.control.gpu().0);
-        }
+        Copier::close(self.control.gpu().0);
     }
 }
 
@@ -93,11 +94,15 @@ pub(super) fn side_stream(device: &Device) -> unisono_cuda::Result<Arc<Stream>> 
     Ok(stream)
 }
 
-fn find(probe: Option<&Stream>, control: &Control) -> Option<Cause> {
-    if let Some(report) = Report::read(control.gpu().0) {
-        return Some(cause_of(report, control));
+/// What our GPU has to tell: a report of its kernels, or that its context is lost, if that is the driver's error.
+pub(super) fn trouble(
+    control: &Control,
+    error: impl FnOnce() -> Option<unisono_cuda::Error>,
+) -> Option<Cause> {
+    match Report::read(control.gpu().0) {
+        Some(report) => Some(cause_of(report, control)),
+        None => lost_context(&error()?, control),
     }
-    lost_context(&probe?.is_idle().err()?, control)
 }
 
 /// That our context is lost, if `error` says so: nothing works in it any more.

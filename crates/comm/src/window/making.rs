@@ -13,7 +13,9 @@ use crate::collectives::Engine;
 use crate::communicator::Communicator;
 use crate::control::Control;
 use crate::copies::Copies;
-use crate::error::{Error, Result};
+#[cfg(not(feature = "cuda"))]
+use crate::error::Error;
+use crate::error::Result;
 #[cfg(feature = "cuda")]
 use crate::gpu::windows::Mappings;
 
@@ -98,8 +100,7 @@ impl Communicator {
     #[cfg(feature = "cuda")]
     fn make_on_device(&self, id: u64, layout: WindowLayout, limits: Limits<'_>) -> Result<Made> {
         let Some(gpu) = &self.gpu else {
-            let reason = "this communicator was made without one (Builder::device)".to_owned();
-            return Err(Error::Device { rank: self.rank(), reason });
+            return Err(crate::gpu::without_gpu(self.rank()));
         };
         let Limits { deadline, is_aborted } = limits;
         // With room for signals, in case it becomes one-sided.

@@ -17,7 +17,7 @@ use super::{ms_between, percentiles, scale, server};
 /// The longest that a survivor may take from the kill to its error.
 const PROMISED_MS: f64 = 1000.0;
 
-fn device_count() -> Option<u32> {
+pub(super) fn device_count() -> Option<u32> {
     let count = unisono::cuda::driver::device_count();
     count.inspect_err(|error| println!("SKIPPED: {error}")).ok()
 }

@@ -9,6 +9,7 @@ use unisono::cuda::{Cache, Compiler, Device, DeviceBuffer, Grid, Module, Source,
 use unisono::gpu::kernels::architecture;
 use unisono::{Communicator, DeviceView, Memory, Operations, Result, Symmetric};
 
+use super::gpu::device_count;
 use super::parts::{Part, expect, setting};
 use super::random::Random;
 use super::world::Setup;
@@ -26,11 +27,6 @@ struct Arguments {
     rounds_done: u64,
     first_round: u32,
     rounds: u32,
-}
-
-fn device_count() -> Option<u32> {
-    let count = unisono::cuda::driver::device_count();
-    count.inspect_err(|error| println!("SKIPPED: {error}")).ok()
 }
 
 fn setup(size: usize, rounds: u32, store: unisono::UniqueId) -> Setup {

@@ -7,16 +7,12 @@ use unisono::cuda::{Device, Stream as CudaStream};
 use unisono::settings::{HandleKind, PinnedWay};
 use unisono::{Communicator, Memory, Operations, ReduceOp, Result, Stream, Window};
 
+use super::gpu::device_count;
 use super::parts::{Part, expect, setting};
 use super::server;
 use super::world::{Setup, World};
 
 const COUNT: usize = 150_001;
-
-fn device_count() -> Option<u32> {
-    let count = unisono::cuda::driver::device_count();
-    count.inspect_err(|error| println!("SKIPPED: {error}")).ok()
-}
 
 fn run(size: usize, settings: &[(&'static str, &str)]) -> World {
     let server = server();

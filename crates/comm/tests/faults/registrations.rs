@@ -8,6 +8,7 @@ use unisono::{
     Result, Stream,
 };
 
+use super::gpu::device_count;
 use super::parts::{Part, expect};
 use super::server;
 use super::world::Setup;
@@ -18,13 +19,7 @@ const COUNT: usize = 300_000;
 /// Memory that somebody else allocated is reached where it lies, kept by graphs, refused by name, and never mistaken
 /// for what lay at its address before.
 pub(crate) fn processes_reach_each_others_memory() {
-    let count = match unisono::cuda::driver::device_count() {
-        Ok(count) => count,
-        Err(error) => {
-            println!("SKIPPED: {error}");
-            return;
-        }
-    };
+    let Some(count) = device_count() else { return };
     let server = server();
     for size in [2, (count as usize).clamp(3, 8)] {
         let setup = Setup::new("registered", size, server.unique_id()).with("FAULTS_INIT_MS", 60_000);

@@ -258,25 +258,18 @@ impl Rules {
             0 => usual.clamp(1, most),
             asked => (asked as usize).min(room),
         };
-        let launch = |blocks: usize, tile: usize, room: usize| {
-            let by_copies = self.bulk_copies && blocks <= WIDE_BLOCKS;
+        let by_copies = |blocks: usize| self.bulk_copies && blocks <= WIDE_BLOCKS;
+        // Tiles of at most so many vectors as there is room for, in whole lines of 128 bytes.
+        let tiled = |blocks: usize, tile: usize, room: usize| {
             let tile = if wish.tile == 0 { tile } else { wish.tile as usize };
-            // In whole lines of 128 bytes.
             let tile = tile.next_multiple_of(8).min(room - room % 8).max(8) as u32;
-            Launch {
-                form,
-                blocks: blocks as u32,
-                threads: if by_copies { 1024 } else { 512 },
-                tile,
-                by_copies,
-            }
+            let by_copies = by_copies(blocks);
+            let threads = if by_copies { 1024 } else { 512 };
+            Launch { form, blocks: blocks as u32, threads, tile, by_copies }
         };
-        let plain = |blocks: usize, threads: usize| Launch {
-            form,
-            blocks: blocks as u32,
-            threads: threads as u32,
-            tile: 0,
-            by_copies: false,
+        let plain = |blocks: usize, threads: usize| {
+            let (blocks, threads) = (blocks as u32, threads as u32);
+            Launch { form, blocks, threads, tile: 0, by_copies: false }
         };
         let threads = 512;
         match form {
@@ -285,30 +278,32 @@ impl Rules {
                 // One unit for each thread while that takes few blocks.
                 let threads = units.next_multiple_of(32).clamp(256, 512);
                 // Who is alone waits for nobody.
-                let most = if ranks == 1 { MAX_BLOCKS } else { whole.min(64) };
+                let most = if ranks == 1 { MAX_BLOCKS } else { whole.min(WIDE_BLOCKS) };
                 plain(blocks(units.div_ceil(threads), most), threads)
             }
-            Form::Direct => plain(blocks(shard.div_ceil(16 * threads), whole.min(64)), threads),
+            Form::Direct => plain(blocks(shard.div_ceil(16 * threads), whole.min(WIDE_BLOCKS)), threads),
             Form::Bulk => {
                 let usual = if self.bulk_copies { WIDE_BLOCKS } else { 120 };
                 let usual = usual.min(team * shard.div_ceil(16 * threads));
                 let most = if self.bulk_copies { whole } else { most };
                 let channels = (blocks(usual, most) / team).max(1);
+                let blocks = channels * team;
                 let due = shard.div_ceil(16).div_ceil(channels);
-                // Some rounds at least, so that the steps overlap.
-                let tile = match self.bulk_copies && channels * team <= WIDE_BLOCKS {
-                    true => due.div_ceil(2).min(if channels * team <= WIDE_BLOCKS / 2 { 1600 } else { 800 }),
+                // By copies, some rounds at least, so that the steps overlap.
+                let tile = match by_copies(blocks) {
                     false => due,
+                    true if blocks <= WIDE_BLOCKS / 2 => due.div_ceil(2).min(1600),
+                    true => due.div_ceil(2).min(800),
                 };
-                launch(channels * team, tile, layout.area_bytes() / 16 / channels)
+                tiled(blocks, tile, layout.area_bytes() / 16 / channels)
             }
             Form::Ring => {
                 let blocks = blocks(128, most);
                 let part =
                     if matches!(question.kind, Kind::AllReduce { .. }) { shard } else { question.bytes };
                 let due = part.div_ceil(16).div_ceil(blocks);
-                let usual = if self.bulk_copies && blocks <= WIDE_BLOCKS { 2400 } else { 4096 };
-                launch(blocks, due.min(usual), layout.scratch_half_bytes() / RING_SLOTS / 16 / blocks)
+                let usual = if by_copies(blocks) { 2400 } else { 4096 };
+                tiled(blocks, due.min(usual), layout.scratch_half_bytes() / RING_SLOTS / 16 / blocks)
             }
         }
     }

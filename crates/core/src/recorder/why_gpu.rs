@@ -119,11 +119,7 @@ fn ended(snapshot: &Snapshot, groups: &mut Groups) {
 fn busy(snapshot: &Snapshot, groups: &mut Groups) {
     for rank in snapshot.ranks.iter().filter(|rank| lives(rank)) {
         if let Some(call) = latest(rank).filter(|call| call.begun < RECENT) {
-            let kind = call.header.kind.name();
-            groups.add(
-                rank.rank,
-                &format!("{{makes|make}} calls: the latest {{was|were}} {kind} #{}", call.number),
-            );
+            groups.add(rank.rank, &format!("{{makes|make}} calls: the latest {{was|were}} {}", call.call()));
         }
     }
 }
