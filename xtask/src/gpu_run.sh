@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tests and measures on a machine with GPUs, from a bundle that `cargo xtask gpu-bundle` made; no Rust is needed there.
 #
-#   gpu_run.sh [correct] [sanitizer] [kill] [bench] [kernels]
+#   gpu_run.sh [correct] [sanitizer] [kill] [hang] [bench] [kernels]
 #
 # Without arguments all parts but the last, which compiles kernels and needs no GPU, within LIMIT_S seconds (480). Results go to $OUT, or to ./out, with all that was said in logs.tgz,
 # and the ends of it to the terminal. The last table has the exit code of every step; the script fails if one is not 0.
@@ -17,12 +17,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")" || exit 2
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
 
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(correct kill bench sanitizer)
+[ ${#parts[@]} -gt 0 ] || parts=(correct kill hang bench sanitizer)
 for part in "${parts[@]}"; do
     case $part in
-        correct | sanitizer | kill | bench | kernels) ;;
+        correct | sanitizer | kill | hang | bench | kernels) ;;
         *)
-            echo "expected correct, sanitizer, kill, bench or kernels, got: $part" >&2
+            echo "expected correct, sanitizer, kill, hang, bench or kernels, got: $part" >&2
             exit 2
             ;;
     esac
@@ -120,6 +120,11 @@ part_kill() {
     run_tests faults_processes kill 200 gpu_kill
 }
 
+# A call that hangs, told of from outside as `unisono why` does.
+part_hang() {
+    run_tests faults_processes hang 120 gpu_hang
+}
+
 # Ranks of one process would wait for each other: the sanitizer runs one kernel of a process at a time.
 part_sanitizer() {
     local tool
@@ -147,6 +152,8 @@ part_bench() {
     UNISONO_ORDER=rank TAIL=20 step rank-order 60 ./unisono bench all_reduce --device cuda -n "$count" --sizes 256MiB,1GiB \
         "--json=$out/rank-order.json"
     step call-cost 60 ./gpu_call_cost
+    step first-call-cold 90 env "UNISONO_CACHE_DIR=$logs/cold-kernels" ./gpu_call_cost
+    rm -rf "$logs/cold-kernels"
 }
 
 for part in "${parts[@]}"; do

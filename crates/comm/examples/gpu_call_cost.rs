@@ -1,7 +1,8 @@
 //! What a call costs that is on its own: the host's time to put it into a stream, beside a bare launch of the driver with arguments
 //! of the same size, and the device's time on the rank that comes last, 50 µs after the others.
 //!
-//! `gpu_call_cost [RANKS]`; medians of 2,000 calls, bf16 sums. Ranks are GPUs of this machine, driven by one thread.
+//! `gpu_call_cost [RANKS]`; medians of 2,000 calls, bf16 sums. Ranks are GPUs of this machine, driven by one thread. Before that, what
+//! the first all-reduce takes, from the start of the program on: with `UNISONO_CACHE_DIR` in an empty folder all kernels are compiled.
 #![expect(clippy::print_stdout, reason = "a program that reports to the terminal")]
 
 #[cfg(not(feature = "cuda"))]
@@ -11,7 +12,7 @@ fn main() {
 
 #[cfg(feature = "cuda")]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    cost::run()
+    cost::run(std::time::Instant::now())
 }
 
 #[cfg(feature = "cuda")]
@@ -65,14 +66,27 @@ mod cost {
         times[times.len() / 2]
     }
 
-    pub(crate) fn run() -> Outcome<()> {
+    pub(crate) fn run(start: Instant) -> Outcome<()> {
+        let reached = |what: &str| println!("{:>8.1} ms: {what}", start.elapsed().as_secs_f64() * 1e3);
         let there_are = unisono::cuda::driver::device_count()?;
         let count = std::env::args().nth(1).map_or(Ok(there_are), |text| text.parse())?;
         let ordinals: Vec<u32> = (0..count).map(|rank| rank % there_are).collect();
-        let world = Communicator::local(&ordinals)?;
-        let ranks: Vec<Rank> = ordinals.iter().map(|ordinal| Rank::new(*ordinal)).collect::<Outcome<_>>()?;
-        let wait = || ranks.iter().try_for_each(|rank| rank.raw.synchronize());
         println!("{count} ranks on {there_are} devices, all_reduce bf16 sum");
+        let cache = Cache::of_user();
+        match cache.folder() {
+            Some(folder) => println!("{} kernels cached in {}", cache.entries()?.len(), folder.display()),
+            None => println!("no cache of kernels"),
+        }
+        let ranks: Vec<Rank> = ordinals.iter().map(|ordinal| Rank::new(*ordinal)).collect::<Outcome<_>>()?;
+        reached("the devices are open");
+        let world = Communicator::local(&ordinals)?;
+        reached("the communicator is built");
+        let wait = || ranks.iter().try_for_each(|rank| rank.raw.synchronize());
+        for (rank, communicator) in ranks.iter().zip(&world) {
+            rank.call(communicator, 1024)?;
+        }
+        wait()?;
+        reached("the first all-reduce is done");
 
         let mut ours = Vec::new();
         for _ in 0..CALLS {

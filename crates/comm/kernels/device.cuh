@@ -162,11 +162,14 @@ struct Symmetric {
 
   __device__ static __forceinline__ bool is_first_thread() { return (threadIdx.x | threadIdx.y | threadIdx.z) == 0; }
 
-  // Leaves word beside our signals, where the host finds what was waited for in vain; false.
+  // Leaves word beside our signals, where the host finds what was waited for in vain, unless another wait in vain is told there;
+  // false.
   __device__ static __noinline__ bool give_up(unsigned* missed_at, unsigned long long place, const unsigned* word,
                                               unsigned expected, unsigned long long waited_ns) {
     if (waited_ns == 0) return false;
     ptx::u64* missed = reinterpret_cast<ptx::u64*>(missed_at);
+    // Whoever is first has the three words until the host clears the first. It reads none of them before that says more than this.
+    if (ptx::swap_word(missed, 0, UNISONO_MISSED_UNTOLD) != 0) return false;
     ptx::store_word(missed + 1, ptx::u64(expected) << 32 | ptx::load_short_word(word));
     ptx::store_word(missed + 2, waited_ns);
     // SYNC: what a wait in vain says is visible before that there was one.

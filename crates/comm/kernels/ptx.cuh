@@ -109,6 +109,15 @@ __device__ __forceinline__ u32 swap_own(u32* at, u32 expected, u32 value) {
   return before;
 }
 
+__device__ __forceinline__ u64 swap_word(u64* at, u64 expected, u64 value) {
+  u64 before;
+  asm volatile("atom.relaxed.sys.global.cas.b64 %0, [%1], %2, %3;"
+               : "=l"(before)
+               : "l"(at), "l"(expected), "l"(value)
+               : "memory");
+  return before;
+}
+
 __device__ __forceinline__ void fence_all() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 __device__ __forceinline__ void fence_own() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }

@@ -51,8 +51,9 @@ pub enum Error {
         /// What it says.
         reason: String,
     },
-    /// The kernels of a call are not loaded, and cannot be now: a graph is captured, or other calls of ranks of this process are
-    /// under way, which loading would wait for. Nothing was done.
+    /// The kernels of a call are not loaded, and cannot be now: a graph is captured; or calls are under way that loading would wait
+    /// for, and that may wait for this very thread: those of other ranks of this process, or of another communicator that it has on
+    /// the device, which were still there after half of the timeout. Nothing was done.
     #[error(
         "{call} on rank {rank} ({what}) needs kernels that cannot be loaded now, while {why}. Name it to Builder::prepare, or run it once before."
     )]

@@ -51,7 +51,9 @@ impl Communicator {
     /// On GPUs kernels of this generation leave, and the next has memory and kernels of its own on the same devices; what
     /// streams hold besides goes on. Registrations answer [`Error::Generation`], too, and the memory that was registered may be
     /// freed once all ranks are back and their devices quiet, unless a rank was stopped that may still write to it. Graphs that were captured with calls of this generation
-    /// must not be launched any more. Ranks of one process call it on threads of their own.
+    /// must not be launched any more. No graph may be under capture on this rank's device, by whichever thread: the driver tells whether
+    /// kernels have left only for the device as a whole, and ends all captures there. Ranks of one process call it on threads of their
+    /// own.
     ///
     /// ```
     /// # use unisono::{Communicator, Operations, ReduceOp};

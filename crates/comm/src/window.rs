@@ -186,7 +186,9 @@ impl<T: Element> Window<T> {
     /// works on it. What the copies hold stays. Collective: when it returns, every rank has given its window up.
     ///
     /// # Errors
-    /// As [`Window::close`]; [`Error::Cuda`] if it lies on our GPU, and that failed.
+    /// As [`Window::close`]. If it lies on GPUs, all ranks have their one-sided memory or none has: [`Error::Cuda`] on a rank
+    /// whose GPU refused something, [`Error::Device`] on the others. The window has ended on all ranks then, its memory is freed,
+    /// and the communicator works on.
     pub fn into_symmetric(self, communicator: &Communicator) -> Result<Symmetric<T>> {
         check_owner(Kind::Symmetric, self.id, &self.control, communicator)?;
         let policy = communicator.engine().policy();
@@ -196,7 +198,9 @@ impl<T: Element> Window<T> {
                 Parts::Host(copies)
             }
             #[cfg(feature = "cuda")]
-            Held::Device(_) => {
+            Held::Device(own) => {
+                // If it comes to nothing, nobody keeps the memory.
+                drop(own);
                 Parts::Device(communicator.make_one_sided(self.id, (self.count, size_of::<T>()))?)
             }
         };

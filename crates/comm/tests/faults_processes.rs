@@ -25,50 +25,10 @@ fn main() -> ExitCode {
     libtest_mimic::run(&arguments, trials()).exit_code()
 }
 
+type Test = (&'static str, fn());
+
 fn trials() -> Vec<Trial> {
-    type Test = fn();
-    let tests: [(&str, Test); 53] = [
-        (
-            "gpu_kill::survivors_leave_their_kernels_and_go_on",
-            faults::gpu::survivors_leave_their_kernels_and_go_on,
-        ),
-        (
-            "gpu_kill::survivors_shrink_and_sum_on_their_gpus",
-            faults::gpu::survivors_shrink_and_sum_on_their_gpus,
-        ),
-        (
-            "gpu_kill::a_stopped_rank_is_left_out_and_its_memory_is_kept",
-            faults::gpu::a_stopped_rank_is_left_out_and_its_memory_is_kept,
-        ),
-        (
-            "gpu_kill::a_rank_that_loses_its_context_is_named",
-            faults::gpu::a_rank_that_loses_its_context_is_named,
-        ),
-        ("pinned::the_same_code_runs_without_gpus", faults::pinned::the_same_code_runs_without_gpus),
-        (
-            "pinned::processes_work_on_windows_of_either_kind",
-            faults::pinned::processes_work_on_windows_of_either_kind,
-        ),
-        (
-            "pinned::fabric_handles_serve_or_are_a_typed_error",
-            faults::pinned::fabric_handles_serve_or_are_a_typed_error,
-        ),
-        (
-            "gpu_registration::processes_reach_each_others_memory",
-            faults::registrations::processes_reach_each_others_memory,
-        ),
-        (
-            "gpu_one_sided::processes_exchange_packets_and_signals",
-            faults::one_sided::processes_exchange_packets_and_signals,
-        ),
-        (
-            "gpu_one_sided::a_killed_rank_ends_the_waits_of_kernels_and_is_named",
-            faults::one_sided::a_killed_rank_ends_the_waits_of_kernels_and_is_named,
-        ),
-        (
-            "gpu_matrix::processes_have_the_bits_of_the_reference",
-            faults::gpu_matrix::processes_have_the_bits_of_the_reference,
-        ),
+    let tests: [Test; 42] = [
         ("kill::every_survivor_names_the_killed_rank", faults::kills::every_survivor_names_the_killed_rank),
         ("kill::a_forked_child_does_not_hide_it", faults::kills::a_forked_child_does_not_hide_it),
         (
@@ -196,11 +156,71 @@ fn trials() -> Vec<Trial> {
             faults::leftovers::the_check_for_leftovers_finds_some,
         ),
     ];
-    let trial = |(name, test): (&str, Test)| {
+    let trial = |(name, test): Test| {
         Trial::test(name, move || {
             test();
             Ok(())
         })
     };
-    tests.into_iter().map(trial).collect()
+    tests_on_gpus().into_iter().chain(tests).map(trial).collect()
+}
+
+#[cfg(not(feature = "cuda"))]
+const fn tests_on_gpus() -> [Test; 0] {
+    []
+}
+
+#[cfg(feature = "cuda")]
+fn tests_on_gpus() -> [Test; 13] {
+    [
+        (
+            "gpu_kill::survivors_leave_their_kernels_and_go_on",
+            faults::gpu::survivors_leave_their_kernels_and_go_on,
+        ),
+        (
+            "gpu_kill::survivors_shrink_and_sum_on_their_gpus",
+            faults::gpu::survivors_shrink_and_sum_on_their_gpus,
+        ),
+        (
+            "gpu_kill::a_stopped_rank_is_left_out_and_its_memory_is_kept",
+            faults::gpu::a_stopped_rank_is_left_out_and_its_memory_is_kept,
+        ),
+        (
+            "gpu_kill::a_rank_that_loses_its_context_is_named",
+            faults::gpu::a_rank_that_loses_its_context_is_named,
+        ),
+        ("pinned::the_same_code_runs_without_gpus", faults::pinned::the_same_code_runs_without_gpus),
+        (
+            "pinned::processes_work_on_windows_of_either_kind",
+            faults::pinned::processes_work_on_windows_of_either_kind,
+        ),
+        (
+            "pinned::fabric_handles_serve_or_are_a_typed_error",
+            faults::pinned::fabric_handles_serve_or_are_a_typed_error,
+        ),
+        (
+            "gpu_registration::processes_reach_each_others_memory",
+            faults::registrations::processes_reach_each_others_memory,
+        ),
+        (
+            "gpu_one_sided::processes_exchange_packets_and_signals",
+            faults::one_sided::processes_exchange_packets_and_signals,
+        ),
+        (
+            "gpu_one_sided::a_killed_rank_ends_the_waits_of_kernels_and_is_named",
+            faults::one_sided::a_killed_rank_ends_the_waits_of_kernels_and_is_named,
+        ),
+        (
+            "gpu_matrix::processes_have_the_bits_of_the_reference",
+            faults::gpu_matrix::processes_have_the_bits_of_the_reference,
+        ),
+        (
+            "gpu_hang::a_call_that_hangs_is_explained_from_outside",
+            faults::gpu_hangs::a_call_that_hangs_is_explained_from_outside,
+        ),
+        (
+            "gpu_hang::opposite_orders_are_well_unless_kernels_must_be_loaded",
+            faults::gpu_hangs::opposite_orders_are_well_unless_kernels_must_be_loaded,
+        ),
+    ]
 }

@@ -15,7 +15,8 @@ impl Builder {
 
     /// Loads the kernels that reduce `dtype` by `op` when the communicator is made, or one that comes from it. Those that are not
     /// prepared, other than sums of f32, f16 and bf16, are loaded by the first call that needs them, which cannot be captured in a
-    /// graph.
+    /// graph. To load may wait for all that the device does; so prepare all that is called where ranks may begin calls of several
+    /// communicators in different orders, or `Error::NotPrepared` is what they get.
     ///
     /// # Errors
     /// [`Error::Core`] if there is no such reduction.

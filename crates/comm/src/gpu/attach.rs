@@ -161,19 +161,20 @@ impl Attachment<'_> {
     }
 }
 
-/// The GPU's side that rank `rank` has made, if all ranks have made theirs; else an error on all of them, which then have given
-/// back what they made. `least` tells the least of what all say; if it fails, nothing is agreed.
-pub(crate) fn all_or_none(
-    made: Result<Gpu>,
+/// What rank `rank` has made on its GPU, if all ranks have made theirs; else an error on all of them, which then have given
+/// back what they made, by `undo`. `least` tells the least of what all say; if it fails, nothing is agreed.
+pub(crate) fn all_or_none<T>(
+    made: Result<T>,
     rank: usize,
+    undo: impl FnOnce(T),
     least: &dyn Fn(u8) -> Result<u8>,
-) -> Result<Result<Gpu>> {
+) -> Result<Result<T>> {
     if least(u8::from(made.is_ok()))? != 0 {
         return Ok(made);
     }
     let error = match made {
-        Ok(gpu) => {
-            gpu.undo();
+        Ok(made) => {
+            undo(made);
             elsewhere(rank)
         }
         Err(error) => error,

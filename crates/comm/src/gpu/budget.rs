@@ -22,6 +22,7 @@ static TAKEN: Mutex<Option<HashMap<u32, Taken>>> = Mutex::new(None);
 
 #[derive(Clone, Copy, Default, Debug)]
 struct Taken {
+    communicators: u32,
     has_first: bool,
     by_others: u32,
 }
@@ -29,6 +30,7 @@ struct Taken {
 impl Taken {
     fn take(&mut self, multiprocessors: u32) -> Share {
         let half = multiprocessors.div_ceil(2);
+        self.communicators += 1;
         if !std::mem::replace(&mut self.has_first, true) {
             // One more exchanges headers, and one multiprocessor may be left with a single block.
             let blocks = (2 * half - 2).clamp(1, MAX_BLOCKS as u32);
@@ -41,6 +43,7 @@ impl Taken {
     }
 
     fn give_back(&mut self, share: Share) {
+        self.communicators -= 1;
         if share.is_first {
             self.has_first = false;
         }
@@ -76,6 +79,13 @@ impl Budget {
         Self { ordinal: device.ordinal(), share }
     }
 
+    /// Whether no other communicator of this process works on the device.
+    pub(crate) fn is_alone(&self) -> bool {
+        let taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_device = taken.as_ref().and_then(|taken| taken.get(&self.ordinal));
+        of_device.is_none_or(|of_device| of_device.communicators < 2)
+    }
+
     /// Blocks that may wait at once, beside the one that exchanges headers.
     pub(crate) const fn blocks(&self) -> u32 {
         self.share.blocks
@@ -101,7 +111,7 @@ mod tests {
         let shares: Vec<Share> = (0..6).map(|_| taken.take(132)).collect();
         let blocks: Vec<u32> = shares.iter().map(|share| share.blocks).collect();
         assert_eq!(blocks, [130, 24, 24, 15, 8, 8]);
-        assert_eq!(taken.by_others, 66);
+        assert_eq!((taken.by_others, taken.communicators), (66, 6));
         // What is given back is there for the next.
         taken.give_back(shares[1]);
         assert_eq!(taken.take(132), shares[1]);
@@ -110,6 +120,6 @@ mod tests {
         for share in &shares {
             taken.give_back(*share);
         }
-        assert!(!taken.has_first && taken.by_others == 0);
+        assert!(!taken.has_first && taken.by_others == 0 && taken.communicators == 0);
     }
 }

@@ -46,7 +46,7 @@ impl Communicator {
                 least: &least,
                 is_aborted: &is_aborted,
             };
-            all_or_none(attachment.run(), rank, &all)?
+            all_or_none(attachment.run(), rank, Gpu::undo, &all)?
         };
         let gpu = gpu.map_err(|error| told_by(error, rank))?;
         child.attach(origin, gpu);
@@ -67,7 +67,7 @@ impl Communicator {
                 least: &least,
                 is_aborted: &is_aborted,
             };
-            all_or_none(attachment.run(), self.rank(), &least)?
+            all_or_none(attachment.run(), self.rank(), Gpu::undo, &least)?
         };
         Ok(gpu.map(|gpu| self.attach(origin, gpu)))
     }
@@ -101,7 +101,7 @@ impl Communicator {
     }
 
     /// The least of what all ranks say. Collective.
-    fn least_of_all(&self, ours: u8, patience: Option<Duration>) -> Result<u8> {
+    pub(super) fn least_of_all(&self, ours: u8, patience: Option<Duration>) -> Result<u8> {
         let mut all = [ours];
         let call = Call::new(Kind::AllReduce { op: ReduceOp::Min }, [BufMut::from(&mut all).raw()]);
         self.engine().with_patience(patience, |engine| engine.submit(&call))?;
@@ -156,8 +156,9 @@ mod tests {
         on_threads(3, |communicator| {
             let rank = communicator.rank();
             let reason = if rank == 1 { "it has none" } else { "no device here" };
-            let made = Err(Error::Device { rank: 7, reason: reason.to_owned() });
-            let agreed = all_or_none(made, rank, &|ours| communicator.least_of_all(ours, None));
+            let failure = || Error::Device { rank: 7, reason: reason.to_owned() };
+            let all = |ours| communicator.least_of_all(ours, None);
+            let agreed = all_or_none(Err(failure()), rank, Gpu::undo, &all);
             let error = agreed.unwrap().unwrap_err();
             assert_eq!(told_by(error, rank), Error::Device { rank, reason: reason.to_owned() });
             let cuda = unisono_cuda::Error::NoSuchDevice { ordinal: 3, count: 1 };
@@ -165,6 +166,14 @@ mod tests {
             assert_eq!(told, Error::Cuda { rank, error: cuda });
             let other = Error::PeerLeft { rank: 0, during: "a test".to_owned() };
             assert_eq!(told_by(other.clone(), rank), other);
+            // Who has made something gives it back if another has not, and only then.
+            let undone = std::cell::Cell::new(None);
+            let agree = |made| all_or_none(made, rank, |made| undone.set(Some(made)), &all).unwrap();
+            let error = agree(if rank == 1 { Err(failure()) } else { Ok(rank) }).unwrap_err();
+            assert_eq!(error.to_string().contains("another rank"), rank != 1, "{error}");
+            assert_eq!(undone.take(), (rank != 1).then_some(rank));
+            assert_eq!(agree(Ok(rank)), Ok(rank));
+            assert_eq!(undone.take(), None);
         });
     }
 

@@ -4,7 +4,7 @@
 use unisono_core::device::layout::MAX_RANKS;
 use unisono_core::layout::{SIGNAL_SLOTS, SIGNAL_STRIDE};
 
-use super::one_sided::{DeviceView, MISSED_PACKET_AT, MISSED_SIGNAL_AT};
+use super::one_sided::{DeviceView, MISSED_PACKET_AT, MISSED_SIGNAL_AT, MISSED_UNTOLD};
 
 const HEADER: &str = include_str!("../../kernels/device.cuh");
 const PTX: &str = include_str!("../../kernels/ptx.cuh");
@@ -58,7 +58,8 @@ fn definitions() -> String {
         ("MISSED_PACKET", MISSED_PACKET_AT / 4),
         ("SYMMETRIC_BYTES", size_of::<DeviceView>()),
     ];
-    all.map(|(name, value)| format!("#define UNISONO_{name} {value}\n")).concat()
+    let untold = format!("#define UNISONO_MISSED_UNTOLD {MISSED_UNTOLD}ull\n");
+    all.map(|(name, value)| format!("#define UNISONO_{name} {value}\n")).concat() + &untold
 }
 
 #[cfg(test)]

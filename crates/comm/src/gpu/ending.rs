@@ -81,6 +81,8 @@ impl Gpu {
         self.end = End::Now;
     }
 
+    /// All streams are asked at once, those that others capture too: which ones our kernels run in, graphs and users know, and streams
+    /// of before may be gone.
     fn wait_until_quiet(&self) -> unisono_cuda::Result<bool> {
         let (start, event) = (Instant::now(), Event::new(&self.device, false)?);
         event.record_device()?;
@@ -108,7 +110,8 @@ impl Drop for Gpu {
         drop(self.watch.take());
         // In a forked child the driver answers nothing, and the memory is its parent's.
         if self.control.check_process().is_err() {
-            std::mem::forget((self.memory.take(), std::mem::take(&mut self.windows)));
+            // Another thread may have held the lock of the budget when it was forked: then nobody would give that back.
+            std::mem::forget((self.memory.take(), std::mem::take(&mut self.windows), self.budget.take()));
             return;
         }
         let Some(mut memory) = self.memory.take() else { return };

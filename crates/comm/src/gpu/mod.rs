@@ -75,7 +75,8 @@ pub(crate) struct Gpu {
     enqueued: Option<Arc<Enqueued>>,
     failed: Option<Error>,
     memory: Option<Memory>,
-    _budget: Budget,
+    /// Until it is dropped.
+    budget: Option<Budget>,
     watch: Option<Watch>,
     /// What becomes of the memory when this is dropped.
     end: End,
@@ -146,7 +147,7 @@ impl Gpu {
             enqueued: None,
             failed: None,
             memory: Some(memory),
-            _budget: budget,
+            budget: Some(budget),
             watch: Some(watch),
             end: End::WhenQuiet,
         })
@@ -314,9 +315,10 @@ impl Gpu {
             let what = plan.header.to_string();
             return Err(Error::NotPrepared { call: kind.name(), rank, what, why: "a graph is captured" });
         }
-        if !self.siblings.is_empty() && !self.is_quiet()? {
+        let is_alone = self.budget.as_ref().is_none_or(Budget::is_alone);
+        if (!self.siblings.is_empty() || !is_alone) && !self.is_quiet()? {
             let what = plan.header.to_string();
-            let why = "other calls of this process wait for each other";
+            let why = "other calls of this process wait for their peers";
             return Err(Error::NotPrepared { call: kind.name(), rank, what, why });
         }
         let layout = ArenaLayout::new(self.rules.ranks, self.rules.link);
@@ -329,16 +331,31 @@ impl Gpu {
 
     /// Whether all devices of this process have nothing to do, or soon have: loading would wait for them, and they perhaps for
     /// this very thread.
+    ///
+    /// They do for sure if it drives several ranks. Else they wait for another process, which comes to it in time, unless that is
+    /// itself about to load, and waits for another communicator's call that this thread would make next. Nobody can tell; so
+    /// there is time for a rank that is late, and an answer before the kernels' own patience ends.
     fn is_quiet(&self) -> Result<bool> {
         const SOON: Duration = Duration::from_secs(1);
+        /// Where kernels wait for ever.
+        const AT_LAST: Duration = Duration::from_mins(5);
         let rank = self.args.rank as usize;
         let failed = |error| Error::Cuda { rank, error };
+        let limit = match self.args.patience_ns {
+            _ if !self.siblings.is_empty() => SOON,
+            0 => AT_LAST,
+            patience_ns => Duration::from_nanos(patience_ns / 2),
+        };
         let start = Instant::now();
         for device in self.siblings.iter().chain([&self.device]) {
             let event = Event::new(device, false).map_err(failed)?;
-            event.record_device().map_err(failed)?;
+            match event.record_device() {
+                // A driver that cannot tell: loading may wait as long as the kernels do.
+                Err(unisono_cuda::Error::TooOld { .. }) if self.siblings.is_empty() => return Ok(true),
+                recorded => recorded.map_err(failed)?,
+            }
             while !event.is_done().map_err(failed)? {
-                if start.elapsed() > SOON {
+                if start.elapsed() > limit {
                     return Ok(false);
                 }
                 std::thread::sleep(Duration::from_millis(1));

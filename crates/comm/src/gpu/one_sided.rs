@@ -4,6 +4,7 @@
 //! The copy of each rank lies on its GPU, its signal slots behind it. The host moves data with a copy engine, on a stream that
 //! waits for no other, and waits for that alone: some ten microseconds for each access, whatever kernels are at work.
 
+use std::cell::RefMut;
 use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use unisono_cuda::{RegisteredHost, Stream};
 use unisono_sync::Stopped;
 
 use super::Gpu;
+use super::attach::all_or_none;
 use super::watch::{lost_context, side_stream};
 use super::windows::Mappings;
 use crate::communicator::Communicator;
@@ -26,6 +28,8 @@ pub(super) const MISSED_SIGNAL_AT: usize = 8;
 /// The same of a packet, from the first slot on.
 pub(super) const MISSED_PACKET_AT: usize = MISSED_SIGNAL_AT + MISSED_BYTES;
 const MISSED_BYTES: usize = 24;
+/// The first word while a thread writes the other two: it was the first to miss something there, and others keep out.
+pub(super) const MISSED_UNTOLD: u64 = u64::MAX;
 const _: () = assert!(MISSED_PACKET_AT + MISSED_BYTES <= SIGNAL_STRIDE);
 
 /// One-sided memory as kernels of one rank reach it: `unisono::Symmetric` of the header
@@ -80,7 +84,8 @@ impl Missed {
         slots.chain([MISSED_PACKET_AT]).find_map(|at| {
             let (words, _) = pad.get(at..at + MISSED_BYTES)?.as_chunks();
             let word = |at: usize| u64::from_le_bytes(words[at]);
-            let (place, values, waited) = (word(0).checked_sub(1)?, word(1), Duration::from_nanos(word(2)));
+            let first = Some(word(0)).filter(|first| *first != MISSED_UNTOLD)?;
+            let (place, values, waited) = (first.checked_sub(1)?, word(1), Duration::from_nanos(word(2)));
             Some(Self { at, place, expected: (values >> 32) as u32, got: values as u32, waited })
         })
     }
@@ -98,9 +103,16 @@ impl Missed {
 #[derive(Debug)]
 pub(crate) struct OneSided {
     stream: Arc<Stream>,
-    mappings: Arc<Mappings>,
     layout: WindowLayout,
     patience_ns: u64,
+    /// The communicator has a clone of this `Arc` for as long as it keeps the memory; graphs have their own.
+    reached: Arc<Reached>,
+}
+
+/// What kernels touch, kept together: the copies, and the word that ends their waits.
+#[derive(Clone, Debug)]
+struct Reached {
+    mappings: Arc<Mappings>,
     /// Declared before what keeps these pages mapped.
     control_pages: Arc<RegisteredHost>,
     control: Arc<Control>,
@@ -109,7 +121,7 @@ pub(crate) struct OneSided {
 impl OneSided {
     /// Where the copy of `peer` begins, as our device calls it.
     pub(crate) fn address(&self, peer: usize) -> u64 {
-        self.mappings.addresses()[peer]
+        self.reached.mappings.addresses()[peer]
     }
 
     /// Copies what lies from byte `at` of the copy of `peer` on.
@@ -135,27 +147,41 @@ impl OneSided {
 
     /// As [`OneSided::signal`], in the order of `stream`.
     pub(crate) fn signal_on(&self, stream: &Stream, peer: usize, slot: usize, value: u32) -> Result<()> {
-        let rank = self.control.member().0;
+        let rank = self.rank();
         if stream.device() != self.stream.device() {
             let expected = format!("one of cuda:{}", self.stream.device().ordinal());
             let got = format!("one of cuda:{}", stream.device().ordinal());
             return Err(Error::Argument { call: "signal_on", rank, what: "stream", expected, got });
         }
-        let capture = stream.capture().map_err(|error| self.failed(error))?;
-        if let Some(capture) = capture {
-            capture.keep(self.mappings.clone()).map_err(|error| self.failed(error))?;
-        }
+        self.keep_if_captured(stream).map_err(|error| self.failed(error))?;
         // SYNC: what came before a signal, to whichever copy, is visible after it.
         // SAFETY: the slot lies in the mapping, which stays until our device was waited for, or its graph is gone.
         unsafe { stream.write_word(self.address(peer) + self.slot(slot) as u64, value) }
             .map_err(|error| self.failed(error))
     }
 
+    /// What the kernels beside a captured signal touch then stays for as long as the graph does.
+    fn keep_if_captured(&self, stream: &Stream) -> unisono_cuda::Result<()> {
+        // Every driver answers this one.
+        if !stream.is_capturing()? {
+            return Ok(());
+        }
+        match stream.capture()? {
+            // Not the same `Arc`: a graph waits for nobody before it lets go.
+            Some(capture) => capture.keep(Arc::new((*self.reached).clone())),
+            None => Ok(()),
+        }
+    }
+
+    fn rank(&self) -> usize {
+        self.reached.control.member().0
+    }
+
     /// What our `slot` holds.
     pub(crate) fn value(&self, slot: usize) -> Result<u32> {
         let mut value = [0; 4];
         // SYNC: what came before a signal, to whichever copy, is visible after it.
-        self.read(self.control.member().0, self.slot(slot), &mut value)?;
+        self.read(self.rank(), self.slot(slot), &mut value)?;
         Ok(u32::from_le_bytes(value))
     }
 
@@ -172,7 +198,7 @@ impl OneSided {
         let start = Instant::now();
         loop {
             // Looked at before the slot: what was signalled before a failure counts.
-            let is_aborted = self.control.abort().raised().is_some();
+            let is_aborted = self.reached.control.abort().raised().is_some();
             let waited = start.elapsed();
             if self.value(slot)?.wrapping_sub(at_least) < 1 << 31 {
                 return Ok(Ok(()));
@@ -191,7 +217,7 @@ impl OneSided {
 
     /// Ok, or what a kernel waited for in vain; it is forgotten then.
     pub(crate) fn take_missed(&self) -> Result<()> {
-        let (rank, field) = (self.control.member().0, self.layout.device_signals());
+        let (rank, field) = (self.rank(), self.layout.device_signals());
         let mut pad = vec![0; field.bytes];
         self.read(rank, field.offset, &mut pad)?;
         let Some(missed) = Missed::find(&pad) else { return Ok(()) };
@@ -201,13 +227,13 @@ impl OneSided {
 
     /// What kernels are given.
     pub(crate) fn view(&self) -> DeviceView {
-        let (rank, ranks) = self.control.member();
+        let (rank, ranks) = self.reached.control.member();
         let mut copies = [0; MAX_RANKS];
-        copies[..ranks].copy_from_slice(self.mappings.addresses());
+        copies[..ranks].copy_from_slice(self.reached.mappings.addresses());
         DeviceView {
             copies,
             signals_at: self.layout.device_signals().offset as u64,
-            abort: self.control_pages.address(),
+            abort: self.reached.control_pages.address(),
             bytes: self.layout.bytes() as u64,
             patience_ns: self.patience_ns,
             rank: rank as u32,
@@ -225,25 +251,25 @@ impl OneSided {
     }
 
     fn failed(&self, error: unisono_cuda::Error) -> Error {
-        if let Some(cause) = lost_context(&error, &self.control) {
-            self.control.fail(&cause);
+        let control = &self.reached.control;
+        if let Some(cause) = lost_context(&error, control) {
+            control.fail(&cause);
         }
-        Error::Cuda { rank: self.control.member().0, error }
+        Error::Cuda { rank: self.rank(), error }
     }
 }
 
 impl Drop for OneSided {
     fn drop(&mut self) {
         // In a forked child the driver answers nothing, and the memory is its parent's.
-        let is_forked = self.control.check_process().is_err();
-        // As long as the communicator keeps the copies, it waits for kernels before it lets go. Else they may still be at work here:
+        let is_forked = self.reached.control.check_process().is_err();
+        // As long as the communicator keeps the memory, it waits for kernels before it lets go. Else they may still be at work here:
         // they end in time, because the communicator ended. Nobody waits for them here; if no thread can be had, the memory stays.
-        if Arc::strong_count(&self.mappings) > 1 && !is_forked {
+        if Arc::strong_count(&self.reached) > 1 && !is_forked {
             return;
         }
         let device = self.stream.device().clone();
-        let kept = (self.mappings.clone(), self.control_pages.clone(), self.control.clone());
-        let kept = ManuallyDrop::new(kept);
+        let kept = ManuallyDrop::new(self.reached.clone());
         if is_forked {
             return;
         }
@@ -258,8 +284,8 @@ impl Drop for OneSided {
 }
 
 impl Communicator {
-    /// Makes window `id`, in memory of devices, one-sided; `count` elements of `size` bytes. It is ours, and was compared with
-    /// what the others do. Collective, with [`Communicator::end_window`] in it.
+    /// Makes window `id`, in memory of devices, one-sided; `count` elements of `size` bytes. It is ours. Collective, with
+    /// [`Communicator::end_window`] in it: all ranks have their one-sided memory, or all get an error and the memory is gone.
     pub(crate) fn make_one_sided(&self, id: u64, (count, size): (usize, usize)) -> Result<OneSided> {
         let layout = WindowLayout::new(self.world_size(), count, size)?;
         let one_sided = match &self.gpu {
@@ -268,11 +294,18 @@ impl Communicator {
         };
         // Whoever fails here still takes part: the others wait for it.
         self.end_window(unisono_core::call::Kind::Symmetric, id, &self.control)?;
-        let one_sided = one_sided?;
-        if let Some(gpu) = &self.gpu {
-            gpu.borrow_mut().windows.keep(id, one_sided.mappings.clone());
+        let windows = || self.gpu.as_ref().map(|gpu| RefMut::map(gpu.borrow_mut(), |gpu| &mut gpu.windows));
+        if let (Ok(one_sided), Some(mut windows)) = (&one_sided, windows()) {
+            windows.keep(id, one_sided.reached.clone());
         }
-        Ok(one_sided)
+        let undo = |one_sided| {
+            drop(one_sided);
+            // Nothing was given to its stream: it goes at once.
+            if let Some(mut windows) = windows() {
+                windows.close(id);
+            }
+        };
+        all_or_none(one_sided, self.rank(), undo, &|ours| self.least_of_all(ours, self.patience))?
     }
 }
 
@@ -284,11 +317,13 @@ impl Gpu {
         };
         let one_sided = OneSided {
             stream: side_stream(&self.device).map_err(|error| Error::Cuda { rank, error })?,
-            mappings,
             layout,
             patience_ns: self.args.patience_ns,
-            control_pages: memory.control_pages.clone(),
-            control: self.control.clone(),
+            reached: Arc::new(Reached {
+                mappings,
+                control_pages: memory.control_pages.clone(),
+                control: self.control.clone(),
+            }),
         };
         // What the driver makes for its first copies, it makes now, while no kernel waits for us.
         one_sided.write(rank, one_sided.slot(0), &[0; 4])?;
@@ -317,6 +352,7 @@ mod tests {
         };
         let waited = Duration::from_millis(1500);
         let words = |place: u64| [place + 1, 7 << 32 | 6, 1_500_000_000];
+        assert_eq!(tell(MISSED_PACKET_AT, [MISSED_UNTOLD, 0, 0]), None, "somebody is about to say it");
         let packet = Error::Packet { rank: 2, place: 1000, expected: 7, got: 6, waited };
         assert_eq!(tell(MISSED_PACKET_AT, words(1000)), Some(packet));
         for slot in [63, 0] {

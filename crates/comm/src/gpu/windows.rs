@@ -5,6 +5,7 @@ use std::any::Any;
 use std::sync::Arc;
 
 use unisono_core::device::Link;
+use unisono_cuda::capture::Kept;
 use unisono_cuda::{SharedPages, Stream};
 use unisono_sync::Deadline;
 
@@ -66,7 +67,7 @@ struct OpenWindow {
 pub(super) struct Windows {
     open: Vec<OpenWindow>,
     /// Those that no collective works on any more, by id: they stay until they are closed, whoever drops what.
-    one_sided: Vec<(u64, Arc<Mappings>)>,
+    one_sided: Vec<(u64, Kept)>,
 }
 
 impl Windows {
@@ -76,14 +77,14 @@ impl Windows {
     }
 
     /// Forgets window `id`.
-    fn close(&mut self, id: u64) {
+    pub(super) fn close(&mut self, id: u64) {
         self.open.retain(|window| window.id != id);
         self.one_sided.retain(|(other, _)| *other != id);
     }
 
-    /// Keeps the copies of window `id`, which is one-sided from now on, until it is closed.
-    pub(super) fn keep(&mut self, id: u64, mappings: Arc<Mappings>) {
-        self.one_sided.push((id, mappings));
+    /// Keeps what window `id` needs, which is one-sided from now on, until it is closed.
+    pub(super) fn keep(&mut self, id: u64, kept: Kept) {
+        self.one_sided.push((id, kept));
     }
 
     /// The copies of window `id`, if collectives work on it.

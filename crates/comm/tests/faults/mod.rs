@@ -4,6 +4,8 @@ pub(crate) mod forks;
 #[cfg(feature = "cuda")]
 pub(crate) mod gpu;
 #[cfg(feature = "cuda")]
+pub(crate) mod gpu_hangs;
+#[cfg(feature = "cuda")]
 pub(crate) mod gpu_matrix;
 pub(crate) mod intruders;
 pub(crate) mod kills;

@@ -250,6 +250,29 @@ fn signals_come_in_the_order_of_a_stream_and_of_a_graph() {
 }
 
 #[test]
+fn a_graph_keeps_what_its_kernels_touch_when_all_else_is_gone() {
+    on_threads(2, |rank, tools| {
+        let shared = symmetric::<u32>(&rank, 1000);
+        let kernel = Kernel::new(tools, TESTS, "wait_each");
+        let view = shared.device_view().unwrap();
+        rank.barrier().unwrap();
+        tools.raw.begin_capture().unwrap();
+        shared.signal_on(&tools.stream, rank.rank(), 2, 1).unwrap();
+        let answer = kernel.answer.address();
+        kernel.launch(tools, (2, 64), One { shared: view, answer, slot: 1, value: 1 });
+        let graph = tools.raw.end_capture().unwrap();
+        // Others must not wait for a device while a stream of it is captured.
+        rank.barrier().unwrap();
+        drop((rank, shared));
+        // Whoever gives memory back has done so.
+        std::thread::sleep(Duration::from_secs(1));
+        graph.launch(&tools.raw).unwrap();
+        tools.raw.synchronize().unwrap();
+        assert_eq!(kernel.answer(), [0, 2 * 64]);
+    });
+}
+
+#[test]
 fn waits_in_vain_end_by_their_patience_and_are_told_once() {
     on_threads(2, |rank, tools| {
         let shared = symmetric::<u32>(&rank, 1000);
