@@ -77,6 +77,7 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/tests/faults/forks.rs",
     // Device buffers, and a kernel that goes where it must not.
     "crates/comm/tests/faults/gpu.rs",
+    "crates/comm/tests/faults/gpu_hangs.rs",
     "crates/comm/tests/faults/gpu_matrix.rs",
     // Forks a child that inherits sockets, as a data loader does.
     "crates/comm/tests/faults/kills.rs",
@@ -113,6 +114,7 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/cuda/src/graph.rs",
     "crates/cuda/src/memory.rs",
     "crates/cuda/src/memory/fabric.rs",
+    "crates/cuda/src/memory/pages.rs",
     "crates/cuda/src/module.rs",
     // One call of NVML, past a wrapper that loses its answer.
     "crates/cuda/src/nvml.rs",

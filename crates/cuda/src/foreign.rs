@@ -7,7 +7,7 @@
 //! segments consist of many). Memory of `cudaMalloc` goes as a handle of CUDA IPC, which names the whole allocation. Memory
 //! of stream-ordered pools and managed memory have no way that serves here, and are refused.
 
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Mutex, PoisonError};
 
 use cudarc::driver::sys;
@@ -15,11 +15,13 @@ use cudarc::driver::sys;
 use crate::device::Device;
 use crate::driver::check;
 use crate::error::{Error, Result};
+use crate::memory::Location;
+use crate::memory::pages::{self, Pages};
 
 mod imported;
 mod leases;
 
-pub use imported::{Imported, PeerPages};
+pub use imported::Imported;
 
 /// The most mappings that a range may touch.
 pub const MAX_PIECES: usize = 512;
@@ -69,7 +71,7 @@ impl Foreign {
         let _current = device.enter()?;
         let attributes = Attributes::of(device, address)?;
         attributes.check(device.ordinal())?;
-        let handle = (!attributes.has_ipc).then(|| retain(address)).flatten();
+        let handle = (!attributes.has_ipc).then(|| Pages::at(address)).flatten();
         let way = match (attributes.has_ipc, &handle) {
             (true, _) => Way::Ipc,
             (false, Some(_)) => Way::Descriptors,
@@ -131,11 +133,10 @@ impl Foreign {
                 result => check("cuCtxEnablePeerAccess", device.ordinal(), result),
             };
         }
-        let access = access(device);
         for piece in &self.pieces {
+            let (range, place) = ((piece.base, piece.bytes), pages::place(device, Location::Device));
             // SAFETY: the piece is mapped, as the driver said, and stays so while its owner takes part in this.
-            let result = unsafe { sys::cuMemSetAccess(piece.base, piece.bytes, &raw const access, 1) };
-            check("cuMemSetAccess", device.ordinal(), result)?;
+            unsafe { pages::allow(device, range, place) }?;
         }
         Ok(())
     }
@@ -163,22 +164,16 @@ impl Foreign {
     pub fn descriptor(&self, piece: usize) -> Result<OwnedFd> {
         let _current = self.device.enter()?;
         let base = self.pieces.get(piece).map_or(0, |piece| piece.base);
-        let Some(handle) = retain(base) else {
+        let Some(pages) = Pages::at(base) else {
             return Err(no_way("memory of cuMemCreate", self.way));
         };
-        let mut descriptor: std::ffi::c_int = -1;
-        let kind = sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
-        // SAFETY: the handle is held; a descriptor of that kind is an int, which is ours.
-        let result =
-            unsafe { sys::cuMemExportToShareableHandle((&raw mut descriptor).cast(), handle.0, kind, 0) };
-        if result != sys::CUresult::CUDA_SUCCESS && !can_be_exported(&handle) {
+        let exported = pages.export(&self.device);
+        if exported.is_err() && !pages.can_be_exported() {
             let expected = "memory of cuMemCreate that may be exported as a file descriptor".to_owned();
             let got = "memory that was made without CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR".to_owned();
             return Err(Error::Memory { expected, got });
         }
-        check("cuMemExportToShareableHandle", self.device.ordinal(), result)?;
-        // SAFETY: the driver opened it for us.
-        Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+        exported
     }
 }
 
@@ -302,38 +297,6 @@ fn outside(bytes: usize, inside: u64) -> Error {
     }
 }
 
-/// Memory of `cuMemCreate`, held.
-struct Retained(sys::CUmemGenericAllocationHandle);
-
-/// Holds the memory of `cuMemCreate` that is mapped at an address; none if it is other memory.
-fn retain(address: u64) -> Option<Retained> {
-    let mut handle = 0;
-    let at = std::ptr::without_provenance_mut(address as usize);
-    // SAFETY: the answer is ours. Any address may be asked for.
-    let result = unsafe { sys::cuMemRetainAllocationHandle(&raw mut handle, at) };
-    (result == sys::CUresult::CUDA_SUCCESS).then_some(Retained(handle))
-}
-
-impl Drop for Retained {
-    fn drop(&mut self) {
-        // SAFETY: it is ours. An error has nobody to go to.
-        let _ = unsafe { sys::cuMemRelease(self.0) };
-    }
-}
-
-/// Whether it was made to be exported as a descriptor.
-fn can_be_exported(handle: &Retained) -> bool {
-    let mut properties = std::mem::MaybeUninit::<sys::CUmemAllocationProp>::zeroed();
-    // SAFETY: the handle is held, and the answer is ours.
-    let result = unsafe { sys::cuMemGetAllocationPropertiesFromHandle(properties.as_mut_ptr(), handle.0) };
-    if result != sys::CUresult::CUDA_SUCCESS {
-        return true;
-    }
-    // SAFETY: the driver filled it.
-    let types = unsafe { properties.assume_init() }.requestedHandleTypes.0;
-    types & sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR.0 != 0
-}
-
 /// The driver's number of the memory that is mapped at an address; 0 if it is too old to tell. (The number of the *buffer*
 /// may be that of the reserved addresses, behind which the memory changes.)
 fn block(address: u64) -> u64 {
@@ -341,17 +304,6 @@ fn block(address: u64) -> u64 {
     // SAFETY: the answer is ours, and has 8 bytes.
     let result = unsafe { sys::cuPointerGetAttribute((&raw mut id).cast(), which, address) };
     if result == sys::CUresult::CUDA_SUCCESS { id } else { 0 }
-}
-
-/// Loads and stores by kernels of `device`.
-fn access(device: &Device) -> sys::CUmemAccessDesc {
-    sys::CUmemAccessDesc {
-        location: sys::CUmemLocation {
-            type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE,
-            id: device.raw(),
-        },
-        flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
-    }
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 //! them. The pages live until the last mapping and the last descriptor of them, in whichever process, is gone; so freeing
 //! ours never takes memory away from under a peer.
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use cudarc::driver::sys::{self, CUmemAllocationHandleType as HandleTypes};
@@ -15,8 +15,10 @@ use crate::driver::check;
 use crate::error::{Error, Result};
 
 mod fabric;
+pub(crate) mod pages;
 
 pub use fabric::FabricHandle;
+pub use pages::Pages;
 
 /// Where pages lie.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -31,7 +33,7 @@ pub enum Location {
 #[derive(Debug)]
 pub struct SharedPages {
     device: Device,
-    handle: sys::CUmemGenericAllocationHandle,
+    pages: Pages,
     address: u64,
     bytes: usize,
     location: Location,
@@ -50,8 +52,8 @@ impl SharedPages {
     pub fn create(device: &Device, bytes: usize, location: Location) -> Result<Self> {
         let _current = device.enter()?;
         let descriptor = HandleTypes::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
-        let (handle, bytes) = Self::take(device, bytes, location, descriptor)?;
-        Self::map(device, handle, (bytes, location), Some("nobody asked for one".to_owned()))
+        let (pages, bytes) = Self::take(device, bytes, location, descriptor)?;
+        Self::map(device, pages, (bytes, location), Some("nobody asked for one".to_owned()))
     }
 
     /// As [`SharedPages::create`]; they can also be exported as a fabric handle, if the driver gives any.
@@ -65,11 +67,11 @@ impl SharedPages {
             let both = descriptor | HandleTypes::CU_MEM_HANDLE_TYPE_FABRIC;
             Self::take(device, bytes, location, both).map_err(|error| error.to_string())
         });
-        let ((handle, bytes), no_fabric) = match with_fabric {
+        let ((pages, bytes), no_fabric) = match with_fabric {
             Ok(taken) => (taken, None),
             Err(reason) => (Self::take(device, bytes, location, descriptor)?, Some(reason)),
         };
-        Self::map(device, handle, (bytes, location), no_fabric)
+        Self::map(device, pages, (bytes, location), no_fabric)
     }
 
     /// Pages that are mapped nowhere, and how many bytes they are.
@@ -78,8 +80,8 @@ impl SharedPages {
         bytes: usize,
         location: Location,
         exported_as: HandleTypes,
-    ) -> Result<(sys::CUmemGenericAllocationHandle, usize)> {
-        let properties = properties(device, location, exported_as);
+    ) -> Result<(Pages, usize)> {
+        let properties = pages::properties(device, location, exported_as);
         let mut granularity = 0;
         // SAFETY: the properties are complete, and the answer is ours.
         let result = unsafe {
@@ -93,11 +95,7 @@ impl SharedPages {
         let Some(bytes) = bytes.max(1).checked_next_multiple_of(granularity.max(1)) else {
             return Err(too_large(device, bytes));
         };
-        let mut handle = 0;
-        // SAFETY: as above.
-        let result = unsafe { sys::cuMemCreate(&raw mut handle, bytes, &raw const properties, 0) };
-        check("cuMemCreate", device.ordinal(), result)?;
-        Ok((handle, bytes))
+        Ok((Pages::create(device, bytes, &properties)?, bytes))
     }
 
     /// Maps pages that a peer exported, `bytes` of them as it says.
@@ -106,56 +104,30 @@ impl SharedPages {
     /// What the driver refuses: the descriptor is of something else, or of fewer pages. It is closed in any case.
     pub fn import(device: &Device, descriptor: OwnedFd, bytes: usize, location: Location) -> Result<Self> {
         let _current = device.enter()?;
-        let mut handle = 0;
-        let kind = HandleTypes::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
-        // SAFETY: the descriptor is open; the driver takes the number by value and checks what it is.
-        let result = unsafe {
-            sys::cuMemImportFromShareableHandle(
-                &raw mut handle,
-                std::ptr::without_provenance_mut(descriptor.as_raw_fd() as usize),
-                kind,
-            )
-        };
-        check("cuMemImportFromShareableHandle", device.ordinal(), result)?;
-        Self::map(device, handle, (bytes, location), Some("they were made by another process".to_owned()))
+        let no_fabric = Some("they were made by another process".to_owned());
+        Self::map(device, Pages::import(device, descriptor)?, (bytes, location), no_fabric)
     }
 
-    /// Takes over `handle`, which is released whatever happens.
     fn map(
         device: &Device,
-        handle: sys::CUmemGenericAllocationHandle,
+        pages: Pages,
         (bytes, location): (usize, Location),
         no_fabric: Option<String>,
     ) -> Result<Self> {
-        let mut pages = Self {
-            device: device.clone(),
-            handle,
-            address: 0,
-            bytes: 0,
-            location,
-            no_fabric,
-            allowed: Mutex::new(Vec::new()),
-        };
-        let mut address = 0;
-        // SAFETY: a range of the driver's choice, and the answer is ours.
-        let result = unsafe { sys::cuMemAddressReserve(&raw mut address, bytes, 0, 0, 0) };
-        check("cuMemAddressReserve", device.ordinal(), result)?;
-        // SAFETY: the range is reserved and empty; the driver refuses to map more than there is.
-        let result = unsafe { sys::cuMemMap(address, bytes, 0, handle, 0) };
-        if let Err(error) = check("cuMemMap", device.ordinal(), result) {
-            // SAFETY: the range is ours and empty.
+        let address = pages::reserve(device, bytes)?;
+        // SAFETY: the range is ours and empty.
+        if let Err(error) = unsafe { pages.map(device, (address, bytes)) } {
+            // SAFETY: as above.
             let _ = unsafe { sys::cuMemAddressFree(address, bytes) };
             return Err(error);
         }
-        (pages.address, pages.bytes) = (address, bytes);
-        pages.allow(device)?;
-        if let Location::HostNuma(node) = location {
-            pages.set_access(sys::CUmemLocation {
-                type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_HOST_NUMA,
-                id: node as i32,
-            })?;
+        let allowed = Mutex::new(Vec::new());
+        let mapped = Self { device: device.clone(), pages, address, bytes, location, no_fabric, allowed };
+        mapped.allow(device)?;
+        if let Location::HostNuma(_) = location {
+            mapped.let_in(pages::place(device, location))?;
         }
-        Ok(pages)
+        Ok(mapped)
     }
 
     /// Lets another device of this process access the pages too.
@@ -168,23 +140,15 @@ impl SharedPages {
         if allowed.contains(&device.raw()) {
             return Ok(());
         }
-        self.set_access(sys::CUmemLocation {
-            type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE,
-            id: device.raw(),
-        })?;
+        self.let_in(pages::place(device, Location::Device))?;
         allowed.push(device.raw());
         Ok(())
     }
 
-    fn set_access(&self, location: sys::CUmemLocation) -> Result<()> {
+    fn let_in(&self, location: sys::CUmemLocation) -> Result<()> {
         let _current = self.device.enter()?;
-        let access = sys::CUmemAccessDesc {
-            location,
-            flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
-        };
-        // SAFETY: the range is mapped, and the description complete.
-        let result = unsafe { sys::cuMemSetAccess(self.address, self.bytes, &raw const access, 1) };
-        check("cuMemSetAccess", self.device.ordinal(), result)
+        // SAFETY: the range is mapped.
+        unsafe { pages::allow(&self.device, (self.address, self.bytes), location) }
     }
 
     /// A descriptor that another process of this host can map. The pages live at least as long as it.
@@ -192,14 +156,7 @@ impl SharedPages {
     /// # Errors
     /// What the driver refuses.
     pub fn export(&self) -> Result<OwnedFd> {
-        let mut descriptor: std::ffi::c_int = -1;
-        let kind = HandleTypes::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
-        // SAFETY: the handle lives; a descriptor of that kind is an int, which is ours.
-        let result =
-            unsafe { sys::cuMemExportToShareableHandle((&raw mut descriptor).cast(), self.handle, kind, 0) };
-        check("cuMemExportToShareableHandle", self.device.ordinal(), result)?;
-        // SAFETY: the driver opened it for us.
-        Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+        self.pages.export(&self.device)
     }
 
     /// The first byte, the same for all devices of this process (and its CPU, of host memory).
@@ -261,34 +218,11 @@ impl SharedPages {
 impl Drop for SharedPages {
     fn drop(&mut self) {
         let Ok(_current) = self.device.enter() else { return };
-        // SAFETY: range and handle are ours; who still has kernels on the range must not have dropped this. Errors have
-        // nobody to go to.
+        // SAFETY: the range is ours; who still has kernels on it must not have dropped this. Errors have nobody to go to.
         unsafe {
-            if self.bytes > 0 {
-                let _ = sys::cuMemUnmap(self.address, self.bytes);
-                let _ = sys::cuMemAddressFree(self.address, self.bytes);
-            }
-            let _ = sys::cuMemRelease(self.handle);
+            let _ = sys::cuMemUnmap(self.address, self.bytes);
+            let _ = sys::cuMemAddressFree(self.address, self.bytes);
         }
-    }
-}
-
-fn properties(device: &Device, location: Location, exported_as: HandleTypes) -> sys::CUmemAllocationProp {
-    let (type_, id) = match location {
-        Location::Device => (sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE, device.raw()),
-        Location::HostNuma(node) => (sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_HOST_NUMA, node as i32),
-    };
-    sys::CUmemAllocationProp {
-        type_: sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED,
-        requestedHandleTypes: exported_as,
-        location: sys::CUmemLocation { type_, id },
-        win32HandleMetaData: std::ptr::null_mut(),
-        allocFlags: sys::CUmemAllocationProp_st__bindgen_ty_1 {
-            compressionType: 0,
-            gpuDirectRDMACapable: 0,
-            usage: 0,
-            reserved: [0; 4],
-        },
     }
 }
 

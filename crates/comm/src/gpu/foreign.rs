@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};
 
 use unisono_cuda::foreign::{IPC_HANDLE_BYTES, MAX_PIECES, Way};
-use unisono_cuda::{Device, Foreign, Imported, PeerPages};
+use unisono_cuda::{Device, Foreign, Imported, Pages};
 use unisono_node::socket::MAX_FDS;
 use unisono_sync::Deadline;
 
@@ -108,7 +108,7 @@ struct Arrived {
     /// It has something to give; who has not says why when all agree.
     gives: bool,
     here: Option<Arc<dyn Any + Send + Sync>>,
-    pages: Vec<PeerPages>,
+    pages: Vec<Pages>,
     problem: Option<Error>,
 }
 
@@ -119,7 +119,7 @@ impl Arrived {
             Given::Here(here) => self.here = Some(here),
             Given::Descriptors(descriptors) => {
                 for descriptor in descriptors {
-                    match PeerPages::import(device, descriptor) {
+                    match Pages::import(device, descriptor) {
                         Ok(pages) => self.pages.push(pages),
                         Err(error) => self.problem = Some(Error::Cuda { rank, error }),
                     }

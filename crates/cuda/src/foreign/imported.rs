@@ -3,15 +3,15 @@
 //! A handle of CUDA IPC may be open only once in a process, so whoever asks for the same allocation again gets the same
 //! mapping, by the number that the owner's driver gave the allocation: addresses would not do, because they are used again.
 
-use std::os::fd::{AsRawFd, OwnedFd};
-
 use cudarc::driver::sys;
 
+use super::IPC_HANDLE_BYTES;
 use super::leases::{Lease, Leases};
-use super::{IPC_HANDLE_BYTES, access};
 use crate::device::Device;
 use crate::driver::check;
 use crate::error::{Error, Result};
+use crate::memory::Location;
+use crate::memory::pages::{self, Pages};
 
 /// Mappings that several may use.
 static MAPPINGS: Leases<Key, Mapping> = Leases::new();
@@ -44,36 +44,6 @@ enum Held {
     Alone(Mapping),
 }
 
-/// Memory of `cuMemCreate` of another process, not mapped yet.
-#[derive(Debug)]
-pub struct PeerPages {
-    handle: sys::CUmemGenericAllocationHandle,
-}
-
-impl PeerPages {
-    /// Takes what `descriptor` stands for, and closes it.
-    ///
-    /// # Errors
-    /// What the driver refuses: it is a descriptor of something else.
-    pub fn import(device: &Device, descriptor: OwnedFd) -> Result<Self> {
-        let _current = device.enter()?;
-        let mut handle = 0;
-        let kind = sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
-        let number = std::ptr::without_provenance_mut(descriptor.as_raw_fd() as usize);
-        // SAFETY: the descriptor is open; the driver takes the number by value and checks what it is.
-        let result = unsafe { sys::cuMemImportFromShareableHandle(&raw mut handle, number, kind) };
-        check("cuMemImportFromShareableHandle", device.ordinal(), result)?;
-        Ok(Self { handle })
-    }
-}
-
-impl Drop for PeerPages {
-    fn drop(&mut self) {
-        // SAFETY: it is ours; mappings of it stay. An error has nobody to go to.
-        let _ = unsafe { sys::cuMemRelease(self.handle) };
-    }
-}
-
 impl Imported {
     /// Opens a handle of CUDA IPC that process `owner` made of its allocation number `id`, `bytes` long as it says.
     ///
@@ -94,7 +64,7 @@ impl Imported {
     ///
     /// # Errors
     /// What the driver refuses: there is less memory than that.
-    pub fn map(device: &Device, owner: [u8; 16], pieces: &[(PeerPages, u64, usize)]) -> Result<Self> {
+    pub fn map(device: &Device, owner: [u8; 16], pieces: &[(Pages, u64, usize)]) -> Result<Self> {
         let ids: Vec<u64> = pieces.iter().map(|(_, id, _)| *id).collect();
         let bytes = pieces.iter().try_fold(0usize, |sum, (_, _, bytes)| sum.checked_add(*bytes));
         let Some(bytes) = bytes.filter(|bytes| *bytes > 0) else {
@@ -168,25 +138,19 @@ impl Mapping {
         Ok(opened)
     }
 
-    fn map(device: &Device, bytes: usize, pieces: &[(PeerPages, u64, usize)]) -> Result<Self> {
+    fn map(device: &Device, bytes: usize, pieces: &[(Pages, u64, usize)]) -> Result<Self> {
         let _current = device.enter()?;
-        let mut address = 0;
-        // SAFETY: a range of the driver's choice, and the answer is ours.
-        let result = unsafe { sys::cuMemAddressReserve(&raw mut address, bytes, 0, 0, 0) };
-        check("cuMemAddressReserve", device.ordinal(), result)?;
+        let address = pages::reserve(device, bytes)?;
         let mut mapping = Self { device: device.clone(), address, bytes, mapped: Some(Vec::new()) };
         let mut at = address;
         for (pages, _, length) in pieces {
-            // SAFETY: the range is reserved and empty; the driver refuses to map more than there is.
-            let result = unsafe { sys::cuMemMap(at, *length, 0, pages.handle, 0) };
-            check("cuMemMap", device.ordinal(), result)?;
+            // SAFETY: the range is ours and empty from here on.
+            unsafe { pages.map(device, (at, *length)) }?;
             mapping.mapped.get_or_insert_default().push(*length);
             at += *length as u64;
         }
-        let access = access(device);
-        // SAFETY: the range is mapped from end to end, and the description complete.
-        let result = unsafe { sys::cuMemSetAccess(address, bytes, &raw const access, 1) };
-        check("cuMemSetAccess", device.ordinal(), result)?;
+        // SAFETY: the range is mapped from end to end.
+        unsafe { pages::allow(device, (address, bytes), pages::place(device, Location::Device)) }?;
         Ok(mapping)
     }
 }

@@ -111,38 +111,23 @@ struct Segments {
     device: Device,
     address: u64,
     piece: usize,
-    handles: Vec<sys::CUmemGenericAllocationHandle>,
 }
 
 impl Segments {
     fn new(device: &Device, piece: usize) -> Self {
         let _current = device.enter().unwrap();
-        let properties = sys::CUmemAllocationProp {
-            type_: sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED,
-            requestedHandleTypes: sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
-            location: access(device).location,
-            win32HandleMetaData: std::ptr::null_mut(),
-            allocFlags: sys::CUmemAllocationProp_st__bindgen_ty_1 {
-                compressionType: 0,
-                gpuDirectRDMACapable: 0,
-                usage: 0,
-                reserved: [0; 4],
-            },
-        };
-        let (access, mut address, mut handles) = (access(device), 0, Vec::new());
-        let ok = |result| check("segments", 0, result).unwrap();
-        // SAFETY: the range is ours and mapped from end to end.
-        unsafe {
-            ok(sys::cuMemAddressReserve(&raw mut address, piece * 2, 0, 0, 0));
-            for at in 0..2 {
-                let mut handle = 0;
-                ok(sys::cuMemCreate(&raw mut handle, piece, &raw const properties, 0));
-                ok(sys::cuMemMap(address + (at * piece) as u64, piece, 0, handle, 0));
-                handles.push(handle);
-            }
-            ok(sys::cuMemSetAccess(address, piece * 2, &raw const access, 1));
+        let descriptor = sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+        let properties = pages::properties(device, Location::Device, descriptor);
+        let address = pages::reserve(device, piece * 2).unwrap();
+        for at in [address, address + piece as u64] {
+            let pages = Pages::create(device, piece, &properties).unwrap();
+            // SAFETY: the range is ours and empty.
+            unsafe { pages.map(device, (at, piece)) }.unwrap();
         }
-        Self { device: device.clone(), address, piece, handles }
+        // SAFETY: the range is mapped from end to end.
+        unsafe { pages::allow(device, (address, piece * 2), pages::place(device, Location::Device)) }
+            .unwrap();
+        Self { device: device.clone(), address, piece }
     }
 }
 
@@ -153,9 +138,6 @@ impl Drop for Segments {
         unsafe {
             let _ = sys::cuMemUnmap(self.address, self.piece * 2);
             let _ = sys::cuMemAddressFree(self.address, self.piece * 2);
-            for handle in &self.handles {
-                let _ = sys::cuMemRelease(*handle);
-            }
         }
     }
 }
@@ -171,7 +153,7 @@ fn segments_that_follow_each_other_are_mapped_as_one_range_elsewhere() {
     // Each mapping of the same memory has the same number, so two who import it share one mapping.
     let import = || {
         let pieces = found.pieces().iter().enumerate().map(|(at, piece)| {
-            let pages = PeerPages::import(&device, found.descriptor(at).unwrap()).unwrap();
+            let pages = Pages::import(&device, found.descriptor(at).unwrap()).unwrap();
             (pages, piece.id, piece.bytes)
         });
         Imported::map(&device, [7; 16], &pieces.collect::<Vec<_>>()).unwrap()

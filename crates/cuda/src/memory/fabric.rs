@@ -5,7 +5,7 @@
 
 use cudarc::driver::sys;
 
-use super::{Location, SharedPages};
+use super::{Location, Pages, SharedPages};
 use crate::device::Device;
 use crate::driver::check;
 use crate::error::{Error, Result};
@@ -44,7 +44,7 @@ impl SharedPages {
         let kind = sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_FABRIC;
         // SAFETY: the handle lives; one of that kind is 64 bytes, which are ours.
         let result =
-            unsafe { sys::cuMemExportToShareableHandle((&raw mut handle).cast(), self.handle, kind, 0) };
+            unsafe { sys::cuMemExportToShareableHandle((&raw mut handle).cast(), self.pages.raw(), kind, 0) };
         check("cuMemExportToShareableHandle", ordinal, result)
             .map_err(|error| Error::NoFabric { ordinal, reason: error.to_string() })?;
         Ok(FabricHandle(handle.data))
@@ -67,7 +67,7 @@ impl SharedPages {
         check("cuMemImportFromShareableHandle", ordinal, result)
             .map_err(|error| Error::NoFabric { ordinal, reason: error.to_string() })?;
         let no_fabric = Some("they were made by another process".to_owned());
-        Self::map(device, imported, (bytes, Location::Device), no_fabric)
+        Self::map(device, Pages::from_raw(imported), (bytes, Location::Device), no_fabric)
     }
 }
 
