@@ -116,6 +116,10 @@ impl<T: Element> Window<T> {
             return Err(error);
         }
         self.check_cause()?;
+        #[cfg_attr(
+            not(feature = "cuda"),
+            expect(clippy::infallible_destructuring_match, reason = "GPUs have more")
+        )]
         let copies = match &self.held {
             Held::Host(copies) => copies,
             #[cfg(feature = "cuda")]

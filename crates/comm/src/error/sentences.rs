@@ -6,20 +6,21 @@ use super::Error;
 
 /// One line per example: the variant, an error of it, its sentence. A variant without a line does not compile.
 macro_rules! sentences {
-    ($($variant:ident: $error:expr => $sentence:expr;)*) => {
+    ($($(#[$meta:meta])* $variant:ident: $error:expr => $sentence:expr;)*) => {
         #[test]
         fn every_error_says_what_happened_and_what_to_do() {
-            $(
+            $($(#[$meta])*
+            {
                 let error: Error = $error;
                 assert!(matches!(error, Error::$variant { .. }), "{error:?}");
                 assert_eq!(error.to_string(), $sentence);
-            )*
+            })*
         }
 
         #[expect(dead_code, reason = "it is there to compile")]
         fn has_a_sentence(error: &Error) {
             match error {
-                $(Error::$variant { .. } => {})*
+                $($(#[$meta])* Error::$variant { .. } => {})*
             }
         }
     };
@@ -29,6 +30,7 @@ const WHO: &str = "rank 3 (host gpu07, pid 4121)";
 const STORE: &str = "tcp://10.0.0.5:29500";
 
 sentences! {
+    #[cfg(feature = "cuda")]
     Cuda: Error::Cuda {
         rank: 3,
         error: unisono_cuda::Error::NoSuchDevice { ordinal: 8, count: 2 },
