@@ -57,7 +57,7 @@ impl Family {
         let wish = |member: usize| {
             let mut random = Random::of(&[seed, member as u64, 7]);
             let color = (!random.once_in(5)).then(|| [0, 1, 2, u32::MAX][random.below(4)]);
-            (color, random.below(3) as i32 - 1)
+            (color, random.below(3) - 1)
         };
         let (color, key) = wish(world_rank);
         let communicator = self.communicator.split(color, key).unwrap();

@@ -11,6 +11,8 @@ mod derive;
 mod group;
 #[path = "gpu/life.rs"]
 mod life;
+#[path = "support/random.rs"]
+mod numbers;
 #[path = "gpu/pinned.rs"]
 mod pinned;
 #[path = "gpu/random.rs"]
@@ -26,6 +28,7 @@ mod windows;
 #[path = "gpu/world.rs"]
 mod world;
 
+use numbers::Random;
 use unisono::{Builder, DType, ReduceOp};
 use unisono_core::device::Form;
 use world::{Case, Operation, World, devices};

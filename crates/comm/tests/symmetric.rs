@@ -1,51 +1,22 @@
 //! One-sided memory: random writes and signals, rings and ping-pong, threads that share one rank's handle, what is refused, and
 //! how waits end.
 
-use std::sync::Arc;
+mod support;
+
 use std::thread;
 use std::time::{Duration, Instant};
 
 use unisono::{Communicator, Element, Error, Memory, Operations, ReduceOp, Stream, Symmetric};
 
-const LONG: Duration = Duration::from_secs(60);
+use support::random::Random;
+use support::threads::on_threads;
 
-/// Runs `body` on every rank of a world of threads; what each returned, by rank.
-fn on_threads<T: Send + 'static>(
-    world_size: usize,
-    body: impl Fn(Communicator) -> T + Send + Sync + 'static,
-) -> Vec<T> {
-    let body = Arc::new(body);
-    let threads: Vec<_> = Communicator::threads(world_size)
-        .unwrap()
-        .into_iter()
-        .map(|rank| {
-            let body = body.clone();
-            thread::spawn(move || body(rank))
-        })
-        .collect();
-    threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-}
+const LONG: Duration = Duration::from_secs(60);
 
 fn symmetric<T: Element>(rank: &Communicator, count: usize) -> Symmetric<T> {
     // Without GPUs, it makes no difference.
     let memory = if count.is_multiple_of(2) { Memory::Host } else { Memory::Pinned };
     rank.window::<T>(count, memory).unwrap().into_symmetric(rank).unwrap()
-}
-
-/// Numbers that follow from a seed.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ mixed >> 31
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        (self.next() % limit as u64) as usize
-    }
 }
 
 /// Every rank owns a stretch of every copy, of a length that ends inside a word. Each round all write all their stretches, tell
@@ -57,7 +28,7 @@ fn what_was_written_before_a_signal_is_seen_after_it() {
         on_threads(world_size, move |rank| {
             let (me, shared) = (rank.rank(), symmetric::<u8>(&rank, world_size * STRETCH));
             let content = |from: usize, to: usize, round: u32| {
-                let mut random = Random(u64::from(round) << 20 | (from as u64) << 8 | to as u64);
+                let mut random = Random::new(u64::from(round) << 20 | (from as u64) << 8 | to as u64);
                 (0..STRETCH).map(|_| random.next() as u8).collect::<Vec<_>>()
             };
             for round in 1..=200 {
@@ -112,7 +83,7 @@ fn random_ranges_of_every_size_of_element() {
     fn with<T: Element + PartialEq + std::fmt::Debug>(world_size: usize, of: fn(u64) -> T) {
         on_threads(world_size, move |rank| {
             let (me, shared) = (rank.rank(), symmetric::<T>(&rank, 3000));
-            let mut random = Random(me as u64 + 5);
+            let mut random = Random::new(me as u64 + 5);
             // Everybody keeps a copy of what it wrote to its own half of its neighbour's memory.
             let (to, half) = ((me + 1) % world_size, me % 2 * 1500);
             let mut model: Vec<T> = (0..1500).map(|_| of(0)).collect();

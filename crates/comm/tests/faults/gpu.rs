@@ -10,7 +10,7 @@ use unisono::{BufMut, Communicator, DType, Error, Memory, Operations, ReduceOp, 
 use unisono_core::device::Link;
 
 use super::parts::{Part, end_of_input, expect, report, setting};
-use super::random::Random;
+use super::random::{self, Random};
 use super::world::{Rank, Setup, World};
 use super::{ms_between, percentiles, scale, server};
 
@@ -27,7 +27,7 @@ pub(super) fn device_count() -> Option<u32> {
 pub(crate) fn survivors_leave_their_kernels_and_go_on() {
     let Some(count) = device_count() else { return };
     let server = server();
-    let seed = Random::fresh_seed();
+    let seed = random::seed();
     println!("seed {seed}");
     let mut random = Random::new(seed);
     let (mut samples, kills) = (Vec::new(), 2 * scale());
@@ -65,7 +65,7 @@ pub(crate) fn survivors_leave_their_kernels_and_go_on() {
 pub(crate) fn survivors_shrink_and_sum_on_their_gpus() {
     let Some(count) = device_count() else { return };
     let server = server();
-    let seed = Random::fresh_seed();
+    let seed = random::seed();
     println!("seed {seed}");
     let mut random = Random::new(seed);
     let (mut samples, kills) = (Vec::new(), 2 * scale());
@@ -86,7 +86,7 @@ pub(crate) fn survivors_shrink_and_sum_on_their_gpus() {
 pub(crate) fn a_stopped_rank_is_left_out_and_its_memory_is_kept() {
     let Some(count) = device_count() else { return };
     let server = server();
-    let mut random = Random::new(Random::fresh_seed());
+    let mut random = Random::new(random::seed());
     let setup = Setup::new("gpu survivor", (count as usize).max(3), server.unique_id());
     let (mut world, victim, _) = lose_one(setup, Signal::STOP, &mut random);
     world.signal(victim, Signal::CONT);

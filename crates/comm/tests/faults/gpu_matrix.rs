@@ -12,6 +12,7 @@ use unisono::{Call, Communicator, DType, Form, Operations, Place, RawBuffer, Red
 
 use super::gpu::device_count;
 use super::parts::{Part, expect};
+use super::random::Random;
 use super::server;
 use super::world::Setup;
 

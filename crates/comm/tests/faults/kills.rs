@@ -10,7 +10,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use unisono::{Operations, Result};
 
 use super::parts::{Collectives, Part};
-use super::random::Random;
+use super::random::{self, Random};
 use super::world::{Setup, World};
 use super::{ms_between, percentiles, scale, server};
 
@@ -22,7 +22,7 @@ const PROMISED_P99_MS: f64 = 50.0;
 /// Row 1, and row 10 after each kill.
 pub(crate) fn every_survivor_names_the_killed_rank() {
     let server = server();
-    let seed = Random::fresh_seed();
+    let seed = random::seed();
     println!("seed {seed}");
     let mut random = Random::new(seed);
     let (mut samples, mut exits, kills) = (Vec::new(), Vec::new(), 18 * scale());

@@ -5,7 +5,7 @@ use std::time::Duration;
 use unisono::{Communicator, Error, Kind, Memory, Operations, ReduceOp, Result};
 
 use super::parts::{Part, expect, setting};
-use super::random::Random;
+use super::random::{self, Random};
 use super::world::Setup;
 use super::{scale, server};
 
@@ -172,7 +172,7 @@ fn make_parts(communicator: &Communicator, kind: Kind, count: usize) -> Result<(
 /// Row 15.
 pub(crate) fn both_calls_are_named_on_every_rank() {
     let server = server();
-    let seed = Random::fresh_seed();
+    let seed = random::seed();
     println!("seed {seed}");
     let setup = Setup::new("mismatches", RANKS, server.unique_id())
         .with("FAULTS_SEED", seed)

@@ -19,6 +19,7 @@ pub(crate) mod parts;
 #[cfg(feature = "cuda")]
 pub(crate) mod pinned;
 pub(crate) mod proxy;
+#[path = "../support/random.rs"]
 pub(crate) mod random;
 #[cfg(feature = "cuda")]
 pub(crate) mod registrations;

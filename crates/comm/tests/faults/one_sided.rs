@@ -11,7 +11,7 @@ use unisono::{Communicator, DeviceView, Memory, Operations, Result, Symmetric};
 
 use super::gpu::device_count;
 use super::parts::{Part, expect, setting};
-use super::random::Random;
+use super::random::{self, Random};
 use super::world::Setup;
 use super::{ms_between, scale, server};
 
@@ -47,7 +47,7 @@ pub(crate) fn processes_exchange_packets_and_signals() {
 pub(crate) fn a_killed_rank_ends_the_waits_of_kernels_and_is_named() {
     let Some(count) = device_count() else { return };
     let server = server();
-    let seed = Random::fresh_seed();
+    let seed = random::seed();
     println!("seed {seed}");
     let mut random = Random::new(seed);
     for _ in 0..2 * scale() {

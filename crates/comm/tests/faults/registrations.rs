@@ -36,7 +36,6 @@ struct Bench {
     communicator: Communicator,
     raw: CudaStream,
     stream: Stream,
-    staging: DeviceBuffer,
 }
 
 impl Bench {
@@ -46,21 +45,17 @@ impl Bench {
         unsafe { self.communicator.register(RawBuffer { ptr, count, dtype: DType::I32, place }) }
     }
 
-    fn write(&mut self, to: u64, values: &[i32]) {
+    fn write(&self, to: u64, values: &[i32]) {
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        self.staging.write(0, &bytes).unwrap();
-        // SAFETY: both stay until the stream was waited for.
-        unsafe { self.raw.copy(to, self.staging.address(), bytes.len()) }.unwrap();
-        self.raw.synchronize().unwrap();
+        // SAFETY: callers give addresses of memory that is as long.
+        unsafe { self.raw.write(to, &bytes) }.unwrap();
     }
 
     fn expect(&self, at: u64, expected: &[i32], what: &str) -> Result<()> {
         let mut bytes = vec![0; expected.len() * 4];
         // SAFETY: as above.
-        unsafe { self.raw.copy(self.staging.address(), at, bytes.len()) }.unwrap();
-        self.raw.synchronize().unwrap();
+        unsafe { self.raw.read(at, &mut bytes) }.unwrap();
         self.communicator.check()?;
-        self.staging.read(0, &mut bytes).unwrap();
         let got = bytes.as_chunks().0.iter().map(|value| i32::from_le_bytes(*value));
         let wrong = got.zip(expected).enumerate().find(|(_, (got, expected))| got != *expected);
         expect(wrong.is_none(), || format!("{what}: element, got and expected: {wrong:?}"));
@@ -115,9 +110,8 @@ pub(crate) fn register(part: &Part) -> Result<()> {
     let raw = CudaStream::new(&device).unwrap();
     // SAFETY: the raw stream lives as long as this one.
     let stream = unsafe { Stream::cuda(raw.raw(), ordinal) }?;
-    let staging = DeviceBuffer::new(&device, COUNT * 4).unwrap();
     let (rank, size) = (part.rank, part.size);
-    let mut bench = Bench { rank, size, ordinal, device, communicator, raw, stream, staging };
+    let mut bench = Bench { rank, size, ordinal, device, communicator, raw, stream };
     println!("ready");
     reach(&mut bench)?;
     replay(&mut bench)?;

@@ -16,7 +16,7 @@ use unisono_core::layout::{ControlLayout, Field, LINE, PAGE};
 use unisono_sync::{Counter, Flag};
 
 use super::parts::{Part, expect, setting};
-use super::random::Random;
+use super::random::{self, Random};
 use super::world::Setup;
 use super::{scale, server};
 
@@ -308,7 +308,7 @@ pub(crate) fn process(part: &Part) -> Result<()> {
 
 /// Row 22, for ranks that are threads: many worlds.
 pub(crate) fn nothing_written_to_the_shared_memory_does_harm() {
-    let seed = Random::fresh_seed();
+    let seed = random::seed();
     println!("seed {seed}");
     let setup = Setup::new("scribbled threads", 1, server().unique_id())
         .with("UNISONO_TIMEOUT", "1s")
@@ -325,7 +325,7 @@ pub(crate) fn nothing_written_to_the_shared_memory_does_harm() {
 /// Row 22, for ranks that are processes: also what the node plane reads.
 pub(crate) fn a_peer_that_scribbles_is_an_error_in_time() {
     let server = server();
-    let seed = Random::fresh_seed();
+    let seed = random::seed();
     println!("seed {seed}");
     for at in 0..4 * scale() as u64 {
         let setup = Setup::new("scribbled process", RANKS, server.unique_id())

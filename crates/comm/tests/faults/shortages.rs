@@ -9,7 +9,7 @@ use unisono::{Operations, ReduceOp, Result};
 
 use super::leftovers::{Usage, settle};
 use super::parts::{Part, expect, setting};
-use super::random::Random;
+use super::random::{self, Random};
 use super::world::{Setup, World};
 use super::{scale, server};
 
@@ -160,7 +160,7 @@ pub(crate) fn a_system_call_that_fails_is_an_error_on_all_ranks() {
         return;
     }
     let server = server();
-    let seed = Random::fresh_seed();
+    let seed = random::seed();
     println!("seed {seed}");
     let mut random = Random::new(seed);
     let (mut well, mut refused) = (0, 0);

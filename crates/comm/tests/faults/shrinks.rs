@@ -6,7 +6,7 @@ use rustix::process::Signal;
 use unisono::{Communicator, Error, Memory, Operations, ReduceOp, Result};
 
 use super::parts::{Collectives, Part, end_of_input, expect};
-use super::random::Random;
+use super::random::{self, Random};
 use super::world::{Setup, World};
 use super::{ms_between, now_ns, percentiles, scale, server};
 
@@ -124,7 +124,7 @@ fn expect_good_end(world: &mut World, survivors: &[usize]) -> Vec<usize> {
 /// Row 7, and row 10 after each: up to half of the ranks die, the later ones while the others shrink.
 pub(crate) fn survivors_go_on_after_kills_at_any_moment() {
     let server = server();
-    let seed = Random::fresh_seed();
+    let seed = random::seed();
     println!("seed {seed}");
     let mut random = Random::new(seed);
     let (mut samples, mut kills, rounds) = (Vec::new(), 0, 12 * scale());
@@ -177,7 +177,7 @@ pub(crate) fn sixteen_ranks_are_back_within_two_seconds() {
 pub(crate) fn a_stopped_rank_is_left_out_and_harms_nobody_when_it_wakes_up() {
     const LIVENESS_MS: u64 = 600;
     let server = server();
-    let mut random = Random::new(Random::fresh_seed());
+    let mut random = Random::new(random::seed());
     let (mut samples, rounds) = (Vec::new(), 2 + scale());
     for at in 0..rounds {
         let size = 2 + at % 4;
@@ -211,7 +211,7 @@ pub(crate) fn a_stopped_rank_is_left_out_and_harms_nobody_when_it_wakes_up() {
 /// Row 7 and row 28 together: one is stopped, another dies while the first is given up.
 pub(crate) fn a_death_while_another_rank_is_given_up_is_left_out_too() {
     let server = server();
-    let mut random = Random::new(Random::fresh_seed());
+    let mut random = Random::new(random::seed());
     for at in 0..2 * scale() {
         let size = 4 + at % 3;
         let (stopped, killed) = (at % size, (at + 1 + random.below(size as u64 - 1) as usize) % size);

@@ -9,7 +9,7 @@ use unisono::{Deadline, Result, UniqueId};
 
 use super::parts::setting;
 use super::proxy::TamperingProxy;
-use super::random::Random;
+use super::random::{self, Random};
 use super::world::{Failure, Setup, World};
 use super::{ms_between, now_ns, percentiles, scale, server};
 
@@ -210,7 +210,7 @@ pub(crate) fn a_death_at_each_step_of_meeting_is_named() {
 /// Row 5: deaths between the meeting and the end of the start, at any moment. Nobody waits for the deadline.
 pub(crate) fn a_death_while_connecting_is_named_at_once() {
     let server = server();
-    let seed = Random::fresh_seed();
+    let seed = random::seed();
     println!("seed {seed}");
     let mut random = Random::new(seed);
     let cases: Vec<(usize, u64)> = (0..24 * scale())
@@ -343,7 +343,7 @@ fn soon() -> Deadline {
 /// Row 23: one byte is flipped on the way between a rank and the store. The world is right, or there is none.
 pub(crate) fn a_tampered_store_connection_never_lies() {
     let server = server();
-    let seed = Random::fresh_seed();
+    let seed = random::seed();
     println!("seed {seed}");
     let mut random = Random::new(seed);
     let (mut built, mut refused) = (0, 0);

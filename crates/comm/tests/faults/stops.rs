@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
-use super::random::Random;
+use super::random::{self, Random};
 use super::world::Setup;
 use super::{ms_between, now_ns, percentiles, scale, server};
 
@@ -13,7 +13,7 @@ const MARGIN_MS: f64 = 500.0;
 
 /// Row 4.
 pub(crate) fn a_stopped_rank_is_named_in_time() {
-    let mut random = Random::new(Random::fresh_seed());
+    let mut random = Random::new(random::seed());
     let mut samples = Vec::new();
     for at in 0..3 * scale() {
         let size = [2, 4, 3][at % 3];

@@ -16,7 +16,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use unisono::UniqueId;
 use unisono_sync::{Counter, Flag};
 
-use super::random::Random;
+use super::random::{self, Random};
 use super::traces::Traces;
 use super::world::{Setup, World};
 use super::{scale, server};
@@ -88,7 +88,7 @@ fn say(socket: &OwnedFd, bytes: &[u8], with_descriptor: bool) {
 
 /// Row 18: thousands of connections with garbage, at the store and at the ranks, until all have met.
 pub(crate) fn a_port_scan_does_not_keep_the_ranks_from_meeting() {
-    let seed = Random::fresh_seed();
+    let seed = random::seed();
     println!("seed {seed}");
     let called = (0..scale() as u64).map(|world| scanned_world(seed.wrapping_add(world << 8))).sum::<u64>();
     println!("{called} connections");

@@ -14,7 +14,7 @@ use unisono::{
 };
 use unisono_core::device::{Form, Link};
 
-use crate::world::devices;
+use crate::world::{self, devices};
 
 /// Elements of a part of a buffer, and how many parts there are.
 const COUNT: usize = 200_000;
@@ -105,27 +105,16 @@ impl Tools {
     }
 }
 
-/// A thread for each of `ranks`, dealt to the devices in turn. Nothing happens without a device.
+/// A thread for each of `ranks`.
 fn on_threads(
     ranks: usize,
     configure: impl FnOnce(Builder) -> Builder,
-    work: impl Fn(Communicator, Tools) + Sync,
+    work: impl Fn(Communicator, &Tools) + Sync,
 ) {
-    let devices = devices();
-    if devices.is_empty() {
-        return;
-    }
-    let chosen: Vec<u32> = (0..ranks).map(|rank| devices[rank % devices.len()]).collect();
-    let communicators = configure(configured(Communicator::builder())).local(&chosen).unwrap();
     let all = Arc::new(Meeting::new(ranks));
-    let tools = chosen.iter().enumerate().map(|(rank, ordinal)| Tools::new(rank, *ordinal, all.clone()));
-    let tools: Vec<_> = tools.collect();
-    std::thread::scope(|scope| {
-        for (communicator, tools) in communicators.into_iter().zip(tools) {
-            let work = &work;
-            scope.spawn(move || work(communicator, tools));
-        }
-    });
+    let configure = |builder| configure(configured(builder));
+    let tools = |rank, ordinal| Tools::new(rank, ordinal, all.clone());
+    world::on_threads(ranks, configure, tools, |communicator, tools| work(communicator, tools));
 }
 
 /// Ends communicators that all ranks hold in the same order, some of them in groups.

@@ -36,22 +36,18 @@ fn one_thread_reduces_in_windows_on_its_devices_and_ends_everything() {
         let raw = CudaStream::new(&device).unwrap();
         // SAFETY: the raw stream lies beside this one and lives as long.
         let stream = unsafe { Stream::cuda(raw.raw(), *ordinal) }.unwrap();
-        let mut staging = DeviceBuffer::new(&device, count * 4).unwrap();
         let values = (0..count as i32).flat_map(|at| (at * (rank as i32 + 1)).to_le_bytes());
-        staging.write(0, &values.collect::<Vec<u8>>()).unwrap();
-        // SAFETY: both are as long, and stay until the stream was waited for.
-        unsafe { raw.copy(windows[rank].address(), staging.address(), count * 4) }.unwrap();
-        tools.push((raw, stream, staging));
+        // SAFETY: the window is as long.
+        unsafe { raw.write(windows[rank].address(), &values.collect::<Vec<u8>>()) }.unwrap();
+        tools.push((raw, stream));
     }
-    for ((rank, window), (_, stream, _)) in ranks.iter().zip(&mut windows).zip(&tools) {
+    for ((rank, window), (_, stream)) in ranks.iter().zip(&mut windows).zip(&tools) {
         rank.on(stream).all_reduce(window, ReduceOp::Sum).unwrap();
     }
-    for (window, (raw, _, staging)) in windows.iter().zip(&tools) {
-        // SAFETY: as above.
-        unsafe { raw.copy(staging.address(), window.address(), count * 4) }.unwrap();
-        raw.synchronize().unwrap();
+    for (window, (raw, _)) in windows.iter().zip(&tools) {
         let mut bytes = vec![0; count * 4];
-        staging.read(0, &mut bytes).unwrap();
+        // SAFETY: as above.
+        unsafe { raw.read(window.address(), &mut bytes) }.unwrap();
         let values = bytes.as_chunks().0.iter().map(|value| i32::from_le_bytes(*value));
         assert!(values.eq((0..count as i32).map(|at| at * 3)));
     }

@@ -9,7 +9,7 @@ use unisono::{
 };
 use unisono_core::device::Form;
 
-use crate::world::devices;
+use crate::world::{self, PATIENCE, devices};
 
 /// A rank's stream, which lies beside what it is made of.
 struct OnGpu {
@@ -48,23 +48,12 @@ fn on_threads(
     configure: impl FnOnce(Builder) -> Builder,
     work: impl Fn(Communicator, &OnGpu) + Sync,
 ) {
-    let devices = devices();
-    if devices.is_empty() {
-        return;
-    }
-    let chosen: Vec<u32> = (0..ranks).map(|rank| devices[rank % devices.len()]).collect();
     let by_rank: Vec<PinnedWay> = (0..ranks).map(|rank| ways[rank % ways.len()]).collect();
-    let patience = Some(std::time::Duration::from_secs(20));
-    let builder = Communicator::builder().timeout(patience).pinned_by_rank(&by_rank);
-    let builder = builder.prepare(DType::I32, ReduceOp::Sum).unwrap();
-    let world = configure(builder).local(&chosen).unwrap();
-    let streams: Vec<OnGpu> = chosen.iter().map(|ordinal| OnGpu::new(*ordinal)).collect();
-    let work = &work;
-    std::thread::scope(|scope| {
-        for (rank, stream) in world.into_iter().zip(&streams) {
-            scope.spawn(move || work(rank, stream));
-        }
-    });
+    let configure = |builder: Builder| {
+        let builder = builder.timeout(PATIENCE).pinned_by_rank(&by_rank);
+        configure(builder.prepare(DType::I32, ReduceOp::Sum).unwrap())
+    };
+    world::on_threads(ranks, configure, |_, ordinal| OnGpu::new(ordinal), |rank, gpu| work(rank, gpu));
 }
 
 /// Two windows and what stands in them, as the CPU writes it.

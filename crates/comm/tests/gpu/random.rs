@@ -10,6 +10,7 @@ use unisono::cuda::{Architecture, Cache, Compiler, DeviceBuffer, Function, Grid,
 use unisono::{Call, DType, Operations, Order, Place, RawBuffer, ReduceOp};
 
 use crate::case::{Case, Operation, scalar};
+use crate::numbers::{self, Random};
 use crate::pairs;
 use crate::world::{World, devices};
 
@@ -38,25 +39,10 @@ struct Compare {
     wrong: u64,
 }
 
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ mixed >> 31
-    }
-
-    fn below(&mut self, end: usize) -> usize {
-        (self.next() % end.max(1) as u64) as usize
-    }
-
-    /// Log-uniform up to `most`, zero among them.
-    fn size(&mut self, most: usize) -> usize {
-        let bits = self.below(most.ilog2() as usize + 1);
-        self.below(1 << bits << usize::from(bits < most.ilog2() as usize)).min(most)
-    }
+/// Log-uniform up to `most`, zero among them.
+fn size(random: &mut Random, most: usize) -> usize {
+    let bits = random.below(most.ilog2() + 1);
+    random.below(1 << bits << u32::from(bits < most.ilog2())).min(most)
 }
 
 struct Rank {
@@ -71,7 +57,7 @@ struct Rank {
 }
 
 fn period(dtype: DType, rank: usize) -> Vec<u8> {
-    let mut random = Random(rank as u64 * 77 + u64::from(dtype.code()) + 5);
+    let mut random = Random::new(rank as u64 * 77 + u64::from(dtype.code()) + 5);
     let words = (0..(PERIOD * dtype.size()).div_ceil(8)).flat_map(|_| random.next().to_le_bytes());
     words.take(PERIOD * dtype.size()).collect()
 }
@@ -180,7 +166,7 @@ impl Trial {
         let (parts_in, parts_out) = case.parts(root, ranks);
         let room = if is_large { LARGE - (64 << 10) } else { 1 << 20 };
         let most = room / dtype.size() / parts_in.max(parts_out);
-        let count = if is_large { most / 2 + random.below(most / 2) } else { random.size(most) };
+        let count = if is_large { most / 2 + random.below(most / 2) } else { size(random, most) };
         let is_in_place = random.below(3) == 0 && case.can_be_in_place();
         Self {
             case: Case { count, is_in_place, ..case },
@@ -259,11 +245,10 @@ fn random_operations_have_the_bits_of_the_reference() {
         return;
     }
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
-    let seed = number("UNISONO_TEST_SEED").unwrap_or(now.as_nanos() as u64 & 0xffff_ffff);
+    let seed = numbers::seed();
     let operations = 2000 * number("UNISONO_TEST_SCALE").unwrap_or(1);
     println!("UNISONO_TEST_SEED={seed}, {operations} operations");
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let world = World::new(devices.len().max(2), &devices, |builder| {
         pairs().fold(builder.order(Order::Rank), |builder, (dtype, op)| builder.prepare(dtype, op).unwrap())
     });

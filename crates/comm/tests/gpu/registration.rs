@@ -6,7 +6,7 @@ use unisono::{
     Registration, Stream,
 };
 
-use crate::windows::{Tools, on_threads};
+use crate::windows::on_threads;
 
 /// Memory as programs get it.
 enum Foreign {
@@ -52,23 +52,6 @@ fn target(registration: &Registration, at: usize, count: usize) -> BufMut<'_, i3
     unsafe { registration.buf_mut(at..at + count) }
 }
 
-fn write(tools: &mut Tools, address: u64, values: &[i32]) {
-    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-    tools.staging.write(0, &bytes).unwrap();
-    // SAFETY: both stay until the stream was waited for.
-    unsafe { tools.raw.copy(address, tools.staging.address(), bytes.len()) }.unwrap();
-    tools.raw.synchronize().unwrap();
-}
-
-fn read(tools: &Tools, address: u64, count: usize) -> Vec<i32> {
-    // SAFETY: as above.
-    unsafe { tools.raw.copy(tools.staging.address(), address, count * 4) }.unwrap();
-    tools.raw.synchronize().unwrap();
-    let mut bytes = vec![0; count * 4];
-    tools.staging.read(0, &mut bytes).unwrap();
-    bytes.as_chunks().0.iter().map(|value| i32::from_le_bytes(*value)).collect()
-}
-
 /// What element `at` of `rank` is.
 fn value(rank: usize, at: usize) -> i32 {
     at as i32 * 7 + rank as i32 * 1000
@@ -98,7 +81,7 @@ fn collectives_reach_registered_memory_where_it_lies_at_offsets_of_each_ranks_ow
                     let outputs = register(&rank, to, 4 * me, count * ranks + 16);
                     for (at, into) in [(0, 0), (2 * me, 3), (3, 4)] {
                         let mine: Vec<i32> = (0..count).map(|at| value(me, at)).collect();
-                        write(tools, inputs.address() + at as u64 * 4, &mine);
+                        tools.put(inputs.address() + at as u64 * 4, &mine);
                         let result = outputs.address() + into as u64 * 4;
                         on.all_reduce_into(
                             source(&inputs, at, count),
@@ -106,7 +89,7 @@ fn collectives_reach_registered_memory_where_it_lies_at_offsets_of_each_ranks_ow
                             ReduceOp::Sum,
                         )
                         .unwrap();
-                        assert_eq!(read(tools, result, count), sums(ranks, count));
+                        assert_eq!(tools.get(result, count), sums(ranks, count));
                         on.broadcast_into(
                             source(&inputs, at, count),
                             target(&outputs, into, count),
@@ -114,23 +97,23 @@ fn collectives_reach_registered_memory_where_it_lies_at_offsets_of_each_ranks_ow
                         )
                         .unwrap();
                         let last: Vec<i32> = (0..count).map(|at| value(ranks - 1, at)).collect();
-                        assert_eq!(read(tools, result, count), last);
+                        assert_eq!(tools.get(result, count), last);
                         let all: Vec<i32> =
                             (0..ranks).flat_map(|rank| (0..count).map(move |at| value(rank, at))).collect();
                         on.all_gather_into(source(&inputs, at, count), target(&outputs, into, count * ranks))
                             .unwrap();
-                        assert_eq!(read(tools, result, count * ranks), all);
+                        assert_eq!(tools.get(result, count * ranks), all);
                         // Out of a registration, into a window.
                         on.all_gather_into(
                             source(&inputs, at, count),
                             window.range_mut(into..into + count * ranks),
                         )
                         .unwrap();
-                        assert_eq!(read(tools, window.address() + into as u64 * 4, count * ranks), all);
+                        assert_eq!(tools.get(window.address() + into as u64 * 4, count * ranks), all);
                         // In place.
                         on.all_reduce(target(&inputs, at, count), ReduceOp::Sum).unwrap();
                         let result = inputs.address() + at as u64 * 4;
-                        assert_eq!(read(tools, result, count), sums(ranks, count));
+                        assert_eq!(tools.get(result, count), sums(ranks, count));
                         rank.check().unwrap();
                     }
                     inputs.close(&rank).unwrap();
@@ -155,9 +138,9 @@ fn memory_is_registered_as_often_as_one_likes_and_a_closed_registration_is_refus
             let closed = target(&first, 0, 500).raw();
             first.close(&rank).unwrap();
             let mine: Vec<i32> = (0..900).map(|at| value(me, at)).collect();
-            write(tools, second.address(), &mine);
+            tools.put(second.address(), &mine);
             rank.on(&stream).all_reduce(target(&second, 0, 900), ReduceOp::Sum).unwrap();
-            assert_eq!(read(tools, second.address(), 900), sums(2, 900));
+            assert_eq!(tools.get(second.address(), 900), sums(2, 900));
             // Beyond the end, before the beginning, of a registration that is no more: refused before anything is touched.
             let beyond = target(&second, 500, 401).raw();
             let nowhere = target(&second, usize::MAX / 2, 1).raw();
@@ -205,14 +188,14 @@ fn a_graph_keeps_what_it_reaches_when_windows_and_registrations_are_closed() {
         let twice: Vec<i32> = sums(2, COUNT).into_iter().map(|sum| sum * 2).collect();
         for _ in 0..3 {
             for address in addresses {
-                write(tools, address, &mine);
+                tools.put(address, &mine);
             }
             // Nobody writes its input while another still reads that of the round before.
             rank.barrier().unwrap();
             graph.launch(&tools.raw).unwrap();
             tools.raw.synchronize().unwrap();
             for address in addresses {
-                assert_eq!(read(tools, address, COUNT), twice);
+                assert_eq!(tools.get(address, COUNT), twice);
             }
             rank.check().unwrap();
         }
@@ -266,9 +249,9 @@ fn memory_that_cannot_be_registered_is_refused_on_all_ranks_who_go_on() {
             }
         }
         let registered = register(&rank, &plain, 0, 1024);
-        write(tools, registered.address(), &[1; 1024]);
+        tools.put(registered.address(), &[1; 1024]);
         rank.on(&stream).all_reduce(target(&registered, 0, 1024), ReduceOp::Sum).unwrap();
-        assert_eq!(read(tools, registered.address(), 1024), [3; 1024]);
+        assert_eq!(tools.get(registered.address(), 1024), [3; 1024]);
         registered.close(&rank).unwrap();
         window.close(&rank).unwrap();
         rank.destroy().unwrap();

@@ -1,10 +1,10 @@
 //! Windows on devices: collectives that reach them where they lie, and their life.
 
 use unisono::cuda::{Device, DeviceBuffer, Stream as CudaStream};
-use unisono::{Communicator, DType, Error, Memory, Operations, ReduceOp, Stream, Window};
+use unisono::{Builder, Communicator, DType, Error, Memory, Operations, ReduceOp, Stream, Window};
 use unisono_core::device::Form;
 
-use crate::world::devices;
+use crate::world::{self, PATIENCE};
 
 /// What a rank works with. Nothing is allocated or freed between its calls: that may wait for the whole device, and so for the
 /// kernel of another rank there, which waits for us.
@@ -23,47 +23,40 @@ impl Tools {
         Self { raw, stream, staging: DeviceBuffer::new(&device, 4 << 20).unwrap() }
     }
 
-    /// Copies `values` to element `at` of a window.
-    fn write(&mut self, window: &Window<i32>, at: usize, values: &[i32]) {
+    /// Copies `values` to an address of our device.
+    pub(crate) fn put(&self, address: u64, values: &[i32]) {
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        // SAFETY: tests give addresses of memory that is as long.
+        unsafe { self.raw.write(address, &bytes) }.unwrap();
+    }
+
+    /// The `count` values at an address of our device.
+    pub(crate) fn get(&self, address: u64, count: usize) -> Vec<i32> {
+        let mut bytes = vec![0; count * 4];
+        // SAFETY: as above.
+        unsafe { self.raw.read(address, &mut bytes) }.unwrap();
+        bytes.as_chunks().0.iter().map(|value| i32::from_le_bytes(*value)).collect()
+    }
+
+    /// Copies `values` to element `at` of a window.
+    fn write(&self, window: &Window<i32>, at: usize, values: &[i32]) {
         assert!(at + values.len() <= window.len());
-        self.staging.write(0, &bytes).unwrap();
-        // SAFETY: the range lies in the window, and both stay until the stream was waited for.
-        unsafe { self.raw.copy(window.address() + at as u64 * 4, self.staging.address(), bytes.len()) }
-            .unwrap();
-        self.raw.synchronize().unwrap();
+        self.put(window.address() + at as u64 * 4, values);
     }
 
     /// The `count` elements from `at` on.
     fn read(&self, window: &Window<i32>, at: usize, count: usize) -> Vec<i32> {
-        // SAFETY: as above.
-        unsafe { self.raw.copy(self.staging.address(), window.address() + at as u64 * 4, count * 4) }
-            .unwrap();
-        self.raw.synchronize().unwrap();
-        let mut bytes = vec![0; count * 4];
-        self.staging.read(0, &mut bytes).unwrap();
-        bytes.as_chunks().0.iter().map(|value| i32::from_le_bytes(*value)).collect()
+        self.get(window.address() + at as u64 * 4, count)
     }
 }
 
 /// Runs `work` on every rank of a world, each on a thread of its own.
 pub(crate) fn on_threads(ranks: usize, work: impl Fn(Communicator, &mut Tools) + Sync) {
-    let devices = devices();
-    if devices.is_empty() {
-        return;
-    }
-    let chosen: Vec<u32> = (0..ranks).map(|rank| devices[rank % devices.len()]).collect();
-    let patience = Some(std::time::Duration::from_secs(20));
-    let builder = Communicator::builder().timeout(patience).gpu_algorithm(Form::Direct, 0);
-    let builder = builder.prepare(DType::I32, ReduceOp::Sum).unwrap();
-    let world = builder.local(&chosen).unwrap();
-    let mut tools: Vec<Tools> = chosen.iter().map(|ordinal| Tools::new(*ordinal)).collect();
-    let work = &work;
-    std::thread::scope(|scope| {
-        for (rank, tools) in world.into_iter().zip(&mut tools) {
-            scope.spawn(move || work(rank, tools));
-        }
-    });
+    let configure = |builder: Builder| {
+        let builder = builder.timeout(PATIENCE).gpu_algorithm(Form::Direct, 0);
+        builder.prepare(DType::I32, ReduceOp::Sum).unwrap()
+    };
+    world::on_threads(ranks, configure, |_, ordinal| Tools::new(ordinal), work);
 }
 
 #[test]

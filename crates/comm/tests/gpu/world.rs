@@ -3,9 +3,14 @@
 pub(crate) use crate::case::{Case, Operation};
 use crate::case::{expected, input};
 
+use std::time::Duration;
+
 use unisono::cuda::{Device, DeviceBuffer, Stream as CudaStream};
 use unisono::{Builder, Call, Communicator, Operations, Place, RawBuffer, Stream};
 use unisono_core::device::Form;
+
+/// How long calls of tests wait.
+pub(crate) const PATIENCE: Option<Duration> = Some(Duration::from_secs(20));
 
 /// The devices of this machine; none, and said so, where there is none.
 pub(crate) fn devices() -> Vec<u32> {
@@ -29,8 +34,7 @@ impl World {
     /// Ranks that are dealt to `devices` in turn.
     pub(crate) fn new(ranks: usize, devices: &[u32], configure: impl FnOnce(Builder) -> Builder) -> Self {
         let chosen: Vec<u32> = (0..ranks).map(|rank| devices[rank % devices.len()]).collect();
-        let patience = Some(std::time::Duration::from_secs(20));
-        let builder = configure(Communicator::builder().timeout(patience));
+        let builder = configure(Communicator::builder().timeout(PATIENCE));
         let communicators = builder.local(&chosen).unwrap();
         let devices: Vec<Device> = chosen.iter().map(|ordinal| Device::new(*ordinal).unwrap()).collect();
         let raw_streams: Vec<_> = devices.iter().map(|device| CudaStream::new(device).unwrap()).collect();
@@ -128,4 +132,27 @@ impl World {
             ends.into_iter().for_each(|end| end.join().unwrap().unwrap());
         });
     }
+}
+
+/// Runs `work` on every rank of a world that `configure` tells of, dealt to the devices in turn, each on a thread of its own. What
+/// they work with is made before, by rank and device, and goes when all are done. Nothing happens without a device.
+pub(crate) fn on_threads<T: Send>(
+    ranks: usize,
+    configure: impl FnOnce(Builder) -> Builder,
+    tools: impl Fn(usize, u32) -> T,
+    work: impl Fn(Communicator, &mut T) + Sync,
+) {
+    let devices = devices();
+    if devices.is_empty() {
+        return;
+    }
+    let chosen: Vec<u32> = (0..ranks).map(|rank| devices[rank % devices.len()]).collect();
+    let world = configure(Communicator::builder()).local(&chosen).unwrap();
+    let mut tools: Vec<T> = chosen.iter().enumerate().map(|(rank, ordinal)| tools(rank, *ordinal)).collect();
+    let work = &work;
+    std::thread::scope(|scope| {
+        for (rank, tools) in world.into_iter().zip(&mut tools) {
+            scope.spawn(move || work(rank, tools));
+        }
+    });
 }

@@ -3,6 +3,8 @@
 use unisono::{DType, Kind, ReduceOp};
 use unisono_core::device::Form;
 
+use super::Random;
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Operation {
     AllReduce,
@@ -89,16 +91,9 @@ pub(crate) fn scalar(rank: usize) -> f64 {
 /// Random bits: every pattern of every dtype comes, NaN and subnormals too. As many parts as the rank gives, at least one.
 pub(crate) fn input(case: &Case, rank: usize, ranks: usize) -> Vec<u8> {
     let bytes = case.count * case.dtype.size() * case.parts(rank, ranks).0.max(1);
-    let mut state = 0x9e37_79b9_7f4a_7c15u64.wrapping_mul(rank as u64 + 1) ^ case.count as u64;
-    let mut all = Vec::with_capacity(bytes + 8);
-    while all.len() < bytes {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (state ^ state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        all.extend((mixed ^ mixed >> 31).to_le_bytes());
-    }
-    all.truncate(bytes);
-    all
+    let mut random = Random::new(0x9e37_79b9_7f4a_7c15u64.wrapping_mul(rank as u64 + 1) ^ case.count as u64);
+    let words = (0..bytes.div_ceil(8)).flat_map(|_| random.next().to_le_bytes());
+    words.take(bytes).collect()
 }
 
 /// What a rank has afterwards, if the call takes the form `taken`. Nothing where it gets nothing.

@@ -1,10 +1,17 @@
-//! Random numbers that follow from a key alone, so that all ranks can draw each other's. Splitmix64; no state to share.
+//! Random numbers that follow from a key or a seed alone, so that all ranks can draw each other's. SplitMix64; no state to share.
+
+#![allow(dead_code, reason = "each test binary uses its part")]
 
 /// A stream of random numbers.
 #[derive(Clone, Debug)]
 pub(crate) struct Random(u64);
 
 impl Random {
+    /// The stream of this seed.
+    pub(crate) const fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
     /// The stream of this key.
     pub(crate) fn of(key: &[u64]) -> Self {
         let mut random = Self(0x6a09_e667_f3bc_c909);
@@ -25,8 +32,15 @@ impl Random {
     }
 
     /// A number below `bound`, which is above 0.
-    pub(crate) fn below(&mut self, bound: usize) -> usize {
-        (self.next() % bound as u64) as usize
+    pub(crate) fn below<N: TryFrom<u64> + TryInto<u64>>(&mut self, bound: N) -> N {
+        let below = bound.try_into().ok().and_then(|bound| N::try_from(self.next() % bound).ok());
+        below.expect("it is below a number of its type")
+    }
+
+    /// A count whose magnitude is as random as its value: 1 to `most`.
+    pub(crate) fn count(&mut self, most: usize) -> usize {
+        let bits = self.below(most.ilog2() + 1);
+        self.below(2 << bits).clamp(1, most)
     }
 
     /// True once in `times`.
