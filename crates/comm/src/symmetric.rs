@@ -149,7 +149,7 @@ impl<T: Element> Symmetric<T> {
 
     /// As [`Symmetric::signal`], in the order of `stream`: after everything that the stream did before, to whichever copy. On the
     /// host's stream that is at once. On a stream of our GPU, for memory of GPUs, it returns when it is enqueued, and can be
-    /// captured in CUDA graphs, which keep the memory then.
+    /// captured in CUDA graphs, which then keep the memory, and the word that ends the waits of kernels beside it.
     ///
     /// # Errors
     /// As [`Symmetric::signal`]; [`Error::Place`] if the memory lies on the host and the stream is that of a GPU;
