@@ -74,30 +74,57 @@ pub(crate) fn expected(case: &Case, inputs: &[Vec<u8>], taken: Option<Form>) -> 
     match case.operation {
         Operation::Broadcast => inputs[case.root].clone(),
         Operation::AllGather => inputs.concat(),
-        Operation::AllReduce if !inputs[0].is_empty() && taken == Some(Form::Ring) => ring(case, inputs),
+        Operation::AllReduce if inputs.len() > 1 && taken == Some(Form::Ring) => ring(case, inputs),
         Operation::AllReduce => reduce(case, &inputs.iter().map(Vec::as_slice).collect::<Vec<_>>()),
     }
 }
 
 fn reduce(case: &Case, inputs: &[&[u8]]) -> Vec<u8> {
-    let scalars: Vec<f64> = (0..inputs.len()).map(scalar).collect();
+    reduce_scaled(case, case.op, inputs, &(0..inputs.len()).map(scalar).collect::<Vec<_>>())
+}
+
+fn reduce_scaled(case: &Case, op: ReduceOp, inputs: &[&[u8]], scalars: &[f64]) -> Vec<u8> {
     let mut output = vec![0; inputs[0].len()];
-    unisono::reduce_op::reference(case.dtype, case.op, inputs, &scalars, &mut output).unwrap();
+    unisono::reduce_op::reference(case.dtype, op, inputs, scalars, &mut output).unwrap();
     output
 }
 
-/// Shard p starts at rank p + 1, and each rank adds its own to what it got.
+/// Shard p starts at rank p + 1, and each rank adds its own to what it got, rounded at each hop. Only the last one divides an
+/// average.
 fn ring(case: &Case, inputs: &[Vec<u8>]) -> Vec<u8> {
     let (ranks, bytes) = (inputs.len(), inputs[0].len());
     let shard = bytes.div_ceil(ranks).next_multiple_of(128);
+    let on_the_way = if case.op == ReduceOp::Avg { ReduceOp::Sum } else { case.op };
     let mut output = Vec::with_capacity(bytes);
     for owner in 0..ranks {
         let (begin, end) = ((owner * shard).min(bytes), ((owner + 1) * shard).min(bytes));
-        let mut partial = inputs[(owner + 1) % ranks][begin..end].to_vec();
-        for hop in 2..=ranks {
-            partial = reduce(case, &[&partial, &inputs[(owner + hop) % ranks][begin..end]]);
+        let of = |hop: usize| ((owner + hop) % ranks, &inputs[(owner + hop) % ranks][begin..end]);
+        let (first, input) = of(1);
+        let mut partial = reduce_scaled(case, on_the_way, &[input], &[scalar(first)]);
+        for hop in 2..ranks {
+            let (rank, input) = of(hop);
+            partial = reduce_scaled(case, on_the_way, &[&partial, input], &[1.0, scalar(rank)]);
         }
-        output.extend(partial);
+        let (last, input) = of(ranks);
+        // The reference divides by the number of inputs, so there must be as many as ranks: the others are −0, which changes nothing.
+        let nothing = nothing(case.dtype, end - begin);
+        let mut all = vec![&nothing[..]; ranks];
+        (all[0], all[1]) = (&partial, input);
+        let mut scalars = vec![1.0; ranks];
+        scalars[1] = scalar(last);
+        let used = if case.op == ReduceOp::Avg { ranks } else { 2 };
+        output.extend(reduce_scaled(case, case.op, &all[..used], &scalars[..used]));
     }
     output
+}
+
+/// Zeros to which anything may be added without a change of its bits: −0 of a floating-point type.
+fn nothing(dtype: DType, bytes: usize) -> Vec<u8> {
+    let part = match dtype {
+        DType::Complex64 => 4,
+        DType::Complex128 => 8,
+        _ => dtype.size(),
+    };
+    let last = if dtype.is_float() || dtype.is_complex() { 0x80 } else { 0 };
+    (0..bytes).map(|at| if at % part == part - 1 { last } else { 0 }).collect()
 }
