@@ -111,7 +111,13 @@ pub(crate) fn expected(case: &Case, inputs: &[Vec<u8>], taken: Option<Form>, ran
         Operation::AllGather => inputs.concat(),
         Operation::AllReduce if ranks > 1 && taken == Some(Form::Ring) => ring(case, inputs),
         Operation::AllReduce => reduce(case, &inputs.iter().map(Vec::as_slice).collect::<Vec<_>>()),
-        Operation::Reduce if is_root => reduce(case, &inputs.iter().map(Vec::as_slice).collect::<Vec<_>>()),
+        Operation::Reduce if is_root => {
+            let whole: Vec<&[u8]> = inputs.iter().map(Vec::as_slice).collect();
+            match taken {
+                Some(Form::Ring) if ranks > 1 => passed_on(case, &whole, rank),
+                _ => reduce(case, &whole),
+            }
+        }
         Operation::Gather if is_root => inputs.concat(),
         Operation::Reduce | Operation::Gather => Vec::new(),
         Operation::Scatter => part(case.root, rank).to_vec(),
