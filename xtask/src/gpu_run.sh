@@ -125,6 +125,8 @@ part_hang() {
     run_tests faults_processes hang 120 gpu_hang
 }
 
+operations="all_reduce broadcast all_gather reduce reduce_scatter gather scatter all_to_all barrier"
+
 # Ranks of one process would wait for each other: the sanitizer runs one kernel of a process at a time.
 part_sanitizer() {
     local tool
@@ -135,12 +137,12 @@ part_sanitizer() {
     fi
     for tool in memcheck synccheck initcheck; do
         step "sanitizer-$tool" 150 compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 99 \
-            ./unisono bench --device cuda -n "$((count < 2 ? 2 : count))" --sizes 8,96KiB,1MiB,6MiB --time 10ms
+            ./unisono bench $operations --device cuda -n "$((count < 2 ? 2 : count))" --sizes 8,96KiB,1MiB,6MiB --time 10ms
     done
 }
 
 bench() { # NAME RANKS
-    TAIL=80 step "$1" 240 ./unisono bench --device cuda --against nccl -n "$2" "--json=$out/$1.json"
+    TAIL=80 step "$1" 240 ./unisono bench $operations --device cuda --against nccl -n "$2" "--json=$out/$1.json"
 }
 
 part_bench() {

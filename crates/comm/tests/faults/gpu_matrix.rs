@@ -140,7 +140,7 @@ fn check(bench: &mut Bench, case: &Case) -> Result<()> {
     bench.communicator.on(&bench.stream).submit(call)?;
     bench.raw.synchronize().unwrap();
     bench.communicator.check()?;
-    let own = if is_in_place && parts_in > parts_out { rank * bytes } else { 0 };
+    let own = if is_in_place && parts_in > parts_out && parts_out > 0 { rank * bytes } else { 0 };
     let expected = expected(case, &inputs, taken.map(|launch| launch.form), rank);
     if is_in_place && parts_out > parts_in {
         before[begin..][..bytes * parts_out].fill(0);

@@ -94,7 +94,7 @@ impl World {
             let (parts_in, parts_out) = case.parts(rank, ranks);
             let expected = expected(case, &inputs, taken, rank);
             // In place, a rank's part of what is reduced lies where it lay; the rest stays as it was.
-            let own = if is_in_place && parts_in > parts_out { rank * bytes } else { 0 };
+            let own = if is_in_place && parts_in > parts_out && parts_out > 0 { rank * bytes } else { 0 };
             let mut before = vec![0xa5; target.bytes()];
             if is_in_place && parts_in >= parts_out {
                 before[offset..][..inputs[rank].len()].copy_from_slice(&inputs[rank]);

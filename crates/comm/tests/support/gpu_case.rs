@@ -104,9 +104,15 @@ pub(crate) fn expected(case: &Case, inputs: &[Vec<u8>], taken: Option<Form>, ran
     match case.operation {
         Operation::Broadcast => inputs[case.root].clone(),
         Operation::AllGather => inputs.concat(),
-        Operation::AllReduce if bytes > 0 && taken == Some(Form::Ring) => ring(case, inputs),
+        Operation::AllReduce if ranks > 1 && taken == Some(Form::Ring) => ring(case, inputs),
         Operation::AllReduce => reduce(case, &inputs.iter().map(Vec::as_slice).collect::<Vec<_>>()),
-        Operation::Reduce if is_root => reduce(case, &inputs.iter().map(Vec::as_slice).collect::<Vec<_>>()),
+        Operation::Reduce if is_root => {
+            let whole: Vec<&[u8]> = inputs.iter().map(Vec::as_slice).collect();
+            match taken {
+                Some(Form::Ring) if ranks > 1 => passed_on(case, &whole, rank),
+                _ => reduce(case, &whole),
+            }
+        }
         Operation::Gather if is_root => inputs.concat(),
         Operation::Reduce | Operation::Gather => Vec::new(),
         Operation::Scatter => part(case.root, rank).to_vec(),
@@ -114,24 +120,41 @@ pub(crate) fn expected(case: &Case, inputs: &[Vec<u8>], taken: Option<Form>, ran
         Operation::ReduceScatter => {
             let parts: Vec<&[u8]> = (0..ranks).map(|from| part(from, rank)).collect();
             match taken {
-                Some(Form::Ring) if bytes > 0 => passed_on(case, &parts, rank),
+                Some(Form::Ring) if ranks > 1 => passed_on(case, &parts, rank),
                 _ => reduce(case, &parts),
             }
         }
     }
 }
 
-/// What began at the rank behind `owner` and went round to it, each rank adding its own.
+/// What began at the rank behind `owner` and went round to it, each rank adding its own, rounded at each hop. Only the last one
+/// divides an average.
 fn passed_on(case: &Case, inputs: &[&[u8]], owner: usize) -> Vec<u8> {
     let ranks = inputs.len();
-    let first = inputs[(owner + 1) % ranks].to_vec();
-    (2..=ranks).fold(first, |partial, hop| reduce(case, &[&partial, inputs[(owner + hop) % ranks]]))
+    let on_the_way = if case.op == ReduceOp::Avg { ReduceOp::Sum } else { case.op };
+    let first = (owner + 1) % ranks;
+    let first = reduce_scaled(case, on_the_way, &[inputs[first]], &[scalar(first)]);
+    let partial = (2..ranks).fold(first, |partial, hop| {
+        let rank = (owner + hop) % ranks;
+        reduce_scaled(case, on_the_way, &[&partial, inputs[rank]], &[1.0, scalar(rank)])
+    });
+    // The reference divides by the number of inputs, so there must be as many as ranks: the others are −0, which changes nothing.
+    let nothing = nothing(case.dtype, partial.len());
+    let mut all = vec![&nothing[..]; ranks];
+    (all[0], all[1]) = (&partial, inputs[owner]);
+    let mut scalars = vec![1.0; ranks];
+    scalars[1] = scalar(owner);
+    let used = if case.op == ReduceOp::Avg { ranks } else { 2 };
+    reduce_scaled(case, case.op, &all[..used], &scalars[..used])
 }
 
 fn reduce(case: &Case, inputs: &[&[u8]]) -> Vec<u8> {
-    let scalars: Vec<f64> = (0..inputs.len()).map(scalar).collect();
+    reduce_scaled(case, case.op, inputs, &(0..inputs.len()).map(scalar).collect::<Vec<_>>())
+}
+
+fn reduce_scaled(case: &Case, op: ReduceOp, inputs: &[&[u8]], scalars: &[f64]) -> Vec<u8> {
     let mut output = vec![0; inputs[0].len()];
-    unisono::reduce_op::reference(case.dtype, case.op, inputs, &scalars, &mut output).unwrap();
+    unisono::reduce_op::reference(case.dtype, op, inputs, scalars, &mut output).unwrap();
     output
 }
 
@@ -145,4 +168,15 @@ fn ring(case: &Case, inputs: &[Vec<u8>]) -> Vec<u8> {
         passed_on(case, &shards, owner)
     };
     (0..ranks).flat_map(of_owner).collect()
+}
+
+/// Zeros to which anything may be added without a change of its bits: −0 of a floating-point type.
+fn nothing(dtype: DType, bytes: usize) -> Vec<u8> {
+    let part = match dtype {
+        DType::Complex64 => 4,
+        DType::Complex128 => 8,
+        _ => dtype.size(),
+    };
+    let last = if dtype.is_float() || dtype.is_complex() { 0x80 } else { 0 };
+    (0..bytes).map(|at| if at % part == part - 1 { last } else { 0 }).collect()
 }

@@ -41,6 +41,7 @@ impl Form {
                 Kind::AllReduce { .. }
                     | Kind::Broadcast { .. }
                     | Kind::AllGather
+                    | Kind::Reduce { .. }
                     | Kind::ReduceScatter { .. }
             ),
         }
@@ -176,8 +177,8 @@ impl Rules {
         let is_narrow = self.is_narrow();
         let ring_from = match (kind, self.ranks) {
             (_, 0..=2) => 2 << 20,
-            (Kind::Broadcast { .. }, 3..=4) => 2 << 20,
-            (Kind::Broadcast { .. }, _) => 4 << 20,
+            (Kind::Broadcast { .. } | Kind::Reduce { .. }, 3..=4) => 2 << 20,
+            (Kind::Broadcast { .. } | Kind::Reduce { .. }, _) => 4 << 20,
             (Kind::AllGather, _) => 8 << 20,
             (Kind::ReduceScatter { .. }, ranks) => (64 << 20) / ranks,
             _ if is_narrow => usize::MAX,
@@ -192,6 +193,11 @@ impl Rules {
             }
             Kind::AllReduce { .. } | Kind::Broadcast { .. } => {
                 Borders { one_shot_to, two_shot_to: 2 << 20, ring_from }
+            }
+            // All of it goes to one rank.
+            Kind::Reduce { .. } => {
+                let one_shot_to = if self.ranks <= 4 { 1 << 20 } else { 512 << 10 };
+                Borders { one_shot_to, two_shot_to: 0, ring_from }
             }
             // A hop moves a part to each peer, or all to one.
             _ => Borders { one_shot_to: 256 << 10, two_shot_to: 0, ring_from },
