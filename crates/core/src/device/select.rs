@@ -289,16 +289,21 @@ impl Rules {
             }
             Form::Direct => plain(blocks(shard.div_ceil(16 * threads), whole.min(WIDE_BLOCKS)), threads),
             Form::Bulk => {
-                let usual = if self.bulk_copies { WIDE_BLOCKS } else { 120 };
+                // Threads are quicker where each peer gets a small part of its own.
+                let spreads = matches!(question.kind, Kind::Scatter { .. } | Kind::AllToAll);
+                let goes_by_copies = self.bulk_copies && !(spreads && question.bytes <= 1 << 20);
+                let usual = if goes_by_copies { WIDE_BLOCKS } else { 120 };
                 let usual = usual.min(team * shard.div_ceil(16 * threads));
-                let most = if self.bulk_copies { whole } else { most };
+                let most = if goes_by_copies { whole } else { most };
                 let channels = (blocks(usual, most) / team).max(1);
                 let blocks = channels * team;
                 let due = shard.div_ceil(16).div_ceil(channels);
                 // By copies, some rounds at least, so that the steps overlap.
                 let tile = match by_copies(blocks) {
                     false => due,
-                    true if blocks <= WIDE_BLOCKS / 2 => due.div_ceil(2).min(1600),
+                    true if blocks <= WIDE_BLOCKS / 2 || (spreads && question.bytes >= 128 << 20) => {
+                        due.div_ceil(2).min(1600)
+                    }
                     true => due.div_ceil(2).min(800),
                 };
                 tiled(blocks, tile, layout.area_bytes() / 16 / channels)
