@@ -21,7 +21,6 @@ use crate::reduce::Reduction;
 /// The sides of a call on rows, in the order of its buffers.
 #[derive(Clone, Copy)]
 pub(crate) struct Sides {
-    pub(crate) input: *mut u8,
     pub(crate) residual: *mut u8,
     pub(crate) residual_out: *mut u8,
     pub(crate) weight: *mut u8,
@@ -34,14 +33,7 @@ impl Plan {
     /// The sides of a call on rows, as `plan_rows` found them.
     pub(crate) fn row_sides(&self) -> Sides {
         let at = |index: usize| self.locals().get(index).copied().unwrap_or(std::ptr::null_mut());
-        Sides {
-            input: at(0),
-            residual: at(1),
-            residual_out: at(2),
-            weight: at(3),
-            output: at(4),
-            scale: at(5),
-        }
+        Sides { residual: at(1), residual_out: at(2), weight: at(3), output: at(4), scale: at(5) }
     }
 }
 
@@ -84,8 +76,8 @@ pub(super) fn plan_rows(call: &Call<'_>, situation: &Situation<'_>) -> Result<Pl
         return refuse("count of the input", format!("a multiple of {hidden}"), input.count.to_string());
     }
     let tokens = input.count / hidden;
-    if u32::try_from(tokens).is_err() {
-        return refuse("rows of the input", format!("at most {}", u32::MAX), tokens.to_string());
+    if i32::try_from(tokens).is_err() {
+        return refuse("rows of the input", format!("at most {}", i32::MAX), tokens.to_string());
     }
     let scale = call.buffers().get(5);
     let scales = if output == NormOutput::Fp8 { 1 } else { tokens };

@@ -36,7 +36,7 @@ impl Gpu {
             epsilon,
             kind: u32::from(output.code()),
         };
-        let input = sides.input as u64;
+        let input = plan.source as u64;
         match self.rules.decide_rows(count, hidden as usize) {
             Some(launch) => self.launch_packets(plan, (input, rows), launch, stream)?,
             // The sum needs a place that is as large, and written anyhow.

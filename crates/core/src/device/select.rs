@@ -281,7 +281,12 @@ impl Rules {
     fn rows_grid(&self, form: Form, rows: usize, asked: u32) -> Launch {
         let room = if self.crowd > 1 { CROWDED_BLOCKS / self.crowd } else { MAX_BLOCKS };
         let most = if asked == 0 { self.most_blocks } else { asked } as usize;
-        let teams = rows.min(most.min(room) / TEAM_BLOCKS as usize).clamp(1, MOST_TEAMS) as u32;
+        let most_teams = match self.ranks {
+            // Who is alone waits for nobody, and fills the device.
+            1 => 8 * MOST_TEAMS,
+            _ => (most.min(room) / TEAM_BLOCKS as usize).clamp(1, MOST_TEAMS),
+        };
+        let teams = rows.clamp(1, most_teams) as u32;
         Launch { form, blocks: teams * TEAM_BLOCKS, threads: TEAM_THREADS, tile: 0, by_copies: false }
     }
 
@@ -456,7 +461,7 @@ mod tests {
         }
         assert_eq!(form(&rules(8), 1000, 8192), None);
         assert_eq!(form(&rules(1), 100_000, 8192), Some(Form::OneShot));
-        assert_eq!(rules(1).decide_rows(100_000, 8).unwrap().blocks, 128);
+        assert_eq!(rules(1).decide_rows(100_000, 8).unwrap().blocks, 1024);
         let asked = |text: &str| Rules { forced: text.parse().ok(), ..rules(4) };
         assert_eq!(form(&asked("two-shot"), 1, 8), Some(Form::TwoShot));
         assert_eq!(form(&asked("bulk"), 1, 8), None);
