@@ -23,6 +23,7 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/examples/device_header.rs",
     // Describes device buffers to the library.
     "crates/comm/examples/gpu_call_cost.rs",
+    "crates/comm/examples/gpu_fused.rs",
     "crates/comm/examples/gpu_sweep.rs",
     // Device buffers, whose life the caller promises.
     "crates/comm/src/buffer.rs",
@@ -37,6 +38,7 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/src/collectives/copy.rs",
     "crates/comm/src/collectives/engine.rs",
     "crates/comm/src/collectives/exchange.rs",
+    "crates/comm/src/collectives/fused.rs",
     "crates/comm/src/collectives/gather.rs",
     "crates/comm/src/collectives/multi.rs",
     "crates/comm/src/collectives/reduce_scatter.rs",
@@ -48,6 +50,7 @@ const UNSAFE_FILES: &[&str] = &[
     // Registers memory with the driver, and launches kernels.
     "crates/comm/src/gpu/arenas.rs",
     "crates/comm/src/gpu/args.rs",
+    "crates/comm/src/gpu/fused.rs",
     "crates/comm/src/gpu/mod.rs",
     "crates/comm/src/gpu/one_sided.rs",
     "crates/comm/src/gpu/pinned.rs",
@@ -71,6 +74,8 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/src/symmetric.rs",
     // Lends a window as a slice.
     "crates/comm/src/window.rs",
+    // Submits calls as data.
+    "crates/comm/tests/collectives_threads/rows.rs",
     // Gives a closed window to a collective.
     "crates/comm/tests/collectives_threads/windows.rs",
     // Forks, and handles signals.
@@ -90,6 +95,7 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/tests/golden.rs",
     // Device buffers of tests.
     "crates/comm/tests/gpu/derive.rs",
+    "crates/comm/tests/gpu/fused.rs",
     "crates/comm/tests/gpu/group.rs",
     "crates/comm/tests/gpu/life.rs",
     "crates/comm/tests/gpu/pinned.rs",

@@ -7,9 +7,13 @@
 #define SUMS 1
 #define PARTS 2
 #define PARTS_OF_SUMS 3
+#define FUSED 8
 
 #include "bulk.cuh"
 #include "direct.cuh"
+#if PURPOSE == FUSED
+#include "fused.cuh"
+#endif
 #include "ring.cuh"
 #include "two_shot.cuh"
 
@@ -40,6 +44,35 @@ KERNEL(reduce_ring, TILE_THREADS, false, (ring<REDUCE, CALL_DTYPE, CALL_OP>))
 KERNEL(reduce_scatter_one_shot, 512, false, (one_shot<REDUCE_SCATTER, CALL_DTYPE, CALL_OP>))
 KERNEL(reduce_scatter_bulk, TILE_THREADS, false, (bulk<REDUCE_SCATTER, CALL_DTYPE, CALL_OP>))
 KERNEL(reduce_scatter_ring, TILE_THREADS, false, (ring<REDUCE_SCATTER, CALL_DTYPE, CALL_OP>))
+#elif PURPOSE == FUSED
+#if __CUDA_ARCH__ >= 900
+#define TEAM 8
+#define IN_TEAMS __cluster_dims__(8, 1, 1)
+#else
+#define TEAM 1
+#define IN_TEAMS
+#endif
+// The grid is the teams that move rows and one more, whose last block exchanges headers.
+#define ROW_KERNEL(NAME, BODY)                                                                              \
+  extern "C" __global__ void IN_TEAMS __launch_bounds__(256, 2) NAME(const __grid_constant__ FusedArgs all) { \
+    const Args& args = all.args;                                                                            \
+    Entry entry = enter(args);                                                                              \
+    if (blockIdx.x >= row_blocks()) {                                                                       \
+      if (entry.is_poisoned) return;                                                                        \
+      arrive(args, entry);                                                                                  \
+      if (is_header_block()) exchange_headers<false>(args, entry);                                          \
+      leave(args);                                                                                          \
+    } else if (BODY<CALL_DTYPE, TEAM>(all, entry)) {                                                        \
+      record_end(args, entry);                                                                              \
+      leave(args);                                                                                          \
+    }                                                                                                       \
+  }
+
+ROW_KERNEL(rows_one_shot_of_all, rows_one_shot)
+ROW_KERNEL(rows_two_shot_of_all, rows_two_shot)
+extern "C" __global__ void __launch_bounds__(256, 4) rows_behind_all(const __grid_constant__ FusedArgs all) {
+  rows_behind<CALL_DTYPE>(all);
+}
 #elif PURPOSE == PARTS
 // Bytes, whatever they mean.
 KERNEL(gather_one_shot, 512, false, (one_shot<GATHER, U8, SUM>))

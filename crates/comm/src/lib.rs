@@ -36,6 +36,7 @@ mod copies;
 mod derive;
 pub mod error;
 pub mod explanation;
+pub mod fused;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
@@ -68,6 +69,7 @@ pub use call::{Call, Counts, Kind};
 pub use communicator::Communicator;
 pub use error::{Error, Result};
 pub use explanation::{Choice, Explanation};
+pub use fused::{AllReduceRmsNorm, HalfFloat, Normalised};
 #[cfg(feature = "cuda")]
 pub use gpu::{DeviceView, device_header};
 pub use group::{Group, Grouped, Promised, group};

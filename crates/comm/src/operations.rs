@@ -5,6 +5,7 @@ use unisono_core::{Element, ReduceOp, Reducible};
 use crate::buffer::{Buf, BufMut};
 use crate::call::{Call, Counts, Kind};
 use crate::error::Result;
+use crate::fused::{AllReduceRmsNorm, HalfFloat};
 
 /// What ranks can do together. All ranks of a communicator must make the same calls in the same order, with the same
 /// element type, count, reduction and root; ranks that differ get [`crate::Error::Mismatch`], which names both calls.
@@ -323,6 +324,39 @@ pub trait Operations<'b> {
     ) -> Result<Self::Done> {
         let call = Call::new(Kind::AllToAllV, [src.into().raw(), dst.into().raw()]);
         self.submit(call.with_counts(&[out.into(), into.into()]))
+    }
+
+    /// Sums rows over all ranks, adds the residual, and normalises: see [`AllReduceRmsNorm`], which names the buffers, and what is
+    /// computed with which rounding. Equal shapes, epsilon and kind of output; every rank adds its own residual and has its own
+    /// weights, and where these are equal all ranks have the same bits.
+    ///
+    /// ```
+    /// # use unisono::{AllReduceRmsNorm, Communicator, Normalised, Operations, half::bf16};
+    /// # let ranks = Communicator::threads(2)?;
+    /// # let ranks: Vec<_> = ranks.into_iter().map(|rank| std::thread::spawn(move || {
+    /// let hidden = 8;
+    /// let input = vec![bf16::from_f32(1.5); 3 * hidden]; // of three tokens
+    /// let mut residual = vec![bf16::ONE; 3 * hidden];
+    /// let mut output = vec![bf16::ZERO; 3 * hidden];
+    /// rank.all_reduce_rms_norm(AllReduceRmsNorm {
+    ///     input: (&input).into(),
+    ///     residual: None, // lies in `residual_out`
+    ///     residual_out: (&mut residual).into(),
+    ///     weight: (&vec![bf16::from_f32(3.0); hidden]).into(),
+    ///     epsilon: 0.0,
+    ///     output: Normalised::Same((&mut output).into()),
+    /// })?;
+    /// assert_eq!((residual[0].to_f32(), output[23].to_f32()), (4.0, 3.0));
+    /// # rank.destroy() })).collect();
+    /// # for rank in ranks { rank.join().unwrap()?; }
+    /// # Ok::<(), unisono::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`crate::Error::Argument`] if shapes do not fit or buffers overlap; [`crate::Error::Mismatch`] if the ranks differ; on a GPU
+    /// [`crate::Error::NotPrepared`] under capture, unless `Builder::prepare_rms_norm` loaded the kernels or an earlier call did.
+    fn all_reduce_rms_norm<T: HalfFloat>(&self, call: AllReduceRmsNorm<'b, T>) -> Result<Self::Done> {
+        self.submit(call.into_call())
     }
 
     /// Replaces each of this rank's buffers, as many on every rank and all of one count, by the reduction of all buffers of all

@@ -7,6 +7,8 @@
 mod case;
 #[path = "gpu/derive.rs"]
 mod derive;
+#[path = "gpu/fused.rs"]
+mod fused;
 #[path = "gpu/group.rs"]
 mod group;
 #[path = "gpu/life.rs"]
@@ -21,6 +23,8 @@ mod random;
 mod recorder;
 #[path = "gpu/registration.rs"]
 mod registration;
+#[path = "support/rows.rs"]
+mod rows;
 #[path = "gpu/symmetric.rs"]
 mod symmetric;
 #[path = "gpu/windows.rs"]

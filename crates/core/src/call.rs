@@ -6,6 +6,7 @@
 use std::fmt;
 
 use crate::dtype::DType;
+use crate::fused::NormOutput;
 use crate::reduce_op::ReduceOp;
 
 /// Words in a header.
@@ -84,6 +85,17 @@ pub enum Kind {
         /// Which of its buffers has it.
         buffer: u32,
     },
+    /// As [`Kind::AllReduce`] by sum, of rows, to which the residual is added and which are then normalised.
+    AllReduceRmsNorm {
+        /// Elements of a row.
+        hidden: u32,
+        /// Added to the mean of squares.
+        epsilon: f32,
+        /// What the normalised rows are written as.
+        output: NormOutput,
+        /// Whether the new residual replaces the old one.
+        is_in_place: bool,
+    },
     /// A message to another rank. Not a collective: it has no epoch.
     Send {
         /// The rank that gets it.
@@ -143,6 +155,7 @@ impl Kind {
             Self::AllToAllV => "all_to_all_v",
             Self::AllReduceMulti { .. } => "all_reduce_multi",
             Self::BroadcastMulti { .. } => "broadcast_multi",
+            Self::AllReduceRmsNorm { .. } => "all_reduce_rms_norm",
             Self::Send { .. } => "send",
             Self::Recv { .. } => "recv",
             Self::SendRecv { .. } => "send_recv",
@@ -185,6 +198,7 @@ impl Kind {
             Self::Duplicate => 31,
             Self::AllReduceMulti { .. } => 21,
             Self::BroadcastMulti { .. } => 22,
+            Self::AllReduceRmsNorm { .. } => 40,
         }
     }
 
@@ -292,10 +306,15 @@ impl CallHeader {
         let scalar = self.kind.op().and_then(ReduceOp::scalar).unwrap_or(0.0);
         let root = self.kind.root().unwrap_or(0);
         let dtype = self.dtype.map_or(0, |dtype| dtype.code() + 1);
-        let first =
+        let mut first =
             u64::from(self.kind.code()) | u64::from(dtype) << 8 | u64::from(op) << 16 | u64::from(root) << 32;
         let parts = match self.kind {
             Kind::BroadcastMulti { buffer, .. } => u64::from(buffer) + 1,
+            Kind::AllReduceRmsNorm { hidden, epsilon, output, is_in_place } => {
+                let how = output.code() | u8::from(is_in_place) << 7;
+                first |= u64::from(how) << 16 | u64::from(epsilon.to_bits()) << 32;
+                u64::from(hidden)
+            }
             _ => self.parts,
         };
         [first, self.count, self.source_window, self.target_window, parts, scalar.to_bits(), 0, 0]
@@ -340,6 +359,15 @@ impl CallHeader {
             20 => Kind::AllToAllV,
             21 => Kind::AllReduceMulti { op: ReduceOp::from_code(op, scalar)? },
             22 => Kind::BroadcastMulti { root, buffer: u32::try_from(words[4].checked_sub(1)?).ok()? },
+            40 => {
+                let epsilon = f32::from_bits(root);
+                Kind::AllReduceRmsNorm {
+                    hidden: u32::try_from(words[4]).ok()?,
+                    epsilon: if epsilon.is_finite() { epsilon } else { return None },
+                    output: NormOutput::from_code(op & 0x7f)?,
+                    is_in_place: op & 0x80 != 0,
+                }
+            }
             3 => Kind::Broadcast { root },
             4 => Kind::AllGather,
             5 => Kind::Destroy,
@@ -355,7 +383,8 @@ impl CallHeader {
             0 => None,
             code => Some(DType::from_code(code - 1)?),
         };
-        let parts = if matches!(kind, Kind::BroadcastMulti { .. }) { 0 } else { words[4] };
+        let is_own = matches!(kind, Kind::BroadcastMulti { .. } | Kind::AllReduceRmsNorm { .. });
+        let parts = if is_own { 0 } else { words[4] };
         Some(Self { kind, dtype, count: words[1], parts, source_window: words[2], target_window: words[3] })
     }
 
@@ -386,6 +415,17 @@ impl fmt::Display for CallHeader {
             Kind::AllReduceMulti { .. } if self.parts == 1 => write!(f, ", 1 buffer")?,
             Kind::AllReduceMulti { .. } => write!(f, ", {} buffers", self.parts)?,
             Kind::BroadcastMulti { buffer, .. } => write!(f, ", its buffer {buffer}")?,
+            Kind::AllReduceRmsNorm { hidden, epsilon, output, is_in_place } => {
+                write!(f, ", rows of {hidden}, epsilon {epsilon:e}")?;
+                match output {
+                    NormOutput::Same => {}
+                    NormOutput::Fp8 => write!(f, ", to f8e4m3")?,
+                    NormOutput::Fp8PerToken => write!(f, ", to f8e4m3 by token")?,
+                }
+                if is_in_place {
+                    write!(f, ", in place")?;
+                }
+            }
             Kind::Window if self.parts == 1 => write!(f, ", on GPUs")?,
             Kind::Window if self.parts != 0 => write!(f, ", pinned")?,
             // Sizes that differ show in this, even where their sum does not.

@@ -19,6 +19,7 @@ pub mod dtype;
 pub mod element;
 pub mod error;
 pub mod fp8;
+pub mod fused;
 pub mod hello;
 pub mod layout;
 pub mod member;

@@ -27,6 +27,13 @@ impl Builder {
         Ok(self)
     }
 
+    /// Loads the kernels of [`Operations::all_reduce_rms_norm`](crate::Operations::all_reduce_rms_norm) of `T` when the communicator is
+    /// made, so that its first call can be captured in a graph.
+    pub fn prepare_rms_norm<T: crate::fused::HalfFloat>(mut self) -> Self {
+        self.extra.prepare.push(crate::gpu::kernels::Purpose::Fused(T::DTYPE));
+        self
+    }
+
     /// Lets the GPU's epochs begin behind `epoch`: for tests of what happens when they wrap. The same on all ranks.
     #[doc(hidden)]
     pub const fn first_epoch(mut self, epoch: u32) -> Self {

@@ -15,6 +15,7 @@ use unisono_core::select::{self, Rules};
 use unisono_sync::{EpochFlag, SpinBudget, WaitPolicy};
 
 use super::flight::Flight;
+use super::fused::RowMemory;
 use super::messages::Messages;
 use super::plan::{FindWindow, Plan, Situation};
 use super::recorder::Recorder;
@@ -100,6 +101,8 @@ pub(crate) struct Engine {
     pub(super) scalars: Vec<f64>,
     /// Elements from each rank to each, in the current call: a row for every sender.
     pub(super) sizes: Vec<u64>,
+    /// The row that is being normalised.
+    pub(super) row: RowMemory,
 }
 
 // SAFETY: the raw pointers point into the engine's own boxes, into the shared mapping that `control` keeps, or are
@@ -146,6 +149,7 @@ impl Engine {
             places: Vec::with_capacity(world_size),
             scalars: Vec::with_capacity(world_size),
             sizes: Vec::new(),
+            row: RowMemory::default(),
         }
     }
 
@@ -265,6 +269,7 @@ impl Engine {
             Kind::AllToAll => self.all_to_all(plan, at),
             Kind::AllToAllV => self.all_to_all_v(plan, at),
             Kind::AllReduceMulti { op } => self.all_reduce_multi(plan, op, at),
+            Kind::AllReduceRmsNorm { .. } => self.all_reduce_rms_norm(plan, at),
             Kind::BroadcastMulti { root, .. } => self.broadcast_multi(plan, *root as usize, at),
             _ => self.barrier(at),
         }?;

@@ -24,6 +24,7 @@ mod disagreement;
 mod engine;
 mod exchange;
 mod flight;
+mod fused;
 mod gather;
 mod messages;
 mod multi;

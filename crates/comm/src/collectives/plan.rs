@@ -4,6 +4,7 @@ use unisono_core::call::{CallHeader, Kind};
 use unisono_core::select::{Algorithm, Rules};
 use unisono_core::{DType, select};
 
+use super::fused::plan_rows;
 use super::parts::{Uneven, plan_multi, plan_uneven};
 use crate::buffer::{Place, RawBuffer};
 use crate::call::Call;
@@ -75,6 +76,9 @@ impl Plan {
         }
         if kind.is_multi() {
             return plan_multi(call, situation);
+        }
+        if matches!(kind, Kind::AllReduceRmsNorm { .. }) {
+            return plan_rows(call, situation);
         }
         Self::even(kind, call.buffers(), situation)
     }
@@ -182,7 +186,7 @@ impl Plan {
     }
 
     /// All buffers of this rank, where it may have several.
-    pub(super) fn locals(&self) -> &[*mut u8] {
+    pub(crate) fn locals(&self) -> &[*mut u8] {
         self.uneven.as_ref().map_or(&[], |uneven| &uneven.locals)
     }
 

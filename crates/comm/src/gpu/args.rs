@@ -38,6 +38,30 @@ pub(crate) struct Args {
     pub(crate) is_same: u32,
 }
 
+/// What kernels of rows are given beyond the call. The other side is `kernels/fused.cuh`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Rows {
+    pub(crate) residual: u64,
+    pub(crate) residual_out: u64,
+    pub(crate) weight: u64,
+    pub(crate) output: u64,
+    pub(crate) scale: u64,
+    pub(crate) rows: u32,
+    pub(crate) hidden: u32,
+    pub(crate) epsilon: f32,
+    /// The code of a [`NormOutput`](unisono_core::fused::NormOutput).
+    pub(crate) kind: u32,
+}
+
+/// The argument of kernels of rows, by value.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct FusedArgs {
+    pub(crate) args: Args,
+    pub(crate) rows: Rows,
+}
+
 const REASON: usize = 0;
 const PEER: usize = 1;
 const EPOCH: usize = 2;

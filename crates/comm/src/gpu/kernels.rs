@@ -12,10 +12,10 @@ use unisono_core::device::{ArenaLayout, Form, Link};
 use unisono_core::{DType, ReduceOp};
 use unisono_cuda::{Architecture, Cache, Compiler, Device, Function, Module, Result, Source};
 
-use super::args::Args;
+use super::args::{Args, FusedArgs};
 
 const COLLECTIVES: &str = include_str!("../../kernels/collectives.cu");
-const HEADERS: [(&str, &str); 13] = [
+const HEADERS: [(&str, &str); 14] = [
     ("ptx.cuh", include_str!("../../kernels/ptx.cuh")),
     ("element.cuh", include_str!("../../kernels/element.cuh")),
     ("call.cuh", include_str!("../../kernels/call.cuh")),
@@ -29,6 +29,7 @@ const HEADERS: [(&str, &str); 13] = [
     ("bulk.cuh", include_str!("../../kernels/bulk.cuh")),
     ("direct.cuh", include_str!("../../kernels/direct.cuh")),
     ("ring.cuh", include_str!("../../kernels/ring.cuh")),
+    ("fused.cuh", include_str!("../../kernels/fused.cuh")),
 ];
 
 /// What a set of kernels is compiled for.
@@ -42,6 +43,8 @@ pub enum Purpose {
     Reduce(DType, u8),
     /// Reduce and reduce-scatter of this dtype and reduction.
     ReduceParts(DType, u8),
+    /// All-reduce of rows of this dtype, f16 or bf16, with residual and norm.
+    Fused(DType),
 }
 
 impl Purpose {
@@ -73,13 +76,16 @@ impl Purpose {
         let pairs = pairs.filter(|(dtype, op)| unisono_core::reduce_op::check(*dtype, *op).is_ok());
         let reductions =
             pairs.flat_map(|(dtype, op)| [Self::reduce(dtype, op), Self::reduce_parts(dtype, op)]);
-        [Self::Copies, Self::Parts].into_iter().chain(reductions).collect()
+        let fused = DType::ALL.into_iter().filter(|dtype| unisono_core::fused::is_normed(*dtype));
+        let fused = fused.map(Self::Fused);
+        [Self::Copies, Self::Parts].into_iter().chain(fused).chain(reductions).collect()
     }
 
     /// That of a call.
     pub(crate) fn of(kind: Kind, dtype: DType) -> Self {
         match (kind, kind.op()) {
             (Kind::AllReduce { .. }, Some(op)) => Self::reduce(dtype, op),
+            (Kind::AllReduceRmsNorm { .. }, _) => Self::Fused(dtype),
             (_, Some(op)) => Self::reduce_parts(dtype, op),
             (Kind::Gather { .. } | Kind::Scatter { .. } | Kind::AllToAll, None) => Self::Parts,
             _ => Self::Copies,
@@ -93,16 +99,18 @@ impl Purpose {
             Self::Reduce(..) => 1,
             Self::Parts => 2,
             Self::ReduceParts(..) => 3,
+            Self::Fused(_) => 8,
         }
     }
 }
 
 impl std::fmt::Display for Purpose {
-    /// `copies`, `parts`, `f32 sum` or `f32 sum, parts`.
+    /// `copies`, `parts`, `f32 sum`, `f32 sum, parts` or `bf16 rows`.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Copies => f.pad("copies"),
             Self::Parts => f.pad("parts"),
+            Self::Fused(dtype) => f.pad(&format!("{dtype} rows")),
             Self::Reduce(dtype, op) | Self::ReduceParts(dtype, op) => {
                 let op = ReduceOp::from_code(*op, 0.0).map_or("unknown", ReduceOp::name);
                 let parts = if matches!(self, Self::ReduceParts(..)) { ", parts" } else { "" };
@@ -120,6 +128,10 @@ pub fn source(layout: &ArenaLayout, purpose: Purpose) -> Source {
     if let Purpose::Reduce(dtype, op) | Purpose::ReduceParts(dtype, op) = purpose {
         definitions.push(("CALL_DTYPE", format!("DType({})", dtype.code())));
         definitions.push(("CALL_OP", format!("Op({op})")));
+    }
+    if let Purpose::Fused(dtype) = purpose {
+        definitions.push(("CALL_DTYPE", format!("DType({})", dtype.code())));
+        definitions.push(("FUSED_ARGS_BYTES", size_of::<FusedArgs>().to_string()));
     }
     // Both sides see the same structures, or nothing compiles.
     definitions.push(("ARGS_BYTES", size_of::<Args>().to_string()));
@@ -167,8 +179,20 @@ pub(crate) fn room_bytes(device: &Device, link: Link) -> u32 {
 pub(crate) struct Loaded {
     /// By operation and form.
     functions: [[Option<Function>; Form::ALL.len()]; OPERATIONS.len()],
+    rows: Option<RowFunctions>,
     barrier: Option<Function>,
     clock: Option<Function>,
+}
+
+/// The kernels of rows.
+#[derive(Debug)]
+pub(crate) struct RowFunctions {
+    /// The all-reduce and all that follows.
+    pub(crate) one_shot: Function,
+    /// The same in two hops.
+    pub(crate) two_shot: Function,
+    /// What follows, alone.
+    pub(crate) behind: Function,
 }
 
 /// Every operation that has kernels.
@@ -210,7 +234,7 @@ pub(crate) const fn parts(kind: Kind) -> (bool, bool) {
 /// Whether calls of this kind run on GPUs.
 #[inline]
 pub(crate) const fn has_kernels(kind: Kind) -> bool {
-    matches!(kind, Kind::Barrier) || index(kind).is_some()
+    matches!(kind, Kind::Barrier | Kind::AllReduceRmsNorm { .. }) || index(kind).is_some()
 }
 
 impl Loaded {
@@ -237,13 +261,26 @@ impl Loaded {
             _ => Ok(None),
         };
         let (barrier, clock) = (only("barrier")?, only("tell_time")?);
-        Ok(Self { functions, barrier, clock })
+        let rows = match purpose {
+            Purpose::Fused(_) => Some(RowFunctions {
+                one_shot: module.function("rows_one_shot_of_all")?,
+                two_shot: module.function("rows_two_shot_of_all")?,
+                behind: module.function("rows_behind_all")?,
+            }),
+            _ => None,
+        };
+        Ok(Self { functions, rows, barrier, clock })
     }
 
     /// The kernel of a call that moves data.
     #[inline]
     pub(crate) fn function(&self, kind: Kind, form: Form) -> Option<&Function> {
         self.functions[index(kind)?][form as usize].as_ref()
+    }
+
+    /// The kernels of rows.
+    pub(crate) const fn rows(&self) -> Option<&RowFunctions> {
+        self.rows.as_ref()
     }
 
     /// The kernel that only exchanges headers.
@@ -372,7 +409,7 @@ mod tests {
     #[test]
     fn every_pair_of_the_table_has_kernels_of_its_own() {
         let all = Purpose::all();
-        assert_eq!(all.len(), 2 * (1 + 113), "{}", all.len());
+        assert_eq!(all.len(), 2 * (1 + 113 + 1), "{}", all.len());
         assert_eq!(
             Purpose::USUAL.map(|purpose| purpose.to_string()).join(", "),
             "copies, parts, f32 sum, f16 sum, bf16 sum, f32 sum, parts, f16 sum, parts, bf16 sum, parts"

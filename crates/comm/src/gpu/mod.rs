@@ -43,6 +43,7 @@ mod derive;
 mod device_header;
 mod ending;
 pub(crate) mod foreign;
+mod fused;
 pub mod kernels;
 pub(crate) mod one_sided;
 mod origin;
@@ -175,10 +176,15 @@ impl Gpu {
         self.check()?;
         let find = |id, ptr, bytes| self.windows.find(id, (ptr, bytes));
         let plan = engine.plan_on(call, Some((self.device.ordinal(), &find)))?;
-        self.launch(&plan, stream)
+        match plan.header.kind {
+            Kind::AllReduceRmsNorm { .. } if plan.count > 0 => self.launch_rows(&plan, stream),
+            _ => self.launch(&plan, &plan.header.to_words(), stream),
+        }
     }
 
-    fn launch(&mut self, plan: &Plan, stream: &Stream) -> Result<()> {
+    /// Checks that a call can go into `stream`, brings it into the order of calls, and loads its kernels.
+    #[inline]
+    fn begin(&mut self, plan: &Plan, stream: &Stream) -> Result<()> {
         let (rank, kind) = (self.args.rank as usize, plan.header.kind);
         if !kernels::has_kernels(kind) {
             return Err(Error::Argument {
@@ -199,6 +205,16 @@ impl Gpu {
             });
         }
         self.order_after_latest(stream)?;
+        if plan.bytes() > 0 && self.kernels.find(kind, plan.dtype).is_none() {
+            self.load(plan, stream)?;
+        }
+        Ok(())
+    }
+
+    /// Puts one kernel into `stream` that carries out `plan`; peers compare `words`.
+    fn launch(&mut self, plan: &Plan, words: &[u64; call::HEADER_WORDS], stream: &Stream) -> Result<()> {
+        self.begin(plan, stream)?;
+        let (rank, kind) = (self.args.rank as usize, plan.header.kind);
         let is_bare = plan.bytes() == 0;
         let launch = if is_bare {
             Launch { form: Form::OneShot, blocks: 0, threads: 512, tile: 0, by_copies: false }
@@ -207,9 +223,6 @@ impl Gpu {
             let is_reachable = plan.header.is_in_windows();
             self.rules.decide(&Question { kind, bytes, size, is_reachable })
         };
-        if !is_bare && self.kernels.find(kind, plan.dtype).is_none() {
-            self.load(plan, stream)?;
-        }
         let sides = [plan.source_window, plan.target_window];
         let is_captured = self.keep_if_captured(sides, stream)?;
         let function = match is_bare {
@@ -220,7 +233,7 @@ impl Gpu {
         };
         let Some(function) = function else { unreachable!("{kind:?} has no kernel for {launch:?}") };
         let args = &mut self.args;
-        args.header[..call::HEADER_WORDS].copy_from_slice(&plan.header.to_words());
+        args.header[..call::HEADER_WORDS].copy_from_slice(words);
         args.header[HEADER_LAUNCH] = launch_word(launch);
         (args.bytes, args.tile) = (plan.bytes() as u64, launch.tile);
         args.root = kind.root().unwrap_or(0);

@@ -14,6 +14,7 @@ pub(crate) mod processes;
 pub(crate) mod random;
 pub(crate) mod rank;
 pub(crate) mod region;
+pub(crate) mod rows;
 pub(crate) mod scale;
 pub(crate) mod sides;
 pub(crate) mod threads;

@@ -26,6 +26,36 @@ fn sample() -> Vec<CallHeader> {
                 Kind::AllReduceMulti { op: ReduceOp::Prod },
                 Kind::BroadcastMulti { root: 1, buffer: 0 },
                 Kind::BroadcastMulti { root: 1, buffer: 2 },
+                Kind::AllReduceRmsNorm {
+                    hidden: 8,
+                    epsilon: 1e-5,
+                    output: NormOutput::Same,
+                    is_in_place: false,
+                },
+                Kind::AllReduceRmsNorm {
+                    hidden: 16,
+                    epsilon: 1e-5,
+                    output: NormOutput::Same,
+                    is_in_place: false,
+                },
+                Kind::AllReduceRmsNorm {
+                    hidden: 8,
+                    epsilon: 1e-6,
+                    output: NormOutput::Same,
+                    is_in_place: false,
+                },
+                Kind::AllReduceRmsNorm {
+                    hidden: 8,
+                    epsilon: 1e-5,
+                    output: NormOutput::Fp8,
+                    is_in_place: false,
+                },
+                Kind::AllReduceRmsNorm {
+                    hidden: 8,
+                    epsilon: 1e-5,
+                    output: NormOutput::Fp8PerToken,
+                    is_in_place: true,
+                },
             ] {
                 for (source_window, target_window) in [(0, 0), (1, 1), (1, 2), (0, 2)] {
                     all.push(CallHeader {

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use super::layout::{ArenaLayout, Link, MAX_BLOCKS, RING_SLOTS};
 use crate::call::Kind;
+use crate::fused::UNIT;
 use crate::reduce_op::ReduceOp;
 use crate::settings::Order;
 
@@ -119,6 +120,13 @@ pub struct Launch {
     /// Whether bulk copies move the data, and threads only fold it.
     pub by_copies: bool,
 }
+
+/// Blocks that share a row where rows are normalised, and threads of each. Two of them fit on a multiprocessor.
+pub const TEAM_BLOCKS: u32 = 8;
+/// See [`TEAM_BLOCKS`].
+pub const TEAM_THREADS: u32 = 256;
+/// The most teams: as many blocks as move data elsewhere.
+const MOST_TEAMS: usize = 16;
 
 /// What the choice depends on.
 #[derive(Clone, Copy, Debug)]
@@ -246,6 +254,48 @@ impl Rules {
         self.grid(Wish { form, blocks: 0, tile: 0 }, question)
     }
 
+    /// The form and grid of an all-reduce of rows of 16-bit elements with what follows it in one kernel; the grid is a multiple of
+    /// [`TEAM_BLOCKS`]. `None` where packets have no room: an all-reduce then, and the rest in a kernel behind it.
+    pub fn decide_rows(&self, rows: usize, hidden: usize) -> Option<Launch> {
+        let sum = Question {
+            kind: Kind::AllReduce { op: ReduceOp::Sum },
+            // As much as packets carry: every row begins a new one.
+            bytes: rows * hidden.div_ceil(UNIT) * UNIT * 2,
+            size: 2,
+            is_reachable: false,
+        };
+        let forced = self.forced.filter(|wish| self.can(wish.form, &sum));
+        let form = match forced {
+            Some(wish) => wish.form,
+            None if sum.bytes <= self.borders(sum.kind).one_shot_to && self.can(Form::OneShot, &sum) => {
+                Form::OneShot
+            }
+            None if self.can(Form::TwoShot, &sum) => Form::TwoShot,
+            None if self.ranks == 1 => Form::OneShot,
+            None => return None,
+        };
+        matches!(form, Form::OneShot | Form::TwoShot)
+            .then(|| self.rows_grid(form, rows, forced.map_or(0, |wish| wish.blocks)))
+    }
+
+    /// The most rows that fit into packets, and the grid for them.
+    pub fn two_shot_rows(&self, hidden: usize) -> (usize, Launch) {
+        let rows = self.layout().two_shot_capacity(2) / (hidden.div_ceil(UNIT) * UNIT * 2);
+        (rows, self.rows_grid(Form::TwoShot, rows, 0))
+    }
+
+    fn rows_grid(&self, form: Form, rows: usize, asked: u32) -> Launch {
+        let room = if self.crowd > 1 { CROWDED_BLOCKS / self.crowd } else { MAX_BLOCKS };
+        let most = if asked == 0 { self.most_blocks } else { asked } as usize;
+        let most_teams = match self.ranks {
+            // Who is alone waits for nobody, and fills the device.
+            1 => 8 * MOST_TEAMS,
+            _ => (most.min(room) / TEAM_BLOCKS as usize).clamp(1, MOST_TEAMS),
+        };
+        let teams = rows.clamp(1, most_teams) as u32;
+        Launch { form, blocks: teams * TEAM_BLOCKS, threads: TEAM_THREADS, tile: 0, by_copies: false }
+    }
+
     fn grid(&self, wish: Wish, question: &Question) -> Launch {
         let form = wish.form;
         let layout = self.layout();
@@ -323,6 +373,7 @@ impl Rules {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::layout::MAX_RANKS;
 
     fn rules(ranks: usize) -> Rules {
         Rules {
@@ -409,6 +460,35 @@ mod tests {
             Rules { order: Order::Rank, forced: wish("ring"), ..rules(8) }.decide(&large).form,
             Form::Bulk
         );
+    }
+
+    #[test]
+    fn rows_go_in_packets_as_long_as_these_have_room() {
+        let form = |rules: &Rules, rows, hidden| rules.decide_rows(rows, hidden).map(|launch| launch.form);
+        for rows in 1..=128 {
+            let launch = rules(8).decide_rows(rows, 8192).unwrap();
+            assert_eq!(launch.form, if rows <= 6 { Form::OneShot } else { Form::TwoShot });
+            assert_eq!(launch.blocks as usize, 8 * rows.min(16));
+        }
+        assert_eq!(form(&rules(8), 1000, 8192), None);
+        assert_eq!(form(&rules(1), 100_000, 8192), Some(Form::OneShot));
+        assert_eq!(rules(1).decide_rows(100_000, 8).unwrap().blocks, 1024);
+        let asked = |text: &str| Rules { forced: text.parse().ok(), ..rules(4) };
+        assert_eq!(form(&asked("two-shot"), 1, 8), Some(Form::TwoShot));
+        assert_eq!(form(&asked("bulk"), 1, 8), None);
+        assert_eq!(asked("one-shot:17").decide_rows(5, 1024).unwrap().blocks, 16);
+        for ranks in 2..=MAX_RANKS {
+            for link in [Link::Device, Link::Host] {
+                let rules = Rules { link, most_blocks: 3, ..rules(ranks) };
+                for hidden in [8, 7168, crate::fused::MAX_HIDDEN] {
+                    let (rows, launch) = rules.two_shot_rows(hidden);
+                    assert!(rows > 0 && launch.blocks == 8);
+                    let units = (rows * hidden.div_ceil(UNIT)).div_ceil(ranks) * ranks;
+                    let half = rules.layout().two_shot_capacity(2) / ranks / 12 * ranks;
+                    assert!(units <= half, "{units} {half}");
+                }
+            }
+        }
     }
 
     #[test]

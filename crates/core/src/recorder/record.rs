@@ -320,7 +320,9 @@ fn collective_header(first: u64, count: u64, extra: u64) -> Option<(CallHeader, 
 /// The call of which `extra` holds the parts, or the windows.
 pub(super) fn packed_header(first: u64, count: u64, extra: u64) -> Option<CallHeader> {
     let mut words = [first, count, 0, 0, extra, 1f64.to_bits(), 0, 0];
-    let has_parts = |header: &CallHeader| header.kind.is_uneven() || header.kind.is_multi();
+    let is_fused = |kind| matches!(kind, Kind::AllReduceRmsNorm { .. });
+    let has_parts =
+        |header: &CallHeader| header.kind.is_uneven() || header.kind.is_multi() || is_fused(header.kind);
     if !CallHeader::from_words(&words).as_ref().is_some_and(has_parts) {
         words[2..5].copy_from_slice(&[extra >> 32, extra & 0xffff_ffff, 0]);
     }

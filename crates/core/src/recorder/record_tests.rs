@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::fused::NormOutput;
 use crate::reduce_op::ReduceOp;
 
 pub(crate) const CLOCK: Clock = Clock { now: 1_000_000, rate: NonZeroU64::new(1000).unwrap() };
@@ -33,6 +34,7 @@ fn every_collective_round_trips() {
         Kind::AllToAllV,
         Kind::AllReduceMulti { op },
         Kind::BroadcastMulti { root: 1, buffer: 2 },
+        Kind::AllReduceRmsNorm { hidden: 8192, epsilon: 1e-5, output: NormOutput::Fp8, is_in_place: true },
         Kind::Destroy,
         Kind::Window,
         Kind::CloseWindow,
@@ -42,7 +44,8 @@ fn every_collective_round_trips() {
     for kind in kinds {
         for (source_window, target_window) in [(0, 0), (7, 7), (1, 2), (0, 9)] {
             let has_parts = kind.is_uneven() || matches!(kind, Kind::AllReduceMulti { .. });
-            let has_windows = !kind.is_uneven() && !kind.is_multi();
+            let is_fused = matches!(kind, Kind::AllReduceRmsNorm { .. });
+            let has_windows = !kind.is_uneven() && !kind.is_multi() && !is_fused;
             let window = |id| if has_windows { id } else { 0 };
             let header = CallHeader {
                 kind,

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use sha2::{Digest, Sha256};
 use unisono_core::auth::{Handshake, Opened, Role, Session};
 use unisono_core::call::{CallHeader, HEADER_WORDS, Kind};
+use unisono_core::fused::NormOutput;
 use unisono_core::hello::{Hello, HostIdentity, PROTOCOL_VERSION, WorldTable};
 use unisono_core::select::Thresholds;
 use unisono_core::settings::{Settings, unknown_names};
@@ -241,6 +242,7 @@ pub(super) fn call_header_seeds() -> Vec<Vec<u8>> {
         Kind::AllGatherV,
         Kind::BroadcastMulti { root: 0, buffer: 2 },
         Kind::AllToAllV,
+        Kind::AllReduceRmsNorm { hidden: 8, epsilon: 1e-5, output: NormOutput::Fp8, is_in_place: true },
     ];
     let header =
         |kind| CallHeader { dtype: Some(DType::BF16), count: 4096, parts: 3, ..CallHeader::bare(kind) };

@@ -1,0 +1,127 @@
+//! Rows on GPUs: an all-reduce with residual and norm in one kernel, or with one kernel for all that follows it. See
+//! `kernels/fused.cuh`.
+
+use unisono_core::call::{self, Kind};
+use unisono_core::device::select::TEAM_BLOCKS;
+use unisono_core::device::{Form, Launch};
+use unisono_core::fused::NormOutput;
+use unisono_cuda::{Function, Grid, Stream};
+
+use super::args::{FusedArgs, HEADER_LAUNCH, Rows};
+use super::{Gpu, launch_word};
+use crate::collectives::Plan;
+use crate::error::{Error, Result};
+
+/// The most blocks of the kernel behind an all-reduce: none waits, so these are as many as a device has at once.
+const BEHIND_BLOCKS: u32 = 1056;
+const THREADS: u32 = 256;
+
+impl Gpu {
+    /// Puts a call on rows, of which there are some, into `stream`.
+    pub(super) fn launch_rows(&mut self, plan: &Plan, stream: &Stream) -> Result<()> {
+        let Kind::AllReduceRmsNorm { hidden, epsilon, output, is_in_place } = plan.header.kind else {
+            unreachable!("{} has no rows", plan.header.kind.name())
+        };
+        self.begin(plan, stream)?;
+        let sides = plan.row_sides();
+        let count = plan.count / hidden as usize;
+        let rows = Rows {
+            residual: sides.residual as u64,
+            residual_out: sides.residual_out as u64,
+            weight: sides.weight as u64,
+            output: sides.output as u64,
+            scale: sides.scale as u64,
+            rows: count as u32,
+            hidden,
+            epsilon,
+            kind: u32::from(output.code()),
+        };
+        let input = plan.source as u64;
+        match self.rules.decide_rows(count, hidden as usize) {
+            Some(launch) => self.launch_packets(plan, (input, rows), launch, stream)?,
+            // The sum needs a place that is as large, and written anyhow.
+            None if output == NormOutput::Same => self.launch_behind(plan, rows, rows.output, stream)?,
+            None if !is_in_place => self.launch_behind(plan, rows, rows.residual_out, stream)?,
+            None => {
+                let (most, launch) = self.rules.two_shot_rows(hidden as usize);
+                for first in (0..count).step_by(most) {
+                    let (input, part) = part(input, rows, (first, most.min(count - first)), output);
+                    self.launch_packets(plan, (input, part), launch, stream)?;
+                }
+            }
+        }
+        self.record_order(stream)
+    }
+
+    /// All in one kernel.
+    fn launch_packets(
+        &mut self,
+        plan: &Plan,
+        (input, rows): (u64, Rows),
+        launch: Launch,
+        stream: &Stream,
+    ) -> Result<()> {
+        let rank = self.args.rank as usize;
+        let args = &mut self.args;
+        args.header[..call::HEADER_WORDS].copy_from_slice(&plan.header.to_words());
+        args.header[HEADER_LAUNCH] = launch_word(launch);
+        args.bytes = u64::from(rows.rows) * u64::from(rows.hidden) * plan.dtype.size() as u64;
+        (args.tile, args.root, args.is_same) = (0, 0, 0);
+        (args.sources[rank], args.targets[rank]) = (input, rows.residual_out);
+        let grid = Grid { blocks: launch.blocks + TEAM_BLOCKS, threads: launch.threads, shared_bytes: 0 };
+        let Some(kernels) = self.kernels.find(plan.header.kind, plan.dtype).and_then(|loaded| loaded.rows())
+        else {
+            unreachable!("kernels of rows are loaded before")
+        };
+        let kernel = if launch.form == Form::OneShot { &kernels.one_shot } else { &kernels.two_shot };
+        let launched = run(kernel, FusedArgs { args: self.args, rows }, grid, stream);
+        launched.map_err(|error| self.refused(error))
+    }
+
+    /// The sum by a kernel of its own, to `sums`, and a second kernel for all else.
+    fn launch_behind(&mut self, plan: &Plan, rows: Rows, sums: u64, stream: &Stream) -> Result<()> {
+        let sum = plan.sum_of_rows(std::ptr::with_exposed_provenance_mut(sums as usize));
+        // Peers compare the whole call.
+        self.launch(&sum, &plan.header.to_words(), stream)?;
+        let mut args = self.args;
+        args.sources[args.rank as usize] = sums;
+        let grid = Grid { blocks: rows.rows.min(BEHIND_BLOCKS), threads: THREADS, shared_bytes: 0 };
+        let Some(kernels) = self.kernels.find(plan.header.kind, plan.dtype).and_then(|loaded| loaded.rows())
+        else {
+            unreachable!("kernels of rows are loaded before")
+        };
+        let launched = run(&kernels.behind, FusedArgs { args, rows }, grid, stream);
+        launched.map_err(|error| self.refused(error))
+    }
+
+    /// The next call on another stream waits for what was put into this one.
+    fn record_order(&self, stream: &Stream) -> Result<()> {
+        let failed = |error| Error::Cuda { rank: self.args.rank as usize, error };
+        match &self.order {
+            Some(order) if !stream.is_capturing().map_err(failed)? => order.record(stream).map_err(failed),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// `number` rows from row `first` on.
+fn part(input: u64, rows: Rows, (first, number): (usize, usize), output: NormOutput) -> (u64, Rows) {
+    let elements = (first * rows.hidden as usize) as u64;
+    let output_size = if output == NormOutput::Same { 2 } else { 1 };
+    let scale = if output == NormOutput::Fp8PerToken { 4 * first as u64 } else { 0 };
+    let part = Rows {
+        residual: rows.residual + 2 * elements,
+        residual_out: rows.residual_out + 2 * elements,
+        output: rows.output + output_size * elements,
+        scale: rows.scale + scale,
+        rows: number as u32,
+        ..rows
+    };
+    (input + 2 * elements, part)
+}
+
+fn run(kernel: &Function, mut arguments: FusedArgs, grid: Grid, stream: &Stream) -> unisono_cuda::Result<()> {
+    // SAFETY: kernels of rows take `FusedArgs`; what it names lives as long as the communicator, which waits for its kernels before
+    // it lets go, and the buffers are valid until the stream has passed, as whoever made the call promised.
+    unsafe { kernel.launch(stream, grid, (&raw mut arguments).cast()) }
+}
