@@ -32,7 +32,8 @@ impl Plan {
     /// The parts of the side that has one for every rank, where they have sizes of their own and one side has them.
     #[cfg(feature = "cuda")]
     pub(crate) fn parts(&self) -> Option<&[Part]> {
-        let uneven = self.uneven.as_ref().filter(|uneven| uneven.source.is_empty() != uneven.target.is_empty())?;
+        let uneven =
+            self.uneven.as_ref().filter(|uneven| uneven.source.is_empty() != uneven.target.is_empty())?;
         Some(if uneven.source.is_empty() { &uneven.target } else { &uneven.source })
     }
 

@@ -213,8 +213,7 @@ pub(crate) const fn parts(kind: Kind) -> (bool, bool) {
         kind,
         Kind::ReduceScatter { .. } | Kind::ReduceScatterV { .. } | Kind::Scatter { .. } | Kind::AllToAll
     );
-    let is_out =
-        matches!(kind, Kind::AllGather | Kind::AllGatherV | Kind::Gather { .. } | Kind::AllToAll);
+    let is_out = matches!(kind, Kind::AllGather | Kind::AllGatherV | Kind::Gather { .. } | Kind::AllToAll);
     (is_in, is_out)
 }
 
