@@ -123,10 +123,9 @@ __device__ __forceinline__ bool one_shot(const Args& args, const Entry& entry) {
   if (!load_scalars<OP>(args, entry, scalars)) return false;
   if (F::IS_TO_ROOT && me != args.root) return true;
   for (u64 i = first; i < units; i += step) {
-    const u64 at = i * U::BYTES;
+    const u64 at = i * U::BYTES, rest = bytes - at;
     u32 own[U::WORDS];
     if constexpr (F::IS_FROM_ROOT) {
-      const u64 rest = bytes - at;
       if (me == args.root) {
         if (args.is_same) break;
         load_words<U::WORDS>(F::source(args, me) + at, rest, own);
@@ -136,7 +135,7 @@ __device__ __forceinline__ bool one_shot(const Args& args, const Entry& entry) {
       store_words<U::WORDS>(F::target(args, me) + at, rest, own);
     } else {
       u32 all[RANKS][U::WORDS];
-      auto left = [&](u32 from) { return F::bytes(args, from, me) - at; };
+      auto left = [&](u32 from) { return F::IS_UNEVEN ? F::bytes(args, from, me) - at : rest; };
       auto is_due = [&](u32 from) { return F::reaches(args, from, me, at); };
       if (F::FOLDS && !is_due(me)) break;
       if (is_due(me)) load_words<U::WORDS>(F::source(args, me) + at, left(me), own);
