@@ -11,7 +11,8 @@
 // pushed and for results, as many as there is room for: a tile is overwritten once the flag of the step that reads it came.
 // Halves of alternate epochs keep the next call apart. A broadcast takes the root's tiles instead of sums; a reduce pushes sums
 // to the root only. A reduce-scatter ends with step 2, which keeps the sums. What only moves parts has steps 1 and 3: so
-// two blocks for each channel and all buffers.
+// two blocks for each channel and all buffers. Parts may have sizes of their own: then each pair of ranks moves, and tells of, the
+// tiles that its part has.
 
 #pragma once
 
@@ -26,8 +27,8 @@ constexpr u32 PEERS = RANKS > 1 ? RANKS - 1 : 1;
 struct Tiles {
   const Args& args;
   u32 epoch;
-  u64 bytes;    // of the part
-  u64 vectors;  // of a shard
+  u64 bytes;    // of the message
+  u64 vectors;  // of a shard or part
   u32 channel;
   u32 channels;
   u32 buffers;  // for each source
@@ -58,8 +59,21 @@ struct Tiles {
     return side;
   }
 
-  // Tile t of a part that begins at `base` in a user's buffer.
-  __device__ __forceinline__ Side in_part(const u8* base, u32 t) const { return own_side(base, begin(t) * 16, bytes); }
+  // Tile t of the part that rank `to` is given in our input, and of the one that `from` gives in our output.
+  template <int KIND>
+  __device__ __forceinline__ Side in_source(u32 to, u32 t) const {
+    return own_side(Flow<KIND>::source(args, to), begin(t) * 16, Flow<KIND>::bytes(args, args.rank, to));
+  }
+  template <int KIND>
+  __device__ __forceinline__ Side in_target(u32 from, u32 t) const {
+    return own_side(Flow<KIND>::target(args, from), begin(t) * 16, Flow<KIND>::bytes(args, from, args.rank));
+  }
+
+  // Whether what `from` gives `to` has a tile t. Where it has none, nobody waits for it and nobody tells of it.
+  template <int KIND>
+  __device__ __forceinline__ bool has_tile(u32 from, u32 to, u32 t) const {
+    return Flow<KIND>::reaches(args, from, to, begin(t) * 16);
+  }
 
   // Tile t of shard `shard` in a user's buffer.
   __device__ __forceinline__ Side in_buffer(const u8* base, u32 shard, u32 t) const {
@@ -83,11 +97,12 @@ struct Push : Tiles {
   __device__ __forceinline__ bool needs_threads() const { return !is_wide; }
   __device__ __forceinline__ Side input(u32 t, u32 k) const {
     const u32 peer = peer_behind(args.rank, k + 1);
-    if constexpr (KIND == REDUCE_SCATTER) return in_part(Flow<KIND>::source(args, peer), t);
+    if constexpr (Flow<KIND>::FOLDS_PARTS) return in_source<KIND>(peer, t);
     else return in_buffer(args.sources[args.rank], peer, t);
   }
   __device__ __forceinline__ Side output(u32 t, u32 k) const {
     const u32 peer = peer_behind(args.rank, k + 1);
+    if (!has_tile<KIND>(args.rank, peer, t)) return Side();
     Side side = in_scratch(peer, 0, t, args.rank);
     if (input(t, k).at == nullptr) side.at = nullptr;
     side.wait = before(peer, REDUCED, t);
@@ -115,7 +130,7 @@ struct Reduce : Tiles {
   __device__ __forceinline__ Side input(u32 t, u32 k) const {
     const u32 rank = source(k);
     if (rank == args.rank) {
-      if constexpr (KIND == REDUCE_SCATTER) return in_part(Flow<KIND>::source(args, rank), t);
+      if constexpr (Flow<KIND>::FOLDS_PARTS) return in_source<KIND>(rank, t);
       else return in_buffer(args.sources[rank], rank, t);
     }
     Side side = in_scratch(args.rank, 0, t, rank);
@@ -125,10 +140,10 @@ struct Reduce : Tiles {
   __device__ __forceinline__ Side output(u32 t, u32 k) const {
     Side side;
     if (k == args.rank) {
-      if constexpr (KIND == REDUCE_SCATTER) return in_part(args.targets[k], t);
+      if constexpr (Flow<KIND>::FOLDS_PARTS) return in_target<KIND>(k, t);
       return KIND == REDUCE && k != args.root ? side : in_buffer(args.targets[k], k, t);
     }
-    if (KIND != REDUCE_SCATTER && (KIND != REDUCE || k == args.root)) {
+    if (!Flow<KIND>::FOLDS_PARTS && (KIND != REDUCE || k == args.root)) {
       side = in_scratch(k, 1, t, args.rank);
       side.wait = before(k, COPIED, t);
     }
@@ -179,11 +194,11 @@ struct Give : Tiles {
   __device__ __forceinline__ uint4 fold(u32, Values values) const {
     return values(0);
   }
-  __device__ __forceinline__ Side input(u32 t, u32) const { return in_part(args.sources[args.rank], t); }
+  __device__ __forceinline__ Side input(u32 t, u32) const { return in_source<KIND>(args.rank, t); }
   __device__ __forceinline__ Side output(u32 t, u32 k) const {
     Side side;
     if (!Flow<KIND>::flows(args, args.rank, k)) return side;
-    if (k == args.rank) return args.is_same ? side : in_part(Flow<KIND>::target(args, k), t);
+    if (k == args.rank) return args.is_same ? side : in_target<KIND>(k, t);
     side = in_scratch(k, 0, t, args.rank);
     side.wait = before(k, COPIED, t);
     side.tell = {k, PUSHED, t};
@@ -200,11 +215,11 @@ struct Send : Tiles {
 
   __device__ __forceinline__ u32 tiles() const { return KIND == SCATTER && args.rank != args.root ? 0 : Tiles::tiles(); }
   __device__ __forceinline__ bool needs_threads() const { return !is_wide; }
-  __device__ __forceinline__ Side input(u32 t, u32 k) const { return in_part(Flow<KIND>::source(args, k), t); }
+  __device__ __forceinline__ Side input(u32 t, u32 k) const { return in_source<KIND>(k, t); }
   __device__ __forceinline__ Side output(u32 t, u32 k) const {
     Side side;
     if (k == args.rank) {
-      if (!args.is_same) side = in_part(Flow<KIND>::target(args, k), t);
+      if (!args.is_same) side = in_target<KIND>(k, t);
       // Whoever receives into the same buffer waits until we have read it.
       side.tell = {k, PUSHED, t};
       return side;
@@ -231,7 +246,7 @@ struct Take : Tiles {
   __device__ __forceinline__ Side input(u32 t, u32 k) const {
     const u32 from = peer_behind(args.rank, k + 1);
     Side side;
-    if (!Flow<KIND>::flows(args, from, args.rank)) return side;
+    if (!Flow<KIND>::flows(args, from, args.rank) || !has_tile<KIND>(from, args.rank, t)) return side;
     side = in_scratch(args.rank, 0, t, from);
     side.wait = {from, PUSHED, t};
     side.tell = {from, COPIED, t};
@@ -241,7 +256,7 @@ struct Take : Tiles {
     const u32 from = peer_behind(args.rank, k + 1);
     Side side;
     if (!Flow<KIND>::flows(args, from, args.rank)) return side;
-    side = in_part(Flow<KIND>::target(args, from), t);
+    side = in_target<KIND>(from, t);
     if (KIND == ALL_TO_ALL && args.is_same) side.wait = {args.rank, PUSHED, t};
     return side;
   }
@@ -252,17 +267,19 @@ __device__ __forceinline__ bool bulk(const Args& args, const Entry& entry) {
   using F = Flow<KIND>;
   const u32 me = args.rank;
   arrive(args, entry);
-  const bool is_wide = is_on(args.sources[me], 16) && is_on(args.targets[me], 16) && args.bytes % 16 == 0;
+  const bool is_wide = F::is_wide(args);
   constexpr bool HAS_PARTS = F::HAS_PARTS_IN || F::HAS_PARTS_OUT;
   const u64 vectors = lines(HAS_PARTS ? args.bytes : (args.bytes + RANKS - 1) / RANKS);
+  // Of what is ours alone. Tiles lie in the same places whatever is counted.
+  const u64 own = F::IS_UNEVEN ? lines(F::bytes(args, me, me)) : vectors;
   if constexpr (HAS_PARTS && !F::FOLDS) {
-    const Tiles tiles(args, entry, vectors, 2, 1);
+    const Tiles tiles(args, entry, blockIdx.x % 2 == 1 ? vectors : own, 2, 1);
     if (blockIdx.x % 2 == 1) return run(args, entry, Take<KIND>{tiles, is_wide});
     if constexpr (F::HAS_PARTS_IN) return run(args, entry, Send<KIND>{tiles, is_wide});
     else return run(args, entry, Give<KIND>{tiles, is_wide});
   } else {
-    constexpr u32 STEPS = KIND == REDUCE_SCATTER ? 2 : 3;
-    const Tiles tiles(args, entry, vectors, STEPS, STEPS - 1);
+    constexpr u32 STEPS = F::FOLDS_PARTS ? 2 : 3;
+    const Tiles tiles(args, entry, F::IS_UNEVEN && blockIdx.x % STEPS == 1 ? own : vectors, STEPS, STEPS - 1);
     switch (blockIdx.x % STEPS) {
       case 0: return run(args, entry, Push<KIND>{tiles, is_wide});
       case 1: {
@@ -271,7 +288,7 @@ __device__ __forceinline__ bool bulk(const Args& args, const Entry& entry) {
         return run(args, entry, Reduce<KIND, DTYPE, OP>{tiles, is_wide, scalars});
       }
     }
-    if constexpr (KIND != REDUCE_SCATTER) return run(args, entry, Copy<KIND>{tiles, is_wide});
+    if constexpr (!F::FOLDS_PARTS) return run(args, entry, Copy<KIND>{tiles, is_wide});
     return true;
   }
 }

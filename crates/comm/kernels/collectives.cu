@@ -17,8 +17,11 @@
 #include "ring.cuh"
 #include "two_shot.cuh"
 
-#define KERNEL(NAME, THREADS, READY, BODY)                                                             \
-  extern "C" __global__ void __launch_bounds__(THREADS) NAME(const __grid_constant__ Args args) { \
+#define KERNEL(NAME, THREADS, READY, BODY) KERNEL_OF(Args, NAME, THREADS, READY, BODY)
+// With parts of any size.
+#define UNEVEN(NAME, THREADS, BODY) KERNEL_OF(UnevenArgs, NAME, THREADS, false, BODY)
+#define KERNEL_OF(ARGS, NAME, THREADS, READY, BODY)                                               \
+  extern "C" __global__ void __launch_bounds__(THREADS) NAME(const __grid_constant__ ARGS args) { \
     Entry entry = enter(args);                                                                  \
     if (entry.is_poisoned) return;                                                              \
     if (is_header_block()) {                                                                    \
@@ -44,6 +47,9 @@ KERNEL(reduce_ring, TILE_THREADS, false, (ring<REDUCE, CALL_DTYPE, CALL_OP>))
 KERNEL(reduce_scatter_one_shot, 512, false, (one_shot<REDUCE_SCATTER, CALL_DTYPE, CALL_OP>))
 KERNEL(reduce_scatter_bulk, TILE_THREADS, false, (bulk<REDUCE_SCATTER, CALL_DTYPE, CALL_OP>))
 KERNEL(reduce_scatter_ring, TILE_THREADS, false, (ring<REDUCE_SCATTER, CALL_DTYPE, CALL_OP>))
+UNEVEN(reduce_scatter_v_one_shot, 512, (one_shot<REDUCE_SCATTER_V, CALL_DTYPE, CALL_OP>))
+UNEVEN(reduce_scatter_v_bulk, TILE_THREADS, (bulk<REDUCE_SCATTER_V, CALL_DTYPE, CALL_OP>))
+UNEVEN(reduce_scatter_v_ring, TILE_THREADS, (ring<REDUCE_SCATTER_V, CALL_DTYPE, CALL_OP>))
 #elif PURPOSE == FUSED
 #if __CUDA_ARCH__ >= 900
 #define TEAM 8
@@ -81,6 +87,9 @@ KERNEL(scatter_one_shot, 512, false, (one_shot<SCATTER, U8, SUM>))
 KERNEL(scatter_bulk, TILE_THREADS, false, (bulk<SCATTER, U8, SUM>))
 KERNEL(all_to_all_one_shot, 512, false, (one_shot<ALL_TO_ALL, U8, SUM>))
 KERNEL(all_to_all_bulk, TILE_THREADS, false, (bulk<ALL_TO_ALL, U8, SUM>))
+UNEVEN(all_gather_v_one_shot, 512, (one_shot<ALL_GATHER_V, U8, SUM>))
+UNEVEN(all_gather_v_bulk, TILE_THREADS, (bulk<ALL_GATHER_V, U8, SUM>))
+UNEVEN(all_gather_v_ring, TILE_THREADS, (ring<ALL_GATHER_V, U8, SUM>))
 #else
 KERNEL(broadcast_one_shot, 512, false, (one_shot<BROADCAST, U8, SUM>))
 KERNEL(broadcast_two_shot, 512, false, (two_shot<BROADCAST, U8, SUM>))

@@ -1,7 +1,8 @@
 // One-shot: everybody pushes what a peer is to have to that peer as packets; every rank reduces, or gathers, for itself.
 //
 // Bytes out of each rank: (n − 1) · S · 4/3, S being the message, or a part where each peer gets another. One hop. A thread pushes its units, then waits for the same units of the
-// peers; slot (source, unit) of the half of this epoch belongs to that source alone.
+// peers; slot (source, unit) of the half of this epoch belongs to that source alone. Where parts have sizes of their own, slots are as
+// long as the largest, and what is behind the end of a part is neither sent nor waited for.
 
 #pragma once
 
@@ -22,16 +23,17 @@ __device__ __forceinline__ bool take_unit(const u8* at, u32* words, u32 epoch) {
   return is_there;
 }
 
-// Polls a unit of every peer at once until all are there: their latencies overlap. `slot(peer)` is where it lies.
-template <int PACKETS, class Slot>
+// Polls a unit of every peer at once until all that are due are there: their latencies overlap. `slot(peer)` is where it lies.
+template <int PACKETS, class Slot, class Due>
 __device__ __forceinline__ bool take_units(const Args& args, const Entry& entry, u32 (&units)[RANKS][3 * PACKETS],
-                                           Slot slot) {
+                                           Slot slot, Due is_due) {
   u32 spins = 0;
   while (true) {
     u32 missing = 0;
 #pragma unroll
     for (int peer = 0; peer < RANKS; peer++) {
-      if (peer != args.rank && !take_unit<PACKETS>(slot(peer), units[peer], entry.epoch)) missing |= 1u << peer;
+      const bool is_taken = peer != args.rank && is_due(peer);
+      if (is_taken && !take_unit<PACKETS>(slot(peer), units[peer], entry.epoch)) missing |= 1u << peer;
     }
     if (missing == 0) {
       end_wait(args, spins);
@@ -39,6 +41,12 @@ __device__ __forceinline__ bool take_units(const Args& args, const Entry& entry,
     }
     if ((++spins & 63) == 0 && must_leave(args, entry, spins, __ffs(missing) - 1, 0)) return false;
   }
+}
+
+template <int PACKETS, class Slot>
+__device__ __forceinline__ bool take_units(const Args& args, const Entry& entry, u32 (&units)[RANKS][3 * PACKETS],
+                                           Slot slot) {
+  return take_units<PACKETS>(args, entry, units, slot, [](int) { return true; });
 }
 
 template <int PACKETS>
@@ -94,16 +102,17 @@ __device__ __forceinline__ bool one_shot(const Args& args, const Entry& entry) {
   const u64 step = u64(workers()) * blockDim.x, first = u64(blockIdx.x) * blockDim.x + threadIdx.x;
   // 1. Push.
   for (u64 i = first; i < units; i += step) {
-    const u64 at = half + me * slot_bytes + i * UNIT_STRIDE;
+    const u64 at = half + me * slot_bytes + i * UNIT_STRIDE, from = i * U::BYTES;
     u32 own[U::WORDS];
     if (!F::HAS_PARTS_IN && (!F::IS_FROM_ROOT || me == args.root)) {
-      load_words<U::WORDS>(F::source(args, me) + i * U::BYTES, bytes - i * U::BYTES, own);
+      if (!F::reaches(args, me, me, from)) break;
+      load_words<U::WORDS>(F::source(args, me) + from, F::bytes(args, me, me) - from, own);
     }
 #pragma unroll
     for (u32 k = 1; k < RANKS; k++) {
       const u32 peer = peer_behind(me, k);
-      if (!F::flows(args, me, peer)) continue;
-      if (F::HAS_PARTS_IN) load_words<U::WORDS>(F::source(args, peer) + i * U::BYTES, bytes - i * U::BYTES, own);
+      if (!F::flows(args, me, peer) || (F::HAS_PARTS_IN && !F::reaches(args, me, peer, from))) continue;
+      if (F::HAS_PARTS_IN) load_words<U::WORDS>(F::source(args, peer) + from, F::bytes(args, me, peer) - from, own);
       put_unit<U::PACKETS>(args.arenas[peer] + at, own, epoch);
     }
   }
@@ -126,19 +135,23 @@ __device__ __forceinline__ bool one_shot(const Args& args, const Entry& entry) {
       store_words<U::WORDS>(F::target(args, me) + at, rest, own);
     } else {
       u32 all[RANKS][U::WORDS];
-      load_words<U::WORDS>(F::source(args, me) + at, rest, own);
+      auto left = [&](u32 from) { return F::IS_UNEVEN ? F::bytes(args, from, me) - at : rest; };
+      auto is_due = [&](u32 from) { return F::reaches(args, from, me, at); };
+      if (F::FOLDS && !is_due(me)) break;
+      if (is_due(me)) load_words<U::WORDS>(F::source(args, me) + at, left(me), own);
       auto slot = [&](int peer) { return arena + peer * slot_bytes + i * UNIT_STRIDE; };
-      if (!take_units<U::PACKETS>(args, entry, all, slot)) return false;
+      if (!take_units<U::PACKETS>(args, entry, all, slot, is_due)) return false;
       if constexpr (F::FOLDS) {
         u32 result[U::WORDS];
         place_own<U::WORDS>(all, own, me);
         reduce_units<DTYPE, OP, U::WORDS>(all, scalars, result);
-        store_words<U::WORDS>(F::target(args, me) + at, rest, result);
+        store_words<U::WORDS>(F::target(args, me) + at, left(me), result);
       } else {
 #pragma unroll
         for (int rank = 0; rank < RANKS; rank++) {
-          if (rank != me) store_words<U::WORDS>(F::target(args, rank) + at, rest, all[rank]);
-          else if (!args.is_same) store_words<U::WORDS>(F::target(args, rank) + at, rest, own);
+          if (!is_due(rank)) continue;
+          if (rank != me) store_words<U::WORDS>(F::target(args, rank) + at, left(rank), all[rank]);
+          else if (!args.is_same) store_words<U::WORDS>(F::target(args, rank) + at, left(rank), own);
         }
       }
     }

@@ -6,6 +6,8 @@
 // each rank: 2 · S · (n − 1)/n. Reduce-scatter: the first time round. Broadcast: the root's tiles go round. Reduce: partial sums go from
 // the rank behind the root round to it. All-gather: everybody's tiles go round.
 //
+// Parts may have sizes of their own: all go round in the tiles of the largest, and what is behind the end of one moves nothing.
+//
 // Block b keeps a queue of its own to block b of the next rank: slots in that rank's scratch, as many as there is room for. What
 // tile t sends lies in slot t mod slots. The next rank is told (stage 0) that our tile t is through, and so the slot filled; the
 // previous one (stage 1), and so its slot is read.
@@ -47,7 +49,7 @@ struct Ring {
     places = first < vectors ? u32((vectors - first + step - 1) / step) : 0;
     lanes = slots / 2 < 1 ? 1 : slots / 2 < MOST_LANES ? slots / 2 : MOST_LANES;
     scratch = SCRATCH_AT + half_of(entry.epoch) * SCRATCH_HALF_BYTES + u64(channel) * slots * tile * 16;
-    is_wide = is_on(args.sources[args.rank], 16) && is_on(args.targets[args.rank], 16) && args.bytes % 16 == 0;
+    is_wide = Flow<KIND>::is_wide(args);
     scalar = __longlong_as_double(args.header[HEADER_SCALAR]);
   }
 
@@ -67,7 +69,11 @@ struct Ring {
   }
   __device__ __forceinline__ u32 tiles() const { return places * STEPS; }
   __device__ __forceinline__ u32 count(u32 t) const {
-    const u64 rest = vectors - base(where(t));
+    const Place at = where(t);
+    const u64 begin = base(at), end = Flow<KIND>::IS_UNEVEN ? lines(part_bytes(at.step)) : vectors;
+    // Both ends of a queue count alike, and pass on tiles with nothing in them.
+    if (Flow<KIND>::IS_UNEVEN && begin >= end) return 0;
+    const u64 rest = end - begin;
     return rest < tile ? u32(rest) : tile;
   }
   __device__ __forceinline__ bool needs_threads() const { return FOLDS || !is_wide; }
@@ -89,6 +95,10 @@ struct Ring {
     u32 behind = FOLDS ? step + 1 : step;
     return (args.rank + 2 * RANKS - behind) % RANKS;
   }
+  // Its bytes, where it is a part.
+  __device__ __forceinline__ u64 part_bytes(u32 step) const {
+    return Flow<KIND>::IS_UNEVEN ? Flow<KIND>::bytes(args, shard(step), shard(step)) : args.bytes;
+  }
   // The tile of the previous rank that sent what tile t receives.
   __device__ __forceinline__ u32 sender_of(u32 t, const Place& at) const { return IS_CHAIN ? t : t - at.side; }
   // The tile of the next rank that receives what tile t sends.
@@ -109,9 +119,11 @@ struct Ring {
     const Place at = where(t);
     Side side;
     if (k == own_input_of(at.step)) {
-      if (KIND == REDUCE_SCATTER) return own_side(Flow<KIND>::source(args, shard(at.step)), base(at) * 16, args.bytes);
+      if (Flow<KIND>::FOLDS_PARTS) {
+        return own_side(Flow<KIND>::source(args, shard(at.step)), base(at) * 16, part_bytes(at.step));
+      }
       u64 vector = KIND == ALL_REDUCE ? shard(at.step) * vectors + base(at) : base(at);
-      return own_side(args.sources[args.rank], vector * 16, args.bytes);
+      return own_side(args.sources[args.rank], vector * 16, part_bytes(at.step));
     }
     if (k > 0 || !is_received(at.step)) return side;
     const u32 sender = sender_of(t, at);
@@ -136,13 +148,14 @@ struct Ring {
     u8* target = args.targets[args.rank];
     if (FOLDS) {
       if (KIND == ALL_REDUCE ? at.step + 1 < RANKS : !is_sum(at.step)) return side;
-      return to_user(side, target, KIND == ALL_REDUCE ? shard(at.step) * vectors + base(at) : base(at));
+      return to_user(side, target, KIND == ALL_REDUCE ? shard(at.step) * vectors + base(at) : base(at), part_bytes(at.step));
     }
     if (!is_received(at.step) && args.is_same) return side;
-    return to_user(side, KIND == ALL_GATHER ? target + shard(at.step) * args.bytes : target, base(at));
+    const bool has_parts = Flow<KIND>::HAS_PARTS_OUT;
+    return to_user(side, has_parts ? Flow<KIND>::target(args, shard(at.step)) : target, base(at), part_bytes(at.step));
   }
-  __device__ __forceinline__ Side to_user(const Side& told, const u8* target, u64 vector) const {
-    Side side = own_side(target, vector * 16, args.bytes);
+  __device__ __forceinline__ Side to_user(const Side& told, const u8* target, u64 vector, u64 bytes) const {
+    Side side = own_side(target, vector * 16, bytes);
     side.tell = told.tell;
     return side;
   }

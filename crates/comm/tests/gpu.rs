@@ -41,8 +41,15 @@ use world::{Case, Operation, World, devices};
 const SIZES: [usize; 4] = [1, 2, 3, 5];
 
 /// Operations with parts of their own for each rank, or with one rank that gets all.
-const OTHERS: [Operation; 5] =
-    [Operation::Reduce, Operation::ReduceScatter, Operation::Gather, Operation::Scatter, Operation::AllToAll];
+const OTHERS: [Operation; 7] = [
+    Operation::Reduce,
+    Operation::ReduceScatter,
+    Operation::Gather,
+    Operation::Scatter,
+    Operation::AllToAll,
+    Operation::AllGatherV,
+    Operation::ReduceScatterV,
+];
 
 fn for_worlds(test: impl Fn(usize, &[u32])) {
     let devices = devices();
@@ -109,7 +116,12 @@ fn every_dtype_and_reduction_has_the_bits_of_the_reference() {
             };
             let world = World::new(ranks, devices, all);
             for (dtype, op) in pairs() {
-                for operation in [Operation::AllReduce, Operation::Reduce, Operation::ReduceScatter] {
+                for operation in [
+                    Operation::AllReduce,
+                    Operation::Reduce,
+                    Operation::ReduceScatter,
+                    Operation::ReduceScatterV,
+                ] {
                     world.check(&Case { operation, dtype, op, count: 777, ..Case::default() }, Some(form));
                 }
             }

@@ -39,5 +39,7 @@ mod windows;
 pub(crate) use engine::{Engine, EngineConfig};
 pub(crate) use flight::{Prepared, Ticket};
 #[cfg(feature = "cuda")]
+pub(crate) use parts::Part;
+#[cfg(feature = "cuda")]
 pub(crate) use plan::Plan;
 pub(crate) use plan::WindowPlace;

@@ -29,6 +29,14 @@ pub(crate) struct Uneven {
 }
 
 impl Plan {
+    /// The parts of the side that has one for every rank, where they have sizes of their own and one side has them.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn parts(&self) -> Option<&[Part]> {
+        let uneven =
+            self.uneven.as_ref().filter(|uneven| uneven.source.is_empty() != uneven.target.is_empty())?;
+        Some(if uneven.source.is_empty() { &uneven.target } else { &uneven.source })
+    }
+
     /// Where the part of our input for `rank` lies.
     #[inline]
     pub(super) fn source_part(&self, rank: usize) -> Part {
@@ -71,8 +79,8 @@ pub(super) fn plan_uneven(call: &Call<'_>, situation: &Situation<'_>) -> Result<
         (false, false) => (*source, absent(target, source.dtype)),
     };
     let dtype = source.dtype;
-    check_place(kind, &source, situation)?;
-    check_place(kind, &target, situation)?;
+    let source_window = check_place(kind, &source, situation)?;
+    let target_window = check_place(kind, &target, situation)?;
     if target.dtype != dtype {
         return Err(argument(situation, kind, "dtype of the output", dtype, target.dtype));
     }
@@ -116,6 +124,8 @@ pub(super) fn plan_uneven(call: &Call<'_>, situation: &Situation<'_>) -> Result<
         count: most,
         source: std::ptr::with_exposed_provenance(source.ptr as usize),
         target: std::ptr::with_exposed_provenance_mut(target.ptr as usize),
+        source_window,
+        target_window,
         uneven: Some(Box::new(uneven)),
         ..Plan::bare(kind)
     })

@@ -143,18 +143,21 @@ impl Plan {
         for (window, (buffer, side, parts, everywhere)) in windows.iter_mut().zip(all) {
             if parts > 0 && (situation.device.is_some() || !matches!(buffer.place, Place::Host)) {
                 let place = window_of(*kind, buffer.place, (side.ptr, side.count * size), situation)?;
-                *window = place.filter(|_| everywhere);
+                // On a GPU, whoever keeps windows or lends them must know of each.
+                *window = place.filter(|_| everywhere || situation.device.is_some());
             }
         }
         let [source_window, target_window] = windows;
-        let id = |window: &Option<WindowPlace>| window.as_ref().map_or(0, |window| window.id);
+        let id = |window: &Option<WindowPlace>, everywhere: bool| {
+            window.as_ref().filter(|_| everywhere).map_or(0, |window| window.id)
+        };
         let header = CallHeader {
             kind: *kind,
             dtype: Some(dtype),
             count: count as u64,
             parts: 0,
-            source_window: id(&source_window),
-            target_window: id(&target_window),
+            source_window: id(&source_window, by_source),
+            target_window: id(&target_window, by_target),
         };
         let question = select::Question { kind: *kind, bytes, in_windows: header.is_in_windows() };
         Ok(Self {
@@ -254,9 +257,13 @@ fn own_part(kind: Kind, all: &RawBuffer, situation: &Situation<'_>) -> Result<Si
     Ok(Side { count, ptr: all.ptr + (situation.rank * count * all.dtype.size()) as u64 })
 }
 
-/// Refuses a buffer that this communicator cannot use.
-pub(super) fn check_place(kind: Kind, buffer: &RawBuffer, situation: &Situation<'_>) -> Result<()> {
-    window_of(kind, buffer.place, (buffer.ptr, buffer.bytes()), situation).map(drop)
+/// Refuses a buffer that this communicator cannot use; else where it lies in a window, if it does.
+pub(super) fn check_place(
+    kind: Kind,
+    buffer: &RawBuffer,
+    situation: &Situation<'_>,
+) -> Result<Option<WindowPlace>> {
+    window_of(kind, buffer.place, (buffer.ptr, buffer.bytes()), situation)
 }
 
 /// Where `bytes` at `ptr` lie in a window, if they do.

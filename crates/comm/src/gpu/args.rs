@@ -62,6 +62,16 @@ pub(crate) struct FusedArgs {
     pub(crate) rows: Rows,
 }
 
+/// The argument of kernels whose parts have sizes of their own. In it, of the side that has a part for each rank,
+/// [`Args::sources`] or [`Args::targets`] are those of our parts, and [`Args::bytes`] are of the largest.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct UnevenArgs {
+    pub(crate) args: Args,
+    /// Bytes of the part of each rank.
+    pub(crate) part_bytes: [u64; MAX_RANKS],
+}
+
 const REASON: usize = 0;
 const PEER: usize = 1;
 const EPOCH: usize = 2;

@@ -12,7 +12,7 @@ use unisono_core::device::{ArenaLayout, Form, Link};
 use unisono_core::{DType, ReduceOp};
 use unisono_cuda::{Architecture, Cache, Compiler, Device, Function, Module, Result, Source};
 
-use super::args::{Args, FusedArgs};
+use super::args::{Args, FusedArgs, UnevenArgs};
 
 const COLLECTIVES: &str = include_str!("../../kernels/collectives.cu");
 const HEADERS: [(&str, &str); 14] = [
@@ -37,11 +37,11 @@ const HEADERS: [(&str, &str); 14] = [
 pub enum Purpose {
     /// Moving the same bytes to all: broadcast, all-gather, barrier.
     Copies,
-    /// Moving parts: gather, scatter, all-to-all.
+    /// Moving parts: gather, scatter, all-to-all, all-gather of parts of any size.
     Parts,
     /// All-reduce of this dtype and reduction (by its code).
     Reduce(DType, u8),
-    /// Reduce and reduce-scatter of this dtype and reduction.
+    /// Reduce and reduce-scatter, of parts of any size too, of this dtype and reduction.
     ReduceParts(DType, u8),
     /// All-reduce of rows of this dtype, f16 or bf16, with residual and norm.
     Fused(DType),
@@ -87,7 +87,9 @@ impl Purpose {
             (Kind::AllReduce { .. }, Some(op)) => Self::reduce(dtype, op),
             (Kind::AllReduceRmsNorm { .. }, _) => Self::Fused(dtype),
             (_, Some(op)) => Self::reduce_parts(dtype, op),
-            (Kind::Gather { .. } | Kind::Scatter { .. } | Kind::AllToAll, None) => Self::Parts,
+            (Kind::Gather { .. } | Kind::Scatter { .. } | Kind::AllToAll | Kind::AllGatherV, None) => {
+                Self::Parts
+            }
             _ => Self::Copies,
         }
     }
@@ -135,6 +137,7 @@ pub fn source(layout: &ArenaLayout, purpose: Purpose) -> Source {
     }
     // Both sides see the same structures, or nothing compiles.
     definitions.push(("ARGS_BYTES", size_of::<Args>().to_string()));
+    definitions.push(("UNEVEN_ARGS_BYTES", size_of::<UnevenArgs>().to_string()));
     Source { name: "collectives.cu", text: COLLECTIVES, headers, definitions }
 }
 
@@ -196,7 +199,7 @@ pub(crate) struct RowFunctions {
 }
 
 /// Every operation that has kernels.
-const OPERATIONS: [Kind; 8] = [
+const OPERATIONS: [Kind; 10] = [
     Kind::AllReduce { op: ReduceOp::Sum },
     Kind::Broadcast { root: 0 },
     Kind::AllGather,
@@ -205,6 +208,8 @@ const OPERATIONS: [Kind; 8] = [
     Kind::Gather { root: 0 },
     Kind::Scatter { root: 0 },
     Kind::AllToAll,
+    Kind::AllGatherV,
+    Kind::ReduceScatterV { op: ReduceOp::Sum },
 ];
 
 /// Where an operation stands among those.
@@ -219,15 +224,20 @@ const fn index(kind: Kind) -> Option<usize> {
         Kind::Gather { .. } => 5,
         Kind::Scatter { .. } => 6,
         Kind::AllToAll => 7,
+        Kind::AllGatherV => 8,
+        Kind::ReduceScatterV { .. } => 9,
         _ => return None,
     })
 }
 
-/// Whether the input has a part for each rank, and the output one of each.
+/// Whether the input has a part for each rank, and the output one of each: of one size, or of any.
 #[inline]
 pub(crate) const fn parts(kind: Kind) -> (bool, bool) {
-    let is_in = matches!(kind, Kind::ReduceScatter { .. } | Kind::Scatter { .. } | Kind::AllToAll);
-    let is_out = matches!(kind, Kind::AllGather | Kind::Gather { .. } | Kind::AllToAll);
+    let is_in = matches!(
+        kind,
+        Kind::ReduceScatter { .. } | Kind::ReduceScatterV { .. } | Kind::Scatter { .. } | Kind::AllToAll
+    );
+    let is_out = matches!(kind, Kind::AllGather | Kind::AllGatherV | Kind::Gather { .. } | Kind::AllToAll);
     (is_in, is_out)
 }
 

@@ -18,11 +18,11 @@ use unisono_core::settings::{HandleKind, PinnedWay};
 use unisono_cuda::{Device, DeviceBuffer, Event, Grid, RegisteredHost, Stream};
 
 use crate::call::Call;
-use crate::collectives::{Engine, Plan, WindowPlace};
+use crate::collectives::{Engine, Part, Plan, WindowPlace};
 use crate::control::Control;
 use crate::error::{Error, Result};
 use arenas::Arenas;
-use args::{Args, HEADER_LAUNCH, Report};
+use args::{Args, HEADER_LAUNCH, Report, UnevenArgs};
 pub(crate) use attach::{check_ranks, identity, without_device, without_gpu};
 use budget::Budget;
 pub use device_header::device_header;
@@ -191,7 +191,7 @@ impl Gpu {
                 call: kind.name(),
                 rank,
                 what: "operation on a GPU",
-                expected: "a collective of equal parts, or barrier".to_owned(),
+                expected: "another collective, or barrier".to_owned(),
                 got: kind.name().to_owned(),
             });
         }
@@ -243,6 +243,7 @@ impl Gpu {
         let own = |has_parts: bool| if has_parts { rank as u64 * args.bytes } else { 0 };
         let (has_parts_in, has_parts_out) = kernels::parts(kind);
         args.is_same = u32::from(source + own(has_parts_in) == target + own(has_parts_out));
+        let mut uneven = plan.parts().map(|parts| uneven_args(args, parts, plan));
         if launch.form == Form::Direct {
             let [source, target] = sides;
             args.source_bytes =
@@ -252,9 +253,14 @@ impl Gpu {
         }
         let shared_bytes = if launch.by_copies { self.room_bytes } else { 0 };
         let grid = Grid { blocks: launch.blocks + 1, threads: launch.threads, shared_bytes };
-        // SAFETY: the kernel takes `Args`; what it names lives as long as this communicator, which waits for its kernels before
-        // it lets go, and the buffers are valid until the stream has passed, as whoever made the call promised.
-        let launched = unsafe { function.launch(stream, grid, (&raw mut self.args).cast()) };
+        let args = match &mut uneven {
+            Some(uneven) => (&raw mut *uneven).cast(),
+            None => (&raw mut self.args).cast(),
+        };
+        // SAFETY: the kernel takes `Args`, or `UnevenArgs` where it has parts of any size; what they name lives as long as this
+        // communicator, which waits for its kernels before it lets go, and the buffers are valid until the stream has passed, as
+        // whoever made the call promised.
+        let launched = unsafe { function.launch(stream, grid, args) };
         if let Err(error) = launched {
             return Err(self.refused(error));
         }
@@ -427,6 +433,21 @@ impl Gpu {
     pub(crate) fn decide(&self, kind: Kind, bytes: usize, size: usize) -> Launch {
         self.rules.decide(&Question { kind, bytes, size, is_reachable: false })
     }
+}
+
+/// The arguments of a call with these parts of sizes of their own, whose sides begin where `args` says.
+#[cold]
+fn uneven_args(args: &Args, parts: &[Part], plan: &Plan) -> UnevenArgs {
+    let mut uneven = UnevenArgs { args: *args, part_bytes: [0; MAX_RANKS] };
+    let (args, rank) = (&mut uneven.args, args.rank as usize);
+    let (has_parts_in, _) = kernels::parts(plan.header.kind);
+    let side = if has_parts_in { &mut args.sources } else { &mut args.targets };
+    let base = side[rank];
+    for ((at, bytes), part) in side.iter_mut().zip(&mut uneven.part_bytes).zip(parts) {
+        (*at, *bytes) = (base + part.at as u64, (part.count * plan.dtype.size()) as u64);
+    }
+    args.is_same = u32::from(args.sources[rank] == args.targets[rank]);
+    uneven
 }
 
 /// Form and grid as the header carries them; the recorder keeps the lower half.

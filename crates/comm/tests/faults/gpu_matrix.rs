@@ -72,8 +72,8 @@ pub(crate) fn play(part: &Part) -> Result<()> {
         let raw = CudaStream::new(&device).unwrap();
         // SAFETY: the raw stream lies beside this one and lives as long.
         let stream = unsafe { Stream::cuda(raw.raw(), ordinal) }?;
-        let source = DeviceBuffer::new(&device, most * part.size + 2 * MARGIN).unwrap();
-        let target = DeviceBuffer::new(&device, most * part.size + 2 * MARGIN).unwrap();
+        let source = DeviceBuffer::new(&device, (most + MARGIN) * part.size + 2 * MARGIN).unwrap();
+        let target = DeviceBuffer::new(&device, (most + MARGIN) * part.size + 2 * MARGIN).unwrap();
         let communicator = builder.build()?;
         let mut bench = Bench { communicator, stream, raw, source, target, ordinal };
         if at == 0 {
@@ -82,7 +82,12 @@ pub(crate) fn play(part: &Part) -> Result<()> {
         for (dtype, op) in reductions() {
             for (count, is_in_place, offset) in [(777, false, 0), (100_003, true, 0), (1000, false, 2)] {
                 let count = count.min(most / dtype.size());
-                for operation in [Operation::AllReduce, Operation::Reduce, Operation::ReduceScatter] {
+                for operation in [
+                    Operation::AllReduce,
+                    Operation::Reduce,
+                    Operation::ReduceScatter,
+                    Operation::ReduceScatterV,
+                ] {
                     check(&mut bench, &Case { operation, dtype, op, count, root: 1, is_in_place, offset })?;
                 }
             }
@@ -95,6 +100,7 @@ pub(crate) fn play(part: &Part) -> Result<()> {
                     Operation::Gather,
                     Operation::Scatter,
                     Operation::AllToAll,
+                    Operation::AllGatherV,
                 ] {
                     let root = part.size - 1;
                     check(
@@ -111,41 +117,32 @@ pub(crate) fn play(part: &Part) -> Result<()> {
 
 fn check(bench: &mut Bench, case: &Case) -> Result<()> {
     let (rank, ranks) = (bench.communicator.rank(), bench.communicator.world_size());
-    let bytes = case.count * case.dtype.size();
-    let begin = MARGIN + case.offset.next_multiple_of(case.dtype.size());
-    let is_in_place = case.is_in_place && case.can_be_in_place();
-    let (parts_in, parts_out) = case.parts(rank, ranks);
+    let size = case.dtype.size();
+    let begin = MARGIN + case.offset.next_multiple_of(size);
+    let shape = case.shape(rank, ranks);
     let inputs: Vec<Vec<u8>> = (0..ranks).map(|rank| input(case, rank, ranks)).collect();
-    let most = parts_out.max(if is_in_place { parts_in } else { 0 });
-    let mut before = vec![0xa5; begin + bytes * most + MARGIN];
-    if is_in_place {
-        let own = if parts_out > parts_in { rank * bytes } else { 0 };
-        before[begin + own..][..inputs[rank].len()].copy_from_slice(&inputs[rank]);
-    } else {
-        bench.source.write(begin, &inputs[rank]).unwrap();
+    let mut before = vec![0xa5; begin + shape.room() * size + MARGIN];
+    if shape.is_in_place {
+        before[begin + shape.input_at * size..][..inputs[rank].len()].copy_from_slice(&inputs[rank]);
     }
+    bench.source.write(begin, &inputs[rank]).unwrap();
     bench.target.write(0, &before).unwrap();
-    let raw = |buffer: &DeviceBuffer, parts: usize| RawBuffer {
+    let raw = |buffer: &DeviceBuffer| RawBuffer {
         ptr: buffer.address() + begin as u64,
-        count: case.count * parts,
+        count: 0,
         dtype: case.dtype,
         place: Place::Cuda { ordinal: bench.ordinal },
     };
-    let both = [raw(&bench.source, parts_in), raw(&bench.target, parts_out)];
-    let one = [raw(&bench.target, parts_in.max(parts_out))];
-    let used = if is_in_place { &one[..] } else { &both[..] };
-    let taken = bench.communicator.gpu_choice(case.kind(rank), bytes, case.dtype.size());
+    let buffers = shape.buffers(raw(&bench.source), raw(&bench.target));
+    let taken = bench.communicator.gpu_choice(case.kind(rank), case.most_bytes(ranks), size);
     // SAFETY: both buffers live until the stream was waited for, and nobody else uses them.
-    let call = unsafe { Call::from_raw(case.kind(rank), used, &[]) };
+    let call = unsafe { Call::from_raw(case.kind(rank), &buffers, &shape.views()) };
     bench.communicator.on(&bench.stream).submit(call)?;
     bench.raw.synchronize().unwrap();
     bench.communicator.check()?;
-    let own = if is_in_place && parts_in > parts_out && parts_out > 0 { rank * bytes } else { 0 };
-    let expected = expected(case, &inputs, taken.map(|launch| launch.form), rank);
-    if is_in_place && parts_out > parts_in {
-        before[begin..][..bytes * parts_out].fill(0);
+    for (at, piece) in expected(case, &inputs, taken.map(|launch| launch.form), rank) {
+        before[begin + (shape.output_at + at) * size..][..piece.len()].copy_from_slice(&piece);
     }
-    before[begin + own..][..expected.len()].copy_from_slice(&expected);
     let mut got = vec![0; before.len()];
     bench.target.read(0, &mut got).unwrap();
     let wrong = before.iter().zip(&got).position(|(expected, got)| expected != got);

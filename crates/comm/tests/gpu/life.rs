@@ -216,6 +216,45 @@ fn calls_that_differ_are_named_on_both_ranks() {
 }
 
 #[test]
+fn parts_that_differ_are_named_on_both_ranks() {
+    for [ours, theirs] in [[[30, 34], [34, 30]], [[64, 0], [0, 64]], [[32, 32], [32, 31]]] {
+        for is_sum in [false, true] {
+            let Some(world) = pair(prepared) else { return };
+            let buffers: Vec<_> = (0..4).map(|at| memory(&world, at / 2, &[1; 64])).collect();
+            for (rank, counts) in [ours, theirs].iter().enumerate() {
+                let (input, output) = (&buffers[2 * rank], &buffers[2 * rank + 1]);
+                let (one, all) = (counts[rank], counts.iter().sum());
+                let (inputs, outputs) = if is_sum { (all, one) } else { (one, all) };
+                let ordinal = world.devices[rank].ordinal();
+                // SAFETY: the streams are waited for before a buffer goes, and both are long enough.
+                let (input, output) = unsafe {
+                    (
+                        Buf::<i32>::cuda(input.address(), inputs, ordinal),
+                        BufMut::<i32>::cuda(output.address(), outputs, ordinal),
+                    )
+                };
+                let on = world.ranks[rank].on(&world.streams[rank]);
+                match is_sum {
+                    true => on.reduce_scatter_v(input, output, counts, ReduceOp::Sum).unwrap(),
+                    false => on.all_gather_v(input, output, counts).unwrap(),
+                }
+            }
+            wait(&world);
+            for rank in &world.ranks {
+                let Err(Error::Mismatch { left, right }) = rank.check() else { panic!("{:?}", rank.check()) };
+                let mut both = [left, right];
+                both.sort();
+                let name = if is_sum { "reduce_scatter_v" } else { "all_gather_v" };
+                for (rank, text) in both.iter().enumerate() {
+                    assert!(text.starts_with(&format!("{name} #1 on rank {rank} (i32, 6")), "{both:?}");
+                    assert!(text.contains(" in parts #"), "{both:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn a_rank_that_does_not_come_is_named_when_patience_ends() {
     for count in [10, 3_000_000] {
         let limited = |builder: Builder| builder.timeout(Some(Duration::from_millis(2500)));

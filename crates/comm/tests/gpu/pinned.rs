@@ -138,6 +138,23 @@ fn take_turns(rank: &Communicator, stream: &Stream, count: usize) {
         on.all_gather_into(pair.source.range(source.clone()), pair.target.range_mut(all)).unwrap();
         let everything = (0..ranks).flat_map(|rank| (0..count).map(move |at| Pair::value(rank, at)));
         expect(&mut pair.target, to, everything, "all_gather by GPUs");
+        // What only the root gets, and parts of any size, in windows all the same.
+        pair.write(me, from);
+        let whole = to..to + count * ranks;
+        let gathered =
+            if me == 0 { pair.target.range_mut(whole.clone()) } else { pair.target.range_mut(0..0) };
+        on.gather(pair.source.range(source.clone()), gathered, 0).unwrap();
+        let everything = (0..ranks).flat_map(|rank| (0..count).map(move |at| Pair::value(rank, at)));
+        let everything = everything.take(if me == 0 { usize::MAX } else { 0 });
+        expect(&mut pair.target, to, everything, "gather by GPUs");
+        pair.write(me, from);
+        let counts: Vec<usize> = (0..ranks).map(|rank| count.saturating_sub(rank)).collect();
+        let all = to..to + counts.iter().sum::<usize>();
+        on.all_gather_v(pair.source.range(from..from + counts[me]), pair.target.range_mut(all), &counts)
+            .unwrap();
+        let everything =
+            (0..ranks).flat_map(|rank| (0..count.saturating_sub(rank)).map(move |at| Pair::value(rank, at)));
+        expect(&mut pair.target, to, everything, "all_gather_v by GPUs");
         // The GPU in place, the CPU on its result, and the GPU again: nobody else waits.
         pair.write(me, from);
         on.all_reduce(pair.source.range_mut(source.clone()), ReduceOp::Sum).unwrap();

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 
 use unisono::cuda::{Architecture, Cache, Compiler, DeviceBuffer, Function, Grid, Module, Source};
-use unisono::{Call, DType, Operations, Order, Place, RawBuffer, ReduceOp};
+use unisono::{Call, Counts, DType, Form, Kind, Operations, Order, Place, RawBuffer, ReduceOp};
 
 use crate::case::{Case, Operation, scalar};
 use crate::numbers::{self, Random};
@@ -138,7 +138,7 @@ struct Trial {
     is_replayed: bool,
 }
 
-const OPERATIONS: [Operation; 12] = [
+const OPERATIONS: [Operation; 15] = [
     Operation::AllReduce,
     Operation::AllReduce,
     Operation::AllReduce,
@@ -151,6 +151,9 @@ const OPERATIONS: [Operation; 12] = [
     Operation::Reduce,
     Operation::Gather,
     Operation::Scatter,
+    Operation::AllGatherV,
+    Operation::ReduceScatterV,
+    Operation::ReduceScatterV,
 ];
 
 impl Trial {
@@ -163,11 +166,11 @@ impl Trial {
         let operation = OPERATIONS[random.below(OPERATIONS.len())];
         let root = random.below(ranks);
         let case = Case { operation, dtype, op, root, ..Case::default() };
-        let (parts_in, parts_out) = case.parts(root, ranks);
+        let has_parts = !matches!(operation, Operation::AllReduce | Operation::Broadcast | Operation::Reduce);
         let room = if is_large { LARGE - (64 << 10) } else { 1 << 20 };
-        let most = room / dtype.size() / parts_in.max(parts_out);
+        let most = room / dtype.size() / if has_parts { ranks } else { 1 };
         let count = if is_large { most / 2 + random.below(most / 2) } else { size(random, most) };
-        let is_in_place = random.below(3) == 0 && case.can_be_in_place();
+        let is_in_place = random.below(3) == 0;
         Self {
             case: Case { count, is_in_place, ..case },
             phase: random.below(PERIOD),
@@ -180,32 +183,29 @@ impl Trial {
     fn run(&self, world: &World, at: usize, rank: &Rank) {
         let case = &self.case;
         let size = case.dtype.size();
-        let bytes = case.count * size;
-        let (parts_in, parts_out) = case.parts(at, world.ranks.len());
+        let shape = case.shape(at, world.ranks.len());
         let source = rank.inputs[&case.dtype].address() + (self.phase * size) as u64;
         let target = rank.target.address() + (self.shift * size) as u64;
-        let raw = |ptr, parts| RawBuffer {
+        let raw = |ptr| RawBuffer {
             ptr,
-            count: case.count * parts,
+            count: 0,
             dtype: case.dtype,
             place: Place::Cuda { ordinal: world.devices[at].ordinal() },
         };
         let stream = &world.raw_streams[at];
         let enqueue = || {
-            if case.is_in_place {
-                let own = if parts_out > parts_in { at * bytes } else { 0 };
+            if shape.is_in_place {
+                let begin = target + (shape.input_at * size) as u64;
                 // SAFETY: both buffers are long enough, and live as long as the test.
-                unsafe { stream.copy(target + own as u64, source, bytes * parts_in) }.unwrap();
+                unsafe { stream.copy(begin, source, shape.inputs * size) }.unwrap();
             }
-            let both = [raw(source, parts_in), raw(target, parts_out)];
-            let one = [raw(target, parts_in.max(parts_out))];
-            let used = if case.is_in_place { &one[..] } else { &both[..] };
+            let buffers = shape.buffers(raw(source), raw(target));
             // SAFETY: as above.
-            let call = unsafe { Call::from_raw(case.kind(at), used, &[]) };
+            let call = unsafe { Call::from_raw(case.kind(at), &buffers, &shape.views()) };
             world.ranks[at].on(&world.streams[at]).submit(call).unwrap();
         };
         // SAFETY: as above. What is not written differs.
-        unsafe { stream.fill(target, 0xa5, bytes * parts_in.max(parts_out)) }.unwrap();
+        unsafe { stream.fill(target, 0xa5, shape.room() * size) }.unwrap();
         if self.is_replayed {
             stream.begin_capture().unwrap();
             enqueue();
@@ -215,24 +215,26 @@ impl Trial {
         } else {
             enqueue();
         }
-        // Each part: whose pattern, where it begins in that, and where it lies.
-        let (begin, mine) = (self.phase * size, (self.phase + at * case.count) * size);
+        // Each piece of the output: whose pattern, where it begins in that, and where and how long it is.
+        let (begin, mine) = (self.phase * size, (self.phase + shape.starts[at]) * size);
         let sum = rank.sums.get(&(case.dtype, case.op.code()));
         let of = |peer: usize| &rank.parts[&(case.dtype, peer)];
-        let compare = |expected: &DeviceBuffer, phase: usize, part: usize| {
-            rank.compare(world, at, (target + (part * bytes) as u64, bytes), expected, phase);
+        let compare = |expected: &DeviceBuffer, phase: usize, (start, count): (usize, usize)| {
+            let from = target + ((shape.output_at + start) * size) as u64;
+            rank.compare(world, at, (from, count * size), expected, phase);
         };
+        let whole = (0, shape.outputs);
+        let parts = || shape.starts.iter().copied().zip(shape.counts.iter().copied()).enumerate();
         match (case.operation, sum) {
-            (Operation::AllReduce | Operation::Reduce, Some(sum)) if parts_out > 0 => compare(sum, begin, 0),
-            (Operation::ReduceScatter, Some(sum)) => {
-                compare(sum, mine, if case.is_in_place { at } else { 0 })
+            _ if shape.outputs == 0 => {}
+            (Operation::AllReduce | Operation::Reduce, Some(sum)) => compare(sum, begin, whole),
+            (Operation::ReduceScatter | Operation::ReduceScatterV, Some(sum)) => compare(sum, mine, whole),
+            (Operation::Broadcast, _) => compare(of(case.root), begin, whole),
+            (Operation::Scatter, _) => compare(of(case.root), mine, whole),
+            (Operation::AllGather | Operation::AllGatherV | Operation::Gather, _) => {
+                parts().for_each(|(peer, part)| compare(of(peer), begin, part));
             }
-            (Operation::Broadcast, _) => compare(of(case.root), begin, 0),
-            (Operation::Scatter, _) => compare(of(case.root), mine, 0),
-            (Operation::AllGather | Operation::Gather, _) => {
-                (0..parts_out).for_each(|peer| compare(of(peer), begin, peer));
-            }
-            (Operation::AllToAll, _) => (0..parts_out).for_each(|peer| compare(of(peer), mine, peer)),
+            (Operation::AllToAll, _) => parts().for_each(|(peer, part)| compare(of(peer), mine, part)),
             _ => {}
         }
     }
@@ -271,4 +273,80 @@ fn random_operations_have_the_bits_of_the_reference() {
         }
     }
     world.end();
+}
+
+/// 4 GiB and more in one part, hardly anything in the other.
+#[test]
+fn parts_of_more_than_4_gib_arrive() {
+    const COUNTS: [usize; 2] = [(4 << 30) + 12_345, 7_777];
+    /// Where the second part lies in its buffer, behind a gap.
+    const STARTS: [usize; 2] = [0, COUNTS[0] + 55];
+    const ROOM: usize = STARTS[1] + COUNTS[1];
+    let devices = devices();
+    if devices.len() < 2 {
+        eprintln!("SKIPPED: two GPUs are needed");
+        return;
+    }
+    for form in [Form::Bulk, Form::Ring] {
+        let world = World::new(2, &devices, |builder| {
+            builder.gpu_algorithm(form, 0).prepare(DType::U8, ReduceOp::Sum).unwrap()
+        });
+        let ranks: Vec<Rank> = (0..2).map(|rank| Rank::new(&world, rank)).collect();
+        let of = |rank| (DType::U8, rank);
+        let buffers: Vec<[DeviceBuffer; 2]> = (0..2)
+            .map(|at| {
+                let device = &world.devices[at];
+                let buffers = [ROOM, ROOM].map(|bytes| DeviceBuffer::new(device, bytes).unwrap());
+                let source = buffers[0].address();
+                // SAFETY: all lie in the buffers, which live as long as the test.
+                unsafe {
+                    let stream = &world.raw_streams[at];
+                    stream.copy(source, ranks[at].parts[&of(at)].address(), PERIOD).unwrap();
+                    let mut filled = PERIOD;
+                    while filled < ROOM {
+                        stream.copy(source + filled as u64, source, filled.min(ROOM - filled)).unwrap();
+                        filled *= 2;
+                    }
+                    stream.fill(buffers[1].address(), 0xa5, ROOM).unwrap();
+                }
+                buffers
+            })
+            .collect();
+        let counts = Counts { counts: &COUNTS, offsets: Some(&STARTS) };
+        for kind in [Kind::AllGatherV, Kind::ReduceScatterV { op: ReduceOp::Sum }] {
+            for (at, [source, target]) in buffers.iter().enumerate() {
+                let raw = |buffer: &DeviceBuffer, count| RawBuffer {
+                    ptr: buffer.address(),
+                    count,
+                    dtype: DType::U8,
+                    place: Place::Cuda { ordinal: world.devices[at].ordinal() },
+                };
+                let (inputs, outputs) =
+                    if kind.op().is_none() { (COUNTS[at], ROOM) } else { (ROOM, COUNTS[at]) };
+                let sides = [raw(source, inputs), raw(target, outputs)];
+                // SAFETY: both buffers are long enough, and live as long as the test.
+                let call = unsafe { Call::from_raw(kind, &sides, &[counts]) };
+                world.ranks[at].on(&world.streams[at]).submit(call).unwrap();
+            }
+            for (at, rank) in ranks.iter().enumerate() {
+                let target = buffers[at][1].address();
+                if kind.op().is_none() {
+                    for (peer, (count, start)) in COUNTS.into_iter().zip(STARTS).enumerate() {
+                        rank.compare(&world, at, (target + start as u64, count), &rank.parts[&of(peer)], 0);
+                    }
+                } else {
+                    let sum = &rank.sums[&(DType::U8, ReduceOp::Sum.code())];
+                    rank.compare(&world, at, (target, COUNTS[at]), sum, STARTS[at]);
+                }
+            }
+            for (at, rank) in ranks.iter().enumerate() {
+                world.raw_streams[at].synchronize().unwrap();
+                world.ranks[at].check().unwrap();
+                let mut wrong = [0; 8];
+                rank.wrong.read(0, &mut wrong).unwrap();
+                assert_eq!(u64::from_le_bytes(wrong), 0, "{kind:?}, {form}, rank {at}");
+            }
+        }
+        world.end();
+    }
 }

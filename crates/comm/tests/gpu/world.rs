@@ -48,12 +48,10 @@ impl World {
     /// Runs a case and compares every byte of every rank's output, those around it included.
     pub(crate) fn check(&self, case: &Case, form: Option<Form>) {
         let ranks = self.ranks.len();
-        let bytes = case.count * case.dtype.size();
-        let offset = case.offset.next_multiple_of(case.dtype.size());
-        let is_in_place = case.is_in_place && case.can_be_in_place();
+        let (bytes, size) = (case.most_bytes(ranks), case.dtype.size());
+        let offset = case.offset.next_multiple_of(size);
         let inputs: Vec<Vec<u8>> = (0..ranks).map(|rank| input(case, rank, ranks)).collect();
-        let taken =
-            self.ranks[0].gpu_choice(case.kind(0), bytes, case.dtype.size()).map(|launch| launch.form);
+        let taken = self.ranks[0].gpu_choice(case.kind(0), bytes, size).map(|launch| launch.form);
         let must_be = form.is_some_and(|form| form.serves(case.kind(0)));
         assert!(
             !must_be || ranks == 1 || bytes == 0 || taken == form || bytes > 64 << 10,
@@ -61,45 +59,40 @@ impl World {
         );
         let mut memory = Vec::new();
         for (rank, input) in inputs.iter().enumerate() {
-            let (parts_in, parts_out) = case.parts(rank, ranks);
-            let parts = if is_in_place { parts_in.max(parts_out) } else { parts_out };
-            let own = if is_in_place && parts_out > parts_in { rank * bytes } else { 0 };
-            let mut target = DeviceBuffer::new(&self.devices[rank], offset + bytes * parts + 64).unwrap();
-            target.write(0, &vec![0xa5; target.bytes()]).unwrap();
+            let shape = case.shape(rank, ranks);
+            let mut target =
+                DeviceBuffer::new(&self.devices[rank], offset + shape.room() * size + 64).unwrap();
             let mut source = DeviceBuffer::new(&self.devices[rank], offset + input.len() + 64).unwrap();
             source.write(0, &vec![0x5a; source.bytes()]).unwrap();
-            match is_in_place {
-                true => target.write(offset + own, input).unwrap(),
-                false => source.write(offset, input).unwrap(),
+            source.write(offset, input).unwrap();
+            let mut before = vec![0xa5; target.bytes()];
+            if shape.is_in_place {
+                before[offset + shape.input_at * size..][..input.len()].copy_from_slice(input);
             }
-            memory.push((source, target));
+            target.write(0, &before).unwrap();
+            memory.push((source, target, before));
         }
-        for (rank, (source, target)) in memory.iter().enumerate() {
-            let raw = |buffer: &DeviceBuffer, parts: usize| RawBuffer {
+        for (rank, (source, target, _)) in memory.iter().enumerate() {
+            let raw = |buffer: &DeviceBuffer| RawBuffer {
                 ptr: buffer.address() + offset as u64,
-                count: case.count * parts,
+                count: 0,
                 dtype: case.dtype,
                 place: Place::Cuda { ordinal: self.devices[rank].ordinal() },
             };
-            let (parts_in, parts_out) = case.parts(rank, ranks);
-            let both = [raw(source, parts_in), raw(target, parts_out)];
-            let one = [raw(target, parts_in.max(parts_out))];
-            let used = if is_in_place { &one[..] } else { &both[..] };
+            let shape = case.shape(rank, ranks);
+            let buffers = shape.buffers(raw(source), raw(target));
             // SAFETY: both buffers live until the streams were waited for, below.
-            let call = unsafe { Call::from_raw(case.kind(rank), used, &[]) };
+            let call = unsafe { Call::from_raw(case.kind(rank), &buffers, &shape.views()) };
             self.ranks[rank].on(&self.streams[rank]).submit(call).unwrap();
         }
         self.wait(&format!("{case:?} {form:?} of {ranks} ranks"));
-        for (rank, (_, target)) in memory.iter().enumerate() {
-            let (parts_in, parts_out) = case.parts(rank, ranks);
-            let expected = expected(case, &inputs, taken, rank);
-            // In place, a rank's part of what is reduced lies where it lay; the rest stays as it was.
-            let own = if is_in_place && parts_in > parts_out && parts_out > 0 { rank * bytes } else { 0 };
-            let mut before = vec![0xa5; target.bytes()];
-            if is_in_place && parts_in >= parts_out {
-                before[offset..][..inputs[rank].len()].copy_from_slice(&inputs[rank]);
+        for (rank, (_, target, before)) in memory.iter_mut().enumerate() {
+            // In place, what is not written stays as it was.
+            let shape = case.shape(rank, ranks);
+            for (at, piece) in expected(case, &inputs, taken, rank) {
+                let begin = offset + (shape.output_at + at) * size;
+                before[begin..][..piece.len()].copy_from_slice(&piece);
             }
-            before[offset + own..][..expected.len()].copy_from_slice(&expected);
             let mut got = vec![0; target.bytes()];
             target.read(0, &mut got).unwrap();
             let wrong = before.iter().zip(&got).position(|(expected, got)| expected != got);

@@ -1,6 +1,6 @@
 //! What a case of a collective on GPUs is given, and what it must give: the same for ranks of one process and for processes.
 
-use unisono::{DType, Kind, ReduceOp};
+use unisono::{Counts, DType, Kind, RawBuffer, ReduceOp};
 use unisono_core::device::Form;
 
 use super::Random;
@@ -15,6 +15,8 @@ pub(crate) enum Operation {
     Gather,
     Scatter,
     AllToAll,
+    AllGatherV,
+    ReduceScatterV,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -22,6 +24,7 @@ pub(crate) struct Case {
     pub(crate) operation: Operation,
     pub(crate) dtype: DType,
     pub(crate) op: ReduceOp,
+    /// Elements of a part; of the largest, where they differ.
     pub(crate) count: usize,
     pub(crate) root: usize,
     pub(crate) is_in_place: bool,
@@ -60,26 +63,118 @@ impl Case {
             Operation::Gather => Kind::Gather { root },
             Operation::Scatter => Kind::Scatter { root },
             Operation::AllToAll => Kind::AllToAll,
+            Operation::AllGatherV => Kind::AllGatherV,
+            Operation::ReduceScatterV => Kind::ReduceScatterV { op },
         }
     }
 
-    /// Parts of the input and of the output on a rank. None: it has no such side.
-    pub(crate) fn parts(&self, rank: usize, ranks: usize) -> (usize, usize) {
-        let at_root = |parts| if rank == self.root { parts } else { 0 };
+    fn is_uneven(&self) -> bool {
+        matches!(self.operation, Operation::AllGatherV | Operation::ReduceScatterV)
+    }
+
+    /// Elements of the part of each rank. Where they differ, one of four has nothing.
+    pub(crate) fn counts(&self, ranks: usize) -> Vec<usize> {
+        let size = |rank: usize| match (self.is_uneven(), (rank + self.count) % 4) {
+            (false, _) | (true, 0) => self.count,
+            (true, 1) => 0,
+            (true, 2) => self.count / 3,
+            (true, _) => self.count.saturating_sub(1),
+        };
+        (0..ranks).map(size).collect()
+    }
+
+    /// Bytes of the largest part.
+    pub(crate) fn most_bytes(&self, ranks: usize) -> usize {
+        self.counts(ranks).into_iter().max().unwrap_or(0) * self.dtype.size()
+    }
+
+    /// Where buffers and parts lie on a rank.
+    pub(crate) fn shape(&self, rank: usize, ranks: usize) -> Shape {
+        let counts = self.counts(ranks);
+        let mut starts: Vec<usize> = (0..ranks).map(|part| part * self.count).collect();
+        let mut all = ranks * self.count;
+        if self.is_uneven() {
+            // With gaps; and where every rank is asked for its own order, some have another.
+            let is_reversed = self.operation == Operation::AllGatherV && rank % 2 == 1;
+            all = 0;
+            for at in 0..ranks {
+                let part = if is_reversed { ranks - 1 - at } else { at };
+                starts[part] = all + part % 3;
+                all = starts[part] + counts[part];
+            }
+        }
+        let (own, count) = (counts[rank], self.count);
+        let at_root = |elements| if rank == self.root { elements } else { 0 };
+        let (inputs, outputs) = match self.operation {
+            Operation::AllReduce | Operation::Broadcast => (count, count),
+            Operation::AllGather | Operation::AllGatherV => (own, all),
+            Operation::Reduce => (count, at_root(count)),
+            Operation::ReduceScatter | Operation::ReduceScatterV => (all, own),
+            Operation::Gather => (count, at_root(all)),
+            Operation::Scatter => (at_root(all), count),
+            Operation::AllToAll => (all, all),
+        };
+        let is_parted = matches!(self.operation, Operation::Gather | Operation::Scatter);
+        let is_in_place = self.is_in_place && (!is_parted || rank == self.root);
+        let (mut input_at, mut output_at) = (0, 0);
         match self.operation {
-            Operation::AllReduce | Operation::Broadcast => (1, 1),
-            Operation::AllGather => (1, ranks),
-            Operation::Reduce => (1, at_root(1)),
-            Operation::ReduceScatter => (ranks, 1),
-            Operation::Gather => (1, at_root(ranks)),
-            Operation::Scatter => (at_root(ranks), 1),
-            Operation::AllToAll => (ranks, ranks),
+            Operation::AllGather | Operation::AllGatherV | Operation::Gather => input_at = starts[rank],
+            Operation::ReduceScatter | Operation::ReduceScatterV | Operation::Scatter => {
+                output_at = starts[rank];
+            }
+            _ => {}
+        }
+        if !is_in_place {
+            (input_at, output_at) = (0, 0);
+        }
+        let is_one_buffer = is_in_place && !is_parted && !self.is_uneven();
+        let is_uneven = self.is_uneven();
+        Shape { inputs, outputs, is_in_place, input_at, output_at, counts, starts, is_one_buffer, is_uneven }
+    }
+}
+
+/// Where buffers and parts of a case lie on a rank, in elements. In place, both sides lie in the memory of the output.
+#[derive(Debug)]
+pub(crate) struct Shape {
+    pub(crate) inputs: usize,
+    pub(crate) outputs: usize,
+    pub(crate) is_in_place: bool,
+    pub(crate) input_at: usize,
+    pub(crate) output_at: usize,
+    pub(crate) counts: Vec<usize>,
+    pub(crate) starts: Vec<usize>,
+    is_one_buffer: bool,
+    is_uneven: bool,
+}
+
+impl Shape {
+    /// Elements that the memory of the output must hold.
+    pub(crate) fn room(&self) -> usize {
+        let inputs = if self.is_in_place { self.input_at + self.inputs } else { 0 };
+        inputs.max(self.output_at + self.outputs)
+    }
+
+    /// The buffers of the call: `input` and `output` are the memory of each.
+    pub(crate) fn buffers(&self, input: RawBuffer, output: RawBuffer) -> Vec<RawBuffer> {
+        let size = output.dtype.size();
+        let cut = |memory: RawBuffer, at: usize, count| RawBuffer {
+            ptr: memory.ptr + (at * size) as u64,
+            count,
+            ..memory
+        };
+        match (self.is_one_buffer, self.is_in_place) {
+            (true, _) => vec![cut(output, 0, self.room())],
+            (false, is_in_place) => {
+                let input = if is_in_place { output } else { input };
+                vec![cut(input, self.input_at, self.inputs), cut(output, self.output_at, self.outputs)]
+            }
         }
     }
 
-    /// Whether one buffer can be both.
-    pub(crate) fn can_be_in_place(&self) -> bool {
-        !matches!(self.operation, Operation::Gather | Operation::Scatter)
+    /// The sizes and places of parts, of calls that are told them.
+    pub(crate) fn views(&self) -> Vec<Counts<'_>> {
+        let view = Counts { counts: &self.counts, offsets: Some(&self.starts) };
+        if self.is_uneven { vec![view] } else { Vec::new() }
     }
 }
 
@@ -88,40 +183,52 @@ pub(crate) fn scalar(rank: usize) -> f64 {
     0.75 + rank as f64 * 1.5
 }
 
-/// Random bits: every pattern of every dtype comes, NaN and subnormals too. As many parts as the rank gives, at least one.
+/// Random bits: every pattern of every dtype comes, NaN and subnormals too. As much as the rank gives, at least one part.
 pub(crate) fn input(case: &Case, rank: usize, ranks: usize) -> Vec<u8> {
-    let bytes = case.count * case.dtype.size() * case.parts(rank, ranks).0.max(1);
+    let bytes = case.dtype.size() * case.shape(rank, ranks).inputs.max(case.counts(ranks)[rank]);
     let mut random = Random::new(0x9e37_79b9_7f4a_7c15u64.wrapping_mul(rank as u64 + 1) ^ case.count as u64);
     let words = (0..bytes.div_ceil(8)).flat_map(|_| random.next().to_le_bytes());
     words.take(bytes).collect()
 }
 
-/// What a rank has afterwards, if the call takes the form `taken`. Nothing where it gets nothing.
-pub(crate) fn expected(case: &Case, inputs: &[Vec<u8>], taken: Option<Form>, rank: usize) -> Vec<u8> {
-    let (ranks, bytes) = (inputs.len(), case.count * case.dtype.size());
-    let part = |from: usize, to: usize| &inputs[from][to * bytes..][..bytes];
+/// What a rank has afterwards, if the call takes the form `taken`: pieces, with the element of the output that each begins at.
+/// Nothing where it gets nothing.
+pub(crate) fn expected(
+    case: &Case,
+    inputs: &[Vec<u8>],
+    taken: Option<Form>,
+    rank: usize,
+) -> Vec<(usize, Vec<u8>)> {
+    let (ranks, size) = (inputs.len(), case.dtype.size());
+    let shape = case.shape(rank, ranks);
+    let part = |from: usize, to: usize| {
+        let start = case.shape(from, ranks).starts[to];
+        &inputs[from][start * size..][..shape.counts[to] * size]
+    };
+    let all = || inputs.iter().map(Vec::as_slice).collect::<Vec<_>>();
     let is_root = rank == case.root;
     match case.operation {
-        Operation::Broadcast => inputs[case.root].clone(),
-        Operation::AllGather => inputs.concat(),
-        Operation::AllReduce if ranks > 1 && taken == Some(Form::Ring) => ring(case, inputs),
-        Operation::AllReduce => reduce(case, &inputs.iter().map(Vec::as_slice).collect::<Vec<_>>()),
-        Operation::Reduce if is_root => {
-            let whole: Vec<&[u8]> = inputs.iter().map(Vec::as_slice).collect();
-            match taken {
-                Some(Form::Ring) if ranks > 1 => passed_on(case, &whole, rank),
-                _ => reduce(case, &whole),
-            }
+        Operation::Broadcast => vec![(0, inputs[case.root].clone())],
+        Operation::AllReduce if ranks > 1 && taken == Some(Form::Ring) => vec![(0, ring(case, inputs))],
+        Operation::AllReduce => vec![(0, reduce(case, &all()))],
+        Operation::Reduce if is_root && ranks > 1 && taken == Some(Form::Ring) => {
+            vec![(0, passed_on(case, &all(), rank))]
         }
-        Operation::Gather if is_root => inputs.concat(),
-        Operation::Reduce | Operation::Gather => Vec::new(),
-        Operation::Scatter => part(case.root, rank).to_vec(),
-        Operation::AllToAll => (0..ranks).flat_map(|from| part(from, rank).to_vec()).collect(),
-        Operation::ReduceScatter => {
+        Operation::Reduce if is_root => vec![(0, reduce(case, &all()))],
+        Operation::Gather if !is_root => Vec::new(),
+        Operation::Reduce => Vec::new(),
+        Operation::AllGather | Operation::AllGatherV | Operation::Gather => {
+            shape.starts.into_iter().zip(inputs.iter().cloned()).collect()
+        }
+        Operation::Scatter => vec![(0, part(case.root, rank).to_vec())],
+        Operation::AllToAll => {
+            (0..ranks).map(|from| (shape.starts[from], part(from, rank).to_vec())).collect()
+        }
+        Operation::ReduceScatter | Operation::ReduceScatterV => {
             let parts: Vec<&[u8]> = (0..ranks).map(|from| part(from, rank)).collect();
             match taken {
-                Some(Form::Ring) if ranks > 1 => passed_on(case, &parts, rank),
-                _ => reduce(case, &parts),
+                Some(Form::Ring) if ranks > 1 => vec![(0, passed_on(case, &parts, rank))],
+                _ => vec![(0, reduce(case, &parts))],
             }
         }
     }

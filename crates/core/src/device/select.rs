@@ -42,8 +42,10 @@ impl Form {
                 Kind::AllReduce { .. }
                     | Kind::Broadcast { .. }
                     | Kind::AllGather
+                    | Kind::AllGatherV
                     | Kind::Reduce { .. }
                     | Kind::ReduceScatter { .. }
+                    | Kind::ReduceScatterV { .. }
             ),
         }
     }
@@ -133,7 +135,7 @@ const MOST_TEAMS: usize = 16;
 pub struct Question {
     /// The operation.
     pub kind: Kind,
-    /// Bytes of one part.
+    /// Bytes of one part; of the largest, where they differ.
     pub bytes: usize,
     /// Bytes of one element.
     pub size: usize,
@@ -187,14 +189,15 @@ impl Rules {
             (_, 0..=2) => 2 << 20,
             (Kind::Broadcast { .. } | Kind::Reduce { .. }, 3..=4) => 2 << 20,
             (Kind::Broadcast { .. } | Kind::Reduce { .. }, _) => 4 << 20,
-            (Kind::AllGather, _) => 8 << 20,
-            (Kind::ReduceScatter { .. }, ranks) => (64 << 20) / ranks,
+            // Of parts of any size a ring moves each over each link but once, however the sizes differ.
+            (Kind::AllGather | Kind::AllGatherV, _) => 8 << 20,
+            (Kind::ReduceScatter { .. } | Kind::ReduceScatterV { .. }, ranks) => (64 << 20) / ranks,
             _ if is_narrow => usize::MAX,
             (_, 3..=4) => 16 << 20,
             _ => 96 << 20,
         };
         match kind {
-            Kind::AllGather => {
+            Kind::AllGather | Kind::AllGatherV => {
                 // Every byte of a part goes to all in any case.
                 let one_shot_to = if self.ranks <= 4 { 1 << 20 } else { 512 << 10 };
                 Borders { one_shot_to, two_shot_to: 0, ring_from }
@@ -413,6 +416,8 @@ mod tests {
                         Kind::Gather { root: 0 },
                         Kind::Scatter { root: 0 },
                         Kind::AllToAll,
+                        Kind::AllGatherV,
+                        Kind::ReduceScatterV { op: ReduceOp::Sum },
                     ] {
                         let question = Question { kind, ..question((1 << shift) + 1) };
                         let launch = rules.decide(&question);
