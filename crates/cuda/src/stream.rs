@@ -157,7 +157,10 @@ impl Stream {
         check("cuMemcpyAsync", self.device.ordinal(), result)
     }
 
-    /// Copies `data` to `to` and waits for it, and so for all work of this stream.
+    /// Waits for all work of this stream, and copies `data` to `to`.
+    ///
+    /// (Memory that is not pinned makes the driver wait for the stream within the copy, and nobody else can use the context
+    /// meanwhile: perhaps the very rank that the work waits for.)
     ///
     /// # Errors
     /// What the driver refuses, or that work failed with.
@@ -168,6 +171,7 @@ impl Stream {
         if data.is_empty() {
             return Ok(());
         }
+        self.synchronize()?;
         let _current = self.device.enter()?;
         // SAFETY: as the caller promises; the data lives until the stream was waited for.
         let result = unsafe { sys::cuMemcpyHtoDAsync_v2(to, data.as_ptr().cast(), data.len(), self.raw) };
@@ -175,7 +179,7 @@ impl Stream {
         self.synchronize()
     }
 
-    /// Copies what lies at `from` to `data` and waits for it, and so for all work of this stream.
+    /// Waits for all work of this stream, and copies what lies at `from` to `data`.
     ///
     /// # Errors
     /// As [`Stream::write`].
@@ -186,6 +190,7 @@ impl Stream {
         if data.is_empty() {
             return Ok(());
         }
+        self.synchronize()?;
         let _current = self.device.enter()?;
         // SAFETY: as the caller promises; nobody else has the data until the stream was waited for.
         let result =
