@@ -18,8 +18,19 @@ type Build = (&'static [&'static str], &'static [(&'static str, &'static str)]);
 const BUILDS: [Build; 4] = [
     (&["build", "--release", "-p", "unisono-cli", "--bin", "unisono"], &[("unisono", "unisono")]),
     (
-        &["build", "--release", "-p", "unisono", "--example", "gpu_sweep", "--example", "gpu_call_cost"],
-        &[("gpu_sweep", "gpu_sweep"), ("gpu_call_cost", "gpu_call_cost")],
+        &[
+            "build",
+            "--release",
+            "-p",
+            "unisono",
+            "--example",
+            "gpu_sweep",
+            "--example",
+            "gpu_call_cost",
+            "--example",
+            "device_header",
+        ],
+        &[("gpu_sweep", "gpu_sweep"), ("gpu_call_cost", "gpu_call_cost"), ("device_header", "device_header")],
     ),
     (&["test", "--release", "-p", "unisono", "--lib", "--no-run"], &[("unisono", "library")]),
     (

@@ -105,6 +105,9 @@ part_correct() {
     run_tests gpu correct 150
     run_tests faults_processes pinned 90 pinned::
     run_tests faults_processes registration 90 gpu_registration::
+    run_tests faults_processes one-sided 90 gpu_one_sided::
+    step device-header-threads 60 ./device_header "$((count < 2 ? 2 : count))" 10000
+    step device-header-processes 60 ./unisono run -n "$((count < 2 ? 2 : count))" -- ./device_header - "$((count < 2 ? 50 : 10000))"
     run_tests faults_processes matrix 120 gpu_matrix::
     run_tests library library 60 gpu::
 }
@@ -117,6 +120,8 @@ part_kill() {
     run_tests faults_processes kill 200 gpu_kill
 }
 
+operations="all_reduce broadcast all_gather reduce reduce_scatter gather scatter all_to_all barrier"
+
 # Ranks of one process would wait for each other: the sanitizer runs one kernel of a process at a time.
 part_sanitizer() {
     local tool
@@ -127,12 +132,12 @@ part_sanitizer() {
     fi
     for tool in memcheck synccheck initcheck; do
         step "sanitizer-$tool" 150 compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 99 \
-            ./unisono bench --device cuda -n "$((count < 2 ? 2 : count))" --sizes 8,96KiB,1MiB,6MiB --time 10ms
+            ./unisono bench $operations --device cuda -n "$((count < 2 ? 2 : count))" --sizes 8,96KiB,1MiB,6MiB --time 10ms
     done
 }
 
 bench() { # NAME RANKS
-    TAIL=80 step "$1" 240 ./unisono bench --device cuda --against nccl -n "$2" "--json=$out/$1.json"
+    TAIL=80 step "$1" 240 ./unisono bench $operations --device cuda --against nccl -n "$2" "--json=$out/$1.json"
 }
 
 part_bench() {

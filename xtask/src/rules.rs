@@ -19,6 +19,8 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/cli/src/run/signals.rs",
     // What a child does between fork and exec.
     "crates/cli/src/run/spawn.rs",
+    // Launches a kernel of its own.
+    "crates/comm/examples/device_header.rs",
     // Describes device buffers to the library.
     "crates/comm/examples/gpu_call_cost.rs",
     "crates/comm/examples/gpu_sweep.rs",
@@ -47,6 +49,7 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/src/gpu/arenas.rs",
     "crates/comm/src/gpu/args.rs",
     "crates/comm/src/gpu/mod.rs",
+    "crates/comm/src/gpu/one_sided.rs",
     "crates/comm/src/gpu/pinned.rs",
     // Copies the recorder of a GPU, and has it tell the time.
     "crates/comm/src/gpu/recorder.rs",
@@ -77,18 +80,22 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/tests/faults/gpu_matrix.rs",
     // Forks a child that inherits sockets, as a data loader does.
     "crates/comm/tests/faults/kills.rs",
+    // Launches the kernel of an example.
+    "crates/comm/tests/faults/one_sided.rs",
     // Device buffers and pinned windows that processes share.
     "crates/comm/tests/faults/pinned.rs",
     "crates/comm/tests/faults/registrations.rs",
     // Hands a window over as any element.
     "crates/comm/tests/golden.rs",
     // Device buffers of tests.
+    "crates/comm/tests/gpu/derive.rs",
     "crates/comm/tests/gpu/group.rs",
     "crates/comm/tests/gpu/life.rs",
     "crates/comm/tests/gpu/pinned.rs",
     "crates/comm/tests/gpu/random.rs",
     "crates/comm/tests/gpu/recorder.rs",
     "crates/comm/tests/gpu/registration.rs",
+    "crates/comm/tests/gpu/symmetric.rs",
     "crates/comm/tests/gpu/windows.rs",
     "crates/comm/tests/gpu/world.rs",
     // Submits calls as data; unaligned and guarded buffers.

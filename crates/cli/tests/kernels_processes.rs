@@ -33,20 +33,32 @@ fn kernels_are_built_once_and_listed() {
     let table = text(&first.stdout);
     assert_eq!(
         table.lines().filter(|line| line.starts_with("sm_90    device     2  ")).count(),
-        4,
+        8,
         "{table}"
     );
-    assert!(table.contains("\n4 sets: 4 compiled in "), "{table}");
+    assert!(table.contains("\n8 sets: 8 compiled in "), "{table}");
     let second: Value = serde_json::from_slice(&build("--json").stdout).unwrap();
     let sets = second["sets"].as_array().unwrap();
     let purposes: Vec<&str> = sets.iter().map(|set| set["purpose"].as_str().unwrap()).collect();
-    assert_eq!(purposes, ["copies", "f32 sum", "f16 sum", "bf16 sum"]);
+    assert_eq!(
+        purposes,
+        [
+            "copies",
+            "parts",
+            "f32 sum",
+            "f16 sum",
+            "bf16 sum",
+            "f32 sum, parts",
+            "f16 sum, parts",
+            "bf16 sum, parts"
+        ]
+    );
     for set in sets {
         assert!(set["compiled_ms"].is_null(), "{set}");
         assert!((16..=255).contains(&set["registers"].as_u64().unwrap()), "{set}");
     }
     let listed: Value = serde_json::from_slice(&kernels(folder.path(), &["list", "--json"]).stdout).unwrap();
-    assert_eq!((listed["entries"].as_u64(), listed["compilers"][0]["entries"].as_u64()), (Some(4), Some(4)));
+    assert_eq!((listed["entries"].as_u64(), listed["compilers"][0]["entries"].as_u64()), (Some(8), Some(8)));
 }
 
 #[test]
@@ -65,4 +77,19 @@ fn what_cannot_be_built_is_a_sentence_and_an_exit_code() {
     let missing = command.output().unwrap();
     assert_eq!(missing.status.code(), Some(125), "{missing:?}");
     assert!(text(&missing.stderr).contains("which holds none"), "{missing:?}");
+}
+
+#[test]
+fn the_header_for_kernels_of_users_is_written_into_a_folder_of_its_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let target = folder.path().join("include");
+    let written = kernels(folder.path(), &["header", target.to_str().unwrap()]);
+    assert!(written.status.success(), "{written:?}");
+    let path = target.join("unisono/device.cuh");
+    assert_eq!(text(&written.stdout), format!("{}\n", path.display()));
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), unisono::device_header().1);
+    // Where a file stands, there is no folder.
+    let refused = kernels(folder.path(), &["header", path.to_str().unwrap()]);
+    assert_eq!(refused.status.code(), Some(125), "{refused:?}");
+    assert!(text(&refused.stderr).contains("device.cuh"), "{refused:?}");
 }

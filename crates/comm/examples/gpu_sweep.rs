@@ -1,7 +1,7 @@
 //! Times every form of a collective on all GPUs of this machine, with several grids, in CUDA graphs: what the borders and grids in
 //! `unisono_core::device::select` are chosen from.
 //!
-//! `gpu_sweep [all_reduce|broadcast|all_gather] [RANKS] [SIZES] [FORM:BLOCKS:TILE,…]`; prints a line for each size and form: microseconds
+//! `gpu_sweep [OPERATION] [RANKS] [SIZES] [FORM:BLOCKS:TILE,…]`; prints a line for each size and form: microseconds
 //! per call of the slowest rank, the least of several runs, and GB/s of the bus as nccl-tests counts them.
 #![expect(clippy::print_stdout, reason = "a program that reports to the terminal")]
 
@@ -31,9 +31,15 @@ mod sweep {
         let there_are = unisono::cuda::driver::device_count()? as usize;
         let ranks = argument(1).map_or(Ok(there_are), str::parse)?;
         let kind = match argument(0) {
+            None | Some("all_reduce") => Kind::AllReduce { op: ReduceOp::Sum },
             Some("broadcast") => Kind::Broadcast { root: 0 },
             Some("all_gather") => Kind::AllGather,
-            _ => Kind::AllReduce { op: ReduceOp::Sum },
+            Some("reduce") => Kind::Reduce { op: ReduceOp::Sum, root: 0 },
+            Some("reduce_scatter") => Kind::ReduceScatter { op: ReduceOp::Sum },
+            Some("gather") => Kind::Gather { root: 0 },
+            Some("scatter") => Kind::Scatter { root: 0 },
+            Some("all_to_all") => Kind::AllToAll,
+            Some(other) => return Err(format!("no operation {other}").into()),
         };
         let sizes = argument(2).unwrap_or("96,1KiB,8KiB,64KiB,256KiB,1MiB,4MiB,16MiB,64MiB,256MiB,1GiB");
         let sizes: Vec<usize> =
@@ -54,8 +60,8 @@ mod sweep {
                     let us = time(&world, kind, *bytes)?;
                     let factor = match kind {
                         Kind::AllReduce { .. } => 2.0 * (ranks - 1) as f64 / ranks as f64,
-                        Kind::AllGather => (ranks - 1) as f64,
-                        _ => 1.0,
+                        Kind::Broadcast { .. } | Kind::Reduce { .. } => 1.0,
+                        _ => (ranks - 1) as f64,
                     };
                     let busbw = *bytes as f64 * factor / us / 1e3;
                     println!(
@@ -73,19 +79,33 @@ mod sweep {
         Ok(())
     }
 
+    /// Parts of the input and of the output of a rank.
+    fn parts(kind: Kind, rank: usize, ranks: usize) -> (usize, usize) {
+        let at_root = |parts| if rank == 0 { parts } else { 0 };
+        match kind {
+            Kind::AllGather => (1, ranks),
+            Kind::Reduce { .. } => (1, at_root(1)),
+            Kind::ReduceScatter { .. } => (ranks, 1),
+            Kind::Gather { .. } => (1, at_root(ranks)),
+            Kind::Scatter { .. } => (at_root(ranks), 1),
+            Kind::AllToAll => (ranks, ranks),
+            _ => (1, 1),
+        }
+    }
+
     fn time(world: &[Communicator], kind: Kind, bytes: usize) -> Outcome<f64> {
         let calls = (64usize << 20).div_ceil(bytes.max(1)).clamp(2, 100);
         let mut all = Vec::new();
         for rank in world {
             let device = Device::new(rank.device().ok_or("no device")?)?;
             let stream = CudaStream::new(&device)?;
-            let parts = if kind == Kind::AllGather { world.len() } else { 1 };
-            let (source, target) =
-                (DeviceBuffer::new(&device, bytes)?, DeviceBuffer::new(&device, bytes * parts)?);
+            let (parts_in, parts_out) = parts(kind, rank.rank(), world.len());
+            let source = DeviceBuffer::new(&device, bytes * parts_in.max(1))?;
+            let target = DeviceBuffer::new(&device, bytes * parts_out.max(1))?;
             // SAFETY: the buffers live until the streams were waited for.
             unsafe {
-                stream.fill(source.address(), 0x3c, bytes)?;
-                stream.fill(target.address(), 0, bytes * parts)?;
+                stream.fill(source.address(), 0x3c, source.bytes())?;
+                stream.fill(target.address(), 0, target.bytes())?;
             }
             // SAFETY: the stream lives as long as this one.
             let ours = unsafe { Stream::cuda(stream.raw(), device.ordinal()) }?;
@@ -98,7 +118,8 @@ mod sweep {
             stream.begin_capture()?;
             for _ in 0..calls {
                 // SAFETY: the buffers live until the streams were waited for.
-                let call = unsafe { Call::from_raw(kind, &[raw(&source, 1), raw(&target, parts)], &[]) };
+                let call =
+                    unsafe { Call::from_raw(kind, &[raw(&source, parts_in), raw(&target, parts_out)], &[]) };
                 rank.on(&ours).submit(call)?;
             }
             let graph = stream.end_capture()?;

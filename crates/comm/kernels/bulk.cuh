@@ -1,7 +1,7 @@
 // Bulk: large buffers anywhere, through scratch, as a pipeline over tiles.
 //
-// Rank p owns shard p; channel c moves tiles c, c + channels, … of every shard. A channel is three blocks, one for each step,
-// so that none of them waits while another could work; in round t they
+// All-reduce: rank p owns shard p; channel c moves tiles c, c + channels, … of every shard. A channel is three blocks, one for each
+// step, so that none of them waits while another could work; in round t they
 //
 //   1. push our tiles of all shards to their owners                           then set PUSHED
 //   2. reduce the tile that we own in rank order, and push it to all          then set REDUCED
@@ -9,8 +9,9 @@
 //
 // Bytes out of each rank: 2 · S · (n − 1)/n. Each flag goes to the same channel of one peer. Scratch has buffers for what is
 // pushed and for results, as many as there is room for: a tile is overwritten once the flag of the step that reads it came.
-// Halves of alternate epochs keep the next call apart. A broadcast takes the root's tiles instead of
-// sums. An all-gather has only results, and so two blocks for each channel and all buffers.
+// Halves of alternate epochs keep the next call apart. A broadcast takes the root's tiles instead of sums; a reduce pushes sums
+// to the root only. A reduce-scatter ends with step 2, which keeps the sums. What only moves parts has steps 1 and 3: so
+// two blocks for each channel and all buffers.
 
 #pragma once
 
@@ -57,6 +58,9 @@ struct Tiles {
     return side;
   }
 
+  // Tile t of a part that begins at `base` in a user's buffer.
+  __device__ __forceinline__ Side in_part(const u8* base, u32 t) const { return own_side(base, begin(t) * 16, bytes); }
+
   // Tile t of shard `shard` in a user's buffer.
   __device__ __forceinline__ Side in_buffer(const u8* base, u32 shard, u32 t) const {
     return own_side(base, (shard * vectors + begin(t)) * 16, bytes);
@@ -69,18 +73,21 @@ struct Tiles {
 };
 
 // 1. Our tiles go to their owners.
+template <int KIND>
 struct Push : Tiles {
   static constexpr u32 INPUTS = PEERS, OUTPUTS = PEERS;
   static constexpr bool IS_SPREAD = true, FOLDS = false;
-  bool is_wide, is_silent;
+  bool is_wide;
 
-  __device__ __forceinline__ u32 tiles() const { return is_silent ? 0 : Tiles::tiles(); }
+  __device__ __forceinline__ u32 tiles() const { return KIND == BROADCAST && args.rank != args.root ? 0 : Tiles::tiles(); }
   __device__ __forceinline__ bool needs_threads() const { return !is_wide; }
   __device__ __forceinline__ Side input(u32 t, u32 k) const {
-    return in_buffer(args.sources[args.rank], peer_behind(args.rank, k + 1), t);
+    const u32 peer = peer_behind(args.rank, k + 1);
+    if constexpr (KIND == REDUCE_SCATTER) return in_part(Flow<KIND>::source(args, peer), t);
+    else return in_buffer(args.sources[args.rank], peer, t);
   }
   __device__ __forceinline__ Side output(u32 t, u32 k) const {
-    u32 peer = peer_behind(args.rank, k + 1);
+    const u32 peer = peer_behind(args.rank, k + 1);
     Side side = in_scratch(peer, 0, t, args.rank);
     if (input(t, k).at == nullptr) side.at = nullptr;
     side.wait = before(peer, REDUCED, t);
@@ -89,66 +96,76 @@ struct Push : Tiles {
   }
 };
 
-// 2. The tiles that we own are reduced, or taken from the root, and go to all.
+// 2. The tiles that we own are reduced, or taken from the root, and go to who is to have them.
 template <int KIND, int DTYPE, int OP>
 struct Reduce : Tiles {
-  static constexpr u32 INPUTS = KIND == ALL_REDUCE ? RANKS : 1, OUTPUTS = RANKS;
-  static constexpr bool IS_SPREAD = false, FOLDS = KIND == ALL_REDUCE;
+  static constexpr bool FOLDS = Flow<KIND>::FOLDS;
+  static constexpr u32 INPUTS = FOLDS ? RANKS : 1, OUTPUTS = RANKS;
+  static constexpr bool IS_SPREAD = false;
   bool is_wide;
   const f64* scalars;
 
-  __device__ __forceinline__ bool needs_threads() const { return KIND == ALL_REDUCE || !is_wide; }
-  __device__ __forceinline__ bool is_folded(u32) const { return KIND == ALL_REDUCE; }
-  __device__ __forceinline__ u32 source(u32 k) const { return KIND == ALL_REDUCE ? k : args.root; }
+  __device__ __forceinline__ bool needs_threads() const { return FOLDS || !is_wide; }
+  __device__ __forceinline__ bool is_folded(u32) const { return FOLDS; }
+  __device__ __forceinline__ u32 source(u32 k) const { return FOLDS ? k : args.root; }
   __device__ __forceinline__ u32 own_input(u32) const {
-    return KIND == ALL_REDUCE ? args.rank : args.root == args.rank ? 0 : NOBODY;
+    return FOLDS ? args.rank : args.root == args.rank ? 0 : NOBODY;
   }
   __device__ __forceinline__ u32 own_output(u32) const { return args.rank; }
   __device__ __forceinline__ Side input(u32 t, u32 k) const {
-    u32 rank = source(k);
-    if (rank == args.rank) return in_buffer(args.sources[rank], rank, t);
+    const u32 rank = source(k);
+    if (rank == args.rank) {
+      if constexpr (KIND == REDUCE_SCATTER) return in_part(Flow<KIND>::source(args, rank), t);
+      else return in_buffer(args.sources[rank], rank, t);
+    }
     Side side = in_scratch(args.rank, 0, t, rank);
     side.wait = {rank, PUSHED, t};
     return side;
   }
   __device__ __forceinline__ Side output(u32 t, u32 k) const {
-    if (k == args.rank) return in_buffer(args.targets[k], k, t);
-    Side side = in_scratch(k, 1, t, args.rank);
-    side.wait = before(k, COPIED, t);
+    Side side;
+    if (k == args.rank) {
+      if constexpr (KIND == REDUCE_SCATTER) return in_part(args.targets[k], t);
+      return KIND == REDUCE && k != args.root ? side : in_buffer(args.targets[k], k, t);
+    }
+    if (KIND != REDUCE_SCATTER && (KIND != REDUCE || k == args.root)) {
+      side = in_scratch(k, 1, t, args.rank);
+      side.wait = before(k, COPIED, t);
+    }
+    // It may push into this buffer again, too.
     side.tell = {k, REDUCED, t};
     return side;
   }
   template <class Values>
   __device__ __forceinline__ uint4 fold(u32, Values values) const {
-    if constexpr (KIND == ALL_REDUCE) return reduce_vectors<DTYPE, OP>(values, scalars);
+    if constexpr (FOLDS) return reduce_vectors<DTYPE, OP>(values, scalars);
     else return values(0);
   }
 };
 
-// 3. The tiles of the other owners go to the output. All-gather: what a rank owns is its part.
+// 3. The tiles of the other owners go to the output.
 template <int KIND>
 struct Copy : Tiles {
   static constexpr u32 INPUTS = PEERS, OUTPUTS = PEERS;
   static constexpr bool IS_SPREAD = true, FOLDS = false;
   bool is_wide;
 
+  __device__ __forceinline__ u32 tiles() const { return KIND == REDUCE && args.rank != args.root ? 0 : Tiles::tiles(); }
   __device__ __forceinline__ bool needs_threads() const { return !is_wide; }
   __device__ __forceinline__ Side input(u32 t, u32 k) const {
-    u32 owner = peer_behind(args.rank, k + 1);
-    Side side = in_scratch(args.rank, KIND == ALL_GATHER ? 0 : 1, t, owner);
+    const u32 owner = peer_behind(args.rank, k + 1);
+    Side side = in_scratch(args.rank, 1, t, owner);
     side.wait = {owner, REDUCED, t};
     side.tell = {owner, COPIED, t};
     return side;
   }
   __device__ __forceinline__ Side output(u32 t, u32 k) const {
-    u32 owner = peer_behind(args.rank, k + 1);
-    u8* target = args.targets[args.rank];
-    if constexpr (KIND == ALL_GATHER) return own_side(target + owner * bytes, begin(t) * 16, bytes);
-    else return in_buffer(target, owner, t);
+    return in_buffer(args.targets[args.rank], peer_behind(args.rank, k + 1), t);
   }
 };
 
-// All-gather: our part goes to all.
+// Parts that are only moved: ours goes to all that are to have it, which is one part loaded once,
+template <int KIND>
 struct Give : Tiles {
   static constexpr u32 INPUTS = 1, OUTPUTS = RANKS;
   static constexpr bool IS_SPREAD = false, FOLDS = false;
@@ -162,38 +179,99 @@ struct Give : Tiles {
   __device__ __forceinline__ uint4 fold(u32, Values values) const {
     return values(0);
   }
-  __device__ __forceinline__ Side input(u32 t, u32) const { return own_side(args.sources[args.rank], begin(t) * 16, bytes); }
+  __device__ __forceinline__ Side input(u32 t, u32) const { return in_part(args.sources[args.rank], t); }
   __device__ __forceinline__ Side output(u32 t, u32 k) const {
-    if (k == args.rank) {
-      if (args.is_same) return Side();
-      return own_side(args.targets[k] + k * bytes, begin(t) * 16, bytes);
-    }
-    Side side = in_scratch(k, 0, t, args.rank);
+    Side side;
+    if (!Flow<KIND>::flows(args, args.rank, k)) return side;
+    if (k == args.rank) return args.is_same ? side : in_part(Flow<KIND>::target(args, k), t);
+    side = in_scratch(k, 0, t, args.rank);
     side.wait = before(k, COPIED, t);
-    side.tell = {k, REDUCED, t};
+    side.tell = {k, PUSHED, t};
+    return side;
+  }
+};
+
+// or another part goes to each. Input and output k are those of rank k.
+template <int KIND>
+struct Send : Tiles {
+  static constexpr u32 INPUTS = RANKS, OUTPUTS = RANKS;
+  static constexpr bool IS_SPREAD = true, FOLDS = false;
+  bool is_wide;
+
+  __device__ __forceinline__ u32 tiles() const { return KIND == SCATTER && args.rank != args.root ? 0 : Tiles::tiles(); }
+  __device__ __forceinline__ bool needs_threads() const { return !is_wide; }
+  __device__ __forceinline__ Side input(u32 t, u32 k) const { return in_part(Flow<KIND>::source(args, k), t); }
+  __device__ __forceinline__ Side output(u32 t, u32 k) const {
+    Side side;
+    if (k == args.rank) {
+      if (!args.is_same) side = in_part(Flow<KIND>::target(args, k), t);
+      // Whoever receives into the same buffer waits until we have read it.
+      side.tell = {k, PUSHED, t};
+      return side;
+    }
+    side = in_scratch(k, 0, t, args.rank);
+    side.wait = before(k, COPIED, t);
+    side.tell = {k, PUSHED, t};
+    return side;
+  }
+};
+
+// What comes of the others goes to the output.
+template <int KIND>
+struct Take : Tiles {
+  static constexpr u32 INPUTS = PEERS, OUTPUTS = PEERS;
+  static constexpr bool IS_SPREAD = true, FOLDS = false;
+  bool is_wide;
+
+  __device__ __forceinline__ u32 tiles() const {
+    const bool is_root = args.rank == args.root;
+    return (KIND == GATHER && !is_root) || (KIND == SCATTER && is_root) ? 0 : Tiles::tiles();
+  }
+  __device__ __forceinline__ bool needs_threads() const { return !is_wide; }
+  __device__ __forceinline__ Side input(u32 t, u32 k) const {
+    const u32 from = peer_behind(args.rank, k + 1);
+    Side side;
+    if (!Flow<KIND>::flows(args, from, args.rank)) return side;
+    side = in_scratch(args.rank, 0, t, from);
+    side.wait = {from, PUSHED, t};
+    side.tell = {from, COPIED, t};
+    return side;
+  }
+  __device__ __forceinline__ Side output(u32 t, u32 k) const {
+    const u32 from = peer_behind(args.rank, k + 1);
+    Side side;
+    if (!Flow<KIND>::flows(args, from, args.rank)) return side;
+    side = in_part(Flow<KIND>::target(args, from), t);
+    if (KIND == ALL_TO_ALL && args.is_same) side.wait = {args.rank, PUSHED, t};
     return side;
   }
 };
 
 template <int KIND, int DTYPE, int OP>
 __device__ __forceinline__ bool bulk(const Args& args, const Entry& entry) {
+  using F = Flow<KIND>;
   const u32 me = args.rank;
   arrive(args, entry);
   const bool is_wide = is_on(args.sources[me], 16) && is_on(args.targets[me], 16) && args.bytes % 16 == 0;
-  if constexpr (KIND == ALL_GATHER) {
-    const Tiles tiles(args, entry, lines(args.bytes), 2, 1);
-    if (blockIdx.x % 2 == 0) return run(args, entry, Give{tiles, is_wide});
-    return run(args, entry, Copy<KIND>{tiles, is_wide});
+  constexpr bool HAS_PARTS = F::HAS_PARTS_IN || F::HAS_PARTS_OUT;
+  const u64 vectors = lines(HAS_PARTS ? args.bytes : (args.bytes + RANKS - 1) / RANKS);
+  if constexpr (HAS_PARTS && !F::FOLDS) {
+    const Tiles tiles(args, entry, vectors, 2, 1);
+    if (blockIdx.x % 2 == 1) return run(args, entry, Take<KIND>{tiles, is_wide});
+    if constexpr (F::HAS_PARTS_IN) return run(args, entry, Send<KIND>{tiles, is_wide});
+    else return run(args, entry, Give<KIND>{tiles, is_wide});
   } else {
-    const Tiles tiles(args, entry, lines((args.bytes + RANKS - 1) / RANKS), 3, 2);
-    switch (blockIdx.x % 3) {
-      case 0: return run(args, entry, Push{tiles, is_wide, KIND == BROADCAST && me != args.root});
+    constexpr u32 STEPS = KIND == REDUCE_SCATTER ? 2 : 3;
+    const Tiles tiles(args, entry, vectors, STEPS, STEPS - 1);
+    switch (blockIdx.x % STEPS) {
+      case 0: return run(args, entry, Push<KIND>{tiles, is_wide});
       case 1: {
         f64 scalars[RANKS];
         if (!load_scalars<OP>(args, entry, scalars)) return false;
         return run(args, entry, Reduce<KIND, DTYPE, OP>{tiles, is_wide, scalars});
       }
     }
-    return run(args, entry, Copy<KIND>{tiles, is_wide});
+    if constexpr (KIND != REDUCE_SCATTER) return run(args, entry, Copy<KIND>{tiles, is_wide});
+    return true;
   }
 }

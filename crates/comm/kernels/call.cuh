@@ -22,7 +22,7 @@
 #include "ptx.cuh"
 
 // Why a kernel gave up, as the host reads it.
-enum Reason { REASON_NONE, REASON_MISMATCH, REASON_TIMEOUT, REASON_CONCURRENT, REASON_OUTSIDE };
+enum Reason { REASON_NONE, REASON_MISMATCH, REASON_TIMEOUT, REASON_CONCURRENT, REASON_OUTSIDE, REASON_ABORTED };
 
 // In memory of this device, used by this rank only. The host reads `epoch`, `left` and `expected` beside the records.
 struct State {
@@ -117,8 +117,9 @@ __device__ __noinline__ void give_up(const Args& args, u32 reason, u32 peer, u32
 __device__ __noinline__ bool must_leave(const Args& args, const Entry& entry, u32 spins, u32 peer, u64 seen) {
   if (load_own_word(&args.state->poison) != 0) return true;
   if ((spins & 1023) != 0 || !is_leader()) return false;
-  if (load_host_word(args.abort) != 0) {
-    store_own_word(&args.state->poison, 1);
+  // The host knows the cause, but not that a call ended without its data.
+  if (load_short_word(args.abort) != 0) {
+    give_up(args, REASON_ABORTED, peer, entry.epoch, entry.epoch, seen, 0);
     return true;
   }
   // Others of this rank wait for a peer, and tell which.

@@ -1,7 +1,12 @@
-// The kernels of one world size: compiled once for each reduction (DTYPE and OP), and once for what only moves bytes.
+// The kernels of one world size: compiled once for each purpose, which for reductions has a dtype and an operation.
 //
-// RANKS, HOST_PACKETS and either REDUCE (with CALL_DTYPE and CALL_OP) are defined by the host. Every grid is the blocks that move
+// RANKS, HOST_PACKETS, PURPOSE (with CALL_DTYPE and CALL_OP) are defined by the host. Every grid is the blocks that move
 // data and one more, which exchanges headers.
+
+#define COPIES 0
+#define SUMS 1
+#define PARTS 2
+#define PARTS_OF_SUMS 3
 
 #include "bulk.cuh"
 #include "direct.cuh"
@@ -22,14 +27,28 @@
     }                                                                                           \
   }
 
-#if REDUCE
+#if PURPOSE == SUMS
 KERNEL(all_reduce_one_shot, 512, false, (one_shot<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
 KERNEL(all_reduce_two_shot, 512, false, (two_shot<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
 KERNEL(all_reduce_bulk, TILE_THREADS, false, (bulk<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
 KERNEL(all_reduce_direct, 512, true, (direct<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
 KERNEL(all_reduce_ring, TILE_THREADS, false, (ring<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
-#else
+#elif PURPOSE == PARTS_OF_SUMS
+KERNEL(reduce_one_shot, 512, false, (one_shot<REDUCE, CALL_DTYPE, CALL_OP>))
+KERNEL(reduce_bulk, TILE_THREADS, false, (bulk<REDUCE, CALL_DTYPE, CALL_OP>))
+KERNEL(reduce_ring, TILE_THREADS, false, (ring<REDUCE, CALL_DTYPE, CALL_OP>))
+KERNEL(reduce_scatter_one_shot, 512, false, (one_shot<REDUCE_SCATTER, CALL_DTYPE, CALL_OP>))
+KERNEL(reduce_scatter_bulk, TILE_THREADS, false, (bulk<REDUCE_SCATTER, CALL_DTYPE, CALL_OP>))
+KERNEL(reduce_scatter_ring, TILE_THREADS, false, (ring<REDUCE_SCATTER, CALL_DTYPE, CALL_OP>))
+#elif PURPOSE == PARTS
 // Bytes, whatever they mean.
+KERNEL(gather_one_shot, 512, false, (one_shot<GATHER, U8, SUM>))
+KERNEL(gather_bulk, TILE_THREADS, false, (bulk<GATHER, U8, SUM>))
+KERNEL(scatter_one_shot, 512, false, (one_shot<SCATTER, U8, SUM>))
+KERNEL(scatter_bulk, TILE_THREADS, false, (bulk<SCATTER, U8, SUM>))
+KERNEL(all_to_all_one_shot, 512, false, (one_shot<ALL_TO_ALL, U8, SUM>))
+KERNEL(all_to_all_bulk, TILE_THREADS, false, (bulk<ALL_TO_ALL, U8, SUM>))
+#else
 KERNEL(broadcast_one_shot, 512, false, (one_shot<BROADCAST, U8, SUM>))
 KERNEL(broadcast_two_shot, 512, false, (two_shot<BROADCAST, U8, SUM>))
 KERNEL(broadcast_bulk, TILE_THREADS, false, (bulk<BROADCAST, U8, SUM>))

@@ -1,12 +1,12 @@
-// One-shot: everybody pushes all of its input to every peer as packets; every rank reduces, or gathers, for itself.
+// One-shot: everybody pushes what a peer is to have to that peer as packets; every rank reduces, or gathers, for itself.
 //
-// Bytes out of each rank: (n − 1) · S · 4/3. One hop. A thread pushes its units, then waits for the same units of the
+// Bytes out of each rank: (n − 1) · S · 4/3, S being the message, or a part where each peer gets another. One hop. A thread pushes its units, then waits for the same units of the
 // peers; slot (source, unit) of the half of this epoch belongs to that source alone.
 
 #pragma once
 
 #include "buffers.cuh"
-#include "call.cuh"
+#include "flow.cuh"
 
 template <int PACKETS>
 __device__ __forceinline__ void put_unit(u8* at, const u32* words, u32 epoch) {
@@ -83,29 +83,28 @@ __device__ __forceinline__ void place_own(u32 (&units)[RANKS][WORDS], const u32*
   }
 }
 
-enum Kind { ALL_REDUCE, BROADCAST, ALL_GATHER };
-
 template <int KIND, int DTYPE, int OP>
 __device__ __forceinline__ bool one_shot(const Args& args, const Entry& entry) {
   using U = UnitOf<Element<DTYPE>::SIZE>;
+  using F = Flow<KIND>;
   constexpr u32 UNIT_STRIDE = U::PACKETS * PACKET_BYTES;
   const u32 me = args.rank, epoch = entry.epoch;
   const u64 bytes = args.bytes, units = (bytes + U::BYTES - 1) / U::BYTES;
   const u64 slot_bytes = units * UNIT_STRIDE, half = PACKETS_AT + half_of(epoch) * HALF_BYTES;
   const u64 step = u64(workers()) * blockDim.x, first = u64(blockIdx.x) * blockDim.x + threadIdx.x;
-  const u8* source = args.sources[me];
-  u8* target = args.targets[me];
   // 1. Push.
-  if (KIND != BROADCAST || me == args.root) {
-    for (u64 i = first; i < units; i += step) {
-      u32 own[U::WORDS];
-      load_words<U::WORDS>(source + i * U::BYTES, bytes - i * U::BYTES, own);
-      u64 at = half + me * slot_bytes + i * UNIT_STRIDE;
+  for (u64 i = first; i < units; i += step) {
+    const u64 at = half + me * slot_bytes + i * UNIT_STRIDE;
+    u32 own[U::WORDS];
+    if (!F::HAS_PARTS_IN && (!F::IS_FROM_ROOT || me == args.root)) {
+      load_words<U::WORDS>(F::source(args, me) + i * U::BYTES, bytes - i * U::BYTES, own);
+    }
 #pragma unroll
-      for (u32 k = 1; k < RANKS; k++) {
-        u32 peer = peer_behind(me, k);
-        put_unit<U::PACKETS>(args.arenas[peer] + at, own, epoch);
-      }
+    for (u32 k = 1; k < RANKS; k++) {
+      const u32 peer = peer_behind(me, k);
+      if (!F::flows(args, me, peer)) continue;
+      if (F::HAS_PARTS_IN) load_words<U::WORDS>(F::source(args, peer) + i * U::BYTES, bytes - i * U::BYTES, own);
+      put_unit<U::PACKETS>(args.arenas[peer] + at, own, epoch);
     }
   }
   arrive(args, entry);
@@ -113,34 +112,34 @@ __device__ __forceinline__ bool one_shot(const Args& args, const Entry& entry) {
   const u8* arena = args.arenas[me] + half;
   f64 scalars[RANKS];
   if (!load_scalars<OP>(args, entry, scalars)) return false;
+  if (F::IS_TO_ROOT && me != args.root) return true;
   for (u64 i = first; i < units; i += step) {
     const u64 at = i * U::BYTES, rest = bytes - at;
     u32 own[U::WORDS];
-    if constexpr (KIND == ALL_REDUCE) {
-      u32 all[RANKS][U::WORDS], result[U::WORDS];
-      load_words<U::WORDS>(source + at, rest, own);
-      auto slot = [&](int peer) { return arena + peer * slot_bytes + i * UNIT_STRIDE; };
-      if (!take_units<U::PACKETS>(args, entry, all, slot)) return false;
-      place_own<U::WORDS>(all, own, me);
-      reduce_units<DTYPE, OP, U::WORDS>(all, scalars, result);
-      store_words<U::WORDS>(target + at, rest, result);
-    } else if constexpr (KIND == BROADCAST) {
+    if constexpr (F::IS_FROM_ROOT) {
       if (me == args.root) {
         if (args.is_same) break;
-        load_words<U::WORDS>(source + at, rest, own);
+        load_words<U::WORDS>(F::source(args, me) + at, rest, own);
       } else if (!take_one<U::PACKETS>(args, entry, args.root, arena + args.root * slot_bytes + i * UNIT_STRIDE, own)) {
         return false;
       }
-      store_words<U::WORDS>(target + at, rest, own);
+      store_words<U::WORDS>(F::target(args, me) + at, rest, own);
     } else {
       u32 all[RANKS][U::WORDS];
-      load_words<U::WORDS>(source + at, rest, own);
+      load_words<U::WORDS>(F::source(args, me) + at, rest, own);
       auto slot = [&](int peer) { return arena + peer * slot_bytes + i * UNIT_STRIDE; };
       if (!take_units<U::PACKETS>(args, entry, all, slot)) return false;
+      if constexpr (F::FOLDS) {
+        u32 result[U::WORDS];
+        place_own<U::WORDS>(all, own, me);
+        reduce_units<DTYPE, OP, U::WORDS>(all, scalars, result);
+        store_words<U::WORDS>(F::target(args, me) + at, rest, result);
+      } else {
 #pragma unroll
-      for (int rank = 0; rank < RANKS; rank++) {
-        if (rank != me) store_words<U::WORDS>(target + rank * bytes + at, rest, all[rank]);
-        else if (!args.is_same) store_words<U::WORDS>(target + rank * bytes + at, rest, own);
+        for (int rank = 0; rank < RANKS; rank++) {
+          if (rank != me) store_words<U::WORDS>(F::target(args, rank) + at, rest, all[rank]);
+          else if (!args.is_same) store_words<U::WORDS>(F::target(args, rank) + at, rest, own);
+        }
       }
     }
   }

@@ -52,9 +52,21 @@ __device__ __forceinline__ u64 acquire_word(const u64* at) {
   return value;
 }
 
-__device__ __forceinline__ u32 load_host_word(const u32* at) {
+__device__ __forceinline__ u32 load_short_word(const u32* at) {
   u32 value;
   asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+}
+
+// Who sees the signal sees what this thread knew before.
+__device__ __forceinline__ void release_signal(u32* at, u32 value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+}
+
+// As `acquire_word`.
+__device__ __forceinline__ u32 acquire_signal(const u32* at) {
+  u32 value;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
   return value;
 }
 

@@ -3,7 +3,8 @@
 //
 // All-reduce: shard p starts at rank p + 1 and goes round to p, each rank adding its own; then the finished shards go round
 // once more. The order of a sum is p + 1, p + 2, …, p, and what is handed on is rounded to the dtype each time. Bytes out of
-// each rank: 2 · S · (n − 1)/n. Broadcast: the root's tiles go round. All-gather: everybody's.
+// each rank: 2 · S · (n − 1)/n. Reduce-scatter: the first time round. Broadcast: the root's tiles go round. Reduce: partial sums go from
+// the rank behind the root round to it. All-gather: everybody's tiles go round.
 //
 // Block b keeps a queue of its own to block b of the next rank: slots in that rank's scratch, as many as there is room for. What
 // tile t sends lies in slot t mod slots. The next rank is told (stage 0) that our tile t is through, and so the slot filled; the
@@ -16,12 +17,13 @@
 
 template <int KIND, int DTYPE, int OP>
 struct Ring {
-  static constexpr u32 INPUTS = KIND == ALL_REDUCE ? 2 : 1, OUTPUTS = 2;
-  static constexpr bool IS_SPREAD = false, FOLDS = KIND == ALL_REDUCE;
+  static constexpr u32 INPUTS = Flow<KIND>::FOLDS ? 2 : 1, OUTPUTS = 2;
+  static constexpr bool IS_SPREAD = false, FOLDS = Flow<KIND>::FOLDS;
   // Tiles that go through this rank for each place in the shards, or parts: one after the other, because each comes of the one
   // before. Those of some places go round side by side, so that links and ranks have something to do meanwhile; with more slots
   // than those, nobody waits for a slot that is read later than what it wants to send was.
-  static constexpr u32 STEPS = KIND == ALL_REDUCE ? 2 * RANKS - 1 : KIND == ALL_GATHER ? RANKS : 1;
+  static constexpr bool IS_CHAIN = KIND == BROADCAST || KIND == REDUCE;
+  static constexpr u32 STEPS = KIND == ALL_REDUCE ? 2 * RANKS - 1 : IS_CHAIN ? 1 : RANKS;
   static constexpr u32 MOST_LANES = 8;
 
   const Args& args;
@@ -68,25 +70,29 @@ struct Ring {
     const u64 rest = vectors - base(where(t));
     return rest < tile ? u32(rest) : tile;
   }
-  __device__ __forceinline__ bool needs_threads() const { return KIND == ALL_REDUCE || !is_wide; }
+  __device__ __forceinline__ bool needs_threads() const { return FOLDS || !is_wide; }
 
   __device__ __forceinline__ bool is_received(u32 step) const {
-    return KIND == BROADCAST ? args.rank != args.root : step > 0;
+    return KIND == BROADCAST ? args.rank != args.root : KIND == REDUCE ? previous != args.root : step > 0;
   }
   __device__ __forceinline__ bool is_sent(u32 step) const {
-    return KIND == BROADCAST ? next != args.root : step + 1 < STEPS;
+    return KIND == BROADCAST ? next != args.root : KIND == REDUCE ? args.rank != args.root : step + 1 < STEPS;
   }
-  __device__ __forceinline__ bool is_added(u32 step) const { return KIND == ALL_REDUCE && step < RANKS; }
+  __device__ __forceinline__ bool is_added(u32 step) const { return FOLDS && step < RANKS; }
   __device__ __forceinline__ bool is_folded(u32 t) const { return is_added(where(t).step); }
+  // Nobody adds anything after this.
+  __device__ __forceinline__ bool is_sum(u32 step) const {
+    return KIND == REDUCE ? args.rank == args.root : step + 1 == RANKS;
+  }
   // Whose shard or part a step is about.
   __device__ __forceinline__ u32 shard(u32 step) const {
-    u32 behind = KIND == ALL_REDUCE ? step + 1 : step;
+    u32 behind = FOLDS ? step + 1 : step;
     return (args.rank + 2 * RANKS - behind) % RANKS;
   }
   // The tile of the previous rank that sent what tile t receives.
-  __device__ __forceinline__ u32 sender_of(u32 t, const Place& at) const { return KIND == BROADCAST ? t : t - at.side; }
+  __device__ __forceinline__ u32 sender_of(u32 t, const Place& at) const { return IS_CHAIN ? t : t - at.side; }
   // The tile of the next rank that receives what tile t sends.
-  __device__ __forceinline__ u32 receiver_of(u32 t) const { return KIND == BROADCAST ? t : t + where(t).side; }
+  __device__ __forceinline__ u32 receiver_of(u32 t) const { return IS_CHAIN ? t : t + where(t).side; }
 
   __device__ __forceinline__ u8* slot(u32 rank, u32 t) const {
     return args.arenas[rank] + scratch + u64(t % slots) * tile * 16;
@@ -103,6 +109,7 @@ struct Ring {
     const Place at = where(t);
     Side side;
     if (k == own_input_of(at.step)) {
+      if (KIND == REDUCE_SCATTER) return own_side(Flow<KIND>::source(args, shard(at.step)), base(at) * 16, args.bytes);
       u64 vector = KIND == ALL_REDUCE ? shard(at.step) * vectors + base(at) : base(at);
       return own_side(args.sources[args.rank], vector * 16, args.bytes);
     }
@@ -127,9 +134,9 @@ struct Ring {
     }
     side.tell = {previous, 1, t};
     u8* target = args.targets[args.rank];
-    if (KIND == ALL_REDUCE) {
-      if (at.step + 1 < RANKS) return side;
-      return to_user(side, target, shard(at.step) * vectors + base(at));
+    if (FOLDS) {
+      if (KIND == ALL_REDUCE ? at.step + 1 < RANKS : !is_sum(at.step)) return side;
+      return to_user(side, target, KIND == ALL_REDUCE ? shard(at.step) * vectors + base(at) : base(at));
     }
     if (!is_received(at.step) && args.is_same) return side;
     return to_user(side, KIND == ALL_GATHER ? target + shard(at.step) * args.bytes : target, base(at));
@@ -142,18 +149,18 @@ struct Ring {
 
   template <class Values>
   __device__ __forceinline__ uint4 fold(u32 t, Values values) const {
-    if constexpr (KIND == ALL_REDUCE) {
+    if constexpr (FOLDS) {
       const uint4 a = values(0), b = values(1);
       u32 words[4] = {a.x, a.y, a.z, a.w}, ours[4] = {b.x, b.y, b.z, b.w};
       const u32 step = where(t).step;
       Fold<DTYPE, OP, 4> fold;
-      if (step == 0) {
+      if (!is_received(step)) {
         fold.first(words, scalar);
       } else {
         fold.partial_first(words);
         fold.next(ours, scalar);
       }
-      if (step + 1 == RANKS) fold.finish(words, RANKS);
+      if (is_sum(step)) fold.finish(words, RANKS);
       else fold.partial(words);
       return make_uint4(words[0], words[1], words[2], words[3]);
     } else {

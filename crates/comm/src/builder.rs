@@ -300,16 +300,9 @@ impl Builder {
         #[cfg(feature = "cuda")]
         if let Some(device) = &device {
             let devices = table.hellos().iter().filter_map(|hello| hello.device.as_ref());
-            let attachment = crate::gpu::attach::Attachment {
-                communicator: &communicator,
-                device,
-                devices: devices.map(|device| unisono_cuda::Uuid(device.uuid)).collect(),
-                settings: &settings,
-                extra: &self.extra,
-                deadline,
-            };
-            let gpu = attachment.run()?;
-            communicator.attach(gpu);
+            let devices = devices.map(|device| unisono_cuda::Uuid(device.uuid)).collect();
+            let origin = crate::gpu::Origin::new(device, devices, &settings, &self.extra);
+            communicator.attach_all(Arc::new(origin), deadline)??;
         }
         store.end(rank);
         Ok(communicator)

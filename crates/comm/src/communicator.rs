@@ -43,6 +43,9 @@ pub struct Communicator {
     /// Before the control memory, which it keeps.
     #[cfg(feature = "cuda")]
     pub(crate) gpu: Option<RefCell<crate::gpu::Gpu>>,
+    /// What that was made from, for communicators that come from this one.
+    #[cfg(feature = "cuda")]
+    pub(crate) origin: Option<Arc<crate::gpu::Origin>>,
     engine: RefCell<Engine>,
     pub(crate) control: Arc<Control>,
     /// Declared before the neighbours, so that it ends before the connections may.
@@ -141,6 +144,8 @@ impl Communicator {
         Self {
             #[cfg(feature = "cuda")]
             gpu: None,
+            #[cfg(feature = "cuda")]
+            origin: None,
             engine: RefCell::new(engine),
             control,
             watch,
@@ -193,16 +198,10 @@ impl Communicator {
         crate::gpu::check_ranks(devices.len(), 0)?;
         let mut ranks = Self::threads_with(devices.len(), settings)?;
         let gpus = crate::gpu::attach::attach_local(&ranks, &opened, settings, extra)?;
-        for (rank, gpu) in ranks.iter_mut().zip(gpus) {
-            rank.attach(gpu);
+        for (rank, (origin, gpu)) in ranks.iter_mut().zip(gpus) {
+            rank.attach(Arc::new(origin), gpu);
         }
         Ok(ranks)
-    }
-
-    /// From now on this rank works on a GPU.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn attach(&mut self, gpu: crate::gpu::Gpu) {
-        self.gpu = Some(RefCell::new(gpu));
     }
 
     /// The device that this rank works on, by its number in this process.

@@ -2,7 +2,8 @@
 //!
 //! All ranks of the parent tell each other colour, key and a number that a new communicator could have; so each knows all new
 //! groups. Rank 0 of each hands its control memory to the others over the connections that there are, and a last
-//! reduction tells whether all have theirs. From then on the child stands on its own.
+//! reduction tells whether all have theirs. From then on the child stands on its own. Where the parent works on GPUs, its children
+//! then get theirs (`gpu/derive.rs`).
 
 use std::sync::Arc;
 
@@ -27,6 +28,12 @@ impl Communicator {
     /// The new communicators have memory of their own and are independent of this one: each may be destroyed, dropped or fail
     /// without the others. They live on the same connections, so a process that dies is noticed in each that it is in.
     ///
+    /// Where this one works on GPUs, so do they, each rank on its device, with the same settings and the same kernels prepared.
+    /// How the GPUs of a group reach each other is found anew. Kernels are those of the group's size: where they are not in the
+    /// cache yet, compiling them takes seconds. Calls that other communicators of this process have in streams may not wait for
+    /// calls that a rank makes only afterwards. Ranks of one process split on threads of their own, or one thread asks a group
+    /// for all of them ([`Grouped::split`](crate::Grouped::split)).
+    ///
     /// ```
     /// # use unisono::{Communicator, Operations, ReduceOp};
     /// # let ranks = Communicator::threads(4)?;
@@ -43,7 +50,9 @@ impl Communicator {
     ///
     /// # Errors
     /// [`Error::Mismatch`] if another rank makes another call; [`Error::Node`] on every rank if any of them cannot have the
-    /// memory (then this communicator still works); the first cause of a failure of this one.
+    /// memory (then this communicator still works); the first cause of a failure of this one. With GPUs, after which it still
+    /// works, too: `Error::Cuda`, [`Error::Device`] or `Error::NoPeerAccess` on every rank with a color if any of them cannot
+    /// have what it needs on its device; only those say why that cannot.
     pub fn split(&self, color: Option<u32>, key: i32) -> Result<Option<Self>> {
         self.derive(Kind::Split, color, key)
     }
@@ -76,20 +85,30 @@ impl Communicator {
         let mut all_are = [u8::from(is_well)];
         engine
             .submit(&Call::new(Kind::AllReduce { op: ReduceOp::Min }, [BufMut::from(&mut all_are).raw()]))?;
-        let Some((neighbours, memory)) = child else { return Ok(None) };
-        let memory = memory?;
+        let policy = engine.policy();
+        drop(engine);
+        let child =
+            child.map(|(neighbours, memory)| memory.map(|memory| (neighbours, memory))).transpose()?;
         if all_are[0] == 0 {
+            let Some((_, memory)) = child else { return Ok(None) };
             let (bytes, message) = (memory.bytes(), "another rank of this host could not map it".to_owned());
             return Err(Error::Node(unisono_node::Error::Memory { bytes, action: kind.name(), message }));
         }
-        let places = members.iter().map(|member| self.places[*member].clone()).collect();
-        let topology = Arc::new(self.topology.of(&members));
-        let about = self.control.about().clone();
-        let selection = Arc::new(self.selection.of_world(members.len()));
-        let parts = Parts { places, topology, neighbours, memory, selection, about };
-        let child = Self::assemble(parts, engine.policy());
-        child.engine().have_met();
-        Ok(Some(child))
+        let assemble = |(neighbours, memory)| {
+            let places = members.iter().map(|member| self.places[*member].clone()).collect();
+            let topology = Arc::new(self.topology.of(&members));
+            let about = self.control.about().clone();
+            let selection = Arc::new(self.selection.of_world(members.len()));
+            let parts = Parts { places, topology, neighbours, memory, selection, about };
+            let child = Self::assemble(parts, policy);
+            child.engine().have_met();
+            child
+        };
+        #[cfg_attr(not(feature = "cuda"), expect(unused_mut, reason = "only a device is attached"))]
+        let mut child = child.map(assemble);
+        #[cfg(feature = "cuda")]
+        self.attach_child(child.as_mut(), &members)?;
+        Ok(child)
     }
 
     fn memory_of(&self, neighbours: &Neighbours) -> Result<Arc<SharedMemory>> {

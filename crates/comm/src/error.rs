@@ -231,6 +231,22 @@ pub enum Error {
         /// How long was waited.
         waited: Duration,
     },
+    /// A packet did not come to a kernel of a user in time. The communicator still works.
+    #[error(
+        "rank {rank} waited {waited:.1?} for the packet of epoch {expected} at place {place}, which holds that of {got}. A kernel of a peer sends it."
+    )]
+    Packet {
+        /// The rank whose kernel waited.
+        rank: usize,
+        /// The place in its copy, counted in packets.
+        place: u64,
+        /// The epoch that was waited for.
+        expected: u32,
+        /// The epoch that the place held.
+        got: u32,
+        /// How long was waited.
+        waited: Duration,
+    },
     /// Not all ranks met before the deadline.
     #[error(
         "{met} of {world_size} ranks met at {store} within {waited:.1?}; missing: {}. Were they started, and can they reach it? UNISONO_INIT_TIMEOUT=60s waits longer.",

@@ -68,6 +68,8 @@ pub use call::{Call, Counts, Kind};
 pub use communicator::Communicator;
 pub use error::{Error, Result};
 pub use explanation::{Choice, Explanation};
+#[cfg(feature = "cuda")]
+pub use gpu::{DeviceView, device_header};
 pub use group::{Group, Grouped, Promised, group};
 pub use observer::{Observer, State};
 pub use operations::Operations;

@@ -48,6 +48,11 @@ impl Communicator {
     /// learns so when it runs again; the memory that it may still write to is kept and not used any more. When no rank
     /// is lost, all go on.
     ///
+    /// On GPUs kernels of this generation leave, and the next has memory and kernels of its own on the same devices; what
+    /// streams hold besides goes on. Registrations answer [`Error::Generation`], too, and the memory that was registered may be
+    /// freed once all ranks are back and their devices quiet, unless a rank was stopped that may still write to it. Graphs that were captured with calls of this generation
+    /// must not be launched any more. Ranks of one process call it on threads of their own.
+    ///
     /// ```
     /// # use unisono::{Communicator, Operations, ReduceOp};
     /// # let mut ranks = Communicator::threads(3)?;
@@ -65,8 +70,10 @@ impl Communicator {
     /// ```
     ///
     /// # Errors
-    /// [`Error::GivenUp`] if the others go on without this rank; [`Error::Timeout`] naming the ranks that live but do not call it;
-    /// [`Error::Node`] if memory cannot be had (the others go on); [`Error::Forked`] in a forked child.
+    /// [`Error::GivenUp`] if the others go on without this rank; [`Error::Timeout`] naming the ranks that live but do not call
+    /// it; [`Error::Node`] if memory cannot be had (the others go on); [`Error::Forked`] in a forked child. With GPUs,
+    /// `Error::Cuda` if the context of this rank is lost (the others go on), and as [`Communicator::split`], on all ranks, if
+    /// one cannot have what it needs on its device.
     pub fn shrink(self) -> Result<Self> {
         self.control.check_process()?;
         if let Some(cause @ Cause::Died { .. }) = self.control.cause()
@@ -76,13 +83,26 @@ impl Communicator {
         }
         // Whoever waits for us here learns that it is over; what others can still complete without us, they do.
         self.control.fail(&Cause::Dropped { rank: self.rank() as u32 });
+        // So do the kernels that wait for us, and our own. A rank whose context is lost leaves, and the others go on without it.
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = &self.gpu {
+            gpu.borrow_mut().leave()?;
+        }
         let mut current = self;
         loop {
             let decision = Regrouping::new(&current).run()?;
             let members: Vec<usize> = decision.proposal.members.iter().collect();
             let old = current.control.clone();
-            let next = decision.carry_over(current, &members);
-            match next.arrive(&old, &members) {
+            #[cfg_attr(not(feature = "cuda"), expect(unused_mut, reason = "only a device is attached"))]
+            let mut next = decision.carry_over(current, &members);
+            let arrived = next.arrive(&old, &members);
+            #[cfg(feature = "cuda")]
+            let arrived = match arrived.and_then(|()| next.attach_again()) {
+                // All members say so; who leaves first is not lost to the others.
+                Ok(Err(error)) => return Err(error),
+                arrived => arrived.map(drop),
+            };
+            match arrived {
                 Ok(()) => return Ok(next),
                 // Somebody else was lost meanwhile.
                 Err(_)
@@ -339,6 +359,11 @@ impl Decision {
         let (windows, first_window) = old.engine().windows();
         let policy = old.engine().policy();
         old.control.supersede(neighbours.generation());
+        // What its kernels reach goes first: the registration of the memory that follows.
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = old.gpu.take() {
+            gpu.into_inner().retire(self.must_quarantine);
+        }
         if self.must_quarantine {
             quarantine(old.control.memory().clone());
             windows.into_iter().for_each(Copies::quarantine);
@@ -348,8 +373,13 @@ impl Decision {
         let about = About { generation: neighbours.generation(), ..old.control.about().clone() };
         let selection = Arc::new(old.selection.of_world(members.len()));
         let parts = Parts { places, topology, neighbours, memory: self.memory, selection, about };
-        let next = Communicator::assemble(parts, policy);
+        #[cfg_attr(not(feature = "cuda"), expect(unused_mut, reason = "only a device is handed on"))]
+        let mut next = Communicator::assemble(parts, policy);
         next.engine().begin_windows_at(first_window);
+        #[cfg(feature = "cuda")]
+        {
+            next.origin = old.origin.take().map(|origin| Arc::new(origin.of(members)));
+        }
         // From here on, this rank answers in the new memory only.
         old.control.leave(Presence::Destroyed);
         old.destroyed = true;

@@ -12,7 +12,7 @@ use crate::communicator::Communicator;
 use crate::control::Control;
 use crate::copies::Copies;
 use crate::error::{Error, Result};
-use crate::symmetric::Symmetric;
+use crate::symmetric::{Parts, Symmetric};
 pub use making::Closing;
 pub(crate) use making::Limits;
 
@@ -41,7 +41,8 @@ pub enum Memory {
     /// Host memory, anonymous and shared.
     #[default]
     Host,
-    /// Memory of each rank's GPU, which all GPUs of the communicator reach.
+    /// Memory of each rank's GPU, which all GPUs of the communicator reach: collectives in place, and, once it is one-sided
+    /// ([`Window::into_symmetric`]), kernels of one's own.
     Device,
     /// Host memory that the CPUs of all ranks and all GPUs of the host reach, whether or not these reach each other's memory:
     /// collectives of both work on it in place, and [`Window::lend`] gives it as a slice. What the host does with it waits for the
@@ -115,7 +116,18 @@ impl<T: Element> Window<T> {
             return Err(error);
         }
         self.check_cause()?;
-        let copies = self.copies("lend")?;
+        let copies = match &self.held {
+            Held::Host(copies) => copies,
+            #[cfg(feature = "cuda")]
+            Held::Device(_) => {
+                return Err(Error::Place {
+                    call: "lend",
+                    rank: self.control.member().0,
+                    expected: "windows of host memory".to_owned(),
+                    got: "memory of a GPU".to_owned(),
+                });
+            }
+        };
         if copies.are_pinned() {
             let settled = copies.settle();
             self.check_cause()?;
@@ -126,21 +138,6 @@ impl<T: Element> Window<T> {
         // valid `T`. Peers read and write it only while we are inside a collective, which needs this borrow to be over; what
         // was put into streams was just waited for.
         Ok(unsafe { std::slice::from_raw_parts_mut(base, self.count) })
-    }
-
-    /// The copies of all ranks, if the host reaches them.
-    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "there are GPUs elsewhere"))]
-    fn copies(&self, call: &'static str) -> Result<&Copies> {
-        match &self.held {
-            Held::Host(copies) => Ok(copies),
-            #[cfg(feature = "cuda")]
-            Held::Device(_) => Err(Error::Place {
-                call,
-                rank: self.control.member().0,
-                expected: "windows of host memory".to_owned(),
-                got: "memory of a GPU".to_owned(),
-            }),
-        }
     }
 
     /// Peers may still be writing once the communicator has failed.
@@ -189,11 +186,20 @@ impl<T: Element> Window<T> {
     /// works on it. What the copies hold stays. Collective: when it returns, every rank has given its window up.
     ///
     /// # Errors
-    /// As [`Window::close`]; [`Error::Place`] if it lies on a GPU.
+    /// As [`Window::close`]; [`Error::Cuda`] if it lies on our GPU, and that failed.
     pub fn into_symmetric(self, communicator: &Communicator) -> Result<Symmetric<T>> {
-        let copies = self.copies(Kind::Symmetric.name())?.clone();
-        communicator.end_window(Kind::Symmetric, self.id, &self.control)?;
+        check_owner(Kind::Symmetric, self.id, &self.control, communicator)?;
         let policy = communicator.engine().policy();
+        let copies = match self.held {
+            Held::Host(copies) => {
+                communicator.end_window(Kind::Symmetric, self.id, &self.control)?;
+                Parts::Host(copies)
+            }
+            #[cfg(feature = "cuda")]
+            Held::Device(_) => {
+                Parts::Device(communicator.make_one_sided(self.id, (self.count, size_of::<T>()))?)
+            }
+        };
         Ok(Symmetric::new(self.control, copies, (self.id, self.count), policy))
     }
 

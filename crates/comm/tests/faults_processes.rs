@@ -27,10 +27,18 @@ fn main() -> ExitCode {
 
 fn trials() -> Vec<Trial> {
     type Test = fn();
-    let tests: [(&str, Test); 49] = [
+    let tests: [(&str, Test); 53] = [
         (
             "gpu_kill::survivors_leave_their_kernels_and_go_on",
             faults::gpu::survivors_leave_their_kernels_and_go_on,
+        ),
+        (
+            "gpu_kill::survivors_shrink_and_sum_on_their_gpus",
+            faults::gpu::survivors_shrink_and_sum_on_their_gpus,
+        ),
+        (
+            "gpu_kill::a_stopped_rank_is_left_out_and_its_memory_is_kept",
+            faults::gpu::a_stopped_rank_is_left_out_and_its_memory_is_kept,
         ),
         (
             "gpu_kill::a_rank_that_loses_its_context_is_named",
@@ -48,6 +56,14 @@ fn trials() -> Vec<Trial> {
         (
             "gpu_registration::processes_reach_each_others_memory",
             faults::registrations::processes_reach_each_others_memory,
+        ),
+        (
+            "gpu_one_sided::processes_exchange_packets_and_signals",
+            faults::one_sided::processes_exchange_packets_and_signals,
+        ),
+        (
+            "gpu_one_sided::a_killed_rank_ends_the_waits_of_kernels_and_is_named",
+            faults::one_sided::a_killed_rank_ends_the_waits_of_kernels_and_is_named,
         ),
         (
             "gpu_matrix::processes_have_the_bits_of_the_reference",

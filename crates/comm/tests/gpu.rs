@@ -5,6 +5,8 @@
 
 #[path = "support/gpu_case.rs"]
 mod case;
+#[path = "gpu/derive.rs"]
+mod derive;
 #[path = "gpu/group.rs"]
 mod group;
 #[path = "gpu/life.rs"]
@@ -17,6 +19,8 @@ mod random;
 mod recorder;
 #[path = "gpu/registration.rs"]
 mod registration;
+#[path = "gpu/symmetric.rs"]
+mod symmetric;
 #[path = "gpu/windows.rs"]
 mod windows;
 #[path = "gpu/world.rs"]
@@ -28,6 +32,10 @@ use world::{Case, Operation, World, devices};
 
 /// World sizes: all of them with one device as well, where ranks share it; and always one with a rank on each device.
 const SIZES: [usize; 4] = [1, 2, 3, 5];
+
+/// Operations with parts of their own for each rank, or with one rank that gets all.
+const OTHERS: [Operation; 5] =
+    [Operation::Reduce, Operation::ReduceScatter, Operation::Gather, Operation::Scatter, Operation::AllToAll];
 
 fn for_worlds(test: impl Fn(usize, &[u32])) {
     let devices = devices();
@@ -64,6 +72,9 @@ fn every_form_moves_and_reduces_every_kind_of_size() {
                     world.check(&case, form);
                     world.check(&Case { operation: Operation::Broadcast, root: ranks / 2, ..case }, form);
                     world.check(&Case { operation: Operation::AllGather, ..case }, form);
+                    for operation in OTHERS {
+                        world.check(&Case { operation, root: ranks / 2, ..case }, form);
+                    }
                 }
             }
             world.barrier();
@@ -91,7 +102,9 @@ fn every_dtype_and_reduction_has_the_bits_of_the_reference() {
             };
             let world = World::new(ranks, devices, all);
             for (dtype, op) in pairs() {
-                world.check(&Case { dtype, op, count: 777, ..Case::default() }, Some(form));
+                for operation in [Operation::AllReduce, Operation::Reduce, Operation::ReduceScatter] {
+                    world.check(&Case { operation, dtype, op, count: 777, ..Case::default() }, Some(form));
+                }
             }
             world.end();
         }
@@ -126,6 +139,9 @@ fn pinned_host_memory_serves_where_gpus_do_not_reach_each_other() {
                 world.check(&case, Some(form));
                 world.check(&Case { operation: Operation::AllGather, ..case }, Some(form));
                 world.check(&Case { operation: Operation::Broadcast, root: ranks - 1, ..case }, Some(form));
+                for operation in OTHERS {
+                    world.check(&Case { operation, ..case }, Some(form));
+                }
             }
             world.end();
         }

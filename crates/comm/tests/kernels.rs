@@ -7,7 +7,7 @@
     reason = "tells what kernels take, and what is skipped"
 )]
 
-use unisono::cuda::{Architecture, Cache, Compiler};
+use unisono::cuda::{Architecture, Cache, Compiler, Source};
 use unisono::gpu::kernels::{Purpose, source};
 use unisono::{DType, ReduceOp};
 use unisono_core::device::{ArenaLayout, Link};
@@ -57,8 +57,10 @@ fn one_of_each_dtype() -> Vec<Purpose> {
     DType::ALL.into_iter().enumerate().map(one).collect()
 }
 
-const SOME: [Purpose; 3] = [
+const SOME: [Purpose; 5] = [
     Purpose::Copies,
+    Purpose::Parts,
+    Purpose::reduce_parts(DType::BF16, ReduceOp::Sum),
     Purpose::reduce(DType::BF16, ReduceOp::Sum),
     Purpose::reduce(DType::Complex128, ReduceOp::PreMulSum(1.0)),
 ];
@@ -75,7 +77,7 @@ fn kernels_compile_for_hopper_over_nvlink() {
 
 #[test]
 fn kernels_compile_for_hopper_over_host_memory() {
-    compile("sm_90", 2, Link::Host, &SOME[..2]);
+    compile("sm_90", 2, Link::Host, &SOME[..4]);
 }
 
 #[test]
@@ -86,4 +88,32 @@ fn kernels_compile_for_blackwell() {
 #[test]
 fn kernels_compile_for_every_dtype() {
     compile("sm_90", 2, Link::Device, &one_of_each_dtype());
+}
+
+/// Kernels of users, over the header for one-sided memory: of the example, of the tests, and of the README.
+fn users() -> [(&'static str, &'static str); 3] {
+    let readme = include_str!("../../../README.md");
+    let (_, kernel) = readme.split_once("```cuda\n").unwrap();
+    [
+        ("device_header.cu", include_str!("../examples/device_header.cu")),
+        ("symmetric.cu", include_str!("gpu/symmetric.cu")),
+        ("README.md", kernel.split_once("```").unwrap().0),
+    ]
+}
+
+#[test]
+fn kernels_of_users_compile_with_the_device_header() {
+    let Some(_) = compiler() else { return };
+    for (name, text) in users() {
+        for architecture in ["sm_80", "sm_90", "sm_100"] {
+            let headers = vec![unisono::device_header()];
+            let source = Source { name, text, headers, definitions: Vec::new() };
+            let target = architecture.parse().unwrap();
+            let cubin = Cache::of_user().cubin(&source, target, Compiler::find).unwrap();
+            for kernel in unisono::cuda::kernels(&cubin).unwrap() {
+                println!("{architecture} {name}: {kernel:?}");
+                assert!(kernel.registers <= 64 && kernel.stack_bytes <= 256, "{architecture} {kernel:?}");
+            }
+        }
+    }
 }

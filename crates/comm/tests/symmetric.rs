@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use unisono::{Communicator, Element, Error, Memory, Operations, ReduceOp, Symmetric};
+use unisono::{Communicator, Element, Error, Memory, Operations, ReduceOp, Stream, Symmetric};
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -223,7 +223,7 @@ fn what_does_not_fit_is_refused() {
 fn a_wait_ends_by_its_timeout_and_the_communicator_goes_on() {
     on_threads(2, |rank| {
         let shared = symmetric::<u8>(&rank, 1);
-        shared.signal(rank.rank(), 1, 5).unwrap();
+        shared.signal_on(&Stream::host(), rank.rank(), 1, 5).unwrap();
         let start = Instant::now();
         let error = shared.wait_signal(1, 6, Duration::from_millis(50)).unwrap_err();
         assert!(start.elapsed() >= Duration::from_millis(50));

@@ -306,6 +306,16 @@ impl WindowLayout {
         Field { offset: rank * self.stride + PAGE, bytes: 4 }
     }
 
+    /// Where a rank's signal slots lie behind its copy, if that lies in memory of a device: `u32`s there, at the same places.
+    pub const fn device_signals(&self) -> Field {
+        Field { offset: self.stride - 2 * PAGE, bytes: SIGNAL_SLOTS * SIGNAL_STRIDE }
+    }
+
+    /// Bytes of one copy in memory of a device, with its signal slots.
+    pub const fn device_bytes(&self) -> usize {
+        self.device_signals().end()
+    }
+
     /// The copy of `rank`, in whole pages.
     pub const fn copy(&self, rank: usize) -> Field {
         Field { offset: rank * self.stride + 2 * PAGE, bytes: self.stride - 2 * PAGE }
@@ -373,6 +383,9 @@ mod tests {
                 assert!(layout.copy(rank).bytes >= count * size && layout.bytes() == count * size);
             }
             assert_eq!(end, layout.total_bytes());
+            let signals = layout.device_signals();
+            assert!(signals.offset >= layout.bytes() && signals.offset.is_multiple_of(PAGE));
+            assert_eq!((signals.bytes, layout.device_bytes()), (PAGE, signals.end()));
         }
         for (ranks, count) in [(1, usize::MAX), (2, usize::MAX / 8), (1024, isize::MAX as usize / 512)] {
             assert!(matches!(WindowLayout::new(ranks, count, 8), Err(Error::TooLarge { .. })));

@@ -130,6 +130,11 @@ impl Error {
     pub fn is_fatal(&self) -> bool {
         matches!(self, Self::Driver { name, .. } if FATAL.contains(&name.as_str()))
     }
+
+    /// Whether the driver has no memory left for what was asked of it.
+    pub fn is_shortage(&self) -> bool {
+        matches!(self, Self::Driver { name, .. } if name == "CUDA_ERROR_OUT_OF_MEMORY")
+    }
 }
 
 #[cfg(test)]
@@ -141,7 +146,9 @@ mod tests {
         let error =
             |name: &str| Error::Driver { call: "cuX", ordinal: 0, name: name.into(), message: "".into() };
         assert!(error("CUDA_ERROR_ILLEGAL_ADDRESS").is_fatal());
+        assert!(!error("CUDA_ERROR_ILLEGAL_ADDRESS").is_shortage());
         assert!(!error("CUDA_ERROR_OUT_OF_MEMORY").is_fatal());
+        assert!(error("CUDA_ERROR_OUT_OF_MEMORY").is_shortage());
         assert!(FATAL.is_sorted());
     }
 }

@@ -157,6 +157,58 @@ impl Stream {
         check("cuMemcpyAsync", self.device.ordinal(), result)
     }
 
+    /// Copies `data` to `to` and waits for it, and so for all work of this stream.
+    ///
+    /// # Errors
+    /// What the driver refuses, or that work failed with.
+    ///
+    /// # Safety
+    /// `to` is memory of a device, valid for as many bytes.
+    pub unsafe fn write(&self, to: u64, data: &[u8]) -> Result<()> {
+        if data.is_empty() {
+            return Ok(());
+        }
+        let _current = self.device.enter()?;
+        // SAFETY: as the caller promises; the data lives until the stream was waited for.
+        let result = unsafe { sys::cuMemcpyHtoDAsync_v2(to, data.as_ptr().cast(), data.len(), self.raw) };
+        check("cuMemcpyHtoDAsync", self.device.ordinal(), result)?;
+        self.synchronize()
+    }
+
+    /// Copies what lies at `from` to `data` and waits for it, and so for all work of this stream.
+    ///
+    /// # Errors
+    /// As [`Stream::write`].
+    ///
+    /// # Safety
+    /// As [`Stream::write`].
+    pub unsafe fn read(&self, from: u64, data: &mut [u8]) -> Result<()> {
+        if data.is_empty() {
+            return Ok(());
+        }
+        let _current = self.device.enter()?;
+        // SAFETY: as the caller promises; nobody else has the data until the stream was waited for.
+        let result =
+            unsafe { sys::cuMemcpyDtoHAsync_v2(data.as_mut_ptr().cast(), from, data.len(), self.raw) };
+        check("cuMemcpyDtoHAsync", self.device.ordinal(), result)?;
+        self.synchronize()
+    }
+
+    /// Writes `value` to the 4 bytes at `to`, after everything that the work before wrote, to whichever memory.
+    ///
+    /// # Errors
+    /// What the driver refuses.
+    ///
+    /// # Safety
+    /// `to` is memory of a device, on 4 bytes, and valid until the stream has passed this.
+    pub unsafe fn write_word(&self, to: u64, value: u32) -> Result<()> {
+        let _current = self.device.enter()?;
+        let flags = sys::CUstreamWriteValue_flags_enum::CU_STREAM_WRITE_VALUE_DEFAULT as u32;
+        // SAFETY: as the caller promises.
+        let result = unsafe { sys::cuStreamWriteValue32_v2(self.raw, to, value, flags) };
+        check("cuStreamWriteValue32", self.device.ordinal(), result)
+    }
+
     /// Writes `value` to each of `bytes` at `to`.
     ///
     /// # Errors

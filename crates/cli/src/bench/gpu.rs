@@ -12,7 +12,7 @@ use unisono::launch::Launch;
 use unisono::{Builder, Call, Communicator, Form, Operations, Place, RawBuffer, Stream, gpu};
 
 use super::gpu_record::{Gpus, NcclFacts, OnGpu};
-use super::nccl::{self, ID_BYTES, Library, Nccl};
+use super::nccl::{ID_BYTES, Library, Nccl};
 use super::pattern::Patterns;
 use super::record::Line;
 use super::tolerance::{Tolerance, depends_on_order};
@@ -62,10 +62,11 @@ fn measure(workload: &Workload) -> Result<()> {
         }
     }
     let most = workload.sizes.iter().copied().max().unwrap_or(0);
-    let gathers = workload.operations.contains(&Operation::AllGather);
+    let parts = workload.operations.iter().map(|operation| operation.parts(ranks));
+    let (parts_in, parts_out) = parts.fold((1, 1), |most, parts| (most.0.max(parts.0), most.1.max(parts.1)));
     let rank = Rank {
-        source: input(&device, &patterns, communicator.rank(), most)?,
-        target: DeviceBuffer::new(&device, if gathers { most * ranks } else { most })?,
+        source: input(&device, &patterns, communicator.rank(), most * parts_in)?,
+        target: DeviceBuffer::new(&device, most * parts_out)?,
         nccl: workload.against.map(|Rival::Nccl| join_nccl(&communicator, &device)).transpose()?,
         // SAFETY: `queue` lies beside it and lives as long.
         stream: unsafe { Stream::cuda(queue.raw(), ordinal) }?,
@@ -138,10 +139,10 @@ enum Whose {
 /// What is called.
 struct Job {
     operation: Operation,
-    /// What each rank gives, or gets where only the root gives.
+    /// A part.
     bytes: usize,
-    /// How much of that comes out.
-    parts: usize,
+    /// How many of them each rank gives, and gets, or would if it were the root.
+    parts: (usize, usize),
     /// Calls of a batch, and of a graph.
     calls: usize,
 }
@@ -200,7 +201,7 @@ impl Rank<'_> {
     fn measure(&self, operation: Operation, bytes: usize) -> Result<OnGpu> {
         let job = self.job(operation, bytes);
         let kind = operation.kind(self.workload.op);
-        let lacks = self.nccl.as_ref().and_then(|_| nccl::lacks(kind, self.workload.dtype));
+        let lacks = self.nccl.as_ref().and_then(|nccl| nccl.lacks(kind, self.workload.dtype));
         let mut contenders = vec![self.contender(Whose::Ours, &job)?];
         if self.nccl.is_some() && lacks.is_none() {
             contenders.push(self.contender(Whose::Nccl, &job)?);
@@ -230,8 +231,9 @@ impl Rank<'_> {
     }
 
     fn job(&self, operation: Operation, bytes: usize) -> Job {
-        let parts = if operation == Operation::AllGather { self.communicator.world_size() } else { 1 };
-        Job { operation, bytes, parts, calls: (BATCH_BYTES / bytes.max(1)).clamp(2, MOST_CALLS) }
+        let parts = operation.parts(self.communicator.world_size());
+        let calls = (BATCH_BYTES / (bytes * parts.0).max(1)).clamp(2, MOST_CALLS);
+        Job { operation, bytes, parts, calls }
     }
 
     /// Verifies a library's call, and ours in a graph, too: that of NCCL is only launched once.
@@ -265,12 +267,12 @@ impl Rank<'_> {
         let Some(kind) = job.operation.kind(self.workload.op) else { return true };
         let choice = self.communicator.gpu_choice(kind, job.bytes, self.workload.dtype.size());
         let is_ordered = whose == Whose::Ours && choice.is_none_or(|launch| launch.form != Form::Ring);
-        job.operation != Operation::AllReduce || self.tolerance.is_none() || is_ordered
+        !job.operation.reduces() || self.tolerance.is_none() || is_ordered
     }
 
     fn poison(&self, job: &Job) -> Result<()> {
         // SAFETY: the buffer is as long, and lives until the stream was waited for.
-        unsafe { self.queue.fill(self.target.address(), POISON, job.bytes * job.parts) }?;
+        unsafe { self.queue.fill(self.target.address(), POISON, job.bytes * job.parts.1) }?;
         // Nobody writes to us before this is done.
         self.settle()?;
         Ok(self.communicator.barrier()?)
@@ -292,9 +294,18 @@ impl Rank<'_> {
             dtype,
             place: Place::Cuda { ordinal: self.device.ordinal() },
         };
+        let is_root = kind.root().is_none_or(|root| root as usize == self.communicator.rank());
+        let (gives, gets) = match job.operation {
+            Operation::Scatter => (is_root, true),
+            Operation::Reduce | Operation::Gather => (true, is_root),
+            _ => (true, true),
+        };
+        let both = [
+            raw(&self.source, if gives { job.parts.0 } else { 0 }),
+            raw(&self.target, if gets { job.parts.1 } else { 0 }),
+        ];
         // SAFETY: as above.
-        let call =
-            unsafe { Call::from_raw(kind, &[raw(&self.source, 1), raw(&self.target, job.parts)], &[]) };
+        let call = unsafe { Call::from_raw(kind, &both, &[]) };
         Ok(self.communicator.on(&self.stream).submit(call)?)
     }
 
@@ -312,20 +323,28 @@ impl Rank<'_> {
     /// Elements of our output that are wrong.
     fn wrong(&self, job: &Job, is_exact: bool) -> Result<u64> {
         self.settle()?;
-        if job.operation == Operation::Barrier {
-            return Ok(0);
+        let rank = self.communicator.rank();
+        match job.operation {
+            Operation::Barrier => return Ok(0),
+            Operation::Reduce | Operation::Gather if rank != 0 => return Ok(0),
+            _ => {}
         }
+        let count = job.bytes / self.workload.dtype.size();
         let mut got = vec![0; PIECE_BYTES.min(job.bytes)];
         let mut wrong = 0;
-        for part in 0..job.parts {
-            let expected = match job.operation {
-                Operation::AllReduce => &self.reduced,
-                _ => self.patterns.input(part),
+        for part in 0..job.parts.1 {
+            // Whose pattern it is, and from which element on.
+            let (expected, begin) = match job.operation {
+                Operation::AllReduce | Operation::Reduce => (&self.reduced[..], 0),
+                Operation::ReduceScatter => (&self.reduced[..], rank * count),
+                Operation::Scatter => (self.patterns.input(0), rank * count),
+                Operation::AllToAll => (self.patterns.input(part), rank * count),
+                _ => (self.patterns.input(part), 0),
             };
             for at in (0..job.bytes).step_by(PIECE_BYTES) {
                 let piece = &mut got[..PIECE_BYTES.min(job.bytes - at)];
                 self.target.read(part * job.bytes + at, piece)?;
-                let first = at / self.workload.dtype.size();
+                let first = begin + at / self.workload.dtype.size();
                 wrong += match &self.tolerance {
                     Some(tolerance) if !is_exact => tolerance.wrong_from(first, piece),
                     _ => self.patterns.wrong_from(expected, first, piece),

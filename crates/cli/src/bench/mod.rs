@@ -57,7 +57,17 @@ impl Operation {
 
     /// Whether GPUs have it.
     const fn is_on_gpus(self) -> bool {
-        matches!(self, Self::AllReduce | Self::Broadcast | Self::AllGather | Self::Barrier)
+        !matches!(self, Self::SendRecv)
+    }
+
+    /// Parts of the input and of the output. Sides that only the root has are there on every rank: the others leave them.
+    const fn parts(self, ranks: usize) -> (usize, usize) {
+        match self {
+            Self::AllReduce | Self::Broadcast | Self::Reduce | Self::SendRecv | Self::Barrier => (1, 1),
+            Self::AllGather | Self::Gather => (1, ranks),
+            Self::ReduceScatter | Self::Scatter => (ranks, 1),
+            Self::AllToAll => (ranks, ranks),
+        }
     }
 
     /// The call; `None` for a barrier and for messages. The root is rank 0.

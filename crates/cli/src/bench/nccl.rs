@@ -21,6 +21,9 @@ struct UniqueId {
 }
 
 type Handle = *mut c_void;
+type Move = unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, Handle, *mut c_void) -> c_int;
+type MoveOfRoot =
+    unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Handle, *mut c_void) -> c_int;
 
 /// The functions of the library that we use.
 struct Symbols {
@@ -31,7 +34,23 @@ struct Symbols {
         unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Handle, *mut c_void) -> c_int,
     broadcast:
         unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Handle, *mut c_void) -> c_int,
-    all_gather: unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, Handle, *mut c_void) -> c_int,
+    all_gather: Move,
+    reduce: unsafe extern "C" fn(
+        *const c_void,
+        *mut c_void,
+        usize,
+        c_int,
+        c_int,
+        c_int,
+        Handle,
+        *mut c_void,
+    ) -> c_int,
+    reduce_scatter:
+        unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Handle, *mut c_void) -> c_int,
+    /// Since 2.28, as the next two.
+    all_to_all: Option<Move>,
+    gather: Option<MoveOfRoot>,
+    scatter: Option<MoveOfRoot>,
     destroy: unsafe extern "C" fn(Handle) -> c_int,
     error: unsafe extern "C" fn(c_int) -> *const c_char,
 }
@@ -91,6 +110,12 @@ impl Library {
                     .map_err(|_| format!("{} has no {}", path.display(), $name))?
             };
         }
+        macro_rules! optional {
+            ($name:literal) => {
+                // SAFETY: as above, of NCCL 2.28 and later.
+                unsafe { library.get(concat!($name, "\0").as_bytes()) }.ok().map(|symbol| *symbol)
+            };
+        }
         let symbols = Symbols {
             version: symbol!("ncclGetVersion"),
             unique_id: symbol!("ncclGetUniqueId"),
@@ -98,6 +123,11 @@ impl Library {
             all_reduce: symbol!("ncclAllReduce"),
             broadcast: symbol!("ncclBroadcast"),
             all_gather: symbol!("ncclAllGather"),
+            reduce: symbol!("ncclReduce"),
+            reduce_scatter: symbol!("ncclReduceScatter"),
+            all_to_all: optional!("ncclAlltoAll"),
+            gather: optional!("ncclGather"),
+            scatter: optional!("ncclScatter"),
             destroy: symbol!("ncclCommDestroy"),
             error: symbol!("ncclGetErrorString"),
         };
@@ -216,7 +246,63 @@ impl Nccl {
                     unsafe { (symbols.all_gather)(source, target, bytes, BYTES, self.handle, stream) };
                 symbols.check("ncclAllGather", result)
             }
-            _ => Err(format!("NCCL has no {} of {dtype}", kind.name())),
+            (Kind::Reduce { root, .. }, Some(dtype), Some(op)) => {
+                let root = root as c_int;
+                // SAFETY: as above.
+                let result =
+                    unsafe { (symbols.reduce)(source, target, count, dtype, op, root, self.handle, stream) };
+                symbols.check("ncclReduce", result)
+            }
+            (Kind::ReduceScatter { .. }, Some(dtype), Some(op)) => {
+                // SAFETY: as above.
+                let result = unsafe {
+                    (symbols.reduce_scatter)(source, target, count, dtype, op, self.handle, stream)
+                };
+                symbols.check("ncclReduceScatter", result)
+            }
+            _ => self.submit_late(kind, bytes, (source, target), stream),
+        }
+    }
+
+    /// What older libraries do not have.
+    fn submit_late(
+        &self,
+        kind: Kind,
+        bytes: usize,
+        (source, target): (*const c_void, *mut c_void),
+        stream: *mut c_void,
+    ) -> Result<(), String> {
+        let symbols = &self.library.symbols;
+        let result = match (kind, symbols.all_to_all, symbols.gather, symbols.scatter) {
+            (Kind::AllToAll, Some(all_to_all), ..) => {
+                // SAFETY: as the caller's caller promises; communicator and stream live.
+                unsafe { all_to_all(source, target, bytes, BYTES, self.handle, stream) }
+            }
+            (Kind::Gather { root }, _, Some(gather), _) => {
+                // SAFETY: as above.
+                unsafe { gather(source, target, bytes, BYTES, root as c_int, self.handle, stream) }
+            }
+            (Kind::Scatter { root }, _, _, Some(scatter)) => {
+                // SAFETY: as above.
+                unsafe { scatter(source, target, bytes, BYTES, root as c_int, self.handle, stream) }
+            }
+            _ => return Err(format!("NCCL has no {}", kind.name())),
+        };
+        symbols.check(kind.name(), result)
+    }
+
+    /// What this NCCL has nothing for, as a sentence; `None` if it has the call. `kind` is none for a barrier.
+    pub(super) fn lacks(&self, kind: Option<Kind>, dtype: DType) -> Option<String> {
+        let symbols = &self.library.symbols;
+        let is_missing = match kind {
+            Some(Kind::AllToAll) => symbols.all_to_all.is_none(),
+            Some(Kind::Gather { .. }) => symbols.gather.is_none(),
+            Some(Kind::Scatter { .. }) => symbols.scatter.is_none(),
+            _ => false,
+        };
+        match kind {
+            Some(kind) if is_missing => Some(format!("NCCL {} has no {}", self.library.version, kind.name())),
+            _ => lacks(kind, dtype),
         }
     }
 
@@ -230,7 +316,7 @@ impl Nccl {
 }
 
 /// What NCCL has nothing for, as a sentence; `None` if it has the call. `kind` is none for a barrier.
-pub(super) fn lacks(kind: Option<Kind>, dtype: DType) -> Option<String> {
+fn lacks(kind: Option<Kind>, dtype: DType) -> Option<String> {
     let Some(kind) = kind else { return Some("NCCL has no barrier".to_owned()) };
     match kind.op() {
         Some(op) if dtype_code(dtype).is_none() || op_code(op).is_none() => {

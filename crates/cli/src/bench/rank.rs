@@ -123,7 +123,7 @@ impl Rank<'_> {
 
     fn buffers(&self, operation: Operation, count: usize) -> Result<Buffers> {
         let size = self.workload.dtype.size();
-        let (input, output) = self.parts(operation);
+        let (input, output) = operation.parts(self.communicator.world_size());
         let output = if self.workload.in_place { input.max(output) } else { output };
         let (input, output) = (count * size * input, count * size * output);
         let mut buffers = if self.workload.windows {
@@ -134,21 +134,6 @@ impl Rank<'_> {
         };
         self.patterns.fill(self.communicator.rank(), buffers.source()?);
         Ok(buffers)
-    }
-
-    /// Parts of the input and of the output. Sides that only the root has are there on every rank: the others leave them.
-    fn parts(&self, operation: Operation) -> (usize, usize) {
-        let ranks = self.communicator.world_size();
-        match operation {
-            Operation::AllReduce
-            | Operation::Broadcast
-            | Operation::Reduce
-            | Operation::SendRecv
-            | Operation::Barrier => (1, 1),
-            Operation::AllGather | Operation::Gather => (1, ranks),
-            Operation::ReduceScatter | Operation::Scatter => (ranks, 1),
-            Operation::AllToAll => (ranks, ranks),
-        }
     }
 
     /// Runs (or only looks at) the result and counts the elements of ours that are wrong.
@@ -162,7 +147,7 @@ impl Rank<'_> {
                 let rank = self.communicator.rank();
                 let part = count * self.workload.dtype.size();
                 let start = if operation == Operation::AllGather { rank * part } else { 0 };
-                let (input, _) = self.parts(operation);
+                let (input, _) = operation.parts(self.communicator.world_size());
                 self.patterns.fill(rank, &mut buffers.target()?[start..start + input * part]);
             }
             self.call(operation, count, buffers)?;
@@ -229,7 +214,7 @@ impl Rank<'_> {
             return self.round_trip(buffers.raw(self.workload.dtype, count));
         }
         let Some(kind) = operation.kind(self.workload.op) else { return self.communicator.barrier() };
-        let (input, _) = self.parts(operation);
+        let (input, _) = operation.parts(self.communicator.world_size());
         let (source, target) = buffers.raw(self.workload.dtype, count * input);
         let both = [source, target];
         let used = if self.workload.in_place { &both[1..] } else { &both[..] };

@@ -93,8 +93,10 @@ impl Workload {
 
     fn check_gpus(&self) -> Result<(), Failure> {
         if let Some(operation) = self.operations.iter().find(|operation| !operation.is_on_gpus()) {
-            let there_are = "all_reduce, broadcast, all_gather and barrier";
-            return Err(Failure::new(format!("{} is not on GPUs; {there_are} are", operation.name())));
+            return Err(Failure::new(format!(
+                "{} is not on GPUs; collectives and barrier are",
+                operation.name()
+            )));
         }
         let of_the_host = [
             (self.windows, "--windows"),

@@ -13,14 +13,16 @@ impl Builder {
         self
     }
 
-    /// Loads the kernels that reduce `dtype` by `op` when the communicator is made. Those that are not prepared, other than
-    /// sums of f32, f16 and bf16, are loaded by the first call that needs them, which cannot be captured in a graph.
+    /// Loads the kernels that reduce `dtype` by `op` when the communicator is made, or one that comes from it. Those that are not
+    /// prepared, other than sums of f32, f16 and bf16, are loaded by the first call that needs them, which cannot be captured in a
+    /// graph.
     ///
     /// # Errors
     /// [`Error::Core`] if there is no such reduction.
     pub fn prepare(mut self, dtype: unisono_core::DType, op: unisono_core::ReduceOp) -> Result<Self> {
         unisono_core::reduce_op::check(dtype, op)?;
         self.extra.prepare.push(crate::gpu::kernels::Purpose::reduce(dtype, op));
+        self.extra.prepare.push(crate::gpu::kernels::Purpose::reduce_parts(dtype, op));
         Ok(self)
     }
 
@@ -47,6 +49,14 @@ impl Builder {
     #[doc(hidden)]
     pub fn pinned_by_rank(mut self, ways: &[PinnedWay]) -> Self {
         self.extra.pinned_ways = ways.to_vec();
+        self
+    }
+
+    /// Lets rank 0 of communicators of so many ranks fail when these are made of others: for tests of what becomes of the rest.
+    /// The same on all ranks.
+    #[doc(hidden)]
+    pub const fn refused_size(mut self, ranks: usize) -> Self {
+        self.extra.refused_size = Some(ranks);
         self
     }
 

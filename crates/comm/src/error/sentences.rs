@@ -113,6 +113,8 @@ sentences! {
           written.";
     Signal: Error::Signal { rank: 1, slot: 3, expected: 8, got: 7, waited: Duration::from_millis(1500) }
         => "rank 1 waited 1.5s for signal 3 to reach 8; it holds 7. A peer raises it with signal().";
+    Packet: Error::Packet { rank: 1, place: 300, expected: 8, got: 7, waited: Duration::from_millis(1500) }
+        => "rank 1 waited 1.5s for the packet of epoch 8 at place 300, which holds that of 7. A kernel of a peer sends it.";
     Poisoned: Error::Poisoned { id: 2, cause: "rank 3 died".into() }
         => "window 2 is poisoned: its communicator failed while peers could touch it (rank 3 died). Make a new \
             communicator.";

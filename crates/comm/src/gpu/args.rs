@@ -55,6 +55,9 @@ pub(crate) enum Report {
     TimedOut { peer: usize, epoch: u32, waited_ms: u64 },
     /// Another kernel of this communicator was running.
     Concurrent,
+    /// The communicator failed while they waited. Not every cause alone says that a call has not been done: one who left may have
+    /// done its part.
+    Aborted,
     /// Words that no kernel of ours writes.
     Unreadable,
 }
@@ -88,6 +91,7 @@ impl Report {
             }
             2 => Self::TimedOut { peer, epoch, waited_ms: word(WAITED_NS) / 1_000_000 },
             3 => Self::Concurrent,
+            5 => Self::Aborted,
             _ => Self::Unreadable,
         }
     }

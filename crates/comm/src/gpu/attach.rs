@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use unisono_core::ReduceOp;
 use unisono_core::device::layout::MAX_RANKS;
 use unisono_core::device::{ArenaLayout, Link};
 use unisono_core::hello::DeviceIdentity;
@@ -14,9 +13,8 @@ use unisono_sync::Deadline;
 use super::arenas::{Arenas, obstacle};
 use super::budget::Budget;
 use super::kernels::has_bulk_copies;
-use super::{Config, Extra, Gpu, peers};
-use crate::buffer::BufMut;
-use crate::call::{Call, Kind};
+use super::{Config, Extra, Gpu, Origin, peers};
+use crate::call::Kind;
 use crate::communicator::Communicator;
 use crate::error::{Error, Result};
 
@@ -34,130 +32,167 @@ enum Can {
     Copies = 3,
 }
 
-/// Who takes part, and how.
+/// Who takes part, and how: a communicator of processes, or of threads that all take part at once.
 pub(crate) struct Attachment<'a> {
     pub(crate) communicator: &'a Communicator,
-    pub(crate) device: &'a Device,
-    /// The device of each rank.
-    pub(crate) devices: Vec<Uuid>,
-    pub(crate) settings: &'a Settings,
-    pub(crate) extra: &'a Extra,
+    pub(crate) origin: &'a Origin,
     pub(crate) deadline: Deadline,
+    /// The least of what all ranks of the communicator say. Each of them asks [`ROUNDS`] times, whatever went wrong.
+    pub(crate) least: &'a dyn Fn(u8) -> Result<u8>,
+    pub(crate) is_aborted: &'a dyn Fn() -> bool,
 }
 
+/// How often [`Attachment::run`] asks what the least is.
+pub(crate) const ROUNDS: usize = 3;
+
 impl Attachment<'_> {
-    /// Makes the GPU's side of a communicator of processes. Collective: it fails on all ranks or on none.
+    /// Makes the GPU's side of the communicator. Collective. Whether all ranks have theirs is still to be asked
+    /// ([`all_or_none`]).
     pub(crate) fn run(&self) -> Result<Gpu> {
-        let rank = self.communicator.rank();
         // What is known before anything is shared: who reaches whom.
-        let mut obstacles = None;
-        if !self.settings.peer_access {
-            obstacles = Some("UNISONO_PEER_ACCESS=off".to_owned());
-        }
-        for peer in self.devices.iter().filter(|_| self.settings.peer_access) {
-            if let Some(found) = obstacle(self.device, *peer, rank)? {
-                obstacles = Some(found);
-            }
-        }
-        let mut can = self.agree(if obstacles.is_some() { Can::Host } else { Can::Device })?;
-        let mut arenas = None;
-        if can == Can::Device {
-            let shared = self.share_pages();
-            let is_forced = self.settings.handles == HandleKind::Fabric;
-            can = self.agree(match &shared {
-                Ok(_) if has_bulk_copies(self.device, Link::Device) => Can::Copies,
-                Ok(_) => Can::Device,
-                Err(_) if is_forced => Can::Nothing,
-                Err(_) => Can::Host,
-            })?;
-            match shared {
-                Err(error) if is_forced => return Err(error),
-                _ if can == Can::Nothing => return Err(elsewhere(rank)),
-                Ok(pages) if can >= Can::Device => arenas = Some(Arenas::Device(pages)),
-                Ok(_) => {}
-                Err(error) => obstacles = Some(error.to_string()),
-            }
+        let obstacle = self.obstacle();
+        let can = self.agree(match &obstacle {
+            Ok(None) => Can::Device,
+            Ok(Some(_)) => Can::Host,
+            Err(_) => Can::Nothing,
+        })?;
+        let pages = (can == Can::Device).then(|| self.share_pages());
+        let can = self.agree(match &pages {
+            None => can,
+            Some(Ok(_)) if has_bulk_copies(&self.origin.device, Link::Device) => Can::Copies,
+            Some(Ok(_)) => Can::Device,
+            Some(Err(error)) if self.is_final(error) => Can::Nothing,
+            Some(Err(_)) => Can::Host,
+        })?;
+        let budget = Budget::take(&self.origin.device);
+        let most_blocks = (self.least)(budget.blocks() as u8)?;
+        let arenas = self.arenas(can, obstacle?, pages)?;
+        let rank = self.communicator.rank();
+        if self.origin.refuses(rank) {
+            return Err(Error::Device { rank, reason: "a test wants it so".to_owned() });
         }
         let link = if can >= Can::Device { Link::Device } else { Link::Host };
-        if link == Link::Host {
-            let reason = obstacles.unwrap_or_else(|| "another rank cannot reach the others".to_owned());
-            if self.settings.require == Require::Nvlink {
-                return Err(Error::NoPeerAccess { rank, reason });
-            }
-            tracing::warn!("rank {rank}: the GPUs meet in pinned host memory, because {reason}");
+        let config = Config::new(self.origin, (link, can == Can::Copies, most_blocks.into()));
+        let control = self.communicator.control.clone();
+        Gpu::new(&self.origin.device, control, arenas, (&config, budget), self.origin.siblings.clone())
+    }
+
+    /// Why our device does not reach that of some rank, if it does not.
+    fn obstacle(&self) -> Result<Option<String>> {
+        if !self.origin.settings.peer_access {
+            return Ok(Some("UNISONO_PEER_ACCESS=off".to_owned()));
         }
-        let gpu = match arenas {
-            Some(arenas) => Ok(arenas),
-            None => self.share_host(),
+        let mut obstacles = None;
+        for peer in self.origin.devices() {
+            let found = obstacle(&self.origin.device, *peer, self.communicator.rank())?;
+            obstacles = found.or(obstacles);
+        }
+        Ok(obstacles)
+    }
+
+    /// The arenas of all ranks, where they agreed to have them.
+    fn arenas(
+        &self,
+        can: Can,
+        obstacle: Option<String>,
+        pages: Option<Result<Vec<Arc<SharedPages>>>>,
+    ) -> Result<Arenas> {
+        let rank = self.communicator.rank();
+        let refused = match (can, pages) {
+            (Can::Device | Can::Copies, Some(pages)) => return pages.map(Arenas::Device),
+            (Can::Nothing, Some(Err(error))) if self.is_final(&error) => return Err(error),
+            (Can::Nothing, _) => return Err(elsewhere(rank)),
+            (_, Some(Err(error))) => Some(error.to_string()),
+            _ => None,
         };
-        let budget = Budget::take(self.device);
-        let most_blocks = self.least(budget.blocks() as u8)?;
-        let gpu = gpu.and_then(|arenas| {
-            let link = (link, can == Can::Copies, most_blocks.into());
-            let config = Config::new(self.settings, &self.devices, link, self.extra);
-            let control = self.communicator.control.clone();
-            Gpu::new(self.device, control, arenas, (&config, budget), Vec::new())
-        });
-        let all_can = self.agree(if gpu.is_ok() { Can::Device } else { Can::Nothing })?;
-        let gpu = gpu?;
-        if all_can == Can::Nothing {
-            return Err(elsewhere(rank));
+        let reason =
+            obstacle.or(refused).unwrap_or_else(|| "another rank cannot reach the others".to_owned());
+        if self.origin.settings.require == Require::Nvlink {
+            return Err(Error::NoPeerAccess { rank, reason });
         }
-        Ok(gpu)
+        tracing::warn!("rank {rank}: the GPUs meet in pinned host memory, because {reason}");
+        self.share_host()
+    }
+
+    /// Whether host memory would be no way around `error`: it says nothing of how the GPUs reach each other, or something else was
+    /// asked for.
+    fn is_final(&self, error: &Error) -> bool {
+        let is_shortage = matches!(error, Error::Cuda { error, .. } if error.is_shortage());
+        is_shortage || self.handles() == HandleKind::Fabric
     }
 
     /// The least that all ranks can.
     fn agree(&self, ours: Can) -> Result<Can> {
-        let least = self.least(ours as u8)?;
+        let least = (self.least)(ours as u8)?;
         Ok([Can::Nothing, Can::Host, Can::Device, Can::Copies][usize::from(least).min(3)])
     }
 
-    /// The least of what all ranks say.
-    fn least(&self, ours: u8) -> Result<u8> {
-        let mut all = [ours];
-        let buffer = BufMut::from(&mut all).raw();
-        self.communicator.engine().submit(&Call::new(Kind::AllReduce { op: ReduceOp::Min }, [buffer]))?;
-        Ok(all[0])
+    /// Threads of one process hand over the memory itself.
+    const fn handles(&self) -> HandleKind {
+        match self.communicator.neighbours.is_one_process() {
+            true => HandleKind::Auto,
+            false => self.origin.settings.handles,
+        }
     }
 
     /// Makes our arena and maps those of all others.
     fn share_pages(&self) -> Result<Vec<Arc<SharedPages>>> {
-        let layout = ArenaLayout::new(self.devices.len(), Link::Device);
-        let is_aborted = || self.communicator.control.abort().raised().is_some();
+        let (device, handles) = (&self.origin.device, self.handles());
+        let layout = ArenaLayout::new(self.origin.devices().len(), Link::Device);
         let bytes = layout.total_bytes();
         let kind = peers::OnDevices {
             rank: self.communicator.rank(),
-            device: self.device,
+            device,
             bytes,
-            handles: self.settings.handles,
-            make: || Arenas::create(self.device, &layout, self.extra.epoch, self.settings.handles),
+            handles,
+            make: || Arenas::create(device, &layout, self.origin.epoch(), handles),
         };
         let neighbours = &self.communicator.neighbours;
-        peers::share(neighbours, &kind, (ARENA_ITEM, bytes), self.deadline, &is_aborted)
+        peers::share(neighbours, &kind, (ARENA_ITEM, bytes), self.deadline, self.is_aborted)
     }
 
     fn share_host(&self) -> Result<Arenas> {
-        let rank = self.communicator.rank();
-        let layout = ArenaLayout::new(self.devices.len(), Link::Host);
-        let bytes = layout.total_bytes() * self.devices.len();
-        let is_aborted = || self.communicator.control.abort().raised().is_some();
-        let memory =
-            self.communicator.neighbours.share(HOST_ARENA_ITEM, bytes, self.deadline, &is_aborted)?;
-        Arenas::host(self.device, memory, layout).map_err(|error| Error::Cuda { rank, error })
+        let (rank, ranks) = (self.communicator.rank(), self.origin.devices().len());
+        let layout = ArenaLayout::new(ranks, Link::Host);
+        let bytes = layout.total_bytes() * ranks;
+        let neighbours = &self.communicator.neighbours;
+        let memory = neighbours.share(HOST_ARENA_ITEM, bytes, self.deadline, self.is_aborted)?;
+        Arenas::host(&self.origin.device, memory, layout).map_err(|error| Error::Cuda { rank, error })
     }
+}
+
+/// The GPU's side that rank `rank` has made, if all ranks have made theirs; else an error on all of them, which then have given
+/// back what they made. `least` tells the least of what all say; if it fails, nothing is agreed.
+pub(crate) fn all_or_none(
+    made: Result<Gpu>,
+    rank: usize,
+    least: &dyn Fn(u8) -> Result<u8>,
+) -> Result<Result<Gpu>> {
+    if least(u8::from(made.is_ok()))? != 0 {
+        return Ok(made);
+    }
+    let error = match made {
+        Ok(gpu) => {
+            gpu.undo();
+            elsewhere(rank)
+        }
+        Err(error) => error,
+    };
+    least(1)?;
+    Ok(Err(error))
 }
 
 fn elsewhere(rank: usize) -> Error {
     Error::Device { rank, reason: "another rank cannot work on its GPU; it says why".to_owned() }
 }
 
-/// The GPU's sides of the ranks of one process, by rank.
+/// The GPU's sides of the ranks of one process, by rank, and what they are made from. One thread makes them all.
 pub(crate) fn attach_local(
     communicators: &[Communicator],
     devices: &[Device],
     settings: &Settings,
     extra: &Extra,
-) -> Result<Vec<Gpu>> {
+) -> Result<Vec<(Origin, Gpu)>> {
     let failed = |rank: usize| move |error| Error::Cuda { rank, error };
     let mut obstacle = (!settings.peer_access).then(|| "UNISONO_PEER_ACCESS=off".to_owned());
     for (rank, device) in devices.iter().enumerate() {
@@ -196,16 +231,20 @@ pub(crate) fn attach_local(
     let bulk_copies = devices.iter().all(|device| has_bulk_copies(device, link));
     let budgets: Vec<Budget> = devices.iter().map(Budget::take).collect();
     let most_blocks = budgets.iter().map(Budget::blocks).min().unwrap_or(1);
-    let config = Config::new(settings, &uuids, (link, bulk_copies, most_blocks), extra);
     let make = |((rank, device), budget): ((usize, &Device), Budget)| {
         let arenas = match &memory {
             None => Arenas::Device(pages.clone()),
             Some(memory) => Arenas::host(device, memory.clone(), layout).map_err(failed(rank))?,
         };
-        let pinned_way = extra.pinned_ways.get(rank).copied().unwrap_or(config.pinned_way);
-        let config = Config { pinned_way, ..config.clone() };
-        let others = (0..ranks).filter(|other| *other != rank).map(|other| devices[other].clone()).collect();
-        Gpu::new(device, communicators[rank].control.clone(), arenas, (&config, budget), others)
+        let pinned = extra.pinned_ways.get(rank).copied().unwrap_or(settings.pinned);
+        let settings = Settings { pinned, ..settings.clone() };
+        let mut origin = Origin::new(device, uuids.clone(), &settings, extra);
+        let others = (0..ranks).filter(|other| *other != rank);
+        origin.siblings = others.map(|other| devices[other].clone()).collect();
+        let config = Config::new(&origin, (link, bulk_copies, most_blocks));
+        let control = communicators[rank].control.clone();
+        let gpu = Gpu::new(device, control, arenas, (&config, budget), origin.siblings.clone())?;
+        Ok((origin, gpu))
     };
     devices.iter().enumerate().zip(budgets).map(make).collect()
 }

@@ -15,11 +15,12 @@ use unisono_cuda::{Architecture, Cache, Compiler, Device, Function, Module, Resu
 use super::args::Args;
 
 const COLLECTIVES: &str = include_str!("../../kernels/collectives.cu");
-const HEADERS: [(&str, &str); 12] = [
+const HEADERS: [(&str, &str); 13] = [
     ("ptx.cuh", include_str!("../../kernels/ptx.cuh")),
     ("element.cuh", include_str!("../../kernels/element.cuh")),
     ("call.cuh", include_str!("../../kernels/call.cuh")),
     ("buffers.cuh", include_str!("../../kernels/buffers.cuh")),
+    ("flow.cuh", include_str!("../../kernels/flow.cuh")),
     ("flags.cuh", include_str!("../../kernels/flags.cuh")),
     ("one_shot.cuh", include_str!("../../kernels/one_shot.cuh")),
     ("two_shot.cuh", include_str!("../../kernels/two_shot.cuh")),
@@ -33,50 +34,79 @@ const HEADERS: [(&str, &str); 12] = [
 /// What a set of kernels is compiled for.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Purpose {
-    /// Moving bytes: broadcast, all-gather, barrier.
+    /// Moving the same bytes to all: broadcast, all-gather, barrier.
     Copies,
+    /// Moving parts: gather, scatter, all-to-all.
+    Parts,
     /// All-reduce of this dtype and reduction (by its code).
     Reduce(DType, u8),
+    /// Reduce and reduce-scatter of this dtype and reduction.
+    ReduceParts(DType, u8),
 }
 
 impl Purpose {
-    /// The kernels that reduce elements of `dtype` by `op`.
+    /// The all-reduce of elements of `dtype` by `op`.
     pub const fn reduce(dtype: DType, op: ReduceOp) -> Self {
         Self::Reduce(dtype, op.code())
     }
 
-    /// What every communicator on a GPU loads when it is made: copies, and sums of f32, f16 and bf16.
-    pub const USUAL: [Self; 4] = [
+    /// Reduce and reduce-scatter of elements of `dtype` by `op`.
+    pub const fn reduce_parts(dtype: DType, op: ReduceOp) -> Self {
+        Self::ReduceParts(dtype, op.code())
+    }
+
+    /// What every communicator on a GPU loads when it is made: copies, parts, and sums of f32, f16 and bf16.
+    pub const USUAL: [Self; 8] = [
         Self::Copies,
+        Self::Parts,
         Self::reduce(DType::F32, ReduceOp::Sum),
         Self::reduce(DType::F16, ReduceOp::Sum),
         Self::reduce(DType::BF16, ReduceOp::Sum),
+        Self::reduce_parts(DType::F32, ReduceOp::Sum),
+        Self::reduce_parts(DType::F16, ReduceOp::Sum),
+        Self::reduce_parts(DType::BF16, ReduceOp::Sum),
     ];
 
     /// Every purpose that there is.
     pub fn all() -> Vec<Self> {
         let pairs = DType::ALL.into_iter().flat_map(|dtype| ReduceOp::ALL.map(|op| (dtype, op)));
         let pairs = pairs.filter(|(dtype, op)| unisono_core::reduce_op::check(*dtype, *op).is_ok());
-        let reductions = pairs.map(|(dtype, op)| Self::reduce(dtype, op));
-        std::iter::once(Self::Copies).chain(reductions).collect()
+        let reductions =
+            pairs.flat_map(|(dtype, op)| [Self::reduce(dtype, op), Self::reduce_parts(dtype, op)]);
+        [Self::Copies, Self::Parts].into_iter().chain(reductions).collect()
     }
 
-    fn key(kind: Kind, dtype: DType) -> Self {
-        match kind.op() {
-            Some(op) => Self::reduce(dtype, op),
-            None => Self::Copies,
+    /// That of a call.
+    pub(crate) fn of(kind: Kind, dtype: DType) -> Self {
+        match (kind, kind.op()) {
+            (Kind::AllReduce { .. }, Some(op)) => Self::reduce(dtype, op),
+            (_, Some(op)) => Self::reduce_parts(dtype, op),
+            (Kind::Gather { .. } | Kind::Scatter { .. } | Kind::AllToAll, None) => Self::Parts,
+            _ => Self::Copies,
+        }
+    }
+
+    /// As kernels know it.
+    const fn code(self) -> u8 {
+        match self {
+            Self::Copies => 0,
+            Self::Reduce(..) => 1,
+            Self::Parts => 2,
+            Self::ReduceParts(..) => 3,
         }
     }
 }
 
 impl std::fmt::Display for Purpose {
-    /// `copies`, or `f32 sum`.
+    /// `copies`, `parts`, `f32 sum` or `f32 sum, parts`.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Copies => f.pad("copies"),
-            Self::Reduce(dtype, op) => {
+            Self::Parts => f.pad("parts"),
+            Self::Reduce(dtype, op) | Self::ReduceParts(dtype, op) => {
                 let op = ReduceOp::from_code(*op, 0.0).map_or("unknown", ReduceOp::name);
-                f.pad(&format!("{dtype} {op}"))
+                let parts = if matches!(self, Self::ReduceParts(..)) { ", parts" } else { "" };
+                f.pad(&format!("{dtype} {op}{parts}"))
             }
         }
     }
@@ -86,14 +116,11 @@ impl std::fmt::Display for Purpose {
 pub fn source(layout: &ArenaLayout, purpose: Purpose) -> Source {
     let mut headers: Vec<_> = HEADERS.iter().map(|(name, text)| (*name, (*text).to_owned())).collect();
     headers.push(("layout.cuh", layout.definitions()));
-    let mut definitions = match purpose {
-        Purpose::Copies => vec![("REDUCE", "0".to_owned())],
-        Purpose::Reduce(dtype, op) => vec![
-            ("REDUCE", "1".to_owned()),
-            ("CALL_DTYPE", format!("DType({})", dtype.code())),
-            ("CALL_OP", format!("Op({op})")),
-        ],
-    };
+    let mut definitions = vec![("PURPOSE", purpose.code().to_string())];
+    if let Purpose::Reduce(dtype, op) | Purpose::ReduceParts(dtype, op) = purpose {
+        definitions.push(("CALL_DTYPE", format!("DType({})", dtype.code())));
+        definitions.push(("CALL_OP", format!("Op({op})")));
+    }
     // Both sides see the same structures, or nothing compiles.
     definitions.push(("ARGS_BYTES", size_of::<Args>().to_string()));
     Source { name: "collectives.cu", text: COLLECTIVES, headers, definitions }
@@ -138,51 +165,85 @@ pub(crate) fn room_bytes(device: &Device, link: Link) -> u32 {
 /// Loaded kernels of one purpose.
 #[derive(Debug)]
 pub(crate) struct Loaded {
-    /// By operation (all-reduce, broadcast, all-gather) and form.
-    functions: [[Option<Function>; Form::ALL.len()]; 3],
+    /// By operation and form.
+    functions: [[Option<Function>; Form::ALL.len()]; OPERATIONS.len()],
     barrier: Option<Function>,
     clock: Option<Function>,
+}
+
+/// Every operation that has kernels.
+const OPERATIONS: [Kind; 8] = [
+    Kind::AllReduce { op: ReduceOp::Sum },
+    Kind::Broadcast { root: 0 },
+    Kind::AllGather,
+    Kind::Reduce { op: ReduceOp::Sum, root: 0 },
+    Kind::ReduceScatter { op: ReduceOp::Sum },
+    Kind::Gather { root: 0 },
+    Kind::Scatter { root: 0 },
+    Kind::AllToAll,
+];
+
+/// Where an operation stands among those.
+#[inline]
+const fn index(kind: Kind) -> Option<usize> {
+    Some(match kind {
+        Kind::AllReduce { .. } => 0,
+        Kind::Broadcast { .. } => 1,
+        Kind::AllGather => 2,
+        Kind::Reduce { .. } => 3,
+        Kind::ReduceScatter { .. } => 4,
+        Kind::Gather { .. } => 5,
+        Kind::Scatter { .. } => 6,
+        Kind::AllToAll => 7,
+        _ => return None,
+    })
+}
+
+/// Whether the input has a part for each rank, and the output one of each.
+#[inline]
+pub(crate) const fn parts(kind: Kind) -> (bool, bool) {
+    let is_in = matches!(kind, Kind::ReduceScatter { .. } | Kind::Scatter { .. } | Kind::AllToAll);
+    let is_out = matches!(kind, Kind::AllGather | Kind::Gather { .. } | Kind::AllToAll);
+    (is_in, is_out)
+}
+
+/// Whether calls of this kind run on GPUs.
+#[inline]
+pub(crate) const fn has_kernels(kind: Kind) -> bool {
+    matches!(kind, Kind::Barrier) || index(kind).is_some()
 }
 
 impl Loaded {
     fn load(device: &Device, layout: &ArenaLayout, purpose: Purpose) -> Result<Self> {
         let cubin = Cache::of_user().cubin(&source(layout, purpose), architecture(device), Compiler::find)?;
         let module = Module::load(device, &cubin)?;
-        let mut functions: [[Option<Function>; Form::ALL.len()]; 3] = Default::default();
-        let operations: &[(usize, &str)] = match purpose {
-            Purpose::Reduce(..) => &[(0, "all_reduce")],
-            Purpose::Copies => &[(1, "broadcast"), (2, "all_gather")],
-        };
-        for (operation, name) in operations {
-            for form in Form::ALL {
-                if *operation == 2 && form == Form::TwoShot {
-                    continue;
-                }
-                let symbol = format!("{name}_{}", form.name().replace('-', "_"));
+        let mut functions: [[Option<Function>; Form::ALL.len()]; OPERATIONS.len()] = Default::default();
+        let dtype = DType::U8;
+        for (kind, functions) in OPERATIONS.iter().zip(&mut functions) {
+            if Purpose::of(*kind, dtype).code() != purpose.code() {
+                continue;
+            }
+            for form in Form::ALL.into_iter().filter(|form| form.serves(*kind)) {
+                let symbol = format!("{}_{}", kind.name(), form.name().replace('-', "_"));
                 let function = module.function(&symbol)?;
                 if matches!(form, Form::Bulk | Form::Ring) {
                     function.allow_shared(room_bytes(device, layout.link()))?;
                 }
-                functions[*operation][form as usize] = Some(function);
+                functions[form as usize] = Some(function);
             }
         }
-        let (barrier, clock) = match purpose {
-            Purpose::Copies => (Some(module.function("barrier")?), Some(module.function("tell_time")?)),
-            Purpose::Reduce(..) => (None, None),
+        let only = |name| match purpose {
+            Purpose::Copies => module.function(name).map(Some),
+            _ => Ok(None),
         };
+        let (barrier, clock) = (only("barrier")?, only("tell_time")?);
         Ok(Self { functions, barrier, clock })
     }
 
     /// The kernel of a call that moves data.
     #[inline]
     pub(crate) fn function(&self, kind: Kind, form: Form) -> Option<&Function> {
-        let operation = match kind {
-            Kind::AllReduce { .. } => 0,
-            Kind::Broadcast { .. } => 1,
-            Kind::AllGather => 2,
-            _ => return None,
-        };
-        self.functions[operation][form as usize].as_ref()
+        self.functions[index(kind)?][form as usize].as_ref()
     }
 
     /// The kernel that only exchanges headers.
@@ -244,7 +305,7 @@ impl Kernels {
     /// The kernels for a call, if they are loaded.
     #[inline]
     pub(crate) fn find(&self, kind: Kind, dtype: DType) -> Option<&Loaded> {
-        match Purpose::key(kind, dtype) {
+        match Purpose::of(kind, dtype) {
             Purpose::Copies => Some(&self.copies),
             purpose => self.loaded.get(&purpose).map(|loaded| &**loaded),
         }
@@ -252,7 +313,7 @@ impl Kernels {
 
     /// Takes the kernels for a call that this process has loaded into the device before, if it has.
     pub(crate) fn adopt(&mut self, kind: Kind, dtype: DType) -> bool {
-        let purpose = Purpose::key(kind, dtype);
+        let purpose = Purpose::of(kind, dtype);
         match loaded_before(&(self.device.ordinal(), self.ranks, self.layout.link(), purpose)) {
             Some(loaded) => self.loaded.insert(purpose, loaded).is_none(),
             None => false,
@@ -261,7 +322,7 @@ impl Kernels {
 
     /// Loads the kernels for a call.
     pub(crate) fn load(&mut self, kind: Kind, dtype: DType) -> Result<()> {
-        let purpose = Purpose::key(kind, dtype);
+        let purpose = Purpose::of(kind, dtype);
         let loaded = loaded(&self.device, self.layout, self.ranks, purpose)?;
         self.loaded.insert(purpose, loaded);
         Ok(())
@@ -311,10 +372,10 @@ mod tests {
     #[test]
     fn every_pair_of_the_table_has_kernels_of_its_own() {
         let all = Purpose::all();
-        assert_eq!(all.len(), 1 + 113, "{}", all.len());
+        assert_eq!(all.len(), 2 * (1 + 113), "{}", all.len());
         assert_eq!(
             Purpose::USUAL.map(|purpose| purpose.to_string()).join(", "),
-            "copies, f32 sum, f16 sum, bf16 sum"
+            "copies, parts, f32 sum, f16 sum, bf16 sum, f32 sum, parts, f16 sum, parts, bf16 sum, parts"
         );
         let layout = ArenaLayout::new(4, Link::Device);
         let bf16 = source(&layout, Purpose::reduce(DType::BF16, ReduceOp::Sum));

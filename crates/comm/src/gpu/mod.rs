@@ -14,8 +14,8 @@ use unisono_core::device::layout::{HEADER_OFFSETS, RECORDER_BYTES};
 use unisono_core::device::select::{Question, Rules};
 pub use unisono_core::device::{ArenaLayout, Link};
 use unisono_core::device::{Form, Launch};
-use unisono_core::settings::{HandleKind, PinnedWay, Settings};
-use unisono_cuda::{Device, DeviceBuffer, Event, Grid, RegisteredHost, Stream, Uuid};
+use unisono_core::settings::{HandleKind, PinnedWay};
+use unisono_cuda::{Device, DeviceBuffer, Event, Grid, RegisteredHost, Stream};
 
 use crate::call::Call;
 use crate::collectives::{Engine, Plan, WindowPlace};
@@ -25,7 +25,11 @@ use arenas::Arenas;
 use args::{Args, HEADER_LAUNCH, Report};
 pub(crate) use attach::{check_ranks, identity, without_device, without_gpu};
 use budget::Budget;
+pub use device_header::device_header;
+use ending::{End, Memory};
 use kernels::Kernels;
+pub use one_sided::DeviceView;
+pub(crate) use origin::{Config, Extra, Origin};
 use pinned::Enqueued;
 use recorder::Copier;
 use watch::Watch;
@@ -35,69 +39,18 @@ pub(crate) mod arenas;
 pub(crate) mod args;
 pub(crate) mod attach;
 pub(crate) mod budget;
+mod derive;
+mod device_header;
+mod ending;
 pub(crate) mod foreign;
 pub mod kernels;
+pub(crate) mod one_sided;
+mod origin;
 pub(crate) mod peers;
 pub(crate) mod pinned;
 mod recorder;
 mod watch;
 pub(crate) mod windows;
-
-/// What a communicator on a GPU is made with.
-#[derive(Clone, Debug)]
-pub(crate) struct Config {
-    pub(crate) rules: Rules,
-    pub(crate) patience_ns: u64,
-    /// The first epoch is the one after this.
-    pub(crate) epoch: u32,
-    pub(crate) prepare: Vec<kernels::Purpose>,
-    pub(crate) pinned_way: PinnedWay,
-    pub(crate) handles: HandleKind,
-}
-
-impl Config {
-    pub(crate) fn new(
-        settings: &Settings,
-        devices: &[Uuid],
-        (link, bulk_copies, most_blocks): (Link, bool, u32),
-        extra: &Extra,
-    ) -> Self {
-        let share = |device: &Uuid| devices.iter().filter(|other| *other == device).count();
-        let crowd = devices.iter().map(share).max().unwrap_or(1);
-        let ranks = devices.len();
-        let mut prepare = kernels::Purpose::USUAL.to_vec();
-        prepare.extend(
-            extra.prepare.iter().copied().filter(|purpose| !kernels::Purpose::USUAL.contains(purpose)),
-        );
-        Self {
-            rules: Rules {
-                ranks,
-                link,
-                crowd,
-                order: settings.order,
-                bulk_copies,
-                most_blocks,
-                forced: settings.gpu_algorithm,
-            },
-            patience_ns: settings
-                .timeout
-                .map_or(0, |patience| patience.as_nanos().clamp(1, u64::MAX.into()) as u64),
-            epoch: extra.epoch,
-            prepare,
-            pinned_way: settings.pinned,
-            handles: settings.handles,
-        }
-    }
-}
-
-/// What a builder may say about GPUs.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Extra {
-    pub(crate) prepare: Vec<kernels::Purpose>,
-    pub(crate) epoch: u32,
-    /// Of the ranks of one process, where they differ.
-    pub(crate) pinned_ways: Vec<PinnedWay>,
-}
 
 /// One rank's side of all collectives on its GPU.
 #[derive(Debug)]
@@ -109,8 +62,8 @@ pub(crate) struct Gpu {
     args: Args,
     /// Shared memory for each block of the forms with tiles.
     room_bytes: u32,
-    /// The stream of the latest call, and an event behind it once there were two: from the start where ranks share a device, because
-    /// the first change of streams waits for all of it.
+    /// The stream of the latest call, and an event behind it once there were two: from the start where ranks share a device, or
+    /// did in the world that this comes from, because the first change of streams waits for all of it.
     latest: usize,
     order: Option<Event>,
     /// The devices of the other ranks of this process: what one loads, all load, because loading may wait for all devices.
@@ -124,18 +77,8 @@ pub(crate) struct Gpu {
     memory: Option<Memory>,
     _budget: Budget,
     watch: Option<Watch>,
-}
-
-/// What kernels may still touch after the communicator is gone.
-#[derive(Debug)]
-struct Memory {
-    device: Device,
-    _state: DeviceBuffer,
-    copier: Copier,
-    _arenas: Arenas,
-    _control_pages: Arc<RegisteredHost>,
-    control: Arc<Control>,
-    windows: Windows,
+    /// What becomes of the memory when this is dropped.
+    end: End,
 }
 
 impl Gpu {
@@ -176,14 +119,14 @@ impl Gpu {
             recorder::compare_clocks(device, clock, &mut args, control.gpu().0).map_err(failed)?;
         }
         let copier = || Copier::new(state.address(), pages.address() + records);
-        let order = (rules.crowd > 1).then(|| Event::new(device, false)).transpose().map_err(failed)?;
+        let order = config.is_crowded.then(|| Event::new(device, false)).transpose().map_err(failed)?;
         let watch = Watch::start(device.clone(), control.clone(), copier());
         let memory = Memory {
             device: device.clone(),
             copier: copier(),
             _state: state,
             _arenas: arenas,
-            _control_pages: pages,
+            control_pages: pages,
             control: control.clone(),
             windows: Windows::default(),
         };
@@ -205,6 +148,7 @@ impl Gpu {
             memory: Some(memory),
             _budget: budget,
             watch: Some(watch),
+            end: End::WhenQuiet,
         })
     }
 
@@ -235,13 +179,12 @@ impl Gpu {
 
     fn launch(&mut self, plan: &Plan, stream: &Stream) -> Result<()> {
         let (rank, kind) = (self.args.rank as usize, plan.header.kind);
-        if !matches!(kind, Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::AllGather | Kind::Barrier)
-        {
+        if !kernels::has_kernels(kind) {
             return Err(Error::Argument {
                 call: kind.name(),
                 rank,
                 what: "operation on a GPU",
-                expected: "all_reduce, broadcast, all_gather or barrier".to_owned(),
+                expected: "a collective of equal parts, or barrier".to_owned(),
                 got: kind.name().to_owned(),
             });
         }
@@ -283,8 +226,9 @@ impl Gpu {
         let source = self.windows.address(rank, plan.source as u64, plan.source_window);
         let target = self.windows.address(rank, plan.target as u64, plan.target_window);
         (args.sources[rank], args.targets[rank]) = (source, target);
-        let own = if matches!(kind, Kind::AllGather) { rank as u64 * args.bytes } else { 0 };
-        args.is_same = u32::from(source == target + own);
+        let own = |has_parts: bool| if has_parts { rank as u64 * args.bytes } else { 0 };
+        let (has_parts_in, has_parts_out) = kernels::parts(kind);
+        args.is_same = u32::from(source + own(has_parts_in) == target + own(has_parts_out));
         if launch.form == Form::Direct {
             let [source, target] = sides;
             args.source_bytes =
@@ -376,8 +320,7 @@ impl Gpu {
             return Err(Error::NotPrepared { call: kind.name(), rank, what, why });
         }
         let layout = ArenaLayout::new(self.rules.ranks, self.rules.link);
-        let purpose =
-            kind.op().map_or(kernels::Purpose::Copies, |op| kernels::Purpose::reduce(plan.dtype, op));
+        let purpose = kernels::Purpose::of(kind, plan.dtype);
         for sibling in &self.siblings {
             kernels::loaded(sibling, layout, self.rules.ranks, purpose).map_err(failed)?;
         }
@@ -462,32 +405,6 @@ const fn launch_word(launch: Launch) -> u64 {
         | (launch.blocks as u64) << 8
         | (launch.threads as u64) << 20
         | (launch.tile as u64) << 32
-}
-
-impl Drop for Gpu {
-    fn drop(&mut self) {
-        // It copies from memory that is about to go.
-        drop(self.watch.take());
-        // In a forked child the driver answers nothing, and the memory is its parent's.
-        if self.control.check_process().is_err() {
-            std::mem::forget((self.memory.take(), std::mem::take(&mut self.windows)));
-            return;
-        }
-        let Some(mut memory) = self.memory.take() else { return };
-        memory.windows = std::mem::take(&mut self.windows);
-        // Kernels of ours may still run: they end in time, because the communicator ended or failed. Nobody waits for them
-        // here. If no thread can be had, the memory stays.
-        let memory = std::mem::ManuallyDrop::new(memory);
-        let reap = move || {
-            let _ = memory.device.synchronize();
-            let _ = memory.copier.keep(&memory.device, memory.control.gpu().0);
-            drop(std::mem::ManuallyDrop::into_inner(memory));
-            unisono_cuda::capture::drop_released();
-        };
-        if let Err(error) = std::thread::Builder::new().name("unisono-reaper".to_owned()).spawn(reap) {
-            tracing::warn!("memory of a GPU is not given back: {error}");
-        }
-    }
 }
 
 const _: () = assert!(HEADER_LAUNCH < call::HEADER_WORDS);

@@ -135,7 +135,8 @@ pub(crate) fn cause_of(report: Report, control: &Control) -> Cause {
         Report::Concurrent => {
             Cause::Aborted { rank: rank as u32, reason: Error::ConcurrentUse { rank }.to_string() }
         }
-        Report::Unreadable => Cause::Damaged {
+        Report::Aborted if let Some(cause) = control.cause() => cause,
+        Report::Aborted | Report::Unreadable => Cause::Damaged {
             rank: rank as u32,
             who: control.name(rank).to_owned(),
             word: "the report of its GPU".to_owned(),

@@ -36,6 +36,11 @@ impl Mappings {
         Self::new(rank, pages.iter().map(|pages| pages.address()).collect(), pages)
     }
 
+    /// Where each rank's copy begins, as our kernels call it.
+    pub(super) fn addresses(&self) -> &[u64] {
+        &self.addresses
+    }
+
     /// Pinned memory of the host. Buffers name it as the CPU does.
     pub(crate) fn pinned(rank: usize, pinned: &Arc<Pinned>) -> Self {
         Self {
@@ -60,6 +65,8 @@ struct OpenWindow {
 #[derive(Debug, Default)]
 pub(super) struct Windows {
     open: Vec<OpenWindow>,
+    /// Those that no collective works on any more, by id: they stay until they are closed, whoever drops what.
+    one_sided: Vec<(u64, Arc<Mappings>)>,
 }
 
 impl Windows {
@@ -71,6 +78,17 @@ impl Windows {
     /// Forgets window `id`.
     fn close(&mut self, id: u64) {
         self.open.retain(|window| window.id != id);
+        self.one_sided.retain(|(other, _)| *other != id);
+    }
+
+    /// Keeps the copies of window `id`, which is one-sided from now on, until it is closed.
+    pub(super) fn keep(&mut self, id: u64, mappings: Arc<Mappings>) {
+        self.one_sided.push((id, mappings));
+    }
+
+    /// The copies of window `id`, if collectives work on it.
+    pub(super) fn mappings(&self, id: u64) -> Option<Arc<Mappings>> {
+        self.window(id).map(|window| window.mappings.clone())
     }
 
     fn window(&self, id: u64) -> Option<&OpenWindow> {
@@ -244,6 +262,18 @@ mod tests {
         assert_eq!(windows.find(3, (0x2004, 1)), None);
         assert!(windows.find(5, (0x2044, 1)).is_some());
         assert_eq!(mappings.strong_count(), 0);
+    }
+
+    #[test]
+    fn one_sided_memory_is_no_buffer_and_stays_until_it_is_closed() {
+        let mut windows = windows();
+        let mappings = windows.mappings(3).unwrap();
+        windows.close(3);
+        windows.keep(3, mappings.clone());
+        assert_eq!(windows.find(3, (0x2004, 1)), None);
+        assert_eq!((Arc::strong_count(&mappings), mappings.addresses()[2]), (2, 0x3000));
+        windows.close(3);
+        assert_eq!(Arc::strong_count(&mappings), 1);
     }
 
     #[test]

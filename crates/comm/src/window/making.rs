@@ -102,9 +102,11 @@ impl Communicator {
         let Some(gpu) = &self.gpu else {
             return Err(crate::gpu::without_gpu(self.rank()));
         };
-        let (bytes, Limits { deadline, is_aborted }) = (layout.bytes(), limits);
-        let pages = gpu.borrow().share_window(&self.neighbours, (id, bytes), deadline, is_aborted)?;
-        Ok(Made::Device { pages, bytes })
+        let Limits { deadline, is_aborted } = limits;
+        // With room for signals, in case it becomes one-sided.
+        let size = (id, layout.device_bytes());
+        let pages = gpu.borrow().share_window(&self.neighbours, size, deadline, is_aborted)?;
+        Ok(Made::Device { pages, bytes: layout.bytes() })
     }
 
     #[cfg(not(feature = "cuda"))]

@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use unisono::cuda::{Device, DeviceBuffer, Stream as CudaStream};
-use unisono::{BufMut, Communicator, DType, Error, Operations, ReduceOp, Result, Stream};
+use unisono::{BufMut, Communicator, DType, Error, Memory, Operations, ReduceOp, Result, Stream};
+use unisono_core::device::Link;
 
-use super::parts::{Part, report, setting};
+use super::parts::{Part, end_of_input, expect, report, setting};
 use super::random::Random;
-use super::world::Setup;
+use super::world::{Rank, Setup, World};
 use super::{ms_between, percentiles, scale, server};
 
 /// The longest that a survivor may take from the kill to its error.
@@ -57,6 +58,76 @@ pub(crate) fn survivors_leave_their_kernels_and_go_on() {
         }
     }
     println!("{kills} kills under kernels: survivors name the rank after {}", percentiles(&mut samples).0);
+}
+
+/// Row 7 on GPUs: one of at least three ranks is killed under kernels; the others shrink, and sum on their GPUs in a new
+/// generation of the same communicator, and in communicators that come from that.
+pub(crate) fn survivors_shrink_and_sum_on_their_gpus() {
+    let Some(count) = device_count() else { return };
+    let server = server();
+    let seed = Random::fresh_seed();
+    println!("seed {seed}");
+    let mut random = Random::new(seed);
+    let (mut samples, kills) = (Vec::new(), 2 * scale());
+    for _ in 0..kills {
+        let setup = Setup::new("gpu survivor", (count as usize).max(3), server.unique_id());
+        let (mut world, victim, killed) = lose_one(setup, Signal::KILL, &mut random);
+        world.ask_to_end();
+        world.wait_for_end();
+        for process in expect_good_ends(&world, victim) {
+            assert_eq!(process.value("quarantined"), Some("0"), "{}", world.transcript());
+            samples.push(ms_between(killed, process.value("summed").unwrap().parse().unwrap()));
+        }
+    }
+    println!("{kills} kills under kernels: survivors sum again after {}", percentiles(&mut samples).0);
+}
+
+/// Row 28 on GPUs: a rank that is stopped is left out, what it may still write to is kept, and it harms nobody when it runs again.
+pub(crate) fn a_stopped_rank_is_left_out_and_its_memory_is_kept() {
+    let Some(count) = device_count() else { return };
+    let server = server();
+    let mut random = Random::new(Random::fresh_seed());
+    let setup = Setup::new("gpu survivor", (count as usize).max(3), server.unique_id());
+    let (mut world, victim, _) = lose_one(setup, Signal::STOP, &mut random);
+    world.signal(victim, Signal::CONT);
+    world.wait_until("the end of who was stopped", |world| world.ranks[victim].status.is_some());
+    world.ask_to_end();
+    world.wait_for_end();
+    let failure = world.ranks[victim].failure().unwrap_or_else(|| panic!("{}", world.transcript()));
+    assert_eq!(failure.variant, "GivenUp", "{}", world.transcript());
+    for process in expect_good_ends(&world, victim) {
+        let kept: usize = process.value("quarantined").unwrap().parse().unwrap();
+        assert!(kept > 0, "{}", world.transcript());
+    }
+}
+
+/// A world of survivors in which one rank gets `signal` under kernels, and all others have summed since; who it was, and when.
+fn lose_one(setup: Setup, signal: Signal, random: &mut Random) -> (World, usize, u64) {
+    let setup = setup.with("FAULTS_CALLS", random.next()).with("FAULTS_INIT_MS", 60_000);
+    let mut world = setup.start();
+    world.wait_until_all_said("ready");
+    std::thread::sleep(Duration::from_micros(random.below(100_000)));
+    let victim = random.below(setup.size as u64) as usize;
+    let at = super::now_ns();
+    world.signal(victim, signal);
+    world.wait_until("sums of the survivors", |world| {
+        (0..setup.size).filter(|rank| *rank != victim).all(|rank| {
+            assert!(world.ranks[rank].status.is_none(), "rank {rank} ended\n{}", world.transcript());
+            world.ranks[rank].value("quarantined").is_some()
+        })
+    });
+    (world, victim, at)
+}
+
+/// All but the victim, with what all survivors have said.
+fn expect_good_ends(world: &World, victim: usize) -> Vec<&Rank> {
+    let survivors = world.ranks.iter().enumerate().filter(|(rank, _)| *rank != victim);
+    let survivors: Vec<&Rank> = survivors.map(|(_, process)| process).collect();
+    for process in &survivors {
+        let is_well = process.said("done") && process.said("intact") && process.status.unwrap().success();
+        assert!(is_well && process.value("summed").is_some(), "{}", world.transcript());
+    }
+    survivors
 }
 
 /// Row 27: a rank whose kernel goes where it must not loses its context, lives on, and is named.
@@ -135,6 +206,99 @@ pub(crate) fn calls(part: &Part) -> Result<()> {
     }
     println!("again");
     Err(error)
+}
+
+/// The part of a rank that goes on with `shrink`: sums until somebody dies, shrinks, sums, and tells when it has.
+pub(crate) fn survive(part: &Part) -> Result<()> {
+    let ordinal = part.rank as u32 % device_count().unwrap_or(1);
+    let device = Device::new(ordinal).unwrap();
+    let communicator = part.builder().device(ordinal).prepare(DType::I32, ReduceOp::Sum)?.build()?;
+    let raw = CudaStream::new(&device).unwrap();
+    // SAFETY: the raw stream lives as long as this one.
+    let stream = unsafe { Stream::cuda(raw.raw(), ordinal) }?;
+    let memory = DeviceBuffer::new(&device, 4 << 22).unwrap();
+    let before = unrelated(&device);
+    let mut sums = Sums { random: Random::new(setting("FAULTS_CALLS").unwrap_or(1)), raw, stream, memory };
+    let mut window = match communicator.gpu_link() {
+        Some(Link::Device) => Some(communicator.window::<i32>(1000, Memory::Device)?),
+        _ => None,
+    };
+    let asked_to_end = end_of_input();
+    println!("ready");
+    let error = loop {
+        if let Err(error) = sums.next(&communicator) {
+            break error;
+        }
+    };
+    if let Error::GivenUp { .. } = error {
+        return Err(error);
+    }
+    expect(matches!(error, Error::PeerDied { .. }), || format!("an error of a death: {error:?}"));
+    if unrelated(&device) == before {
+        println!("intact");
+    }
+    let next = communicator.shrink()?;
+    let size = part.size - 1;
+    expect(next.world_size() == size, || format!("{} ranks are left", next.world_size()));
+    // All ranks draw the same again.
+    sums.random = Random::new(7);
+    sums.next(&next)?;
+    println!("summed {}", super::now_ns());
+    if let Some(window) = &mut window {
+        let late = next.on(&sums.stream).all_reduce(window, ReduceOp::Sum);
+        let expected = Error::Generation { window: 1, generation: 2 };
+        expect(late == Err(expected), || format!("a window of the past: {late:?}"));
+    }
+    drop(window);
+    let (pair, twin) = (next.split(Some(next.rank() as u32 / 2), 0)?, next.duplicate()?);
+    for round in 0..20 {
+        for (at, communicator) in [Some(&next), pair.as_ref(), Some(&twin)].into_iter().flatten().enumerate()
+        {
+            sums.random = Random::new(round * 3 + at as u64);
+            sums.next(communicator)?;
+        }
+    }
+    println!("quarantined {}", unisono_node::memory::quarantined_bytes());
+    while !asked_to_end() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    if let Some(pair) = pair {
+        pair.destroy()?;
+    }
+    twin.destroy()?;
+    next.destroy()
+}
+
+/// Sums of random sizes, each checked.
+struct Sums {
+    random: Random,
+    raw: CudaStream,
+    stream: Stream,
+    memory: DeviceBuffer,
+}
+
+impl Sums {
+    /// A few sums, one after the other: what comes out of one goes into the next.
+    fn next(&mut self, communicator: &Communicator) -> Result<()> {
+        let (rank, size) = (communicator.rank(), communicator.world_size() as u32);
+        let (count, times) = (self.random.count(1 << 22).max(1), self.random.below(4) as u32);
+        let ordinal = self.memory.device().ordinal();
+        // SAFETY: the memory stays, and only the stream touches it.
+        unsafe { self.raw.fill(self.memory.address(), 1, count * 4) }.unwrap();
+        for _ in 0..=times {
+            // SAFETY: as above.
+            let x = unsafe { BufMut::<i32>::cuda(self.memory.address(), count, ordinal) };
+            communicator.on(&self.stream).all_reduce(x, ReduceOp::Sum)?;
+        }
+        self.raw.synchronize().map_err(|error| Error::Cuda { rank, error })?;
+        communicator.check()?;
+        let expected = 0x0101_0101u32.wrapping_mul(size.pow(times + 1));
+        let mut got = vec![0; count * 4];
+        self.memory.read(0, &mut got).unwrap();
+        let wrong = got.as_chunks().0.iter().position(|value| u32::from_le_bytes(*value) != expected);
+        expect(wrong.is_none(), || format!("sum {times} of {count} elements of {size} ranks: {wrong:?}"));
+        Ok(())
+    }
 }
 
 /// A sum in a new communicator of this process.

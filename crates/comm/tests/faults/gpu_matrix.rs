@@ -71,7 +71,7 @@ pub(crate) fn play(part: &Part) -> Result<()> {
         let raw = CudaStream::new(&device).unwrap();
         // SAFETY: the raw stream lies beside this one and lives as long.
         let stream = unsafe { Stream::cuda(raw.raw(), ordinal) }?;
-        let source = DeviceBuffer::new(&device, most + 2 * MARGIN).unwrap();
+        let source = DeviceBuffer::new(&device, most * part.size + 2 * MARGIN).unwrap();
         let target = DeviceBuffer::new(&device, most * part.size + 2 * MARGIN).unwrap();
         let communicator = builder.build()?;
         let mut bench = Bench { communicator, stream, raw, source, target, ordinal };
@@ -81,12 +81,20 @@ pub(crate) fn play(part: &Part) -> Result<()> {
         for (dtype, op) in reductions() {
             for (count, is_in_place, offset) in [(777, false, 0), (100_003, true, 0), (1000, false, 2)] {
                 let count = count.min(most / dtype.size());
-                check(&mut bench, &Case { dtype, op, count, is_in_place, offset, ..Case::default() })?;
+                for operation in [Operation::AllReduce, Operation::Reduce, Operation::ReduceScatter] {
+                    check(&mut bench, &Case { operation, dtype, op, count, root: 1, is_in_place, offset })?;
+                }
             }
         }
         for count in [0, 1, 5, 1000, 4096, 1 << 18] {
             for (is_in_place, offset) in [(false, 0), (true, 0), (false, 4)] {
-                for operation in [Operation::Broadcast, Operation::AllGather] {
+                for operation in [
+                    Operation::Broadcast,
+                    Operation::AllGather,
+                    Operation::Gather,
+                    Operation::Scatter,
+                    Operation::AllToAll,
+                ] {
                     let root = part.size - 1;
                     check(
                         &mut bench,
@@ -104,12 +112,14 @@ fn check(bench: &mut Bench, case: &Case) -> Result<()> {
     let (rank, ranks) = (bench.communicator.rank(), bench.communicator.world_size());
     let bytes = case.count * case.dtype.size();
     let begin = MARGIN + case.offset.next_multiple_of(case.dtype.size());
-    let parts = if case.operation == Operation::AllGather { ranks } else { 1 };
-    let own = if parts > 1 { rank * bytes } else { 0 };
-    let inputs: Vec<Vec<u8>> = (0..ranks).map(|rank| input(case, rank)).collect();
-    let mut before = vec![0xa5; begin + bytes * parts + MARGIN];
-    if case.is_in_place {
-        before[begin + own..][..bytes].copy_from_slice(&inputs[rank]);
+    let is_in_place = case.is_in_place && case.can_be_in_place();
+    let (parts_in, parts_out) = case.parts(rank, ranks);
+    let inputs: Vec<Vec<u8>> = (0..ranks).map(|rank| input(case, rank, ranks)).collect();
+    let most = parts_out.max(if is_in_place { parts_in } else { 0 });
+    let mut before = vec![0xa5; begin + bytes * most + MARGIN];
+    if is_in_place {
+        let own = if parts_out > parts_in { rank * bytes } else { 0 };
+        before[begin + own..][..inputs[rank].len()].copy_from_slice(&inputs[rank]);
     } else {
         bench.source.write(begin, &inputs[rank]).unwrap();
     }
@@ -120,19 +130,21 @@ fn check(bench: &mut Bench, case: &Case) -> Result<()> {
         dtype: case.dtype,
         place: Place::Cuda { ordinal: bench.ordinal },
     };
-    let both = [raw(&bench.source, 1), raw(&bench.target, parts)];
-    let used = if case.is_in_place { &both[1..] } else { &both[..] };
+    let both = [raw(&bench.source, parts_in), raw(&bench.target, parts_out)];
+    let one = [raw(&bench.target, parts_in.max(parts_out))];
+    let used = if is_in_place { &one[..] } else { &both[..] };
     let taken = bench.communicator.gpu_choice(case.kind(rank), bytes, case.dtype.size());
     // SAFETY: both buffers live until the stream was waited for, and nobody else uses them.
     let call = unsafe { Call::from_raw(case.kind(rank), used, &[]) };
     bench.communicator.on(&bench.stream).submit(call)?;
     bench.raw.synchronize().unwrap();
     bench.communicator.check()?;
-    before[begin..][..bytes * parts].copy_from_slice(&expected(
-        case,
-        &inputs,
-        taken.map(|launch| launch.form),
-    ));
+    let own = if is_in_place && parts_in > parts_out && parts_out > 0 { rank * bytes } else { 0 };
+    let expected = expected(case, &inputs, taken.map(|launch| launch.form), rank);
+    if is_in_place && parts_out > parts_in {
+        before[begin..][..bytes * parts_out].fill(0);
+    }
+    before[begin + own..][..expected.len()].copy_from_slice(&expected);
     let mut got = vec![0; before.len()];
     bench.target.read(0, &mut got).unwrap();
     let wrong = before.iter().zip(&got).position(|(expected, got)| expected != got);

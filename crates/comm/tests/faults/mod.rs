@@ -11,6 +11,8 @@ pub(crate) mod leftovers;
 pub(crate) mod load;
 pub(crate) mod mismatches;
 pub(crate) mod namespaces;
+#[cfg(feature = "cuda")]
+pub(crate) mod one_sided;
 pub(crate) mod parts;
 #[cfg(feature = "cuda")]
 pub(crate) mod pinned;

@@ -71,9 +71,13 @@ impl Part {
             #[cfg(feature = "cuda")]
             "gpu" => super::gpu::calls(self),
             #[cfg(feature = "cuda")]
+            "gpu survivor" => super::gpu::survive(self),
+            #[cfg(feature = "cuda")]
             "pinned" => super::pinned::work(self),
             #[cfg(feature = "cuda")]
             "registered" => super::registrations::register(self),
+            #[cfg(feature = "cuda")]
+            "one-sided" => super::one_sided::play(self),
             "gpu matrix" => super::gpu_matrix::play(self),
             "process churn" => super::leftovers::process_churn(self),
             other => panic!("no part is called {other}"),

@@ -272,6 +272,22 @@ fn an_abort_ends_kernels_that_wait_and_leaves_the_device_in_order() {
 }
 
 #[test]
+fn a_rank_that_leaves_is_named_where_kernels_wait_for_it() {
+    for count in [10, 3_000_000] {
+        let Some(mut world) = pair(|builder| builder) else { return };
+        let buffer = memory(&world, 0, &vec![1; count]);
+        world.ranks[0].on(&world.streams[0]).all_reduce(all(&world, 0, &buffer), ReduceOp::Sum).unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        drop(world.ranks.pop());
+        world.raw_streams[0].synchronize().unwrap();
+        let call = || world.ranks[0].on(&world.streams[0]).all_reduce(all(&world, 0, &buffer), ReduceOp::Sum);
+        for error in [world.ranks[0].check().unwrap_err(), call().unwrap_err()] {
+            assert!(matches!(error, Error::PeerLeft { rank: 1, .. }), "{error}");
+        }
+    }
+}
+
+#[test]
 fn kernels_that_are_not_loaded_cannot_be_captured_and_nothing_is() {
     let Some(world) = pair(|builder| builder) else { return };
     let buffer = memory(&world, 0, &[1; 10]);

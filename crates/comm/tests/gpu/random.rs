@@ -7,8 +7,9 @@
 use std::collections::HashMap;
 
 use unisono::cuda::{Architecture, Cache, Compiler, DeviceBuffer, Function, Grid, Module, Source};
-use unisono::{Call, DType, Kind, Operations, Order, Place, RawBuffer, ReduceOp};
+use unisono::{Call, DType, Operations, Order, Place, RawBuffer, ReduceOp};
 
+use crate::case::{Case, Operation, scalar};
 use crate::pairs;
 use crate::world::{World, devices};
 
@@ -73,10 +74,6 @@ fn period(dtype: DType, rank: usize) -> Vec<u8> {
     let mut random = Random(rank as u64 * 77 + u64::from(dtype.code()) + 5);
     let words = (0..(PERIOD * dtype.size()).div_ceil(8)).flat_map(|_| random.next().to_le_bytes());
     words.take(PERIOD * dtype.size()).collect()
-}
-
-fn scalar(rank: usize) -> f64 {
-    1.25 - rank as f64 * 0.5
 }
 
 impl Rank {
@@ -147,78 +144,82 @@ impl Rank {
 
 /// One operation, the same on all ranks.
 #[derive(Clone, Copy, Debug)]
-struct Operation {
-    kind: Kind,
-    dtype: DType,
-    count: usize,
+struct Trial {
+    case: Case,
     /// The first element of the period that inputs begin with, and elements by which outputs miss a line.
     phase: usize,
     shift: usize,
-    is_in_place: bool,
     is_replayed: bool,
 }
 
-impl Operation {
+const OPERATIONS: [Operation; 12] = [
+    Operation::AllReduce,
+    Operation::AllReduce,
+    Operation::AllReduce,
+    Operation::ReduceScatter,
+    Operation::ReduceScatter,
+    Operation::Broadcast,
+    Operation::AllGather,
+    Operation::AllToAll,
+    Operation::AllToAll,
+    Operation::Reduce,
+    Operation::Gather,
+    Operation::Scatter,
+];
+
+impl Trial {
     fn random(random: &mut Random, ranks: usize, is_large: bool) -> Self {
         let all: Vec<_> = pairs().collect();
         let (mut dtype, mut op) = all[random.below(all.len())];
         if is_large {
             (dtype, op) = ([DType::BF16, DType::F32][random.below(2)], ReduceOp::Sum);
         }
-        let kind = match random.below(4) {
-            0 => Kind::Broadcast { root: random.below(ranks) as u32 },
-            1 => Kind::AllGather,
-            _ => Kind::AllReduce { op },
-        };
-        let parts = if kind == Kind::AllGather { ranks } else { 1 };
-        let most = if is_large { LARGE - (64 << 10) } else { 1 << 20 } / dtype.size() / parts;
+        let operation = OPERATIONS[random.below(OPERATIONS.len())];
+        let root = random.below(ranks);
+        let case = Case { operation, dtype, op, root, ..Case::default() };
+        let (parts_in, parts_out) = case.parts(root, ranks);
+        let room = if is_large { LARGE - (64 << 10) } else { 1 << 20 };
+        let most = room / dtype.size() / parts_in.max(parts_out);
         let count = if is_large { most / 2 + random.below(most / 2) } else { random.size(most) };
+        let is_in_place = random.below(3) == 0 && case.can_be_in_place();
         Self {
-            kind,
-            dtype,
-            count,
+            case: Case { count, is_in_place, ..case },
             phase: random.below(PERIOD),
             shift: random.below(16),
-            is_in_place: random.below(3) == 0,
             is_replayed: random.below(8) == 0,
         }
     }
 
     /// Enqueues it on `rank`, and what compares its result.
     fn run(&self, world: &World, at: usize, rank: &Rank) {
-        let size = self.dtype.size();
-        let bytes = self.count * size;
-        let ranks = world.ranks.len();
-        let own = if self.kind == Kind::AllGather { at * bytes } else { 0 };
-        let source = rank.inputs[&self.dtype].address() + (self.phase * size) as u64;
+        let case = &self.case;
+        let size = case.dtype.size();
+        let bytes = case.count * size;
+        let (parts_in, parts_out) = case.parts(at, world.ranks.len());
+        let source = rank.inputs[&case.dtype].address() + (self.phase * size) as u64;
         let target = rank.target.address() + (self.shift * size) as u64;
-        let parts = if self.kind == Kind::AllGather { ranks } else { 1 };
-        let kind = match self.kind {
-            Kind::AllReduce { op: ReduceOp::PreMulSum(_) } => {
-                Kind::AllReduce { op: ReduceOp::PreMulSum(scalar(at)) }
-            }
-            kind => kind,
-        };
         let raw = |ptr, parts| RawBuffer {
             ptr,
-            count: self.count * parts,
-            dtype: self.dtype,
+            count: case.count * parts,
+            dtype: case.dtype,
             place: Place::Cuda { ordinal: world.devices[at].ordinal() },
         };
         let stream = &world.raw_streams[at];
         let enqueue = || {
-            if self.is_in_place {
+            if case.is_in_place {
+                let own = if parts_out > parts_in { at * bytes } else { 0 };
                 // SAFETY: both buffers are long enough, and live as long as the test.
-                unsafe { stream.copy(target + own as u64, source, bytes) }.unwrap();
+                unsafe { stream.copy(target + own as u64, source, bytes * parts_in) }.unwrap();
             }
-            let both = [raw(source, 1), raw(target, parts)];
+            let both = [raw(source, parts_in), raw(target, parts_out)];
+            let one = [raw(target, parts_in.max(parts_out))];
+            let used = if case.is_in_place { &one[..] } else { &both[..] };
             // SAFETY: as above.
-            let call =
-                unsafe { Call::from_raw(kind, if self.is_in_place { &both[1..] } else { &both }, &[]) };
+            let call = unsafe { Call::from_raw(case.kind(at), used, &[]) };
             world.ranks[at].on(&world.streams[at]).submit(call).unwrap();
         };
         // SAFETY: as above. What is not written differs.
-        unsafe { stream.fill(target, 0xa5, bytes * parts) }.unwrap();
+        unsafe { stream.fill(target, 0xa5, bytes * parts_in.max(parts_out)) }.unwrap();
         if self.is_replayed {
             stream.begin_capture().unwrap();
             enqueue();
@@ -228,20 +229,25 @@ impl Operation {
         } else {
             enqueue();
         }
-        let phase = self.phase * size;
-        match self.kind {
-            Kind::AllReduce { op } => {
-                rank.compare(world, at, (target, bytes), &rank.sums[&(self.dtype, op.code())], phase);
+        // Each part: whose pattern, where it begins in that, and where it lies.
+        let (begin, mine) = (self.phase * size, (self.phase + at * case.count) * size);
+        let sum = rank.sums.get(&(case.dtype, case.op.code()));
+        let of = |peer: usize| &rank.parts[&(case.dtype, peer)];
+        let compare = |expected: &DeviceBuffer, phase: usize, part: usize| {
+            rank.compare(world, at, (target + (part * bytes) as u64, bytes), expected, phase);
+        };
+        match (case.operation, sum) {
+            (Operation::AllReduce | Operation::Reduce, Some(sum)) if parts_out > 0 => compare(sum, begin, 0),
+            (Operation::ReduceScatter, Some(sum)) => {
+                compare(sum, mine, if case.is_in_place { at } else { 0 })
             }
-            Kind::Broadcast { root } => {
-                rank.compare(world, at, (target, bytes), &rank.parts[&(self.dtype, root as usize)], phase);
+            (Operation::Broadcast, _) => compare(of(case.root), begin, 0),
+            (Operation::Scatter, _) => compare(of(case.root), mine, 0),
+            (Operation::AllGather | Operation::Gather, _) => {
+                (0..parts_out).for_each(|peer| compare(of(peer), begin, peer));
             }
-            _ => {
-                for peer in 0..ranks {
-                    let part = (target + (peer * bytes) as u64, bytes);
-                    rank.compare(world, at, part, &rank.parts[&(self.dtype, peer)], phase);
-                }
-            }
+            (Operation::AllToAll, _) => (0..parts_out).for_each(|peer| compare(of(peer), mine, peer)),
+            _ => {}
         }
     }
 }
@@ -265,7 +271,7 @@ fn random_operations_have_the_bits_of_the_reference() {
     let mut recent = Vec::new();
     for number in 0..operations {
         let is_large = number % (operations / 50).max(1) == 7;
-        let operation = Operation::random(&mut random, world.ranks.len(), is_large);
+        let operation = Trial::random(&mut random, world.ranks.len(), is_large);
         recent.push(operation);
         ranks.iter().enumerate().for_each(|(at, rank)| operation.run(&world, at, rank));
         if number % 100 == 99 || number + 1 == operations {

@@ -4,7 +4,7 @@ pub(crate) use crate::case::{Case, Operation};
 use crate::case::{expected, input};
 
 use unisono::cuda::{Device, DeviceBuffer, Stream as CudaStream};
-use unisono::{Builder, Call, Communicator, Kind, Operations, Place, RawBuffer, Stream};
+use unisono::{Builder, Call, Communicator, Operations, Place, RawBuffer, Stream};
 use unisono_core::device::Form;
 
 /// The devices of this machine; none, and said so, where there is none.
@@ -46,28 +46,25 @@ impl World {
         let ranks = self.ranks.len();
         let bytes = case.count * case.dtype.size();
         let offset = case.offset.next_multiple_of(case.dtype.size());
-        let parts = if case.operation == Operation::AllGather { ranks } else { 1 };
-        let inputs: Vec<Vec<u8>> = (0..ranks).map(|rank| input(case, rank)).collect();
-        let kind = Kind::AllReduce { op: case.op };
-        let taken = self.ranks[0].gpu_choice(kind, bytes, case.dtype.size()).map(|launch| launch.form);
+        let is_in_place = case.is_in_place && case.can_be_in_place();
+        let inputs: Vec<Vec<u8>> = (0..ranks).map(|rank| input(case, rank, ranks)).collect();
+        let taken =
+            self.ranks[0].gpu_choice(case.kind(0), bytes, case.dtype.size()).map(|launch| launch.form);
+        let must_be = form.is_some_and(|form| form.serves(case.kind(0)));
         assert!(
-            case.operation != Operation::AllReduce
-                || form.is_none()
-                || ranks == 1
-                || bytes == 0
-                || taken == form
-                || bytes > 64 << 10,
-            "{taken:?} {form:?}"
+            !must_be || ranks == 1 || bytes == 0 || taken == form || bytes > 64 << 10,
+            "{case:?} {taken:?} {form:?}"
         );
-        let expected = expected(case, &inputs, taken);
         let mut memory = Vec::new();
         for (rank, input) in inputs.iter().enumerate() {
-            let own = if case.operation == Operation::AllGather { rank * bytes } else { 0 };
+            let (parts_in, parts_out) = case.parts(rank, ranks);
+            let parts = if is_in_place { parts_in.max(parts_out) } else { parts_out };
+            let own = if is_in_place && parts_out > parts_in { rank * bytes } else { 0 };
             let mut target = DeviceBuffer::new(&self.devices[rank], offset + bytes * parts + 64).unwrap();
             target.write(0, &vec![0xa5; target.bytes()]).unwrap();
-            let mut source = DeviceBuffer::new(&self.devices[rank], offset + bytes + 64).unwrap();
+            let mut source = DeviceBuffer::new(&self.devices[rank], offset + input.len() + 64).unwrap();
             source.write(0, &vec![0x5a; source.bytes()]).unwrap();
-            match case.is_in_place {
+            match is_in_place {
                 true => target.write(offset + own, input).unwrap(),
                 false => source.write(offset, input).unwrap(),
             }
@@ -80,24 +77,32 @@ impl World {
                 dtype: case.dtype,
                 place: Place::Cuda { ordinal: self.devices[rank].ordinal() },
             };
-            let kind = case.kind(rank);
-            let both = [raw(source, 1), raw(target, parts)];
-            let used = if case.is_in_place { &both[1..] } else { &both[..] };
+            let (parts_in, parts_out) = case.parts(rank, ranks);
+            let both = [raw(source, parts_in), raw(target, parts_out)];
+            let one = [raw(target, parts_in.max(parts_out))];
+            let used = if is_in_place { &one[..] } else { &both[..] };
             // SAFETY: both buffers live until the streams were waited for, below.
-            let call = unsafe { Call::from_raw(kind, used, &[]) };
+            let call = unsafe { Call::from_raw(case.kind(rank), used, &[]) };
             self.ranks[rank].on(&self.streams[rank]).submit(call).unwrap();
         }
         self.wait(&format!("{case:?} {form:?} of {ranks} ranks"));
         for (rank, (_, target)) in memory.iter().enumerate() {
+            let (parts_in, parts_out) = case.parts(rank, ranks);
+            let expected = expected(case, &inputs, taken, rank);
+            // In place, a rank's part of what is reduced lies where it lay; the rest stays as it was.
+            let own = if is_in_place && parts_in > parts_out && parts_out > 0 { rank * bytes } else { 0 };
+            let mut before = vec![0xa5; target.bytes()];
+            if is_in_place && parts_in >= parts_out {
+                before[offset..][..inputs[rank].len()].copy_from_slice(&inputs[rank]);
+            }
+            before[offset + own..][..expected.len()].copy_from_slice(&expected);
             let mut got = vec![0; target.bytes()];
             target.read(0, &mut got).unwrap();
-            let end = offset + bytes * parts;
-            let first = expected.iter().zip(&got[offset..end]).position(|(expected, got)| expected != got);
-            let place = first.map(|at| (at, expected[at], got[offset + at]));
-            assert_eq!(place, None, "{case:?} {form:?} on rank {rank} of {ranks}: byte, expected, got");
-            assert!(
-                got[..offset].iter().chain(&got[end..]).all(|byte| *byte == 0xa5),
-                "{case:?} {form:?}: outside"
+            let wrong = before.iter().zip(&got).position(|(expected, got)| expected != got);
+            let place = wrong.map(|at| (at, before[at], got[at]));
+            assert_eq!(
+                place, None,
+                "{case:?} {form:?} on rank {rank} of {ranks}: byte from {offset}, expected, got"
             );
         }
     }

@@ -8,6 +8,11 @@ pub(crate) enum Operation {
     AllReduce,
     Broadcast,
     AllGather,
+    Reduce,
+    ReduceScatter,
+    Gather,
+    Scatter,
+    AllToAll,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -39,44 +44,113 @@ impl Default for Case {
 impl Case {
     /// The call of a rank.
     pub(crate) fn kind(&self, rank: usize) -> Kind {
-        match (self.operation, self.op) {
-            (Operation::AllReduce, ReduceOp::PreMulSum(_)) => {
-                Kind::AllReduce { op: ReduceOp::PreMulSum(scalar(rank)) }
-            }
-            (Operation::AllReduce, op) => Kind::AllReduce { op },
-            (Operation::Broadcast, _) => Kind::Broadcast { root: self.root as u32 },
-            (Operation::AllGather, _) => Kind::AllGather,
+        let root = self.root as u32;
+        let op = match self.op {
+            ReduceOp::PreMulSum(_) => ReduceOp::PreMulSum(scalar(rank)),
+            op => op,
+        };
+        match self.operation {
+            Operation::AllReduce => Kind::AllReduce { op },
+            Operation::Broadcast => Kind::Broadcast { root },
+            Operation::AllGather => Kind::AllGather,
+            Operation::Reduce => Kind::Reduce { op, root },
+            Operation::ReduceScatter => Kind::ReduceScatter { op },
+            Operation::Gather => Kind::Gather { root },
+            Operation::Scatter => Kind::Scatter { root },
+            Operation::AllToAll => Kind::AllToAll,
         }
+    }
+
+    /// Parts of the input and of the output on a rank. None: it has no such side.
+    pub(crate) fn parts(&self, rank: usize, ranks: usize) -> (usize, usize) {
+        let at_root = |parts| if rank == self.root { parts } else { 0 };
+        match self.operation {
+            Operation::AllReduce | Operation::Broadcast => (1, 1),
+            Operation::AllGather => (1, ranks),
+            Operation::Reduce => (1, at_root(1)),
+            Operation::ReduceScatter => (ranks, 1),
+            Operation::Gather => (1, at_root(ranks)),
+            Operation::Scatter => (at_root(ranks), 1),
+            Operation::AllToAll => (ranks, ranks),
+        }
+    }
+
+    /// Whether one buffer can be both.
+    pub(crate) fn can_be_in_place(&self) -> bool {
+        !matches!(self.operation, Operation::Gather | Operation::Scatter)
     }
 }
 
 /// The scalar of a rank in pre-multiplied sums.
-fn scalar(rank: usize) -> f64 {
+pub(crate) fn scalar(rank: usize) -> f64 {
     0.75 + rank as f64 * 1.5
 }
 
-/// Random bits: every pattern of every dtype comes, NaN and subnormals too.
-pub(crate) fn input(case: &Case, rank: usize) -> Vec<u8> {
+/// Random bits: every pattern of every dtype comes, NaN and subnormals too. As many parts as the rank gives, at least one.
+pub(crate) fn input(case: &Case, rank: usize, ranks: usize) -> Vec<u8> {
+    let bytes = case.count * case.dtype.size() * case.parts(rank, ranks).0.max(1);
     let mut state = 0x9e37_79b9_7f4a_7c15u64.wrapping_mul(rank as u64 + 1) ^ case.count as u64;
-    let mut bytes = Vec::with_capacity(case.count * case.dtype.size() + 8);
-    while bytes.len() < case.count * case.dtype.size() {
+    let mut all = Vec::with_capacity(bytes + 8);
+    while all.len() < bytes {
         state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mixed = (state ^ state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        bytes.extend((mixed ^ mixed >> 31).to_le_bytes());
+        all.extend((mixed ^ mixed >> 31).to_le_bytes());
     }
-    bytes.truncate(case.count * case.dtype.size());
-    bytes
+    all.truncate(bytes);
+    all
 }
 
-/// What every rank has afterwards, if all-reduces take the form `taken`.
-pub(crate) fn expected(case: &Case, inputs: &[Vec<u8>], taken: Option<Form>) -> Vec<u8> {
+/// What a rank has afterwards, if the call takes the form `taken`. Nothing where it gets nothing.
+pub(crate) fn expected(case: &Case, inputs: &[Vec<u8>], taken: Option<Form>, rank: usize) -> Vec<u8> {
+    let (ranks, bytes) = (inputs.len(), case.count * case.dtype.size());
+    let part = |from: usize, to: usize| &inputs[from][to * bytes..][..bytes];
+    let is_root = rank == case.root;
     match case.operation {
         Operation::Broadcast => inputs[case.root].clone(),
         Operation::AllGather => inputs.concat(),
-        Operation::AllReduce if inputs.len() > 1 && taken == Some(Form::Ring) => ring(case, inputs),
+        Operation::AllReduce if ranks > 1 && taken == Some(Form::Ring) => ring(case, inputs),
         Operation::AllReduce => reduce(case, &inputs.iter().map(Vec::as_slice).collect::<Vec<_>>()),
+        Operation::Reduce if is_root => {
+            let whole: Vec<&[u8]> = inputs.iter().map(Vec::as_slice).collect();
+            match taken {
+                Some(Form::Ring) if ranks > 1 => passed_on(case, &whole, rank),
+                _ => reduce(case, &whole),
+            }
+        }
+        Operation::Gather if is_root => inputs.concat(),
+        Operation::Reduce | Operation::Gather => Vec::new(),
+        Operation::Scatter => part(case.root, rank).to_vec(),
+        Operation::AllToAll => (0..ranks).flat_map(|from| part(from, rank).to_vec()).collect(),
+        Operation::ReduceScatter => {
+            let parts: Vec<&[u8]> = (0..ranks).map(|from| part(from, rank)).collect();
+            match taken {
+                Some(Form::Ring) if ranks > 1 => passed_on(case, &parts, rank),
+                _ => reduce(case, &parts),
+            }
+        }
     }
+}
+
+/// What began at the rank behind `owner` and went round to it, each rank adding its own, rounded at each hop. Only the last one
+/// divides an average.
+fn passed_on(case: &Case, inputs: &[&[u8]], owner: usize) -> Vec<u8> {
+    let ranks = inputs.len();
+    let on_the_way = if case.op == ReduceOp::Avg { ReduceOp::Sum } else { case.op };
+    let first = (owner + 1) % ranks;
+    let first = reduce_scaled(case, on_the_way, &[inputs[first]], &[scalar(first)]);
+    let partial = (2..ranks).fold(first, |partial, hop| {
+        let rank = (owner + hop) % ranks;
+        reduce_scaled(case, on_the_way, &[&partial, inputs[rank]], &[1.0, scalar(rank)])
+    });
+    // The reference divides by the number of inputs, so there must be as many as ranks: the others are −0, which changes nothing.
+    let nothing = nothing(case.dtype, partial.len());
+    let mut all = vec![&nothing[..]; ranks];
+    (all[0], all[1]) = (&partial, inputs[owner]);
+    let mut scalars = vec![1.0; ranks];
+    scalars[1] = scalar(owner);
+    let used = if case.op == ReduceOp::Avg { ranks } else { 2 };
+    reduce_scaled(case, case.op, &all[..used], &scalars[..used])
 }
 
 fn reduce(case: &Case, inputs: &[&[u8]]) -> Vec<u8> {
@@ -89,33 +163,16 @@ fn reduce_scaled(case: &Case, op: ReduceOp, inputs: &[&[u8]], scalars: &[f64]) -
     output
 }
 
-/// Shard p starts at rank p + 1, and each rank adds its own to what it got, rounded at each hop. Only the last one divides an
-/// average.
+/// Each shard goes round to its owner.
 fn ring(case: &Case, inputs: &[Vec<u8>]) -> Vec<u8> {
     let (ranks, bytes) = (inputs.len(), inputs[0].len());
     let shard = bytes.div_ceil(ranks).next_multiple_of(128);
-    let on_the_way = if case.op == ReduceOp::Avg { ReduceOp::Sum } else { case.op };
-    let mut output = Vec::with_capacity(bytes);
-    for owner in 0..ranks {
+    let of_owner = |owner: usize| {
         let (begin, end) = ((owner * shard).min(bytes), ((owner + 1) * shard).min(bytes));
-        let of = |hop: usize| ((owner + hop) % ranks, &inputs[(owner + hop) % ranks][begin..end]);
-        let (first, input) = of(1);
-        let mut partial = reduce_scaled(case, on_the_way, &[input], &[scalar(first)]);
-        for hop in 2..ranks {
-            let (rank, input) = of(hop);
-            partial = reduce_scaled(case, on_the_way, &[&partial, input], &[1.0, scalar(rank)]);
-        }
-        let (last, input) = of(ranks);
-        // The reference divides by the number of inputs, so there must be as many as ranks: the others are −0, which changes nothing.
-        let nothing = nothing(case.dtype, end - begin);
-        let mut all = vec![&nothing[..]; ranks];
-        (all[0], all[1]) = (&partial, input);
-        let mut scalars = vec![1.0; ranks];
-        scalars[1] = scalar(last);
-        let used = if case.op == ReduceOp::Avg { ranks } else { 2 };
-        output.extend(reduce_scaled(case, case.op, &all[..used], &scalars[..used]));
-    }
-    output
+        let shards: Vec<&[u8]> = inputs.iter().map(|input| &input[begin..end]).collect();
+        passed_on(case, &shards, owner)
+    };
+    (0..ranks).flat_map(of_owner).collect()
 }
 
 /// Zeros to which anything may be added without a change of its bits: −0 of a floating-point type.

@@ -28,6 +28,25 @@ impl Form {
     /// Every form.
     pub const ALL: [Self; 5] = [Self::OneShot, Self::TwoShot, Self::Bulk, Self::Direct, Self::Ring];
 
+    /// Whether there are kernels of this form for an operation.
+    pub const fn serves(self, kind: Kind) -> bool {
+        match self {
+            Self::OneShot | Self::Bulk => true,
+            Self::TwoShot => matches!(kind, Kind::AllReduce { .. } | Kind::Broadcast { .. }),
+            Self::Direct => {
+                matches!(kind, Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::AllGather)
+            }
+            Self::Ring => matches!(
+                kind,
+                Kind::AllReduce { .. }
+                    | Kind::Broadcast { .. }
+                    | Kind::AllGather
+                    | Kind::Reduce { .. }
+                    | Kind::ReduceScatter { .. }
+            ),
+        }
+    }
+
     /// The name in messages.
     pub const fn name(self) -> &'static str {
         match self {
@@ -158,9 +177,10 @@ impl Rules {
         let is_narrow = self.is_narrow();
         let ring_from = match (kind, self.ranks) {
             (_, 0..=2) => 2 << 20,
-            (Kind::Broadcast { .. }, 3..=4) => 2 << 20,
-            (Kind::Broadcast { .. }, _) => 4 << 20,
+            (Kind::Broadcast { .. } | Kind::Reduce { .. }, 3..=4) => 2 << 20,
+            (Kind::Broadcast { .. } | Kind::Reduce { .. }, _) => 4 << 20,
             (Kind::AllGather, _) => 8 << 20,
+            (Kind::ReduceScatter { .. }, ranks) => (64 << 20) / ranks,
             _ if is_narrow => usize::MAX,
             (_, 3..=4) => 16 << 20,
             _ => 96 << 20,
@@ -171,28 +191,36 @@ impl Rules {
                 let one_shot_to = if self.ranks <= 4 { 1 << 20 } else { 512 << 10 };
                 Borders { one_shot_to, two_shot_to: 0, ring_from }
             }
-            _ => Borders { one_shot_to, two_shot_to: 2 << 20, ring_from },
+            Kind::AllReduce { .. } | Kind::Broadcast { .. } => {
+                Borders { one_shot_to, two_shot_to: 2 << 20, ring_from }
+            }
+            // All of it goes to one rank.
+            Kind::Reduce { .. } => {
+                let one_shot_to = if self.ranks <= 4 { 1 << 20 } else { 512 << 10 };
+                Borders { one_shot_to, two_shot_to: 0, ring_from }
+            }
+            // A hop moves a part to each peer, or all to one.
+            _ => Borders { one_shot_to: 256 << 10, two_shot_to: 0, ring_from },
         }
     }
 
     /// Whether `form` can serve the call.
     fn can(&self, form: Form, question: &Question) -> bool {
+        if !form.serves(question.kind) {
+            return false;
+        }
         let layout = self.layout();
         match form {
             // Who is alone keeps everything where it is.
             Form::OneShot => self.ranks == 1 || question.bytes <= layout.one_shot_capacity(question.size),
-            Form::TwoShot => {
-                self.ranks > 1
-                    && !matches!(question.kind, Kind::AllGather)
-                    && question.bytes <= layout.two_shot_capacity(question.size)
-            }
+            Form::TwoShot => self.ranks > 1 && question.bytes <= layout.two_shot_capacity(question.size),
             Form::Bulk => self.ranks > 1,
             Form::Direct => self.ranks > 1 && question.is_reachable,
             Form::Ring => {
                 // Of two ranks, either order gives the same bits; but a scaled input is rounded on its way.
                 let is_scaled = matches!(question.kind.op(), Some(ReduceOp::PreMulSum(_)));
                 let changes_order = (self.ranks > 2 || is_scaled)
-                    && matches!(question.kind, Kind::AllReduce { .. })
+                    && question.kind.op().is_some()
                     && self.order == Order::Rank;
                 self.ranks > 1 && !changes_order
             }
@@ -222,8 +250,12 @@ impl Rules {
         let form = wish.form;
         let layout = self.layout();
         let ranks = self.ranks;
-        let is_gather = matches!(question.kind, Kind::AllGather);
-        let shard = question.bytes.div_ceil(if is_gather { 1 } else { ranks });
+        // Blocks of the pipeline that work on one channel together, and into how many shards they divide what a call has.
+        let (team, shards) = match question.kind {
+            Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::Reduce { .. } => (3, ranks),
+            _ => (2, 1),
+        };
+        let shard = question.bytes.div_ceil(shards);
         let room = if self.crowd > 1 { (CROWDED_BLOCKS / self.crowd).max(1) } else { MAX_BLOCKS };
         let most = (self.most_blocks as usize).min(room);
         // Of those that take a multiprocessor each.
@@ -257,8 +289,6 @@ impl Rules {
             }
             Form::Direct => plain(blocks(shard.div_ceil(16 * threads), whole.min(WIDE_BLOCKS)), threads),
             Form::Bulk => {
-                // Blocks that work on one channel together.
-                let team = if is_gather { 2 } else { 3 };
                 let usual = if self.bulk_copies { WIDE_BLOCKS } else { 120 };
                 let usual = usual.min(team * shard.div_ceil(16 * threads));
                 let most = if self.bulk_copies { whole } else { most };
@@ -318,9 +348,16 @@ mod tests {
                 let rules = Rules { link, bulk_copies, most_blocks, ..rules(ranks) };
                 let layout = rules.layout();
                 for shift in 0..36 {
-                    for kind in
-                        [Kind::AllReduce { op: ReduceOp::Sum }, Kind::Broadcast { root: 0 }, Kind::AllGather]
-                    {
+                    for kind in [
+                        Kind::AllReduce { op: ReduceOp::Sum },
+                        Kind::Broadcast { root: 0 },
+                        Kind::AllGather,
+                        Kind::Reduce { op: ReduceOp::Sum, root: 0 },
+                        Kind::ReduceScatter { op: ReduceOp::Sum },
+                        Kind::Gather { root: 0 },
+                        Kind::Scatter { root: 0 },
+                        Kind::AllToAll,
+                    ] {
                         let question = Question { kind, ..question((1 << shift) + 1) };
                         let launch = rules.decide(&question);
                         assert!(rules.can(launch.form, &question), "{question:?}");
@@ -332,7 +369,10 @@ mod tests {
                         );
                         assert!(bulk_copies || !launch.by_copies);
                         let tiles = launch.blocks as usize * launch.tile as usize * 16;
-                        let team = if kind == Kind::AllGather { 2 } else { 3 };
+                        let team = match kind {
+                            Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::Reduce { .. } => 3,
+                            _ => 2,
+                        };
                         match launch.form {
                             Form::Bulk => {
                                 assert!(launch.tile.is_multiple_of(8) && launch.tile > 0);
