@@ -356,6 +356,11 @@ pub trait Operations<'b> {
     /// their order for each tag. Complete, for the sender, when `src` may be used again: a message that fits into the
     /// channel (16 to 64 KiB) does not wait for its receiver.
     ///
+    /// On the stream of a GPU the messages of one pair of ranks are received in the order in which they were sent, whatever their tags: a
+    /// tag that is not the next one is a [`crate::Error::Mismatch`]. A message waits in the stream until its receiver takes it, if it is
+    /// larger than 32 KiB and does not fit into the receiver's scratch (2 to 4 MiB for each sender). Messages that cross belong into a
+    /// [`group()`](crate::group()) or a [`Operations::send_recv`], which carry them out at once.
+    ///
     /// # Errors
     /// [`crate::Error::Argument`] if `to` is not another rank; [`crate::Error::Mismatch`], on both ranks, if the receiver
     /// expects another type or count; those of a failed communicator.

@@ -38,5 +38,7 @@ mod windows;
 pub(crate) use engine::{Engine, EngineConfig};
 pub(crate) use flight::{Prepared, Ticket};
 #[cfg(feature = "cuda")]
+pub(crate) use messages::OnDevice;
+#[cfg(feature = "cuda")]
 pub(crate) use plan::Plan;
 pub(crate) use plan::WindowPlace;

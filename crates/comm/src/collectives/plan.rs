@@ -250,9 +250,13 @@ fn own_part(kind: Kind, all: &RawBuffer, situation: &Situation<'_>) -> Result<Si
     Ok(Side { count, ptr: all.ptr + (situation.rank * count * all.dtype.size()) as u64 })
 }
 
-/// Refuses a buffer that this communicator cannot use.
-pub(super) fn check_place(kind: Kind, buffer: &RawBuffer, situation: &Situation<'_>) -> Result<()> {
-    window_of(kind, buffer.place, (buffer.ptr, buffer.bytes()), situation).map(drop)
+/// Refuses a buffer that this communicator cannot use; else where it lies in a window, if it does.
+pub(super) fn check_place(
+    kind: Kind,
+    buffer: &RawBuffer,
+    situation: &Situation<'_>,
+) -> Result<Option<WindowPlace>> {
+    window_of(kind, buffer.place, (buffer.ptr, buffer.bytes()), situation)
 }
 
 /// Where `bytes` at `ptr` lie in a window, if they do.

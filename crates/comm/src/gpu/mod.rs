@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use unisono_core::call::{self, Kind};
 pub use unisono_core::device::layout::MAX_RANKS;
-use unisono_core::device::layout::{HEADER_OFFSETS, RECORDER_BYTES};
+use unisono_core::device::layout::{DEVICE_BYTES, HEADER_OFFSETS};
 use unisono_core::device::select::{Question, Rules};
 pub use unisono_core::device::{ArenaLayout, Link};
 use unisono_core::device::{Form, Launch};
@@ -28,6 +28,8 @@ use budget::Budget;
 pub use device_header::device_header;
 use ending::{End, Memory};
 use kernels::Kernels;
+use messages::Lanes;
+pub(crate) use messages::Prepared;
 pub use one_sided::DeviceView;
 pub(crate) use origin::{Config, Extra, Origin};
 use pinned::Enqueued;
@@ -44,6 +46,7 @@ mod device_header;
 mod ending;
 pub(crate) mod foreign;
 pub mod kernels;
+mod messages;
 pub(crate) mod one_sided;
 mod origin;
 pub(crate) mod peers;
@@ -60,6 +63,7 @@ pub(crate) struct Gpu {
     rules: Rules,
     kernels: Kernels,
     args: Args,
+    lanes: Box<Lanes>,
     /// Shared memory for each block of the forms with tiles.
     room_bytes: u32,
     /// The stream of the latest call, and an event behind it once there were two: from the start where ranks share a device, or
@@ -94,10 +98,8 @@ impl Gpu {
         let rules = config.rules;
         let layout = ArenaLayout::new(world_size, rules.link);
         let kernels = Kernels::new(device, layout, world_size, &config.prepare).map_err(failed)?;
-        let mut state = DeviceBuffer::new(device, RECORDER_BYTES).map_err(failed)?;
-        let mut words = vec![0; RECORDER_BYTES];
-        words[..4].copy_from_slice(&config.epoch.to_le_bytes());
-        state.write(0, &words).map_err(failed)?;
+        let mut state = DeviceBuffer::new(device, DEVICE_BYTES).map_err(failed)?;
+        state.write(0, &layout.device_words(config.epoch)).map_err(failed)?;
         let memory = control.memory();
         // SAFETY: `Memory` keeps the control memory mapped for longer than the registration.
         let pages =
@@ -136,6 +138,7 @@ impl Gpu {
             rules,
             kernels,
             args,
+            lanes: Box::new(Lanes::new()),
             room_bytes: kernels::room_bytes(device, rules.link),
             latest: 0,
             order,
@@ -172,30 +175,50 @@ impl Gpu {
     pub(crate) fn submit(&mut self, engine: &mut Engine, call: &Call<'_>, stream: &Stream) -> Result<()> {
         engine.check()?;
         self.check()?;
+        self.check_stream(call.kind, stream)?;
         let find = |id, ptr, bytes| self.windows.find(id, (ptr, bytes));
-        let plan = engine.plan_on(call, Some((self.device.ordinal(), &find)))?;
+        let device = (self.device.ordinal(), &find as _);
+        if call.kind.is_message() {
+            let messages = engine.messages_on(call, device)?;
+            return self.launch_messages(&messages, stream);
+        }
+        let plan = engine.plan_on(call, Some(device))?;
+        self.check_kind(plan.header.kind)?;
         self.launch(&plan, stream)
+    }
+
+    /// Refuses what has no kernels.
+    fn check_kind(&self, kind: Kind) -> Result<()> {
+        if kernels::has_kernels(kind) {
+            return Ok(());
+        }
+        Err(Error::Argument {
+            call: kind.name(),
+            rank: self.args.rank as usize,
+            what: "operation on a GPU",
+            expected: "one that GPUs have kernels for".to_owned(),
+            got: kind.name().to_owned(),
+        })
+    }
+
+    /// Refuses streams of other devices.
+    fn check_stream(&self, kind: Kind, stream: &Stream) -> Result<()> {
+        if stream.device() == &self.device {
+            return Ok(());
+        }
+        Err(Error::Argument {
+            call: kind.name(),
+            rank: self.args.rank as usize,
+            what: "stream",
+            expected: format!("one of cuda:{}", self.device.ordinal()),
+            got: format!("one of cuda:{}", stream.device().ordinal()),
+        })
     }
 
     fn launch(&mut self, plan: &Plan, stream: &Stream) -> Result<()> {
         let (rank, kind) = (self.args.rank as usize, plan.header.kind);
-        if !kernels::has_kernels(kind) {
-            return Err(Error::Argument {
-                call: kind.name(),
-                rank,
-                what: "operation on a GPU",
-                expected: "a collective of equal parts, or barrier".to_owned(),
-                got: kind.name().to_owned(),
-            });
-        }
-        if stream.device() != &self.device {
-            return Err(Error::Argument {
-                call: kind.name(),
-                rank,
-                what: "stream",
-                expected: format!("one of cuda:{}", self.device.ordinal()),
-                got: format!("one of cuda:{}", stream.device().ordinal()),
-            });
+        if messages::is_of_messages(kind) {
+            return self.launch_parts(plan, stream);
         }
         self.order_after_latest(stream)?;
         let is_bare = plan.bytes() == 0;
@@ -244,9 +267,16 @@ impl Gpu {
         if let Err(error) = launched {
             return Err(self.refused(error));
         }
+        self.conclude(sides, stream, is_captured)
+    }
+
+    /// What follows a launch: others may wait for it.
+    #[inline]
+    fn conclude(&self, sides: [Option<WindowPlace>; 2], stream: &Stream, is_captured: bool) -> Result<()> {
         if let Some(order) = &self.order
             && !is_captured
         {
+            let rank = self.args.rank as usize;
             order.record(stream).map_err(|error| Error::Cuda { rank, error })?;
         }
         match self.windows.touched(sides) {
