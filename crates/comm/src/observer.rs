@@ -99,10 +99,11 @@ impl Observer {
     /// The call in which our GPU waits, if it has done so for half a second.
     #[cfg(feature = "cuda")]
     fn waits_on_gpu(&self) -> Option<String> {
-        let (what, peer) = crate::gpu::args::waiting(self.control.gpu().0)?;
+        let wait = crate::gpu::args::waiting(self.control.gpu().0)?;
+        let peer = wait.peer;
         let world_size = self.control.world_size();
         let name = if peer < world_size { self.control.name(peer) } else { "any rank" };
-        let what = what.describe(peer, world_size);
+        let what = wait.work.describe(peer, world_size);
         Some(format!("{what} on the GPU of rank {}, waiting for {name}", self.rank))
     }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use unisono::recorder::{
-    End, GpuCall, GpuView, Presence, Process, RankView, Reading, Record, Snapshot, Standing,
+    End, GpuCall, GpuView, GpuWork, Presence, Process, RankView, Reading, Record, Snapshot, Standing,
 };
 
 /// Rates are over so long, or over what the recorder still holds.
@@ -165,6 +165,7 @@ impl RankState {
             (Process::Stopped, ..) => "stopped",
             _ if !rank.is_recording => "unrecorded",
             (.., Standing::Failed(_)) => "failed",
+            _ if message_peer(rank).is_some() => "waiting",
             _ if on_gpu
                 .is_some_and(|call| call.is_open() && call.met.is_none() && rank.gpu_waits.is_some()) =>
             {
@@ -190,6 +191,9 @@ impl RankState {
             gigabytes_per_second,
             waits_for: match rank.gpu_waits {
                 Some(wait) if on_gpu.is_some_and(GpuCall::is_open) => vec![wait.peer],
+                Some(_) if message_peer(rank).is_some_and(|peer| peer < snapshot.ranks.len()) => {
+                    message_peer(rank).into_iter().collect()
+                }
                 _ => snapshot.waits_for(rank.rank),
             },
             since_seconds: since.map(|since| since.as_secs_f64()),
@@ -200,6 +204,11 @@ impl RankState {
     pub(super) fn all(snapshot: &Snapshot) -> Vec<Self> {
         snapshot.ranks.iter().map(|rank| Self::new(snapshot, rank)).collect()
     }
+}
+
+/// For whose message, to or from it, the GPU of a rank waits.
+fn message_peer(rank: &RankView) -> Option<usize> {
+    rank.gpu_waits.filter(|wait| !matches!(wait.work, GpuWork::Call(_))).map(|wait| wait.peer)
 }
 
 /// Calls and gigabytes per second, on the host and on the GPU.

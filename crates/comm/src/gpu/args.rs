@@ -1,9 +1,9 @@
 //! What kernels are given, and what they report: both as they lie in memory. The other side is `kernels/call.cuh`.
 
-use unisono_core::DType;
-use unisono_core::call::{self, CallHeader, Kind};
+use unisono_core::call::{self, CallHeader};
 pub(crate) use unisono_core::device::layout::HEADER_LAUNCH;
 use unisono_core::device::layout::{HEADER_WORDS, MAX_MESSAGES, MAX_RANKS, REPORT_WAITING};
+use unisono_core::recorder::{GpuWait, GpuWork, MessageHeader};
 use unisono_sync::Word;
 
 /// The argument of every kernel, by value.
@@ -82,78 +82,13 @@ const MINE: usize = 8;
 /// Words of one header in the report: two more halves fill its last packet.
 const HEADER_SPAN: usize = HEADER_WORDS + 1;
 
-/// What a kernel works on.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum What {
-    /// A call with this epoch.
-    Call(u32),
-    /// A message with this tag to the peer.
-    Send(u32),
-    /// A message with this tag from the peer.
-    Receive(u32),
-}
-
-impl What {
-    fn new(code: u64, number: u32) -> Self {
-        match code {
-            1 => Self::Send(number),
-            2 => Self::Receive(number),
-            _ => Self::Call(number),
-        }
-    }
-
-    /// `call #812`, `send to rank 1 (tag 7)`; a peer that is no rank stands for any.
-    pub(crate) fn describe(self, peer: usize, world_size: usize) -> String {
-        match self {
-            Self::Call(epoch) => format!("call #{epoch}"),
-            Self::Send(tag) => format!("send to rank {peer} (tag {tag})"),
-            Self::Receive(tag) if peer >= world_size => format!("recv from any rank (tag {tag})"),
-            Self::Receive(tag) => format!("recv from rank {peer} (tag {tag})"),
-        }
-    }
-}
-
-/// What a message says of itself.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct MessageHeader {
-    pub(crate) tag: u32,
-    pub(crate) dtype: Option<DType>,
-    /// The code of its collective, or 0.
-    pub(crate) kind: u8,
-    pub(crate) bytes: u64,
-}
-
-impl MessageHeader {
-    /// From the words of a report, which hold two halves each.
-    fn from_words([first, bytes]: [u64; 2]) -> Self {
-        let [dtype, kind, ..] = ((first >> 32) as u32).to_le_bytes();
-        Self { tag: first as u32, dtype: DType::from_code(dtype), kind, bytes }
-    }
-
-    /// The collective that it is a part of; else what it is itself.
-    pub(crate) fn name(&self, itself: &'static str) -> &'static str {
-        let [gather, scatter, exchange] = [Kind::GatherV { root: 0 }, Kind::ScatterV { root: 0 }, Kind::AllToAllV];
-        let all = [gather, scatter, exchange].map(|kind| (CallHeader::bare(kind).to_words()[0] as u8, kind.name()));
-        all.iter().find(|(code, _)| *code == self.kind).map_or(itself, |(_, name)| name)
-    }
-
-    /// `f32, 4, tag 7`; a part of a collective has no tag.
-    pub(crate) fn describe(&self) -> String {
-        let tag = if self.kind == 0 { format!(", tag {}", self.tag) } else { String::new() };
-        match self.dtype {
-            Some(dtype) => format!("{dtype}, {}{tag}", self.bytes / dtype.size() as u64),
-            None => format!("unknown type, {} bytes{tag}", self.bytes),
-        }
-    }
-}
-
 /// Why kernels of this rank gave up.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub(crate) enum Report {
     /// The peer made another call.
     Mismatch { peer: usize, epoch: u32, mine: Option<CallHeader>, theirs: Option<CallHeader>, is_grid: bool },
     /// The peer did not come in time.
-    TimedOut { peer: usize, what: What, waited_ms: u64 },
+    TimedOut { peer: usize, work: GpuWork, waited_ms: u64 },
     /// The peer sent another message.
     OtherMessage { peer: usize, expected: MessageHeader, got: MessageHeader },
     /// Another kernel of this communicator was running.
@@ -191,12 +126,15 @@ impl Report {
             }
             2 => Self::TimedOut {
                 peer,
-                what: What::new(word(WHAT), epoch),
+                work: GpuWork::new(word(WHAT), epoch),
                 waited_ms: word(WAITED_NS) / 1_000_000,
             },
             3 => Self::Concurrent,
             5 => {
-                let header = |start: usize| MessageHeader::from_words([word(start), word(start + 1)]);
+                let header = |start: usize| {
+                    let [first, bytes] = [word(start), word(start + 1)];
+                    MessageHeader::new(first as u32, (first >> 32) as u32, bytes)
+                };
                 Self::OtherMessage { peer, expected: header(MINE), got: header(MINE + HEADER_SPAN) }
             }
             _ => Self::Unreadable,
@@ -205,10 +143,8 @@ impl Report {
 }
 
 /// What a kernel which lasts works on, and the peer that it is waiting for, if one said so.
-pub(crate) fn waiting(words: &[impl Word<u64>]) -> Option<(What, usize)> {
-    let word = words[REPORT_WAITING].load_relaxed();
-    let peer = (word & 0xffff) as usize;
-    (peer > 0).then(|| (What::new(word >> 16 & 0xffff, (word >> 32) as u32), peer - 1))
+pub(crate) fn waiting(words: &[impl Word<u64>]) -> Option<GpuWait> {
+    GpuWait::from_word(words[REPORT_WAITING].load_relaxed())
 }
 
 #[cfg(test)]

@@ -425,6 +425,11 @@ impl Gpu {
 
     /// Form and grid of a call, as `explain` tells them.
     pub(crate) fn decide(&self, kind: Kind, bytes: usize, size: usize) -> Launch {
+        if kind.is_message() {
+            let lanes = if matches!(kind, Kind::SendRecv { .. }) { 2 } else { 1 };
+            let launch = self.rules.messages(lanes, bytes);
+            return Launch { blocks: launch.blocks * lanes as u32, ..launch };
+        }
         self.rules.decide(&Question { kind, bytes, size, is_reachable: false })
     }
 }

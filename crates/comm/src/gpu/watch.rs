@@ -126,9 +126,9 @@ pub(crate) fn cause_of(report: Report, control: &Control) -> Cause {
                 right: describe(theirs, epoch, peer.min(world_size - 1)) + note,
             }
         }
-        Report::TimedOut { peer, what, waited_ms } => Cause::TimedOut {
+        Report::TimedOut { peer, work, waited_ms } => Cause::TimedOut {
             rank: rank as u32,
-            call: format!("{} on its GPU", what.describe(peer, world_size)),
+            call: format!("{} on its GPU", work.describe(peer, world_size)),
             waited_ms,
             missing: match peer < world_size {
                 true => vec![control.name(peer).to_owned()],
@@ -137,8 +137,8 @@ pub(crate) fn cause_of(report: Report, control: &Control) -> Cause {
             },
         },
         Report::OtherMessage { peer, expected, got } => Cause::Mismatch {
-            left: format!("{} from {peer} on rank {rank} ({})", expected.name("recv"), expected.describe()),
-            right: format!("{} to {rank} on rank {peer} ({})", got.name("send"), got.describe()),
+            left: format!("{} from {peer} on rank {rank} ({})", expected.name("recv"), expected),
+            right: format!("{} to {rank} on rank {peer} ({})", got.name("send"), got),
         },
         Report::Concurrent => {
             Cause::Aborted { rank: rank as u32, reason: Error::ConcurrentUse { rank }.to_string() }
