@@ -72,6 +72,8 @@ static_assert(sizeof(MessageRecord) == MESSAGE_RECORD_BYTES, "the host reads oth
 
 constexpr u32 SENT = MESSAGE_STAGE, TAKEN = MESSAGE_STAGE + 1;
 constexpr u32 HEADER_UNITS = 2, UNIT_BYTES = 12;
+// Packets that a thread has under way.
+constexpr u32 AT_ONCE = 4;
 
 __device__ __forceinline__ u8* of_lane(const Args& args, u64 offset, u64 stride, u32 peer, bool is_sent) {
   return reinterpret_cast<u8*>(args.state) + offset + (2 * peer + is_sent) * stride;
@@ -113,6 +115,9 @@ __device__ __forceinline__ u64* credit_at(const Args& args, u32 rank, u32 of) {
   return reinterpret_cast<u64*>(args.arenas[rank] + CREDITS_AT + of * CREDIT_STRIDE);
 }
 
+// Threads that move packets of data. The last warp cares for the header.
+__device__ __forceinline__ u32 movers() { return blockDim.x - 32; }
+
 // All threads of block 0 of a lane: the header, from packet `first` of the ring on, and what is small behind it. `credit` is what the peer is
 // known to have taken. False if one must leave.
 __device__ __forceinline__ bool put(const Args& args, const Entry& entry, const Message& message, u64 first, u64 credit) {
@@ -120,31 +125,33 @@ __device__ __forceinline__ bool put(const Args& args, const Entry& entry, const 
   // SYNC: packets of a ring were read before the credit that counts them.
   const u64 due = first + HEADER_UNITS + units - RING_PACKETS;
   if (i64(credit - due) < 0) {
-    bool has_room = threadIdx.x != 0 || wait_until(args, entry, peer, [&] { return i64(load_word(credit_at(args, me, peer)) - due) >= 0; });
+    const u64* told_here = credit_at(args, me, peer);
+    bool has_room = threadIdx.x != 0 || wait_until(args, entry, peer, [&] { return i64(load_word(told_here) - due) >= 0; });
     if (!__syncthreads_and(has_room)) return false;
   }
-  if (threadIdx.x >= blockDim.x - HEADER_UNITS) {
-    const u32 unit = threadIdx.x - (blockDim.x - HEADER_UNITS);
+  if (threadIdx.x >= movers()) {
+    const u32 unit = threadIdx.x - movers();
     u32 words[3];
 #pragma unroll
     for (u32 i = 0; i < 3; i++) words[i] = told(message, 3 * unit + i);
-    put_packet(packet_at(args, peer, me, first + unit), words, lap_of(first + unit));
+    if (unit < HEADER_UNITS) put_packet(packet_at(args, peer, me, first + unit), words, lap_of(first + unit));
+    return true;
   }
   const u64 data = first + HEADER_UNITS;
-  for_vectors<4>(0, units, threadIdx.x, blockDim.x, [&](auto together, u64 unit) {
-    constexpr int N = decltype(together)::value;
-    u32 words[N][3];
+  for (u32 from = threadIdx.x; from < units; from += AT_ONCE * movers()) {
+    u32 words[AT_ONCE][3];
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-      const u64 at = (unit + i * blockDim.x) * UNIT_BYTES;
-      load_words<3>(message.at + at, message.bytes - at, words[i]);
+    for (u32 i = 0; i < AT_ONCE; i++) {
+      const u32 unit = from + i * movers();
+      const u64 at = u64(unit) * UNIT_BYTES;
+      if (unit < units) load_words<3>(message.at + at, message.bytes - at, words[i]);
     }
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-      const u64 packet = data + unit + i * blockDim.x;
-      put_packet(packet_at(args, peer, me, packet), words[i], lap_of(packet));
+    for (u32 i = 0; i < AT_ONCE; i++) {
+      const u32 unit = from + i * movers();
+      if (unit < units) put_packet(packet_at(args, peer, me, data + unit), words[i], lap_of(data + unit));
     }
-  });
+  }
   return true;
 }
 
@@ -168,8 +175,8 @@ __device__ __noinline__ void refuse(const Args& args, const Message& message, co
 __device__ __forceinline__ bool take(const Args& args, const Entry& entry, const Message& message, u64 first) {
   const u32 me = args.rank, peer = message.peer, units = units_of(message);
   bool is_there = true;
-  // One thread compares before anybody waits for data that may not come; it has least of it.
-  if (threadIdx.x == blockDim.x - 1) {
+  // Compared while others wait for data that may not come.
+  if (threadIdx.x == movers()) {
     u32 theirs[3 * HEADER_UNITS];
     is_there = wait_until(args, entry, peer, [&] {
       bool all = true;
@@ -188,27 +195,25 @@ __device__ __forceinline__ bool take(const Args& args, const Entry& entry, const
     }
   }
   const u64 data = first + HEADER_UNITS;
-  for_vectors<4>(0, units, threadIdx.x, blockDim.x, [&](auto together, u64 unit) {
-    constexpr int N = decltype(together)::value;
-    u32 words[N][3];
-    if (is_there) {
-      is_there = wait_until(args, entry, peer, [&] {
-        bool all = true;
+  for (u32 from = threadIdx.x; threadIdx.x < movers() && from < units && is_there; from += AT_ONCE * movers()) {
+    u32 words[AT_ONCE][3];
+    is_there = wait_until(args, entry, peer, [&] {
+      bool all = true;
 #pragma unroll
-        for (int i = 0; i < N; i++) {
-          const u64 packet = data + unit + i * blockDim.x;
-          all &= take_packet(packet_at(args, me, peer, packet), words[i], lap_of(packet));
-        }
-        return all;
-      });
-    }
-    if (!is_there) return;
+      for (u32 i = 0; i < AT_ONCE; i++) {
+        const u64 packet = data + from + i * movers();
+        if (from + i * movers() < units) all &= take_packet(packet_at(args, me, peer, packet), words[i], lap_of(packet));
+      }
+      return all;
+    });
+    if (!is_there) break;
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-      const u64 at = (unit + i * blockDim.x) * UNIT_BYTES;
-      store_words<3>(message.at + at, message.bytes - at, words[i]);
+    for (u32 i = 0; i < AT_ONCE; i++) {
+      const u32 unit = from + i * movers();
+      const u64 at = u64(unit) * UNIT_BYTES;
+      if (unit < units) store_words<3>(message.at + at, message.bytes - at, words[i]);
     }
-  });
+  }
   if (!__syncthreads_and(is_there)) return false;
   // SYNC: packets of a ring were read before the credit that counts them: each load has answered, and a barrier of the block lies between.
   if (threadIdx.x == 0) store_word(credit_at(args, peer, me), first + HEADER_UNITS + units);

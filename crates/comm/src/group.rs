@@ -7,10 +7,10 @@ use crate::call::Call;
 use crate::collectives::Prepared;
 use crate::communicator::Communicator;
 use crate::error::Result;
-#[cfg(feature = "cuda")]
-use launches::Launches;
 use crate::operations::Operations;
 use crate::stream::Stream;
+#[cfg(feature = "cuda")]
+use launches::Launches;
 
 #[cfg(feature = "cuda")]
 mod launches;

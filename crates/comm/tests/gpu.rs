@@ -11,6 +11,8 @@ mod derive;
 mod group;
 #[path = "gpu/life.rs"]
 mod life;
+#[path = "gpu/messages.rs"]
+mod messages;
 #[path = "gpu/pinned.rs"]
 mod pinned;
 #[path = "gpu/random.rs"]

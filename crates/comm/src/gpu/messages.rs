@@ -283,8 +283,7 @@ mod tests {
             message(0, 1, 6),
         ];
         lanes.fill(&mut list, (2, 4));
-        let got: Vec<_> =
-            list.iter().map(|message| (message.peer, message.is_sent, message.bytes)).collect();
+        let got: Vec<_> = list.iter().map(|message| (message.peer, message.is_sent, message.bytes)).collect();
         let expected = [(2, 1, 7), (2, 0, 7), (3, 0, 1), (3, 1, 90), (0, 1, 5), (0, 1, 4), (0, 1, 6)];
         assert_eq!(got, expected);
         assert_eq!((lanes.number, lanes.lanes, lanes.most_bytes), (7, 4, 90));

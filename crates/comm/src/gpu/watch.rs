@@ -133,7 +133,10 @@ pub(crate) fn cause_of(report: Report, control: &Control) -> Cause {
             missing: match peer < world_size {
                 true => vec![control.name(peer).to_owned()],
                 // A message of any rank.
-                false => (0..world_size).filter(|peer| *peer != rank).map(|peer| control.name(peer).to_owned()).collect(),
+                false => (0..world_size)
+                    .filter(|peer| *peer != rank)
+                    .map(|peer| control.name(peer).to_owned())
+                    .collect(),
             },
         },
         Report::OtherMessage { peer, expected, got } => Cause::Mismatch {

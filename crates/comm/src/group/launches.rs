@@ -68,7 +68,13 @@ impl OfOne<'_> {
     /// Whether so many messages more go into the same launch.
     fn check(&self, call: &Call<'_>, more: usize, stream: &Stream) -> Result<()> {
         let argument = |what, expected, got| {
-            Err(Error::Argument { call: call.kind.name(), rank: self.communicator.rank(), what, expected, got })
+            Err(Error::Argument {
+                call: call.kind.name(),
+                rank: self.communicator.rank(),
+                what,
+                expected,
+                got,
+            })
         };
         let number = self.messages.len() + more;
         if number > MAX_MESSAGES {

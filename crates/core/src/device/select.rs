@@ -246,9 +246,9 @@ impl Rules {
     /// rank's own: ranks need not have the same.
     pub fn messages(&self, lanes: usize, bytes: usize) -> Launch {
         if bytes <= MESSAGE_PACKETS_TO {
-            // A unit for each thread, and the header.
-            let units = bytes.div_ceil(PACKET_DATA) + 2;
-            let threads = units.next_multiple_of(32).clamp(64, 512) as u32;
+            // A packet for each thread, and a warp for the header.
+            let packets = bytes.div_ceil(PACKET_DATA).clamp(1, 480);
+            let threads = packets.next_multiple_of(32) as u32 + 32;
             return Launch { form: Form::OneShot, blocks: 1, threads, tile: 0, by_copies: false };
         }
         let room = if self.crowd > 1 { (CROWDED_BLOCKS / self.crowd).max(1) } else { MAX_BLOCKS };
@@ -425,7 +425,10 @@ mod tests {
                     let all = lanes * launch.blocks as usize;
                     // As many threads as one block of a multiprocessor may have, for each that is counted.
                     let few = bytes <= MESSAGE_PACKETS_TO;
-                    assert!(few || all * launch.threads as usize <= (whole * 1024).max(lanes * 256), "{launch:?}");
+                    assert!(
+                        few || all * launch.threads as usize <= (whole * 1024).max(lanes * 256),
+                        "{launch:?}"
+                    );
                     assert!(!launch.by_copies || launch.threads == 1024 && all <= 65);
                 }
             }

@@ -183,7 +183,8 @@ impl GpuCall {
         Some(Self {
             number,
             header,
-            form: form.filter(|_| blocks > 0),
+            // What is a message for each pair of ranks has as many as each rank needs.
+            form: form.filter(|_| blocks > 0 || header.kind.is_uneven()),
             blocks,
             begun: moment.ago(begun, clock),
             met: since(met),

@@ -150,13 +150,23 @@ mod tests {
         assert!(GpuMessage::of_words(&words, MOMENT, &CLOCK).is_empty());
         let bf16 = u64::from(DType::BF16.code());
         words[at(3, true)..][..6].copy_from_slice(&[5 << 32 | 7, 4_000_000_000, 64, bf16, 5 << 32, 9]);
-        words[at(0, false)..][..6].copy_from_slice(&[1 << 32, 1_000_000_000, 8, bf16 | 20 << 8, 1 << 32, 2_000_000_000]);
+        words[at(0, false)..][..6].copy_from_slice(&[
+            1 << 32,
+            1_000_000_000,
+            8,
+            bf16 | 20 << 8,
+            1 << 32,
+            2_000_000_000,
+        ]);
         words[at(1, false)..][..6].copy_from_slice(&[2 << 32, 1, 8, bf16, 1 << 32, 2]);
         let [received, sent] = GpuMessage::of_words(&words, MOMENT, &CLOCK).try_into().unwrap();
         assert_eq!((sent.is_sent, sent.peer, sent.number, sent.ended), (true, 3, 5, None));
         assert_eq!((sent.header.to_string(), sent.begun), ("bf16, 32, tag 7".into(), Duration::from_secs(6)));
         assert_eq!((received.is_sent, received.peer), (false, 0));
         assert_eq!((received.begun, received.ended), (Duration::from_secs(9), Some(Duration::from_secs(8))));
-        assert_eq!((received.header.name("recv"), received.header.to_string().as_str()), ("all_to_all_v", "bf16, 4"));
+        assert_eq!(
+            (received.header.name("recv"), received.header.to_string().as_str()),
+            ("all_to_all_v", "bf16, 4")
+        );
     }
 }

@@ -114,7 +114,8 @@ fn a_rank_that_does_not_answer_is_said_unless_its_process_says_why() {
     assert_eq!(told(&all), expected);
     // What was known of it earlier is not told as what it does now; what its kernel says of its wait is.
     let stale = GpuView { reading: Reading::Earlier, calls: vec![call(6, 100, false)], messages: Vec::new() };
-    (all.ranks[1].gpu, all.ranks[1].gpu_waits) = (Some(stale), Some(GpuWait { work: GpuWork::Call(7), peer: 0 }));
+    (all.ranks[1].gpu, all.ranks[1].gpu_waits) =
+        (Some(stale), Some(GpuWait { work: GpuWork::Call(7), peer: 0 }));
     let waits = " The GPU of rank 1 waits in its call #7 for that of rank 0, which has not made it.";
     assert_eq!(told(&all), expected.to_owned() + waits);
 }
