@@ -294,7 +294,7 @@ pub trait Operations<'b> {
 
     /// As [`Operations::all_to_all_into`], with parts of any size: `out` tells what of `src` goes to each rank, `into` what comes
     /// from each and where it lies in `dst`. What rank a sends to b must be what b expects of a; only these two need to know.
-    /// `src` and `dst` may be the same memory if `out` and `into` are equal.
+    /// `src` and `dst` may be the same memory if `out` and `into` are equal; not on GPUs.
     ///
     /// ```
     /// # use unisono::{Communicator, Operations};

@@ -11,6 +11,8 @@ mod derive;
 mod group;
 #[path = "gpu/life.rs"]
 mod life;
+#[path = "gpu/message_ends.rs"]
+mod message_ends;
 #[path = "gpu/messages.rs"]
 mod messages;
 #[path = "gpu/pinned.rs"]

@@ -255,11 +255,11 @@ impl Rules {
         let most = (self.most_blocks as usize).min(room);
         let all = match self.forced {
             Some(wish) if wish.blocks > 0 => (wish.blocks as usize).min(room),
-            _ if self.bulk_copies && !self.is_narrow() => most.div_ceil(2),
+            _ if self.bulk_copies && !self.is_narrow() => most.div_ceil(2).min(WIDE_BLOCKS),
             _ => most,
         };
         let blocks = (all / lanes.max(1)).min(MESSAGE_CHANNELS);
-        let by_copies = self.bulk_copies && all <= WIDE_BLOCKS + 1 && blocks > 0;
+        let by_copies = self.bulk_copies && all <= WIDE_BLOCKS && blocks > 0;
         let threads = match blocks {
             // Four of them fit where one is counted.
             0 => 256,
@@ -429,13 +429,13 @@ mod tests {
                         few || all * launch.threads as usize <= (whole * 1024).max(lanes * 256),
                         "{launch:?}"
                     );
-                    assert!(!launch.by_copies || launch.threads == 1024 && all <= 65);
+                    assert!(!launch.by_copies || launch.threads == 1024 && all <= WIDE_BLOCKS);
                 }
             }
         }
         let ring = rules(8).messages(2, 1 << 30);
         assert_eq!((ring.blocks, ring.by_copies), (32, true));
-        assert_eq!(rules(8).messages(2, 8192).threads, 512);
+        assert_eq!([0, 8192].map(|bytes| rules(8).messages(2, bytes).threads), [64, 512]);
     }
 
     #[test]
