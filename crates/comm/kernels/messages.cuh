@@ -361,6 +361,7 @@ __device__ __forceinline__ Standing look(const Messages& messages) {
 template <bool IS_SMALL>
 __device__ __forceinline__ bool carry_out(const Messages& messages, const Entry& call, const Standing& standing) {
   __shared__ u64 packets, credit;
+  __shared__ u32 number;
   const Args& args = messages.call;
   const u32 lane = blockIdx.x / messages.blocks, block = blockIdx.x % messages.blocks;
   const u32 begin = messages.begins[lane], end = messages.begins[lane + 1];
@@ -372,7 +373,7 @@ __device__ __forceinline__ bool carry_out(const Messages& messages, const Entry&
   }
   Track* track = track_of(args, peer, is_sent);
   // Only block 0 looks at packets.
-  if (threadIdx.x == 0) packets = standing.packets, credit = standing.credit;
+  if (threadIdx.x == 0) packets = standing.packets, credit = standing.credit, number = standing.messages;
   __syncthreads();
   u64 packet = packets;
   Entry entry = call;
@@ -381,8 +382,11 @@ __device__ __forceinline__ bool carry_out(const Messages& messages, const Entry&
     const Message& message = messages.list[at];
     entry.tag = message.tag;
     if (block == 0) {
-      if (threadIdx.x == 0) record_message(args, message, standing.messages + (at - begin) + 1);
+      // A thread that has nothing to move tells; what is sent goes first.
+      const bool tells = threadIdx.x == blockDim.x - 1;
+      if (tells && !is_sent) record_message(args, message, number + (at - begin) + 1);
       if (!(is_sent ? put(args, entry, message, packet, credit) : take(args, entry, message, packet))) return false;
+      if (tells && is_sent) record_message(args, message, number + (at - begin) + 1);
       packet += HEADER_UNITS + units_of(message);
     }
     if (!IS_SMALL && !is_small(message)) {
@@ -393,7 +397,7 @@ __device__ __forceinline__ bool carry_out(const Messages& messages, const Entry&
         }
       }
     }
-    if (block == 0 && threadIdx.x == 0) store_word(&record_of(args, message)->ended_ns, now_ns());
+    if (block == 0 && threadIdx.x == blockDim.x - 1) store_word(&record_of(args, message)->ended_ns, now_ns());
   }
   if (block == 0 && threadIdx.x == 0) {
     track->packets = packet;

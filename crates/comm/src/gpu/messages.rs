@@ -197,7 +197,9 @@ impl Gpu {
         let function = kernels.of(launch.form, is_collective);
         let blocks = launch.blocks * self.lanes.lanes as u32 + u32::from(is_collective);
         let shared_bytes = if launch.by_copies { self.room_bytes } else { 0 };
-        let grid = Grid { blocks, threads: launch.threads, shared_bytes };
+        // The block that exchanges headers has a warp for each of some peers.
+        let threads = if is_collective { launch.threads.max(256) } else { launch.threads };
+        let grid = Grid { blocks, threads, shared_bytes };
         // SAFETY: the kernel takes `Messages`; what they name lives as long as this communicator, which waits for its kernels before it
         // lets go, and the buffers are valid until the stream has passed, as whoever made the call promised.
         let launched = unsafe { function.launch(stream, grid, (&raw mut *messages).cast()) };
