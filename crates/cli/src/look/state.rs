@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 use unisono::recorder::{
-    End, GpuCall, GpuView, GpuWork, Presence, Process, RankView, Reading, Record, Snapshot, Standing,
+    End, GpuCall, GpuMessage, GpuView, GpuWork, Presence, Process, RankView, Reading, Record, Snapshot,
+    Standing,
 };
 
 /// Rates are over so long, or over what the recorder still holds.
@@ -128,6 +129,33 @@ impl Call {
             took_seconds: call.took().map(|took| took.as_secs_f64()),
             device: "gpu",
             met_seconds_ago: call.met.map(|met| met.as_secs_f64()),
+        }
+    }
+}
+
+impl Call {
+    /// A message between GPUs. Its number counts those of its pair of ranks in its direction.
+    pub(crate) fn of_message(message: &GpuMessage) -> Self {
+        let GpuMessage { header, peer, .. } = message;
+        let took = message.ended.map(|ended| message.begun.saturating_sub(ended).as_secs_f64());
+        Self {
+            operation: message.name(),
+            number: Some(u64::from(message.number)),
+            text: message.to_string(),
+            dtype: header.dtype.map(|dtype| dtype.name()),
+            count: header.dtype.map_or(0, |dtype| header.bytes / dtype.size() as u64),
+            bytes: header.bytes,
+            op: None,
+            root: None,
+            to: message.is_sent.then_some(*peer),
+            from: (!message.is_sent).then_some(*peer),
+            tag: (header.kind == 0).then_some(header.tag),
+            algorithm: "message",
+            state: if message.ended.is_none() { "open" } else { "done" },
+            begun_seconds_ago: message.begun.as_secs_f64(),
+            took_seconds: took,
+            device: "gpu",
+            met_seconds_ago: None,
         }
     }
 }

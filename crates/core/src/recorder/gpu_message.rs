@@ -104,6 +104,11 @@ pub struct GpuMessage {
 }
 
 impl GpuMessage {
+    /// `send`, `recv`, or the collective that it is a part of.
+    pub fn name(&self) -> &'static str {
+        self.header.name(if self.is_sent { "send" } else { "recv" })
+    }
+
     /// Those that the words of a device tell, by peer.
     pub fn of_words(state: &[u64], moment: Moment, clock: &Clock) -> Vec<Self> {
         let area = state.get(MESSAGE_RECORDS_AT / 8..STATE_BYTES / 8).unwrap_or(&[]);
@@ -129,6 +134,14 @@ impl GpuMessage {
             begun: moment.ago(begun, clock),
             ended: (ended >= begun).then(|| moment.ago(ended, clock)),
         })
+    }
+}
+
+/// `send to rank 1 #5 (f32, 4096, tag 7)`.
+impl fmt::Display for GpuMessage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let way = if self.is_sent { "to" } else { "from" };
+        write!(f, "{} {way} rank {} #{} ({})", self.name(), self.peer, self.number, self.header)
     }
 }
 
@@ -163,6 +176,8 @@ mod tests {
         assert_eq!((sent.is_sent, sent.peer, sent.number, sent.ended), (true, 3, 5, None));
         assert_eq!((sent.header.to_string(), sent.begun), ("bf16, 32, tag 7".into(), Duration::from_secs(6)));
         assert_eq!((received.is_sent, received.peer), (false, 0));
+        assert_eq!(sent.to_string(), "send to rank 3 #5 (bf16, 32, tag 7)");
+        assert_eq!(received.to_string(), "all_to_all_v from rank 0 #1 (bf16, 4)");
         assert_eq!((received.begun, received.ended), (Duration::from_secs(9), Some(Duration::from_secs(8))));
         assert_eq!(
             (received.header.name("recv"), received.header.to_string().as_str()),
