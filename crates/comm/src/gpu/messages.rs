@@ -3,14 +3,15 @@
 //! A kernel carries out any number of messages at once: all to one peer, or all from one, are a *lane* and keep their order; lanes
 //! do not wait for each other. So the messages of a group make one launch, and their order does not matter.
 
+use smallvec::SmallVec;
 use unisono_core::call::{self, Kind};
 use unisono_core::device::Form;
 use unisono_core::device::layout::MAX_MESSAGES;
 use unisono_cuda::{Grid, Stream};
 use unisono_sync::Word;
 
-use super::Gpu;
 use super::args::{Args, FOUND, HEADER_LAUNCH, Message, Messages};
+use super::{Gpu, kernels};
 use crate::buffer::RawBuffer;
 use crate::call::Call;
 use crate::collectives::{Engine, OnDevice, Plan, WindowPlace};
@@ -91,7 +92,7 @@ impl Gpu {
             return Ok(Prepared::Messages(engine.messages_on(call, device)?.into_vec()));
         }
         let plan = engine.plan_on(call, Some(device))?;
-        self.check_kind(plan.header.kind)?;
+        self.check_plan(&plan)?;
         Ok(Prepared::Collective(Box::new(plan)))
     }
 
@@ -124,10 +125,36 @@ impl Gpu {
             peer: message.peer as u8,
             is_sent: u8::from(message.is_sent),
         };
-        let mut list: Vec<Message> = messages.iter().map(entry).collect();
-        let windows: Vec<_> = messages.iter().map(|message| message.window).collect();
+        let mut list: SmallVec<[Message; 2]> = messages.iter().map(entry).collect();
         self.lanes.fill(&mut list, (rank, ranks));
-        self.launch_lanes(&windows, false, stream)
+        self.launch_lanes(messages.iter().filter_map(|message| message.window), false, stream)
+    }
+
+    /// Refuses collectives that have no kernels, or not for these parts.
+    pub(super) fn check_plan(&self, plan: &Plan) -> Result<()> {
+        let (rank, kind) = (self.args.rank as usize, plan.header.kind);
+        let argument = |what, expected: &str, got: &str| {
+            let (expected, got) = (expected.to_owned(), got.to_owned());
+            Err(Error::Argument { call: kind.name(), rank, what, expected, got })
+        };
+        if !kernels::has_kernels(kind) {
+            return argument("operation on a GPU", "one that GPUs have kernels for", kind.name());
+        }
+        if !is_of_messages(kind) {
+            return Ok(());
+        }
+        if let (Some(sent), Some(received)) = plan.between(rank, rank)
+            && sent.count != received.count
+        {
+            let expected = format!("{} elements, as it is sent", sent.count);
+            return argument("part that stays on this rank", &expected, &received.count.to_string());
+        }
+        let is_in_place = plan.source == plan.target.cast_const() && self.rules.ranks > 1;
+        let moves = |peer| plan.between(rank, peer).0.is_some_and(|part| part.count > 0);
+        if matches!(kind, Kind::AllToAllV) && is_in_place && (0..self.rules.ranks).any(moves) {
+            return argument("memory of the output", "disjoint from the input, on a GPU", "the input itself");
+        }
+        Ok(())
     }
 
     /// Puts a collective that is a message for each pair of ranks into `stream`. It has an epoch, and headers are compared as in others.
@@ -136,19 +163,10 @@ impl Gpu {
         let kind = plan.header.kind;
         let source = self.windows.address(rank, plan.source as u64, plan.source_window);
         let target = self.windows.address(rank, plan.target as u64, plan.target_window);
-        let argument = |what, expected: String, got: String| {
-            Err(Error::Argument { call: kind.name(), rank, what, expected, got })
-        };
         let words = plan.header.to_words();
         let mut list = Vec::with_capacity(2 * ranks);
         for peer in 0..ranks {
             let (sent, received) = plan.between(rank, peer);
-            if let (Some(sent), Some(received), true) = (sent, received, peer == rank)
-                && sent.count != received.count
-            {
-                let expected = format!("{} elements, as it is sent", sent.count);
-                return argument("part that stays on this rank", expected, received.count.to_string());
-            }
             for (base, part, is_sent) in [(source, sent, 1), (target, received, 0)] {
                 list.extend(part.map(|part| Message {
                     at: base + part.at as u64,
@@ -161,11 +179,6 @@ impl Gpu {
                 }));
             }
         }
-        let is_moved = list.iter().any(|message| message.bytes > 0);
-        if matches!(kind, Kind::AllToAllV) && ranks > 1 && is_moved && source == target {
-            let expected = "disjoint from the input, on a GPU".to_owned();
-            return argument("memory of the output", expected, "the input itself".to_owned());
-        }
         self.lanes.fill(&mut list, (rank, ranks));
         let args = &mut self.args;
         args.header[..call::HEADER_WORDS].copy_from_slice(&words);
@@ -173,21 +186,26 @@ impl Gpu {
         args.header[HEADER_LAUNCH] = Form::Bulk as u64;
         args.bytes = self.lanes.most_bytes as u64;
         args.root = kind.root().unwrap_or(0);
-        self.launch_lanes(&[plan.source_window, plan.target_window], true, stream)
+        let windows = [plan.source_window, plan.target_window];
+        self.launch_lanes(windows.into_iter().flatten(), true, stream)
     }
 
     /// Launches what the lanes hold, whose buffers lie in `windows` or not.
     fn launch_lanes(
         &mut self,
-        windows: &[Option<WindowPlace>],
+        windows: impl Iterator<Item = WindowPlace>,
         is_collective: bool,
         stream: &Stream,
     ) -> Result<()> {
         self.order_after_latest(stream)?;
+        let mut sides: SmallVec<[[Option<WindowPlace>; 2]; 2]> =
+            windows.map(|window| [Some(window), None]).collect();
+        if sides.is_empty() {
+            sides.push([None; 2]);
+        }
         let mut is_captured = false;
-        for sides in windows.chunks(2) {
-            let sides = [sides[0], sides.get(1).copied().flatten()];
-            is_captured |= self.keep_if_captured(sides, stream)?;
+        for sides in &sides {
+            is_captured |= self.keep_if_captured(*sides, stream)?;
         }
         let launch = self.rules.messages(self.lanes.lanes, self.lanes.most_bytes);
         let messages = &mut self.lanes.messages;
@@ -204,10 +222,7 @@ impl Gpu {
         // lets go, and the buffers are valid until the stream has passed, as whoever made the call promised.
         let launched = unsafe { function.launch(stream, grid, (&raw mut *messages).cast()) };
         launched.map_err(|error| self.refused(error))?;
-        for sides in windows.chunks(2) {
-            self.conclude([sides[0], sides.get(1).copied().flatten()], stream, is_captured)?;
-        }
-        Ok(())
+        sides.into_iter().try_for_each(|sides| self.conclude(sides, stream, is_captured))
     }
 
     /// Waits until some rank has sent us a message with `tag` that is the next from it, and puts its receipt into `stream`. The rank.

@@ -183,22 +183,8 @@ impl Gpu {
             return self.launch_messages(&messages, stream);
         }
         let plan = engine.plan_on(call, Some(device))?;
-        self.check_kind(plan.header.kind)?;
+        self.check_plan(&plan)?;
         self.launch(&plan, stream)
-    }
-
-    /// Refuses what has no kernels.
-    fn check_kind(&self, kind: Kind) -> Result<()> {
-        if kernels::has_kernels(kind) {
-            return Ok(());
-        }
-        Err(Error::Argument {
-            call: kind.name(),
-            rank: self.args.rank as usize,
-            what: "operation on a GPU",
-            expected: "one that GPUs have kernels for".to_owned(),
-            got: kind.name().to_owned(),
-        })
     }
 
     /// Refuses streams of other devices.
