@@ -7,7 +7,7 @@
 //
 // A large message goes in tiles. Tile i belongs to channel i mod CHANNELS, whatever blocks each side has. A channel has a few slots in the
 // receiver's arena; its tiles are rounds, counted from message to message. The receiver is told (stage SENT) that a round is in its slot,
-// the sender (stage TAKEN) that it was copied out, and so may be overwritten by the round SLOTS later. Rounds are counted anew after
+// the sender (stage TAKEN) that it was copied out, and so may be overwritten by the round MESSAGE_SLOTS later. Rounds are counted anew after
 // ERA_ROUNDS of them, once everything was taken; flags have the era where those of collectives have the epoch.
 //
 // A lane is all messages of one launch between us and one peer in one direction; lanes do not wait for each other. Block p of B carries
@@ -258,7 +258,7 @@ struct Stretch {
   __device__ __forceinline__ Side slot(u32 t) const {
     const u32 to = IS_SENT ? message.peer : args.rank, from = IS_SENT ? args.rank : message.peer;
     Side side;
-    side.at = args.arenas[to] + SLOTS_AT + ((u64(from) * CHANNELS + channel) * SLOTS + (before + t) % SLOTS) * SLOT_BYTES;
+    side.at = args.arenas[to] + SLOTS_AT + ((u64(from) * CHANNELS + channel) * MESSAGE_SLOTS + (before + t) % MESSAGE_SLOTS) * SLOT_BYTES;
     return side;
   }
 
@@ -272,7 +272,7 @@ struct Stretch {
   __device__ __forceinline__ Side output(u32 t, u32) const {
     if (!IS_SENT) return own(t);
     Side side = slot(t);
-    if (before + t >= SLOTS) side.wait = {message.peer, TAKEN, before + t - SLOTS};
+    if (before + t >= MESSAGE_SLOTS) side.wait = {message.peer, TAKEN, before + t - MESSAGE_SLOTS};
     side.tell = {message.peer, SENT, before + t};
     return side;
   }

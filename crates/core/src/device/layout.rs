@@ -309,7 +309,7 @@ impl ArenaLayout {
             ("REPORT_CLOCK", REPORT_CLOCKS[0]),
             ("MAX_MESSAGES", MAX_MESSAGES),
             ("CHANNELS", MESSAGE_CHANNELS),
-            ("SLOTS", self.message_slots()),
+            ("MESSAGE_SLOTS", self.message_slots()),
             ("SLOT_BYTES", self.message_tile_bytes()),
             ("RING_PACKETS", RING_PACKETS),
             ("ERA_ROUNDS", ERA_ROUNDS),
