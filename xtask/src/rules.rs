@@ -50,6 +50,7 @@ const UNSAFE_FILES: &[&str] = &[
     // Registers memory with the driver, and launches kernels.
     "crates/comm/src/gpu/arenas.rs",
     "crates/comm/src/gpu/args.rs",
+    "crates/comm/src/gpu/copy_engines.rs",
     "crates/comm/src/gpu/fused.rs",
     "crates/comm/src/gpu/mod.rs",
     "crates/comm/src/gpu/one_sided.rs",

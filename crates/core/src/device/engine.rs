@@ -33,7 +33,7 @@ const fn slots(lanes: usize) -> usize {
 
 /// The most bytes of a chunk: slots fill both halves of the scratch.
 pub const fn slot_bytes(layout: &ArenaLayout, lanes: usize) -> usize {
-    let bytes = 2 * layout.scratch_half_bytes() / slots(lanes);
+    let bytes = layout.scratch().bytes / slots(lanes);
     bytes - bytes % 128
 }
 
