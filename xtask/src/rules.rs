@@ -96,6 +96,7 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/tests/golden.rs",
     // Device buffers of tests.
     "crates/comm/tests/gpu/derive.rs",
+    "crates/comm/tests/gpu/engine.rs",
     "crates/comm/tests/gpu/fused.rs",
     "crates/comm/tests/gpu/group.rs",
     "crates/comm/tests/gpu/life.rs",

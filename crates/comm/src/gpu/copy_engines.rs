@@ -6,7 +6,7 @@
 //! belong to that capture until it ends, and no other call could have them. The last kernel comes behind all copies, so who has
 //! passed the call in the user's stream has passed all of it.
 //!
-//! Per step the host gives one kernel, up to two copies, and five events to the driver; under capture two copies and a kernel.
+//! Per step the host gives one kernel, up to three copies, two records of events and two waits for them to the driver.
 
 use unisono_core::call::Kind;
 use unisono_core::device::engine::{MOST_LANES, Piece, Steps, slot_bytes};

@@ -42,7 +42,7 @@ fn chunks_of_every_kind_arrive_in_lanes_of_every_number() {
         ("engine:2:64", &[1, 128, 129, 1024, 2047, 4096, 4097, 8193, 20_001]),
         ("engine:3:64", &[1, 127, 1024, 3072, 3073, 6144, 6145, 12_289, 30_000]),
         ("engine:8:8", &[1, 128, 129, 1024, 1025, 2048, 2049, 4000]),
-        ("engine:3", &[1, 128, 1_000_003, 25_165_823, 25_165_825]),
+        ("engine", &[1, 128, 1_000_003, 25_165_825]),
     ] {
         for most in [2, 3, 8] {
             let Some(world) = world(most, asked(text)) else { return };
@@ -52,12 +52,17 @@ fn chunks_of_every_kind_arrive_in_lanes_of_every_number() {
                 continue;
             }
             for &count in counts {
-                for (is_in_place, offset) in [(false, 0), (true, 0), (false, 1), (true, 3)] {
+                let is_large = count > 1 << 20;
+                for (is_in_place, offset) in [(false, 1), (true, 0), (false, 0), (true, 3)] {
+                    // What takes long to compare is compared once.
+                    if is_large && (is_in_place || offset == 0 || most < 8) {
+                        continue;
+                    }
                     let case = Case { dtype: DType::U8, count, is_in_place, offset, ..Case::default() };
                     let gathered = Case { operation: Operation::AllGather, ..case };
                     assert_eq!(form_of(&world, &gathered), Form::Engine);
                     world.check(&gathered, Some(Form::Engine));
-                    for root in if count > 100_000 { ranks - 1..ranks } else { 0..ranks } {
+                    for root in if is_large { ranks - 1..ranks } else { 0..ranks } {
                         let sent = Case { operation: Operation::Broadcast, root, ..case };
                         world.check(&sent, Some(Form::Engine));
                     }
@@ -128,7 +133,7 @@ struct Chain {
     sent: DeviceBuffer,
 }
 
-const COUNT: usize = 40_000;
+const COUNT: usize = 12_000;
 
 impl Chain {
     fn new(world: &World, rank: usize) -> Self {
@@ -215,23 +220,29 @@ fn eager_calls_go_on_while_another_stream_is_captured() {
     let Some(world) = world(8, |builder| asked("engine:2:256")(prepared(builder))) else { return };
     let ranks = world.ranks.len();
     let chains: Vec<Chain> = (0..ranks).map(|rank| Chain::new(&world, rank)).collect();
-    let mut graphs = Vec::new();
-    for (rank, chain) in chains.iter().enumerate() {
-        let other = CudaStream::new(&world.devices[rank]).unwrap();
-        // SAFETY: the raw stream lies beside this one and lives as long.
-        let stream = unsafe { Stream::cuda(other.raw(), other.device().ordinal()) }.unwrap();
+    let others: Vec<CudaStream> =
+        world.devices.iter().map(|device| CudaStream::new(device).unwrap()).collect();
+    let run = |rank: usize, is_captured: bool| {
+        // SAFETY: the raw stream lives as long as this one.
+        let other = unsafe { Stream::cuda(others[rank].raw(), others[rank].device().ordinal()) }.unwrap();
+        let stream = if is_captured { &other } else { &world.streams[rank] };
+        chains[rank].run(&world, rank, stream).unwrap();
+    };
+    // All ranks make the eager call before any waits for the device, as the end of a capture may.
+    for (rank, other) in others.iter().enumerate() {
         other.begin_capture().unwrap();
-        chain.run(&world, rank, &stream).unwrap();
-        chain.run(&world, rank, &world.streams[rank]).unwrap();
-        chain.run(&world, rank, &stream).unwrap();
-        graphs.push((other.end_capture().unwrap(), other));
+        run(rank, true);
     }
+    (0..ranks).for_each(|rank| run(rank, false));
+    let end = |rank: usize| {
+        run(rank, true);
+        others[rank].end_capture().unwrap()
+    };
+    let graphs: Vec<Graph> = (0..ranks).map(end).collect();
     world.raw_streams.iter().for_each(|stream| stream.synchronize().unwrap());
     chains.iter().for_each(|chain| chain.check(ranks, 1));
-    for (graph, stream) in &graphs {
-        graph.launch(stream).unwrap();
-    }
-    graphs.iter().for_each(|(_, stream)| stream.synchronize().unwrap());
+    graphs.iter().zip(&others).for_each(|(graph, stream)| graph.launch(stream).unwrap());
+    others.iter().for_each(|stream| stream.synchronize().unwrap());
     for (rank, chain) in chains.iter().enumerate() {
         world.ranks[rank].check().unwrap();
         chain.check(ranks, 3);

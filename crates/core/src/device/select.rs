@@ -1,4 +1,6 @@
 //! Which form a call takes on the GPU, and with which grid: a pure function of values that are equal on all ranks.
+//!
+//! Over 500 lines because one table of borders and grids serves all forms, and its tests stand with it.
 
 use std::fmt;
 use std::str::FromStr;
