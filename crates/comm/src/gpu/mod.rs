@@ -259,8 +259,7 @@ impl Gpu {
                 self.windows.place(target, (&mut args.targets, &mut args.header[HEADER_OFFSETS + 1]));
         }
         let shared_bytes = if launch.by_copies { self.room_bytes } else { 0 };
-        let workers = if launch.form == Form::Engine { 0 } else { launch.blocks };
-        let grid = Grid { blocks: workers + 1, threads: launch.threads, shared_bytes };
+        let grid = Grid { blocks: launch.workers() + 1, threads: launch.threads, shared_bytes };
         let args = match &mut uneven {
             Some(uneven) => (&raw mut *uneven).cast(),
             None => (&raw mut self.args).cast(),

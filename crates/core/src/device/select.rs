@@ -131,6 +131,16 @@ pub struct Launch {
     pub by_copies: bool,
 }
 
+impl Launch {
+    /// Blocks that move data; none where copy engines do.
+    pub const fn workers(&self) -> u32 {
+        match self.form {
+            Form::Engine => 0,
+            _ => self.blocks,
+        }
+    }
+}
+
 /// Blocks that share a row where rows are normalised, and threads of each. Two of them fit on a multiprocessor.
 pub const TEAM_BLOCKS: u32 = 8;
 /// See [`TEAM_BLOCKS`].
