@@ -141,15 +141,17 @@ part_sanitizer() {
     done
 }
 
-bench() { # NAME RANKS
-    TAIL=80 step "$1" 240 ./unisono bench $operations --device cuda --against nccl -n "$2" "--json=$out/$1.json"
+bench() { # NAME RANKS OPERATION…
+    local name=$1 ranks=$2
+    shift 2
+    TAIL=80 step "$name" 240 ./unisono bench "$@" --device cuda --against nccl -n "$ranks" "--json=$out/$name.json"
 }
 
 part_bench() {
     local ranks
-    bench bench "$count"
+    bench bench "$count" $operations
     for ranks in 2 4; do
-        [ "$ranks" -ge "$count" ] || bench "bench-$ranks" "$ranks"
+        [ "$ranks" -ge "$count" ] || bench "bench-$ranks" "$ranks" all_reduce broadcast all_gather
     done
     UNISONO_ORDER=rank TAIL=20 step rank-order 60 ./unisono bench all_reduce --device cuda -n "$count" --sizes 256MiB,1GiB \
         "--json=$out/rank-order.json"

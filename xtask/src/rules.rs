@@ -53,6 +53,7 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/src/gpu/copy_engines.rs",
     "crates/comm/src/gpu/fused.rs",
     "crates/comm/src/gpu/mod.rs",
+    "crates/comm/src/gpu/messages.rs",
     "crates/comm/src/gpu/one_sided.rs",
     "crates/comm/src/gpu/pinned.rs",
     // Copies the recorder of a GPU, and has it tell the time.
@@ -100,6 +101,8 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/tests/gpu/fused.rs",
     "crates/comm/tests/gpu/group.rs",
     "crates/comm/tests/gpu/life.rs",
+    "crates/comm/tests/gpu/message_ends.rs",
+    "crates/comm/tests/gpu/messages.rs",
     "crates/comm/tests/gpu/pinned.rs",
     "crates/comm/tests/gpu/random.rs",
     "crates/comm/tests/gpu/recorder.rs",

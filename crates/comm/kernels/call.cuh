@@ -22,7 +22,15 @@
 #include "ptx.cuh"
 
 // Why a kernel gave up, as the host reads it.
-enum Reason { REASON_NONE, REASON_MISMATCH, REASON_TIMEOUT, REASON_CONCURRENT, REASON_OUTSIDE, REASON_ABORTED };
+enum Reason {
+  REASON_NONE,
+  REASON_MISMATCH,
+  REASON_TIMEOUT,
+  REASON_CONCURRENT,
+  REASON_OUTSIDE,
+  REASON_MESSAGE,
+  REASON_ABORTED
+};
 
 // In memory of this device, used by this rank only. The host reads `epoch`, `left` and `expected` beside the records.
 struct State {
@@ -58,8 +66,9 @@ struct Report {
   u64 expected;
   u64 seen;
   u64 waited_ns;
-  u64 waiting;  // epoch << 32 | 1 + peer, from a wait that lasts; of no other use than to be read by people
-  u64 reserved;
+  // epoch, or tag << 32 | what << 16 | 1 + peer, from a wait that lasts; of no other use than to be read by people
+  u64 waiting;
+  u64 found;    // 1 + the rank that a message of any rank came from
   u32 mine[2 * HEADER_WORDS + 2];
   u32 theirs[2 * HEADER_WORDS + 2];
 };
@@ -85,10 +94,18 @@ struct Args {
 
 static_assert(sizeof(Args) == ARGS_BYTES, "the host lays arguments out differently");
 
+// What a kernel works on.
+enum What { A_CALL, A_SEND, A_RECEIVE };
+
 struct Entry {
   u64 started_ns;
   u32 epoch;
   bool is_poisoned;
+  u32 what;
+  u32 tag;  // of a message
+
+  // What it is known by: the epoch of a call.
+  __device__ __forceinline__ u32 number() const { return what == A_CALL ? epoch : tag; }
 };
 
 // One lane of those that run.
@@ -125,9 +142,11 @@ __device__ __noinline__ bool must_leave(const Args& args, const Entry& entry, u3
   // Others of this rank wait for a peer, and tell which.
   if (peer == args.rank) return false;
   u64 waited_ns = now_ns() - entry.started_ns;
-  if (waited_ns > 500000000) store_word(&args.report->waiting, u64(entry.epoch) << 32 | (peer + 1));
+  if (waited_ns > 500000000) {
+    store_word(&args.report->waiting, u64(entry.number()) << 32 | entry.what << 16 | (peer + 1));
+  }
   if (args.patience_ns == 0 || waited_ns < args.patience_ns) return false;
-  give_up(args, REASON_TIMEOUT, peer, entry.epoch, entry.epoch, seen, waited_ns);
+  give_up(args, REASON_TIMEOUT, peer, entry.number(), entry.what, seen, waited_ns);
   return true;
 }
 
@@ -328,8 +347,8 @@ __device__ __noinline__ bool renew(const Args& args, const Entry& entry) {
   return __syncthreads_and(is_open);
 }
 
-// Every thread of every block calls this first. If it answers poison, the block leaves.
-__device__ __forceinline__ Entry enter(const Args& args) {
+// Every thread of every block calls this first, in kernels that have no epoch of their own. If it answers poison, the block leaves.
+__device__ __forceinline__ Entry begin(const Args& args) {
   __shared__ Entry shared;
   if (threadIdx.x == 0) {
     State* state = args.state;
@@ -349,6 +368,14 @@ __device__ __forceinline__ Entry enter(const Args& args) {
   }
   __syncthreads();
   Entry entry = shared;
+  entry.what = A_CALL;
+  entry.tag = 0;
+  return entry;
+}
+
+// The same, in kernels that have the next epoch.
+__device__ __forceinline__ Entry enter(const Args& args) {
+  Entry entry = begin(args);
   if (!entry.is_poisoned && (entry.epoch & 0x7fffffff) == 0) entry.is_poisoned = !renew(args, entry);
   return entry;
 }

@@ -218,7 +218,16 @@ __device__ __forceinline__ bool run_by_copies(const Args& args, const Entry& ent
   if (role == 0) went = line.load();
   else if (role == 1) went = line.store();
   else if (line.have_threads) went = line.fold((role - 2) * 32 + threadIdx.x % 32);
-  return __syncthreads_and(went);
+  went = __syncthreads_and(went);
+  // A block may run several programs, one after the other. Who has failed leaves.
+  if (went && threadIdx.x % 32 == 0 && role == 0) {
+    for (u32 i = 0; i < Line::PLACES; i++) {
+      end_barrier(&meeting.full[i]);
+      end_barrier(&meeting.ready[i]);
+      end_barrier(&meeting.empty[i]);
+    }
+  }
+  return went;
 }
 
 #endif

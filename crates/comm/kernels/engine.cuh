@@ -31,6 +31,8 @@ __device__ __forceinline__ Entry resume(const Args& args) {
   Entry entry;
   entry.epoch = load_own_word(&args.state->epoch);
   entry.started_ns = now_ns();
+  entry.what = A_CALL;
+  entry.tag = 0;
   entry.is_poisoned = __syncthreads_or(load_own_word(&args.state->poison) != 0);
   return entry;
 }

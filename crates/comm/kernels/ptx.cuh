@@ -139,6 +139,11 @@ __device__ __forceinline__ void make_barrier(u64* barrier, u32 arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_at(barrier)), "r"(arrivals) : "memory");
 }
 
+// Its place may be used for something else, or for another barrier.
+__device__ __forceinline__ void end_barrier(u64* barrier) {
+  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(shared_at(barrier)) : "memory");
+}
+
 // Barriers that were made are there for copies too.
 __device__ __forceinline__ void fence_barriers() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -13,6 +13,7 @@ use unisono_core::{Element, ReduceOp};
 use unisono_node::{SharedMemory, ThreadHub};
 use unisono_sync::{Deadline, WaitPolicy};
 
+use crate::buffer::RawBuffer;
 use crate::builder::Builder;
 use crate::call::{Call, Kind};
 use crate::cause::Cause;
@@ -237,6 +238,45 @@ impl Communicator {
         engine.submit(call)
     }
 
+    /// Checks a call that is to be enqueued in `stream` later.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn prepare_on(
+        &self,
+        call: &Call<'_>,
+        stream: &unisono_cuda::Stream,
+    ) -> Result<crate::gpu::Prepared> {
+        let Some(gpu) = &self.gpu else {
+            return Err(crate::gpu::without_device(call.kind, self.rank, stream));
+        };
+        gpu.borrow_mut().prepare(&mut self.engine.borrow_mut(), call, stream)
+    }
+
+    /// Enqueues what was checked.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn enqueue_on(
+        &self,
+        prepared: &crate::gpu::Prepared,
+        stream: &unisono_cuda::Stream,
+    ) -> Result<()> {
+        let Some(gpu) = &self.gpu else { unreachable!("it was checked on a GPU") };
+        gpu.borrow_mut().enqueue(prepared, stream)
+    }
+
+    /// Receives a message from any rank in the order of `stream`.
+    pub(crate) fn recv_any_on(&self, target: &RawBuffer, tag: u32, stream: &Stream) -> Result<usize> {
+        let mut engine = self.engine.borrow_mut();
+        #[cfg(feature = "cuda")]
+        if let Some(stream) = stream.as_cuda() {
+            let Some(gpu) = &self.gpu else {
+                let kind = Kind::Recv { from: u32::MAX, tag };
+                return Err(crate::gpu::without_device(kind, self.rank, stream));
+            };
+            return gpu.borrow_mut().receive_any(&mut engine, (*target, tag), stream);
+        }
+        let _ = stream;
+        engine.receive_any(target, tag)
+    }
+
     /// The control memory of `neighbours`. Collective.
     pub(crate) fn share_control(
         neighbours: &Neighbours,
@@ -292,12 +332,13 @@ impl Communicator {
         OnStream::new(self, stream)
     }
 
-    /// Receives the next message with `tag` from whichever rank sends one, and returns that rank. Ranks are served in turn.
+    /// Receives the next message with `tag` from whichever rank sends one, and returns that rank. Ranks are served in turn. Into
+    /// memory of a GPU: [`OnStream::recv_any`].
     ///
     /// # Errors
     /// As [`Operations::recv`]; [`Error::Argument`] in a world of one rank.
     pub fn recv_any<'b, T: Element>(&self, dst: impl Into<crate::BufMut<'b, T>>, tag: u32) -> Result<usize> {
-        self.engine.borrow_mut().receive_any(&dst.into().raw(), tag)
+        self.recv_any_on(&dst.into().raw(), tag, &Stream::host())
     }
 
     /// Ok, or the first cause why this communicator failed, on the host or in kernels that ran so far. Waits for nobody.

@@ -9,7 +9,11 @@ use crate::communicator::Communicator;
 use crate::error::Result;
 use crate::operations::Operations;
 use crate::stream::Stream;
+#[cfg(feature = "cuda")]
+use launches::Launches;
 
+#[cfg(feature = "cuda")]
+mod launches;
 mod requests;
 
 pub use requests::Promised;
@@ -19,6 +23,9 @@ use requests::Task;
 #[derive(Debug)]
 pub struct Group<'b> {
     calls: RefCell<Vec<(&'b Communicator, Prepared)>>,
+    /// Those on GPUs.
+    #[cfg(feature = "cuda")]
+    launches: RefCell<Launches<'b>>,
     /// What is done after the calls, on each communicator.
     tasks: RefCell<Vec<Task<'b>>>,
 }
@@ -28,12 +35,22 @@ pub struct Group<'b> {
 pub struct Grouped<'g, 'b> {
     group: &'g Group<'b>,
     communicator: &'b Communicator,
+    #[cfg(feature = "cuda")]
+    stream: &'b Stream,
 }
 
 impl<'b> Group<'b> {
     /// The operations of `communicator`, in the order of `stream`, as part of this group.
-    pub fn on(&self, communicator: &'b Communicator, _stream: &'b Stream) -> Grouped<'_, 'b> {
-        Grouped { group: self, communicator }
+    pub fn on(&self, communicator: &'b Communicator, stream: &'b Stream) -> Grouped<'_, 'b> {
+        // The host has only one.
+        #[cfg(not(feature = "cuda"))]
+        let _ = stream;
+        Grouped {
+            group: self,
+            communicator,
+            #[cfg(feature = "cuda")]
+            stream,
+        }
     }
 }
 
@@ -42,6 +59,10 @@ impl<'b> Operations<'b> for Grouped<'_, 'b> {
 
     /// Checks the operation and notes it; it is posted when the group ends.
     fn submit(&self, call: Call<'b>) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(stream) = self.stream.as_cuda() {
+            return self.group.launches.borrow_mut().add(self.communicator, &call, stream);
+        }
         let mut engine = self.communicator.engine();
         engine.check()?;
         let prepared = engine.prepare(&call)?;
@@ -54,6 +75,9 @@ impl<'b> Operations<'b> for Grouped<'_, 'b> {
 ///
 /// Within a group the order of messages does not matter: no send waits for a receive that comes after it. One thread can drive
 /// several communicators, even several ranks of one world; collectives of one communicator keep their order.
+///
+/// On streams of GPUs operations are enqueued when the group ends, on every communicator the collectives first, and then its
+/// messages: one kernel carries out all of them (at most 128, on one stream), with all peers and in both directions at once.
 ///
 /// Windows ([`Grouped::window`], [`Grouped::close`]; with GPUs `Grouped::register` too), communicators made of others
 /// ([`Grouped::split`], [`Grouped::duplicate`]) and the end ([`Group::destroy`]) are collective as well, and block: here all
@@ -81,8 +105,15 @@ impl<'b> Operations<'b> for Grouped<'_, 'b> {
 /// Those of `f`, and of arguments: then nothing was posted. Else the first cause of a failure of any of the communicators; what was
 /// posted on the others is carried out all the same.
 pub fn group<'b, R>(f: impl FnOnce(&Group<'b>) -> Result<R>) -> Result<R> {
-    let group = Group { calls: RefCell::default(), tasks: RefCell::default() };
+    let group = Group {
+        calls: RefCell::default(),
+        #[cfg(feature = "cuda")]
+        launches: RefCell::default(),
+        tasks: RefCell::default(),
+    };
     let value = f(&group)?;
+    #[cfg(feature = "cuda")]
+    let launches = group.launches.into_inner();
     let (calls, tasks) = (group.calls.into_inner(), group.tasks.into_inner());
     let mut communicators: Vec<&Communicator> = Vec::new();
     for (communicator, _) in &calls {
@@ -93,7 +124,10 @@ pub fn group<'b, R>(f: impl FnOnce(&Group<'b>) -> Result<R>) -> Result<R> {
     for communicator in communicators.iter().copied().chain(tasks.iter().filter_map(Task::lent)) {
         communicator.engine().check()?;
     }
+    #[cfg(not(feature = "cuda"))]
     let mut result = Ok(());
+    #[cfg(feature = "cuda")]
+    let mut result = launches.enqueue();
     for (communicator, prepared) in calls {
         let posted = communicator.engine().post(prepared);
         result = result.and(posted.map(drop));

@@ -99,9 +99,12 @@ impl Observer {
     /// The call in which our GPU waits, if it has done so for half a second.
     #[cfg(feature = "cuda")]
     fn waits_on_gpu(&self) -> Option<String> {
-        let (epoch, peer) = crate::gpu::args::waiting(self.control.gpu().0)?;
-        let name = self.control.name(peer.min(self.control.world_size() - 1));
-        Some(format!("call #{epoch} on the GPU of rank {}, waiting for {name}", self.rank))
+        let wait = crate::gpu::args::waiting(self.control.gpu().0)?;
+        let peer = wait.peer;
+        let world_size = self.control.world_size();
+        let name = if peer < world_size { self.control.name(peer) } else { "any rank" };
+        let what = wait.work.describe(peer, world_size);
+        Some(format!("{what} on the GPU of rank {}, waiting for {name}", self.rank))
     }
 
     /// The last calls on the GPU of `rank`, oldest first, replays of graphs among them: which one its kernels are in, since when,

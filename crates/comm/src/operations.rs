@@ -295,7 +295,7 @@ pub trait Operations<'b> {
 
     /// As [`Operations::all_to_all_into`], with parts of any size: `out` tells what of `src` goes to each rank, `into` what comes
     /// from each and where it lies in `dst`. What rank a sends to b must be what b expects of a; only these two need to know.
-    /// `src` and `dst` may be the same memory if `out` and `into` are equal.
+    /// `src` and `dst` may be the same memory if `out` and `into` are equal; not on GPUs.
     ///
     /// ```
     /// # use unisono::{Communicator, Operations};
@@ -389,6 +389,11 @@ pub trait Operations<'b> {
     /// Sends `src` to rank `to`, which receives it with the same type, count and `tag`. Messages of one pair of ranks keep
     /// their order for each tag. Complete, for the sender, when `src` may be used again: a message that fits into the
     /// channel (16 to 64 KiB) does not wait for its receiver.
+    ///
+    /// On the stream of a GPU the messages of one pair of ranks are received in the order in which they were sent, whatever their tags: a
+    /// tag that is not the next one is a [`crate::Error::Mismatch`]. A message waits in the stream until its receiver takes it, if it is
+    /// larger than 32 KiB and does not fit into the receiver's scratch (2 to 4 MiB for each sender). Messages that cross belong into a
+    /// [`group()`](crate::group()) or a [`Operations::send_recv`], which carry them out at once.
     ///
     /// # Errors
     /// [`crate::Error::Argument`] if `to` is not another rank; [`crate::Error::Mismatch`], on both ranks, if the receiver

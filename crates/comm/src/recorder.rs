@@ -25,8 +25,8 @@ pub use unisono_core::call::CallHeader;
 use unisono_core::layout::{ControlLayout, Field};
 use unisono_core::recorder::{Clock, Clocks, JobLabel};
 pub use unisono_core::recorder::{
-    End, Failure, GpuCall, GpuView, GpuWait, Presence, Process, RankView, Reading, Record, Snapshot,
-    Standing, Waits, WaitsOn, ranks_phrase, time_phrase, why,
+    End, Failure, GpuCall, GpuMessage, GpuView, GpuWait, GpuWork, MessageHeader, Presence, Process, RankView,
+    Reading, Record, Snapshot, Standing, Waits, WaitsOn, ranks_phrase, time_phrase, why,
 };
 use unisono_node::ForeignMemory;
 use unisono_node::identity::ProcessStatus;

@@ -1,6 +1,9 @@
 //! Streams: operations in an order of their own. The host's stream runs them at once, so that code written for
 //! streams runs unchanged without a GPU.
 
+use unisono_core::Element;
+
+use crate::buffer::BufMut;
 use crate::call::Call;
 use crate::communicator::Communicator;
 #[cfg(not(feature = "cuda"))]
@@ -63,6 +66,18 @@ pub struct OnStream<'c> {
 impl<'c> OnStream<'c> {
     pub(crate) const fn new(communicator: &'c Communicator, stream: &'c Stream) -> Self {
         Self { communicator, stream }
+    }
+
+    /// Receives the next message with `tag` from whichever rank sends one, and returns that rank. Ranks are served in turn.
+    ///
+    /// On a stream of a GPU this waits, as does the calling thread, for everything that is in the stream before and until some rank's
+    /// next message to us has this tag; the data then comes in the order of the stream. What other ranks sent us with another tag has to be
+    /// received before it is looked behind.
+    ///
+    /// # Errors
+    /// As [`Operations::recv`]; [`crate::Error::Argument`] in a world of one rank, and on a stream that is captured.
+    pub fn recv_any<'b, T: Element>(&self, dst: impl Into<BufMut<'b, T>>, tag: u32) -> Result<usize> {
+        self.communicator.recv_any_on(&dst.into().raw(), tag, self.stream)
     }
 }
 

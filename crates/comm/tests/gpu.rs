@@ -15,6 +15,10 @@ mod fused;
 mod group;
 #[path = "gpu/life.rs"]
 mod life;
+#[path = "gpu/message_ends.rs"]
+mod message_ends;
+#[path = "gpu/messages.rs"]
+mod messages;
 #[path = "support/random.rs"]
 mod numbers;
 #[path = "gpu/pinned.rs"]

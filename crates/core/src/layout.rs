@@ -37,7 +37,7 @@ pub const SLOT_HEADER: usize = 7;
 /// Room for the first cause of a failure, as encoded bytes behind a length word.
 pub const CAUSE_BYTES: usize = 2048;
 /// Changes whenever anything here or in [`recorder`](crate::recorder) does: readers of another one do not guess.
-pub const LAYOUT_VERSION: u64 = 3;
+pub const LAYOUT_VERSION: u64 = 4;
 /// The words in which the memory says what job it belongs to, as [`recorder::JobLabel`](crate::recorder::JobLabel).
 pub const JOB_WORDS: usize = 64;
 /// The words in which a rank says who it is, as [`recorder::RankLabel`](crate::recorder::RankLabel).

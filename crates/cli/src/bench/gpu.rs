@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use unisono::cuda::{self, Device, DeviceBuffer, Event, Graph, Stream as CudaStream};
 use unisono::launch::Launch;
-use unisono::{Builder, Call, Communicator, Form, Operations, Place, RawBuffer, Stream, gpu};
+use unisono::{Builder, Call, Communicator, Form, Kind, Operations, Place, RawBuffer, Stream, gpu};
 
 use super::gpu_record::{Gpus, NcclFacts, OnGpu};
 use super::nccl::{ID_BYTES, Library, Nccl};
@@ -201,7 +201,10 @@ impl Rank<'_> {
     fn measure(&self, operation: Operation, bytes: usize) -> Result<OnGpu> {
         let job = self.job(operation, bytes);
         let kind = operation.kind(self.workload.op);
-        let lacks = self.nccl.as_ref().and_then(|nccl| nccl.lacks(kind, self.workload.dtype));
+        let is_ring = operation == Operation::SendRecv;
+        // Its sends and receives are older than all that it may lack.
+        let lacks = self.nccl.as_ref().filter(|_| !is_ring);
+        let lacks = lacks.and_then(|nccl| nccl.lacks(kind, self.workload.dtype));
         let mut contenders = vec![self.contender(Whose::Ours, &job)?];
         if self.nccl.is_some() && lacks.is_none() {
             contenders.push(self.contender(Whose::Nccl, &job)?);
@@ -213,6 +216,7 @@ impl Rank<'_> {
         }
         let mut sides = sides.into_iter();
         let Some(ours) = sides.next() else { unreachable!("ours is always measured") };
+        let kind = if is_ring { Some(self.ring()) } else { kind };
         let launch =
             kind.and_then(|kind| self.communicator.gpu_choice(kind, bytes, self.workload.dtype.size()));
         Ok(OnGpu {
@@ -278,10 +282,23 @@ impl Rank<'_> {
         Ok(self.communicator.barrier()?)
     }
 
+    /// Every rank sends to the next and receives from the previous one.
+    fn ring(&self) -> Kind {
+        let (rank, ranks) = (self.communicator.rank(), self.communicator.world_size());
+        Kind::SendRecv { to: ((rank + 1) % ranks) as u32, from: ((rank + ranks - 1) % ranks) as u32, tag: 0 }
+    }
+
     fn call(&self, whose: Whose, job: &Job) -> Result<()> {
+        if job.operation == Operation::SendRecv {
+            return self.call_kind(self.ring(), whose, job);
+        }
         let Some(kind) = job.operation.kind(self.workload.op) else {
             return Ok(self.communicator.on(&self.stream).barrier()?);
         };
+        self.call_kind(kind, whose, job)
+    }
+
+    fn call_kind(&self, kind: Kind, whose: Whose, job: &Job) -> Result<()> {
         let dtype = self.workload.dtype;
         if let (Whose::Nccl, Some(nccl)) = (whose, &self.nccl) {
             let both = (self.source.address(), self.target.address());
@@ -339,6 +356,10 @@ impl Rank<'_> {
                 Operation::ReduceScatter => (&self.reduced[..], rank * count),
                 Operation::Scatter => (self.patterns.input(0), rank * count),
                 Operation::AllToAll => (self.patterns.input(part), rank * count),
+                Operation::SendRecv => {
+                    let ranks = self.communicator.world_size();
+                    (self.patterns.input((rank + ranks - 1) % ranks), 0)
+                }
                 _ => (self.patterns.input(part), 0),
             };
             for at in (0..job.bytes).step_by(PIECE_BYTES) {

@@ -55,11 +55,6 @@ impl Operation {
         matches!(self, Self::AllReduce | Self::ReduceScatter | Self::Reduce)
     }
 
-    /// Whether GPUs have it.
-    const fn is_on_gpus(self) -> bool {
-        !matches!(self, Self::SendRecv)
-    }
-
     /// Parts of the input and of the output. Sides that only the root has are there on every rank: the others leave them.
     const fn parts(self, ranks: usize) -> (usize, usize) {
         match self {
@@ -85,7 +80,8 @@ impl Operation {
         })
     }
 
-    /// GB/s as nccl-tests counts: of the operation, and over the bus.
+    /// GB/s as nccl-tests counts: of the operation, and over the bus. A message is sent there and back on the host; on GPUs ([`gpu`])
+    /// each rank sends one on.
     fn bandwidth(self, ranks: usize, bytes: usize, us: f64) -> (f64, f64) {
         let ranks = ranks as f64;
         let per_rank = bytes as f64 / us / 1e3;
@@ -133,7 +129,8 @@ pub(crate) enum Rival {
 #[derive(Clone, Debug, Args)]
 #[command(
     after_help = "Bytes are those of one part: what each rank contributes, or gets where it contributes a part to every rank. Times are those of back-to-back calls (batches of 1000 \
-                  below 4 KiB): percentiles over batches of the slowest rank. algbw and busbw count as nccl-tests does. send_recv is a round trip between ranks 0 and 1, 2 and 3, and so on. \
+                  below 4 KiB): percentiles over batches of the slowest rank. algbw and busbw count as nccl-tests does. send_recv is a round trip between ranks 0 and 1, 2 and 3, and so on; on GPUs every rank sends to the next \
+                  and receives from the previous one. \
                   On GPUs calls are timed by events: eager, as they are submitted, and graph, captured in a CUDA graph; medians of the slowest rank."
 )]
 pub(crate) struct Arguments {

@@ -22,6 +22,7 @@ struct UniqueId {
 
 type Handle = *mut c_void;
 type Move = unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, Handle, *mut c_void) -> c_int;
+type MoveOfPeer = unsafe extern "C" fn(*mut c_void, usize, c_int, c_int, Handle, *mut c_void) -> c_int;
 type MoveOfRoot =
     unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Handle, *mut c_void) -> c_int;
 
@@ -51,6 +52,11 @@ struct Symbols {
     all_to_all: Option<Move>,
     gather: Option<MoveOfRoot>,
     scatter: Option<MoveOfRoot>,
+    /// The buffer is only read.
+    send: MoveOfPeer,
+    receive: MoveOfPeer,
+    group_start: unsafe extern "C" fn() -> c_int,
+    group_end: unsafe extern "C" fn() -> c_int,
     destroy: unsafe extern "C" fn(Handle) -> c_int,
     error: unsafe extern "C" fn(c_int) -> *const c_char,
 }
@@ -128,6 +134,10 @@ impl Library {
             all_to_all: optional!("ncclAlltoAll"),
             gather: optional!("ncclGather"),
             scatter: optional!("ncclScatter"),
+            send: symbol!("ncclSend"),
+            receive: symbol!("ncclRecv"),
+            group_start: symbol!("ncclGroupStart"),
+            group_end: symbol!("ncclGroupEnd"),
             destroy: symbol!("ncclCommDestroy"),
             error: symbol!("ncclGetErrorString"),
         };
@@ -259,6 +269,23 @@ impl Nccl {
                     (symbols.reduce_scatter)(source, target, count, dtype, op, self.handle, stream)
                 };
                 symbols.check("ncclReduceScatter", result)
+            }
+            (Kind::SendRecv { to, from, .. }, ..) => {
+                let (to, from) = (to as c_int, from as c_int);
+                // SAFETY: a group of this thread, which the next lines end.
+                symbols.check("ncclGroupStart", unsafe { (symbols.group_start)() })?;
+                // SAFETY: as above; a send only reads.
+                let results = unsafe {
+                    [
+                        (symbols.send)(source.cast_mut(), bytes, BYTES, to, self.handle, stream),
+                        (symbols.receive)(target, bytes, BYTES, from, self.handle, stream),
+                    ]
+                };
+                // SAFETY: the group was begun.
+                let ended = unsafe { (symbols.group_end)() };
+                symbols.check("ncclSend", results[0])?;
+                symbols.check("ncclRecv", results[1])?;
+                symbols.check("ncclGroupEnd", ended)
             }
             _ => self.submit_late(kind, bytes, (source, target), stream),
         }

@@ -92,12 +92,6 @@ impl Workload {
     }
 
     fn check_gpus(&self) -> Result<(), Failure> {
-        if let Some(operation) = self.operations.iter().find(|operation| !operation.is_on_gpus()) {
-            return Err(Failure::new(format!(
-                "{} is not on GPUs; collectives and barrier are",
-                operation.name()
-            )));
-        }
         let of_the_host = [
             (self.windows, "--windows"),
             (self.in_place, "--in-place"),

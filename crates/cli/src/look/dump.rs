@@ -49,6 +49,8 @@ struct Rank {
     gpu_reading: Option<&'static str>,
     /// Oldest first.
     gpu_calls: Vec<Call>,
+    /// The latest from each rank and to each.
+    gpu_messages: Vec<Call>,
 }
 
 impl<'s> Job<'s> {
@@ -57,6 +59,7 @@ impl<'s> Job<'s> {
             let RankState { rank, pid, state, waits_for, .. } = RankState::new(snapshot, view);
             let call = |record| Call::new(record, snapshot.ranks.len());
             let on_gpu = view.gpu.iter().flat_map(|gpu| &gpu.calls);
+            let messages = view.gpu.iter().flat_map(|gpu| &gpu.messages);
             Rank {
                 rank,
                 pid,
@@ -65,6 +68,7 @@ impl<'s> Job<'s> {
                 calls: view.records.iter().map(call).collect(),
                 gpu_reading: state::reading(view.gpu.as_ref()),
                 gpu_calls: on_gpu.map(Call::on_gpu).collect(),
+                gpu_messages: messages.map(Call::of_message).collect(),
             }
         });
         Self { head: Head::new(snapshot), ranks: ranks.collect() }
@@ -101,6 +105,7 @@ fn table(snapshot: &Snapshot) -> String {
         lines.extend(rank.records.iter().map(|record| row((rank.rank, snapshot.ranks.len()), record)));
         let Some(gpu) = &rank.gpu else { continue };
         lines.extend(gpu.calls.iter().map(|call| gpu_row(rank.rank, call)));
+        lines.extend(gpu.messages.iter().map(|message| message_row(rank.rank, &Call::of_message(message))));
         if gpu.reading == Reading::Earlier {
             lines.push(format!("{:>4} did not answer: its calls on the GPU are not those of now", rank.rank));
         }
@@ -132,6 +137,18 @@ fn gpu_row(rank: usize, call: &GpuCall) -> String {
         call.took().map_or_else(|| "goes on".to_owned(), time),
         bytes(call.bytes()),
         call.way()
+    )
+}
+
+/// The latest message of a GPU to a rank, or from one.
+fn message_row(rank: usize, message: &Call) -> String {
+    format!(
+        "{rank:>4} {:>14} {:>12} {:>10}  {:<9} GPU: {}",
+        format!("{:.6} s", message.begun_seconds_ago),
+        message.took_seconds.map_or_else(|| "goes on".to_owned(), |took| time(Duration::from_secs_f64(took))),
+        bytes(message.bytes),
+        message.algorithm,
+        message.text
     )
 }
 

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 use unisono::recorder::{
-    End, GpuCall, GpuView, Presence, Process, RankView, Reading, Record, Snapshot, Standing,
+    End, GpuCall, GpuMessage, GpuView, GpuWork, Presence, Process, RankView, Reading, Record, Snapshot,
+    Standing,
 };
 
 /// Rates are over so long, or over what the recorder still holds.
@@ -132,6 +133,33 @@ impl Call {
     }
 }
 
+impl Call {
+    /// A message between GPUs. Its number counts those of its pair of ranks in its direction.
+    pub(crate) fn of_message(message: &GpuMessage) -> Self {
+        let GpuMessage { header, peer, .. } = message;
+        let took = message.ended.map(|ended| message.begun.saturating_sub(ended).as_secs_f64());
+        Self {
+            operation: message.name(),
+            number: Some(u64::from(message.number)),
+            text: message.to_string(),
+            dtype: header.dtype.map(|dtype| dtype.name()),
+            count: header.dtype.map_or(0, |dtype| header.bytes / dtype.size() as u64),
+            bytes: header.bytes,
+            op: None,
+            root: None,
+            to: message.is_sent.then_some(*peer),
+            from: (!message.is_sent).then_some(*peer),
+            tag: (header.kind == 0).then_some(header.tag),
+            algorithm: "message",
+            state: if message.ended.is_none() { "open" } else { "done" },
+            begun_seconds_ago: message.begun.as_secs_f64(),
+            took_seconds: took,
+            device: "gpu",
+            met_seconds_ago: None,
+        }
+    }
+}
+
 /// How current what is known of a GPU's calls is, in a word; nothing without a GPU.
 pub(super) fn reading(gpu: Option<&GpuView>) -> Option<&'static str> {
     gpu.map(|gpu| match gpu.reading {
@@ -165,6 +193,7 @@ impl RankState {
             (Process::Stopped, ..) => "stopped",
             _ if !rank.is_recording => "unrecorded",
             (.., Standing::Failed(_)) => "failed",
+            _ if message_peer(rank).is_some() => "waiting",
             _ if on_gpu
                 .is_some_and(|call| call.is_open() && call.met.is_none() && rank.gpu_waits.is_some()) =>
             {
@@ -190,6 +219,9 @@ impl RankState {
             gigabytes_per_second,
             waits_for: match rank.gpu_waits {
                 Some(wait) if on_gpu.is_some_and(GpuCall::is_open) => vec![wait.peer],
+                Some(_) if message_peer(rank).is_some_and(|peer| peer < snapshot.ranks.len()) => {
+                    message_peer(rank).into_iter().collect()
+                }
                 _ => snapshot.waits_for(rank.rank),
             },
             since_seconds: since.map(|since| since.as_secs_f64()),
@@ -200,6 +232,11 @@ impl RankState {
     pub(super) fn all(snapshot: &Snapshot) -> Vec<Self> {
         snapshot.ranks.iter().map(|rank| Self::new(snapshot, rank)).collect()
     }
+}
+
+/// For whose message, to or from it, the GPU of a rank waits.
+fn message_peer(rank: &RankView) -> Option<usize> {
+    rank.gpu_waits.filter(|wait| !matches!(wait.work, GpuWork::Call(_))).map(|wait| wait.peer)
 }
 
 /// Calls and gigabytes per second, on the host and on the GPU.

@@ -1,6 +1,6 @@
 //! Tests of what is said of ranks whose calls are on GPUs, from snapshots that nobody took.
 
-use unisono::recorder::{CallHeader, GpuWait};
+use unisono::recorder::{CallHeader, GpuWait, GpuWork};
 use unisono::{DType, Kind, ReduceOp};
 
 use super::super::trace::Trace;
@@ -29,7 +29,7 @@ fn snapshot(reading: Reading, calls: Vec<GpuCall>, gpu_waits: Option<GpuWait>) -
         is_recording: true,
         records: Vec::new(),
         gpu_waits,
-        gpu: Some(GpuView { reading, calls }),
+        gpu: Some(GpuView { reading, calls, messages: Vec::new() }),
     };
     Snapshot {
         job: "run-1".into(),
@@ -55,7 +55,7 @@ fn calls_on_a_gpu_are_what_a_rank_does_where_its_host_does_nothing() {
     // Two calls of 2 MiB within 0.3 s.
     assert!((busy.calls_per_second - 2.0 / 0.3).abs() < 1e-9, "{}", busy.calls_per_second);
     assert!((busy.gigabytes_per_second - (4 << 20) as f64 / 0.3 / 1e9).abs() < 1e-9);
-    let waits = Some(GpuWait { call: 8, peer: 3 });
+    let waits = Some(GpuWait { work: GpuWork::Call(8), peer: 3 });
     let waiting = state(&snapshot(Reading::Now, [done.clone(), vec![call(8, 9000, None)]].concat(), waits));
     assert_eq!((waiting.state, waiting.waits_for), ("waiting", vec![3]));
     assert_eq!(waiting.since_seconds, Some(9.0));

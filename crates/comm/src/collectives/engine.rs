@@ -182,16 +182,22 @@ impl Engine {
     #[inline]
     pub(crate) fn plan_on(&self, call: &Call<'_>, device: Option<(u32, FindWindow<'_>)>) -> Result<Plan> {
         let find_here = |id, ptr, bytes| self.windows.find(self.rank, id, ptr, bytes);
-        let situation = Situation {
+        let find = device.map_or(&find_here as FindWindow<'_>, |(_, find)| find);
+        Plan::new(call, &self.situation(device.map(|(ordinal, _)| ordinal), find))
+    }
+
+    /// What checks of a call need to know: on the host, or on a GPU, by its number.
+    #[inline]
+    pub(super) fn situation<'a>(&'a self, device: Option<u32>, find_window: FindWindow<'a>) -> Situation<'a> {
+        Situation {
             rank: self.rank,
             world_size: self.world_size,
             rules: &self.rules,
-            find_window: device.map_or(&find_here, |(_, find)| find),
+            find_window,
             first_window: self.windows.first,
             generation: self.generation,
-            device: device.map(|(ordinal, _)| ordinal),
-        };
-        Plan::new(call, &situation)
+            device,
+        }
     }
 
     /// A failure of a call that had begun is final.

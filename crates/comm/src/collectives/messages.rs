@@ -19,6 +19,8 @@ use unisono_core::call::Kind;
 
 use super::engine::Engine;
 use super::flight::Ticket;
+#[cfg(feature = "cuda")]
+use super::plan::{FindWindow, WindowPlace, check_place};
 use super::waiting::{Blocked, On};
 use crate::buffer::{Place, RawBuffer};
 use crate::call::Call;
@@ -50,6 +52,25 @@ impl Header {
         let dtype = self.dtype.map_or("unknown type", DType::name);
         format!("{dtype}, {}, tag {}", self.count, self.tag)
     }
+}
+
+/// One end of a message: its direction, the other rank, and the tag.
+#[derive(Clone, Copy, Debug)]
+struct End {
+    is_sent: bool,
+    rank: u32,
+    tag: u32,
+}
+
+/// A message that passed all local checks, on a GPU.
+#[cfg(feature = "cuda")]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct OnDevice {
+    pub(crate) is_sent: bool,
+    pub(crate) peer: usize,
+    pub(crate) tag: u32,
+    pub(crate) buffer: RawBuffer,
+    pub(crate) window: Option<WindowPlace>,
 }
 
 /// A message that passed all local checks, to be posted.
@@ -183,23 +204,46 @@ impl Messages {
 impl Engine {
     /// Checks a send, a receive, or both.
     pub(super) fn messages_of(&self, call: &Call<'_>) -> Result<SmallVec<[Message; 2]>> {
-        let kind = call.kind;
-        let mut messages = SmallVec::new();
-        match (kind, call.buffers()) {
-            (Kind::Send { to, tag }, [source]) => messages.push(self.outgoing(kind, source, to, tag)?),
-            (Kind::Recv { from, tag }, [target]) => {
-                messages.push(self.incoming(kind, target, Some(from), tag)?);
-            }
+        let check = |(end, buffer): (End, &RawBuffer)| match end.is_sent {
+            true => self.outgoing(call.kind, buffer, end.rank, end.tag),
+            false => self.incoming(call.kind, buffer, Some(end.rank), end.tag),
+        };
+        self.ends_of(call)?.into_iter().map(check).collect()
+    }
+
+    /// The messages of a call, each with its buffer.
+    fn ends_of<'a>(&self, call: &'a Call<'_>) -> Result<SmallVec<[(End, &'a RawBuffer); 2]>> {
+        let sent = |rank, tag| End { is_sent: true, rank, tag };
+        let received = |rank, tag| End { is_sent: false, rank, tag };
+        let ends = match (call.kind, call.buffers()) {
+            (Kind::Send { to, tag }, [source]) => [Some((sent(to, tag), source)), None],
+            (Kind::Recv { from, tag }, [target]) => [Some((received(from, tag), target)), None],
             (Kind::SendRecv { to, from, tag }, [source, target]) => {
-                messages.push(self.outgoing(kind, source, to, tag)?);
-                messages.push(self.incoming(kind, target, Some(from), tag)?);
+                [Some((sent(to, tag), source)), Some((received(from, tag), target))]
             }
             (kind, buffers) => {
                 let expected = if matches!(kind, Kind::SendRecv { .. }) { 2 } else { 1 };
                 return Err(self.message_argument(kind, "number of buffers", expected, buffers.len()));
             }
-        }
-        Ok(messages)
+        };
+        Ok(ends.into_iter().flatten().collect())
+    }
+
+    /// Checks the messages of a call on a GPU, by its number, and finds their buffers in windows.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn messages_on(
+        &self,
+        call: &Call<'_>,
+        (device, find_window): (u32, FindWindow<'_>),
+    ) -> Result<SmallVec<[OnDevice; 2]>> {
+        let situation = self.situation(Some(device), find_window);
+        let check = |(end, buffer): (End, &RawBuffer)| {
+            let what = if end.is_sent { "receiver" } else { "sender" };
+            let peer = self.peer(call.kind, what, end.rank)?;
+            let window = check_place(call.kind, buffer, &situation)?;
+            Ok(OnDevice { is_sent: end.is_sent, peer, tag: end.tag, buffer: *buffer, window })
+        };
+        self.ends_of(call)?.into_iter().map(check).collect()
     }
 
     /// Receives the next message with `tag` from whoever sends one; its sender.

@@ -39,6 +39,8 @@ mod windows;
 pub(crate) use engine::{Engine, EngineConfig};
 pub(crate) use flight::{Prepared, Ticket};
 #[cfg(feature = "cuda")]
+pub(crate) use messages::OnDevice;
+#[cfg(feature = "cuda")]
 pub(crate) use parts::Part;
 #[cfg(feature = "cuda")]
 pub(crate) use plan::Plan;

@@ -51,6 +51,23 @@ impl Plan {
         self.uneven.as_ref().map_or(even, |uneven| uneven.target[rank])
     }
 
+    /// What this rank sends to `peer` and receives from it, in collectives that are a message for each pair of ranks; of this rank itself,
+    /// what stays.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn between(&self, rank: usize, peer: usize) -> (Option<Part>, Option<Part>) {
+        let own = Part { at: 0, count: self.own() };
+        let is_root = |rank: usize| self.header.kind.root() == Some(rank as u32);
+        match self.header.kind {
+            Kind::GatherV { .. } => {
+                (is_root(peer).then_some(own), is_root(rank).then(|| self.target_part(peer)))
+            }
+            Kind::ScatterV { .. } => {
+                (is_root(rank).then(|| self.source_part(peer)), is_root(peer).then_some(own))
+            }
+            _ => (Some(self.source_part(peer)), Some(self.target_part(peer))),
+        }
+    }
+
     /// Elements of our single part, in operations where we contribute or get one.
     #[inline]
     pub(super) fn own(&self) -> usize {
@@ -72,15 +89,17 @@ pub(super) fn plan_uneven(call: &Call<'_>, situation: &Situation<'_>) -> Result<
         _ => (true, true),
     };
     // The side with all parts is there on the root only.
-    let absent = |buffer: &RawBuffer, dtype| RawBuffer { count: 0, place: Place::Host, dtype, ..*buffer };
+    let here = situation.device.map_or(Place::Host, |ordinal| Place::Cuda { ordinal });
+    let absent = |buffer: &RawBuffer, dtype| RawBuffer { count: 0, place: here, dtype, ..*buffer };
     let (source, target) = match (is_root, from_all) {
         (true, _) => (*source, *target),
         (false, true) => (absent(source, target.dtype), *target),
         (false, false) => (*source, absent(target, source.dtype)),
     };
     let dtype = source.dtype;
-    let source_window = check_place(kind, &source, situation)?;
-    let target_window = check_place(kind, &target, situation)?;
+    let windows = [check_place(kind, &source, situation)?, check_place(kind, &target, situation)?];
+    // Only kernels have other names for what lies there.
+    let [source_window, target_window] = windows.map(|window| window.filter(|_| situation.device.is_some()));
     if target.dtype != dtype {
         return Err(argument(situation, kind, "dtype of the output", dtype, target.dtype));
     }

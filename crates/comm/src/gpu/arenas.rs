@@ -44,8 +44,14 @@ impl Arenas {
         let pages = peers::on_device(device, layout.total_bytes(), handles)?;
         pages.fill(0)?;
         if epoch != 0 {
-            let flags = layout.flags();
-            pages.write(flags.offset, &(u64::from(epoch) << 32).to_le_bytes().repeat(flags.bytes / 8))?;
+            let (packets, rounds) = layout.message_start(epoch);
+            for (field, word) in [
+                (layout.flags(), u64::from(epoch) << 32),
+                (layout.message_flags(), ArenaLayout::flag_of(rounds)),
+                (layout.credits(), packets),
+            ] {
+                pages.write(field.offset, &word.to_le_bytes().repeat(field.bytes / 8))?;
+            }
         }
         Ok(pages)
     }

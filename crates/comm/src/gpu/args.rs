@@ -2,7 +2,8 @@
 
 use unisono_core::call::{self, CallHeader};
 pub(crate) use unisono_core::device::layout::HEADER_LAUNCH;
-use unisono_core::device::layout::{HEADER_WORDS, MAX_RANKS, REPORT_WAITING};
+use unisono_core::device::layout::{HEADER_WORDS, MAX_MESSAGES, MAX_RANKS, REPORT_WAITING};
+use unisono_core::recorder::{GpuWait, GpuWork, MessageHeader};
 use unisono_sync::Word;
 
 /// The argument of every kernel, by value.
@@ -81,10 +82,45 @@ pub(crate) struct StepArgs {
     pub(crate) step: u64,
 }
 
+/// One message, as kernels carry it out.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(crate) struct Message {
+    /// Where it lies or goes to.
+    pub(crate) at: u64,
+    pub(crate) bytes: u64,
+    pub(crate) tag: u32,
+    /// By its code.
+    pub(crate) dtype: u8,
+    /// The code of the collective that it is a part of; 0 of a message of its own.
+    pub(crate) kind: u8,
+    /// The other end.
+    pub(crate) peer: u8,
+    pub(crate) is_sent: u8,
+}
+
+/// The argument of the kernels of messages, by value.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Messages {
+    pub(crate) call: Args,
+    /// Those of one lane (a peer and a direction) follow each other.
+    pub(crate) list: [Message; MAX_MESSAGES],
+    /// Where each lane begins in the list, and the end.
+    pub(crate) begins: [u16; 2 * MAX_RANKS + 1],
+    /// Blocks of each lane.
+    pub(crate) blocks: u16,
+    /// The rank that is looked at first where a message from any is asked for.
+    pub(crate) first: u32,
+}
+
 const REASON: usize = 0;
 const PEER: usize = 1;
 const EPOCH: usize = 2;
+const WHAT: usize = 3;
 const WAITED_NS: usize = 5;
+/// The word in which a kernel tells one more than the rank whose message it has found.
+pub(crate) const FOUND: usize = 7;
 const MINE: usize = 8;
 /// Words of one header in the report: two more halves fill its last packet.
 const HEADER_SPAN: usize = HEADER_WORDS + 1;
@@ -95,7 +131,9 @@ pub(crate) enum Report {
     /// The peer made another call.
     Mismatch { peer: usize, epoch: u32, mine: Option<CallHeader>, theirs: Option<CallHeader>, is_grid: bool },
     /// The peer did not come in time.
-    TimedOut { peer: usize, epoch: u32, waited_ms: u64 },
+    TimedOut { peer: usize, work: GpuWork, waited_ms: u64 },
+    /// The peer sent another message.
+    OtherMessage { peer: usize, expected: MessageHeader, got: MessageHeader },
     /// Another kernel of this communicator was running.
     Concurrent,
     /// The communicator failed while they waited. Not every cause alone says that a call has not been done: one who left may have
@@ -132,19 +170,28 @@ impl Report {
                     is_grid: mine[..5] == theirs[..5],
                 }
             }
-            2 => Self::TimedOut { peer, epoch, waited_ms: word(WAITED_NS) / 1_000_000 },
+            2 => Self::TimedOut {
+                peer,
+                work: GpuWork::new(word(WHAT), epoch),
+                waited_ms: word(WAITED_NS) / 1_000_000,
+            },
             3 => Self::Concurrent,
-            5 => Self::Aborted,
+            5 => {
+                let header = |start: usize| {
+                    let [first, bytes] = [word(start), word(start + 1)];
+                    MessageHeader::new(first as u32, (first >> 32) as u32, bytes)
+                };
+                Self::OtherMessage { peer, expected: header(MINE), got: header(MINE + HEADER_SPAN) }
+            }
+            6 => Self::Aborted,
             _ => Self::Unreadable,
         }
     }
 }
 
-/// The epoch and the peer that a kernel which lasts is waiting for, if one said so.
-pub(crate) fn waiting(words: &[impl Word<u64>]) -> Option<(u32, usize)> {
-    let word = words[REPORT_WAITING].load_relaxed();
-    let peer = (word & 0xffff_ffff) as usize;
-    (peer > 0).then(|| ((word >> 32) as u32, peer - 1))
+/// What a kernel which lasts works on, and the peer that it is waiting for, if one said so.
+pub(crate) fn waiting(words: &[impl Word<u64>]) -> Option<GpuWait> {
+    GpuWait::from_word(words[REPORT_WAITING].load_relaxed())
 }
 
 #[cfg(test)]
@@ -191,7 +238,11 @@ mod tests {
         assert_eq!(facts[..3], [size_of::<Args>() as u64, 64 + 2 * 88, 32]);
         assert_eq!(facts[3..17], [1, 2, 3, 4, 5, 6, 7, 71, 72, 8, 9, 10, 11, 12]);
         assert_eq!(facts[17], layout.packet_bytes() as u64);
-        assert_eq!(facts[18] as usize + 2 * layout.scratch_half_bytes(), layout.total_bytes());
+        let scratch_end = facts[18] as usize + 2 * layout.scratch_half_bytes();
+        assert!(
+            scratch_end <= layout.message_flags().offset && facts[18].is_multiple_of(2 << 20),
+            "{scratch_end}"
+        );
         assert_eq!(facts[19..], [STATE_LEFT_AT as u64, STATE_EXPECTED_AT as u64]);
     }
 }

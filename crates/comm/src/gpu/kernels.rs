@@ -12,10 +12,11 @@ use unisono_core::device::{ArenaLayout, Form, Link};
 use unisono_core::{DType, ReduceOp};
 use unisono_cuda::{Architecture, Cache, Compiler, Device, Function, Module, Result, Source};
 
-use super::args::{Args, FusedArgs, StepArgs, UnevenArgs};
+use super::args::{Args, FusedArgs, Messages, StepArgs, UnevenArgs};
 
+const MESSAGES: &str = include_str!("../../kernels/messages.cu");
 const COLLECTIVES: &str = include_str!("../../kernels/collectives.cu");
-const HEADERS: [(&str, &str); 15] = [
+const HEADERS: [(&str, &str); 16] = [
     ("ptx.cuh", include_str!("../../kernels/ptx.cuh")),
     ("element.cuh", include_str!("../../kernels/element.cuh")),
     ("call.cuh", include_str!("../../kernels/call.cuh")),
@@ -31,6 +32,7 @@ const HEADERS: [(&str, &str); 15] = [
     ("ring.cuh", include_str!("../../kernels/ring.cuh")),
     ("engine.cuh", include_str!("../../kernels/engine.cuh")),
     ("fused.cuh", include_str!("../../kernels/fused.cuh")),
+    ("messages.cuh", include_str!("../../kernels/messages.cuh")),
 ];
 
 /// What a set of kernels is compiled for.
@@ -46,6 +48,8 @@ pub enum Purpose {
     ReduceParts(DType, u8),
     /// All-reduce of rows of this dtype, f16 or bf16, with residual and norm.
     Fused(DType),
+    /// Messages from rank to rank, and parts of any size that only two ranks know of.
+    Messages,
 }
 
 impl Purpose {
@@ -59,10 +63,11 @@ impl Purpose {
         Self::ReduceParts(dtype, op.code())
     }
 
-    /// What every communicator on a GPU loads when it is made: copies, parts, and sums of f32, f16 and bf16.
-    pub const USUAL: [Self; 8] = [
+    /// What every communicator on a GPU loads when it is made: copies, parts, messages, and sums of f32, f16 and bf16.
+    pub const USUAL: [Self; 9] = [
         Self::Copies,
         Self::Parts,
+        Self::Messages,
         Self::reduce(DType::F32, ReduceOp::Sum),
         Self::reduce(DType::F16, ReduceOp::Sum),
         Self::reduce(DType::BF16, ReduceOp::Sum),
@@ -79,7 +84,7 @@ impl Purpose {
             pairs.flat_map(|(dtype, op)| [Self::reduce(dtype, op), Self::reduce_parts(dtype, op)]);
         let fused = DType::ALL.into_iter().filter(|dtype| unisono_core::fused::is_normed(*dtype));
         let fused = fused.map(Self::Fused);
-        [Self::Copies, Self::Parts].into_iter().chain(fused).chain(reductions).collect()
+        [Self::Copies, Self::Parts, Self::Messages].into_iter().chain(fused).chain(reductions).collect()
     }
 
     /// That of a call.
@@ -103,6 +108,7 @@ impl Purpose {
             Self::Parts => 2,
             Self::ReduceParts(..) => 3,
             Self::Fused(_) => 8,
+            Self::Messages => 4,
         }
     }
 }
@@ -114,6 +120,7 @@ impl std::fmt::Display for Purpose {
             Self::Copies => f.pad("copies"),
             Self::Parts => f.pad("parts"),
             Self::Fused(dtype) => f.pad(&format!("{dtype} rows")),
+            Self::Messages => f.pad("messages"),
             Self::Reduce(dtype, op) | Self::ReduceParts(dtype, op) => {
                 let op = ReduceOp::from_code(*op, 0.0).map_or("unknown", ReduceOp::name);
                 let parts = if matches!(self, Self::ReduceParts(..)) { ", parts" } else { "" };
@@ -140,13 +147,18 @@ pub fn source(layout: &ArenaLayout, purpose: Purpose) -> Source {
     definitions.push(("ARGS_BYTES", size_of::<Args>().to_string()));
     definitions.push(("UNEVEN_ARGS_BYTES", size_of::<UnevenArgs>().to_string()));
     definitions.push(("STEP_ARGS_BYTES", size_of::<StepArgs>().to_string()));
-    Source { name: "collectives.cu", text: COLLECTIVES, headers, definitions }
+    definitions.push(("MESSAGES_BYTES", size_of::<Messages>().to_string()));
+    let (name, text) = match purpose {
+        Purpose::Messages => ("messages.cu", MESSAGES),
+        _ => ("collectives.cu", COLLECTIVES),
+    };
+    Source { name, text, headers, definitions }
 }
 
 /// What tells these kernels from those of another version: SHA-256 over names and texts of all files, as hexadecimal digits.
 pub fn sources_hash() -> String {
     let mut hash = Sha256::new();
-    for (name, text) in [("collectives.cu", COLLECTIVES)].iter().chain(&HEADERS) {
+    for (name, text) in [("collectives.cu", COLLECTIVES), ("messages.cu", MESSAGES)].iter().chain(&HEADERS) {
         for part in [name, text] {
             // With their lengths, so that nothing can move from one to the next.
             hash.update((part.len() as u64).to_le_bytes());
@@ -188,6 +200,33 @@ pub(crate) struct Loaded {
     engine: Option<EngineFunctions>,
     barrier: Option<Function>,
     clock: Option<Function>,
+    messages: Option<OfMessages>,
+}
+
+/// The kernels of messages.
+#[derive(Debug)]
+pub(crate) struct OfMessages {
+    /// For any size, and for small ones: those of a group, and those that are the parts of a collective.
+    kernels: [[Function; 2]; 2],
+    /// Looks for one from any rank.
+    pub(crate) find: Function,
+}
+
+impl OfMessages {
+    fn load(module: &Module, room_bytes: u32) -> Result<Self> {
+        let function = |name| module.function(name);
+        let kernels = [
+            [function("messages")?, function("messages_of_all")?],
+            [function("small_messages")?, function("small_messages_of_all")?],
+        ];
+        kernels[0].iter().try_for_each(|kernel| kernel.allow_shared(room_bytes))?;
+        Ok(Self { kernels, find: function("find_message")? })
+    }
+
+    /// That of this form: of any size, or one-shot.
+    pub(crate) fn of(&self, form: Form, is_collective: bool) -> &Function {
+        &self.kernels[usize::from(form == Form::OneShot)][usize::from(is_collective)]
+    }
 }
 
 /// The kernels of rows.
@@ -256,7 +295,9 @@ pub(crate) const fn parts(kind: Kind) -> (bool, bool) {
 /// Whether calls of this kind run on GPUs.
 #[inline]
 pub(crate) const fn has_kernels(kind: Kind) -> bool {
-    matches!(kind, Kind::Barrier | Kind::AllReduceRmsNorm { .. }) || index(kind).is_some()
+    matches!(kind, Kind::Barrier | Kind::AllReduceRmsNorm { .. })
+        || index(kind).is_some()
+        || super::messages::is_of_messages(kind)
 }
 
 impl Loaded {
@@ -299,7 +340,11 @@ impl Loaded {
             (Some(step), Some(end)) => Some(EngineFunctions { step, end }),
             _ => None,
         };
-        Ok(Self { functions, rows, engine, barrier, clock })
+        let messages = match purpose {
+            Purpose::Messages => Some(OfMessages::load(&module, room_bytes(device, layout.link()))?),
+            _ => None,
+        };
+        Ok(Self { functions, rows, engine, barrier, clock, messages })
     }
 
     /// The kernel of a call that moves data.
@@ -339,6 +384,7 @@ pub(crate) struct Kernels {
     ranks: usize,
     loaded: HashMap<Purpose, Arc<Loaded>>,
     copies: Arc<Loaded>,
+    messages: Arc<Loaded>,
 }
 
 impl Kernels {
@@ -349,8 +395,8 @@ impl Kernels {
         ranks: usize,
         purposes: &[Purpose],
     ) -> Result<Self> {
-        let mut all: Vec<Purpose> = vec![Purpose::Copies];
-        all.extend(purposes.iter().filter(|purpose| **purpose != Purpose::Copies));
+        let mut all: Vec<Purpose> = vec![Purpose::Copies, Purpose::Messages];
+        all.extend(purposes.iter().filter(|purpose| !matches!(purpose, Purpose::Copies | Purpose::Messages)));
         let workers = std::thread::available_parallelism().map_or(1, usize::from).min(all.len());
         let load = |worker: usize| {
             let share = all.iter().skip(worker).step_by(workers);
@@ -370,8 +416,8 @@ impl Kernels {
         for share in shares {
             loaded.extend(share?);
         }
-        let copies = loaded[&Purpose::Copies].clone();
-        Ok(Self { device: device.clone(), layout, ranks, loaded, copies })
+        let [copies, messages] = [Purpose::Copies, Purpose::Messages].map(|purpose| loaded[&purpose].clone());
+        Ok(Self { device: device.clone(), layout, ranks, loaded, copies, messages })
     }
 
     /// The kernels for a call, if they are loaded.
@@ -398,6 +444,12 @@ impl Kernels {
         let loaded = loaded(&self.device, self.layout, self.ranks, purpose)?;
         self.loaded.insert(purpose, loaded);
         Ok(())
+    }
+
+    /// Those of messages.
+    pub(crate) fn messages(&self) -> &OfMessages {
+        let Some(of) = &self.messages.messages else { unreachable!("loaded for messages") };
+        of
     }
 
     /// Those that move bytes.
@@ -444,10 +496,10 @@ mod tests {
     #[test]
     fn every_pair_of_the_table_has_kernels_of_its_own() {
         let all = Purpose::all();
-        assert_eq!(all.len(), 2 * (1 + 113 + 1), "{}", all.len());
+        assert_eq!(all.len(), 3 + 2 + 2 * 113, "{}", all.len());
         assert_eq!(
             Purpose::USUAL.map(|purpose| purpose.to_string()).join(", "),
-            "copies, parts, f32 sum, f16 sum, bf16 sum, f32 sum, parts, f16 sum, parts, bf16 sum, parts"
+            "copies, parts, messages, f32 sum, f16 sum, bf16 sum, f32 sum, parts, f16 sum, parts, bf16 sum, parts"
         );
         let layout = ArenaLayout::new(4, Link::Device);
         let bf16 = source(&layout, Purpose::reduce(DType::BF16, ReduceOp::Sum));

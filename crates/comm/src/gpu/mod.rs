@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use unisono_core::call::{self, Kind};
 pub use unisono_core::device::layout::MAX_RANKS;
-use unisono_core::device::layout::{HEADER_OFFSETS, RECORDER_BYTES};
+use unisono_core::device::layout::{DEVICE_BYTES, HEADER_OFFSETS};
 use unisono_core::device::select::{Question, Rules};
 pub use unisono_core::device::{ArenaLayout, Link};
 use unisono_core::device::{Form, Launch};
@@ -30,6 +30,8 @@ use copy_engines::{EngineCall, Engines};
 pub use device_header::device_header;
 use ending::{End, Memory};
 use kernels::Kernels;
+use messages::Lanes;
+pub(crate) use messages::Prepared;
 pub use one_sided::DeviceView;
 pub(crate) use origin::{Config, Extra, Origin};
 use pinned::Enqueued;
@@ -48,6 +50,7 @@ mod ending;
 pub(crate) mod foreign;
 mod fused;
 pub mod kernels;
+mod messages;
 pub(crate) mod one_sided;
 mod origin;
 pub(crate) mod peers;
@@ -64,6 +67,7 @@ pub(crate) struct Gpu {
     rules: Rules,
     kernels: Kernels,
     args: Args,
+    lanes: Box<Lanes>,
     /// Shared memory for each block of the forms with tiles.
     room_bytes: u32,
     /// Where copy engines may serve calls.
@@ -101,10 +105,8 @@ impl Gpu {
         let rules = config.rules;
         let layout = ArenaLayout::new(world_size, rules.link);
         let kernels = Kernels::new(device, layout, world_size, &config.prepare).map_err(failed)?;
-        let mut state = DeviceBuffer::new(device, RECORDER_BYTES).map_err(failed)?;
-        let mut words = vec![0; RECORDER_BYTES];
-        words[..4].copy_from_slice(&config.epoch.to_le_bytes());
-        state.write(0, &words).map_err(failed)?;
+        let mut state = DeviceBuffer::new(device, DEVICE_BYTES).map_err(failed)?;
+        state.write(0, &layout.device_words(config.epoch)).map_err(failed)?;
         let memory = control.memory();
         // SAFETY: `Memory` keeps the control memory mapped for longer than the registration.
         let pages =
@@ -144,6 +146,7 @@ impl Gpu {
             rules,
             kernels,
             args,
+            lanes: Box::new(Lanes::new()),
             room_bytes: kernels::room_bytes(device, rules.link),
             engines,
             latest: 0,
@@ -181,36 +184,45 @@ impl Gpu {
     pub(crate) fn submit(&mut self, engine: &mut Engine, call: &Call<'_>, stream: &Stream) -> Result<()> {
         engine.check()?;
         self.check()?;
+        self.check_stream(call.kind, stream)?;
         let find = |id, ptr, bytes| self.windows.find(id, (ptr, bytes));
-        let plan = engine.plan_on(call, Some((self.device.ordinal(), &find)))?;
+        let device = (self.device.ordinal(), &find as _);
+        if call.kind.is_message() {
+            let messages = engine.messages_on(call, device)?;
+            return self.launch_messages(&messages, stream);
+        }
+        let plan = engine.plan_on(call, Some(device))?;
+        self.check_plan(&plan)?;
+        self.carry_out(&plan, stream)
+    }
+
+    /// Refuses streams of other devices.
+    fn check_stream(&self, kind: Kind, stream: &Stream) -> Result<()> {
+        if stream.device() == &self.device {
+            return Ok(());
+        }
+        Err(Error::Argument {
+            call: kind.name(),
+            rank: self.args.rank as usize,
+            what: "stream",
+            expected: format!("one of cuda:{}", self.device.ordinal()),
+            got: format!("one of cuda:{}", stream.device().ordinal()),
+        })
+    }
+
+    /// Puts a collective that was checked into `stream`.
+    fn carry_out(&mut self, plan: &Plan, stream: &Stream) -> Result<()> {
         match plan.header.kind {
-            Kind::AllReduceRmsNorm { .. } if plan.count > 0 => self.launch_rows(&plan, stream),
-            _ => self.launch(&plan, &plan.header.to_words(), stream),
+            kind if messages::is_of_messages(kind) => self.launch_parts(plan, stream),
+            Kind::AllReduceRmsNorm { .. } if plan.count > 0 => self.launch_rows(plan, stream),
+            _ => self.launch(plan, &plan.header.to_words(), stream),
         }
     }
 
-    /// Checks that a call can go into `stream`, brings it into the order of calls, and loads its kernels.
+    /// Brings a call into the order of calls, and loads its kernels.
     #[inline]
     fn begin(&mut self, plan: &Plan, stream: &Stream) -> Result<()> {
-        let (rank, kind) = (self.args.rank as usize, plan.header.kind);
-        if !kernels::has_kernels(kind) {
-            return Err(Error::Argument {
-                call: kind.name(),
-                rank,
-                what: "operation on a GPU",
-                expected: "another collective, or barrier".to_owned(),
-                got: kind.name().to_owned(),
-            });
-        }
-        if stream.device() != &self.device {
-            return Err(Error::Argument {
-                call: kind.name(),
-                rank,
-                what: "stream",
-                expected: format!("one of cuda:{}", self.device.ordinal()),
-                got: format!("one of cuda:{}", stream.device().ordinal()),
-            });
-        }
+        let kind = plan.header.kind;
         self.order_after_latest(stream)?;
         if plan.bytes() > 0 && self.kernels.find(kind, plan.dtype).is_none() {
             self.load(plan, stream)?;
@@ -274,9 +286,16 @@ impl Gpu {
         if launch.form == Form::Engine {
             self.launch_copies(plan, launch, stream)?;
         }
+        self.conclude(sides, stream, is_captured)
+    }
+
+    /// What follows a launch: others may wait for it.
+    #[inline]
+    fn conclude(&self, sides: [Option<WindowPlace>; 2], stream: &Stream, is_captured: bool) -> Result<()> {
         if let Some(order) = &self.order
             && !is_captured
         {
+            let rank = self.args.rank as usize;
             order.record(stream).map_err(|error| Error::Cuda { rank, error })?;
         }
         match self.windows.touched(sides) {
@@ -468,6 +487,11 @@ impl Gpu {
 
     /// Form and grid of a call, as `explain` tells them.
     pub(crate) fn decide(&self, kind: Kind, bytes: usize, size: usize) -> Launch {
+        if kind.is_message() {
+            let lanes = if matches!(kind, Kind::SendRecv { .. }) { 2 } else { 1 };
+            let launch = self.rules.messages(lanes, bytes);
+            return Launch { blocks: launch.blocks * lanes as u32, ..launch };
+        }
         self.rules.decide(&Question { kind, bytes, size, is_reachable: false })
     }
 }

@@ -126,11 +126,22 @@ pub(crate) fn cause_of(report: Report, control: &Control) -> Cause {
                 right: describe(theirs, epoch, peer.min(world_size - 1)) + note,
             }
         }
-        Report::TimedOut { peer, epoch, waited_ms } => Cause::TimedOut {
+        Report::TimedOut { peer, work, waited_ms } => Cause::TimedOut {
             rank: rank as u32,
-            call: format!("call #{epoch} on its GPU"),
+            call: format!("{} on its GPU", work.describe(peer, world_size)),
             waited_ms,
-            missing: vec![control.name(peer.min(world_size - 1)).to_owned()],
+            missing: match peer < world_size {
+                true => vec![control.name(peer).to_owned()],
+                // A message of any rank.
+                false => (0..world_size)
+                    .filter(|peer| *peer != rank)
+                    .map(|peer| control.name(peer).to_owned())
+                    .collect(),
+            },
+        },
+        Report::OtherMessage { peer, expected, got } => Cause::Mismatch {
+            left: format!("{} from {peer} on rank {rank} ({})", expected.name("recv"), expected),
+            right: format!("{} to {rank} on rank {peer} ({})", got.name("send"), got),
         },
         Report::Concurrent => {
             Cause::Aborted { rank: rank as u32, reason: Error::ConcurrentUse { rank }.to_string() }

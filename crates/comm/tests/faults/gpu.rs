@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use unisono::cuda::{Device, DeviceBuffer, Stream as CudaStream};
 use unisono::{
-    BufMut, Builder, Communicator, DType, Error, Form, Memory, Operations, ReduceOp, Result, Stream,
+    Buf, BufMut, Builder, Communicator, DType, Error, Form, Memory, Operations, ReduceOp, Result, Stream,
 };
 use unisono_core::device::Link;
 
@@ -166,11 +166,13 @@ pub(crate) fn calls(part: &Part) -> Result<()> {
     let stream = unsafe { Stream::cuda(raw.raw(), ordinal) }?;
     let elements = 1 << 22;
     let memory = DeviceBuffer::new(&device, elements * 4).unwrap();
+    let received = DeviceBuffer::new(&device, elements * 4).unwrap();
     // SAFETY: nobody else uses the memory.
     unsafe { raw.fill(memory.address(), 1, memory.bytes()) }.unwrap();
     let before = unrelated(&device);
     let mut random = Random::new(setting("FAULTS_CALLS").unwrap_or(1));
     println!("ready");
+    let (next, previous) = ((part.rank + 1) % part.size, (part.rank + part.size - 1) % part.size);
     let is_victim = setting("FAULTS_VICTIM") == Some(part.rank);
     let start = Instant::now();
     let error = loop {
@@ -182,6 +184,14 @@ pub(crate) fn calls(part: &Part) -> Result<()> {
                 let x = unsafe { BufMut::<i32>::cuda(memory.address(), count, ordinal) };
                 communicator.on(&stream).all_reduce(x, ReduceOp::Max)?;
                 gather(&communicator, &stream, &memory, count)?;
+                // SAFETY: as above.
+                let (out, into) = unsafe {
+                    (
+                        Buf::<i32>::cuda(memory.address(), count, ordinal),
+                        BufMut::<i32>::cuda(received.address(), count, ordinal),
+                    )
+                };
+                communicator.on(&stream).send_recv(out, next, into, previous, 0)?;
             }
             Ok(())
         };

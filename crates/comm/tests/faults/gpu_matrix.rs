@@ -8,7 +8,9 @@ mod case;
 
 use case::{Case, Operation, expected, input};
 use unisono::cuda::{Device, DeviceBuffer, Stream as CudaStream};
-use unisono::{Call, Communicator, DType, Form, Operations, Place, RawBuffer, ReduceOp, Result, Stream};
+use unisono::{
+    Buf, BufMut, Call, Communicator, DType, Form, Operations, Place, RawBuffer, ReduceOp, Result, Stream,
+};
 
 use super::gpu::device_count;
 use super::parts::{Part, expect};
@@ -111,8 +113,62 @@ pub(crate) fn play(part: &Part) -> Result<()> {
                 }
             }
         }
+        for bytes in [0, 5, 32_768, 100_003, 2 << 20] {
+            messages(&mut bench, bytes)?;
+        }
         bench.communicator.destroy()?;
     }
+    Ok(())
+}
+
+/// A message of `bytes` to the next rank and one from the previous, and parts of other sizes from everybody to everybody.
+fn messages(bench: &mut Bench, bytes: usize) -> Result<()> {
+    let (rank, ranks) = (bench.communicator.rank(), bench.communicator.world_size());
+    let (next, previous) = ((rank + 1) % ranks, (rank + ranks - 1) % ranks);
+    let content = |from: usize, to: usize, bytes: usize| -> Vec<u8> {
+        (0..bytes).map(|at| (at * 7 + at / 251 + from * 50 + to * 13) as u8).collect()
+    };
+    let run = |bench: &mut Bench,
+               (input, room): (&[u8], usize),
+               call: &dyn Fn(&Bench) -> Result<()>|
+     -> Result<Vec<u8>> {
+        bench.source.write(MARGIN, input).unwrap();
+        bench.target.write(0, &vec![0xa5; room + 2 * MARGIN]).unwrap();
+        call(bench)?;
+        bench.raw.synchronize().unwrap();
+        bench.communicator.check()?;
+        let mut got = vec![0; room + 2 * MARGIN];
+        bench.target.read(0, &mut got).unwrap();
+        Ok(got)
+    };
+    let margin = [0xa5; MARGIN];
+    let buffers = |bench: &Bench, (length, room): (usize, usize)| {
+        let at = |buffer: &DeviceBuffer| buffer.address() + MARGIN as u64;
+        // SAFETY: both live until the stream was waited for, and nobody else uses them.
+        unsafe {
+            (
+                Buf::<u8>::cuda(at(&bench.source), length, bench.ordinal),
+                BufMut::<u8>::cuda(at(&bench.target), room, bench.ordinal),
+            )
+        }
+    };
+    let got = run(bench, (&content(rank, next, bytes), bytes), &|bench| {
+        let (input, output) = buffers(bench, (bytes, bytes));
+        bench.communicator.on(&bench.stream).send_recv(input, next, output, previous, 5)
+    })?;
+    let expected = [&margin, &content(previous, rank, bytes)[..], &margin].concat();
+    expect(got == expected, || format!("a message of {bytes} bytes from rank {previous}"));
+    let count = |from: usize, to: usize| bytes * ((from + 2 * to) % 3) / 3 + from;
+    let (out, into): (Vec<usize>, Vec<usize>) =
+        (0..ranks).map(|peer| (count(rank, peer), count(peer, rank))).unzip();
+    let input: Vec<u8> = (0..ranks).flat_map(|peer| content(rank, peer, out[peer])).collect();
+    let room = into.iter().sum();
+    let got = run(bench, (&input, room), &|bench| {
+        let (input, output) = buffers(bench, (input.len(), room));
+        bench.communicator.on(&bench.stream).all_to_all_v(input, &out, output, &into)
+    })?;
+    let parts: Vec<u8> = (0..ranks).flat_map(|peer| content(peer, rank, into[peer])).collect();
+    expect(got == [&margin, &parts[..], &margin].concat(), || format!("parts of up to {bytes} bytes"));
     Ok(())
 }
 

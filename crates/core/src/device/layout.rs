@@ -1,10 +1,11 @@
 //! Where everything lies in the arena of a GPU's rank: the memory that its peers write into.
 //!
 //! ```text
-//! headers │ flags │ packets: half 0, half 1 │ gates │ scratch: half 0, half 1
+//! headers │ flags │ packets: half 0, half 1 │ gates │ scratch: half 0, half 1 │ messages: flags │ credits │ rings │ slots
 //! └────────────── tagged with epochs ─────┘
 //! ```
-//! Half h serves the epochs with that lowest bit. Kernels get the offsets through a header that is made here
+//! Half h serves the epochs with that lowest bit. Messages from rank to rank have no epochs, and places of their own for each source: a
+//! ring of packets, and slots for the tiles of large ones. Kernels get the offsets through a header that is made here
 //! ([`ArenaLayout::definitions`]), so they are written down once. An example of the sums, for eight ranks over NVLink: two
 //! halves of 6 MiB carry all-reduces of up to 2¼ MiB in two shots, because 12 bytes travel as 16 and both stages
 //! need room for the whole message (2 · 4/3 · S ≤ 6 MiB); the pipeline for large ones has six buffers of 512 KiB for each of eight
@@ -26,8 +27,14 @@ pub const HEADER_OFFSETS: usize = call::HEADER_WORDS;
 pub const REPORT_WAITING: usize = 6;
 /// The word of a header that tells form and grid.
 pub const HEADER_LAUNCH: usize = 6;
-/// Bytes of a device's words of its own: the epoch, counts of blocks, and room to grow. The recorder lies behind them.
-pub const STATE_BYTES: usize = 1024;
+/// Bytes of a device's words of its own: the epoch, counts of blocks, the latest messages, and room to grow. The recorder lies
+/// behind them.
+pub const STATE_BYTES: usize = 4096;
+/// Where among these words the latest message to each rank and from each rank is told: that from rank r is number 2 · r, that to it the
+/// next one.
+pub const MESSAGE_RECORDS_AT: usize = 1024;
+/// 64-bit words that tell a message: two sectors of 32 bytes, each of which is whole and begins with its number.
+pub const MESSAGE_RECORD_WORDS: usize = 8;
 /// Where among these words `u32` counts lie: blocks that are through, and how many are once the kernels so far are done.
 pub const STATE_LEFT_AT: usize = 16;
 /// See [`STATE_LEFT_AT`].
@@ -38,6 +45,12 @@ pub const RECORDS: usize = 1024;
 pub const RECORD_WORDS: usize = 8;
 /// Bytes of a device's words and of its recorder behind them: what is copied for who asks.
 pub const RECORDER_BYTES: usize = STATE_BYTES + RECORDS * RECORD_WORDS * 8;
+/// Where the device counts what went to each rank and came from each, behind what is copied.
+const TRACKS_AT: usize = RECORDER_BYTES;
+/// Bytes of these counts for one direction of one pair of ranks.
+pub const TRACK_BYTES: usize = 16 + 8 * MESSAGE_CHANNELS;
+/// Bytes that a device has for itself.
+pub const DEVICE_BYTES: usize = TRACKS_AT + 2 * MAX_RANKS * TRACK_BYTES;
 /// From so many bytes on, every block stamps its end: the data goes on for longer than the headers do.
 pub const STAMPED_BYTES: usize = 256 << 10;
 /// The word of a rank's report page that says whether its recorder is read for who asks: 0 there is none, else
@@ -71,7 +84,21 @@ const BUFFERS: usize = 3;
 const STAGES: usize = 3;
 /// Words that the rounds of a flag are dealt to.
 const FLAG_WAYS: usize = 4;
+/// Bytes for the flags of one stage.
+const STAGE_BYTES: usize = MAX_BLOCKS * MAX_RANKS * FLAG_WAYS * 8;
 const PAGE: usize = 4096;
+/// The most messages that one kernel carries out: those of a group, on one communicator.
+pub const MAX_MESSAGES: usize = 128;
+/// Channels that the tiles of a message are dealt to, the same whatever blocks each side has.
+pub const MESSAGE_CHANNELS: usize = 32;
+/// Messages of at most so many bytes travel as packets.
+pub const MESSAGE_PACKETS_TO: usize = 32 << 10;
+/// Packets in the ring of a source, a power of two.
+const RING_PACKETS: usize = 8192;
+/// Tiles after which the rounds of a channel are counted anew.
+const ERA_ROUNDS: usize = 1 << 28;
+/// Bytes from one rank's credit to the next one's.
+const CREDIT_STRIDE: usize = 64;
 
 /// How the GPUs of a world reach each other's arenas.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -123,7 +150,7 @@ impl ArenaLayout {
     }
 
     const fn flags_bytes(&self) -> usize {
-        STAGES * MAX_BLOCKS * MAX_RANKS * FLAG_WAYS * 8
+        STAGES * STAGE_BYTES
     }
 
     const fn packets_at(&self) -> usize {
@@ -171,9 +198,85 @@ impl ArenaLayout {
         share - share % PAGE
     }
 
+    const fn scratch_end(&self) -> usize {
+        self.scratch_at() + 2 * self.scratch_half_bytes()
+    }
+
+    /// The first stage of messages. Their flags are counted on from the others, and lie where no epoch clears them.
+    const fn message_stage(&self) -> usize {
+        (self.scratch_end() - self.flags_at()).div_ceil(STAGE_BYTES)
+    }
+
+    /// The 64-bit flags of messages: tiles that were sent, and tiles that were taken.
+    pub const fn message_flags(&self) -> Field {
+        Field { offset: self.flags_at() + self.message_stage() * STAGE_BYTES, bytes: 2 * STAGE_BYTES }
+    }
+
+    /// A 64-bit word for each rank, [`CREDIT_STRIDE`] apart: packets of ours that it has taken.
+    pub const fn credits(&self) -> Field {
+        let flags = self.message_flags();
+        let offset = (flags.offset + flags.bytes).next_multiple_of(PAGE);
+        Field { offset, bytes: MAX_RANKS * CREDIT_STRIDE }
+    }
+
+    const fn rings_at(&self) -> usize {
+        let credits = self.credits();
+        (credits.offset + credits.bytes).next_multiple_of(PAGE)
+    }
+
+    const fn slots_at(&self) -> usize {
+        let rings = self.ranks * RING_PACKETS * self.packet_bytes();
+        (self.rings_at() + rings).next_multiple_of(2 << 20)
+    }
+
+    /// Slots of a channel, a power of two.
+    const fn message_slots(&self) -> usize {
+        // Tiles are on their way for some 8 µs, there and back: 4 MiB of them from one source fill the links.
+        match self.link {
+            Link::Device if self.ranks <= 8 => 8,
+            _ => 4,
+        }
+    }
+
+    /// Bytes of the largest tiles of messages: of those that fill all channels more than once.
+    pub const fn message_tile_bytes(&self) -> usize {
+        match self.link {
+            Link::Device => 16 << 10,
+            Link::Host => 4 << 10,
+        }
+    }
+
+    /// Packets of each pair of ranks, and tiles of each channel, that count as done when communicators begin behind `epoch`: none, or,
+    /// where a test begins elsewhere, nearly as many as wrap.
+    pub const fn message_start(&self, epoch: u32) -> (u64, u32) {
+        match (epoch, self.link) {
+            (0, _) | (_, Link::Host) => (0, 0),
+            _ => ((u32::MAX as u64 - 1) * RING_PACKETS as u64, ERA_ROUNDS as u32 - FLAG_WAYS as u32),
+        }
+    }
+
+    /// What a device has for itself when a communicator begins behind `epoch`.
+    pub fn device_words(&self, epoch: u32) -> Vec<u8> {
+        let mut bytes = vec![0; DEVICE_BYTES];
+        bytes[..4].copy_from_slice(&epoch.to_le_bytes());
+        let (packets, rounds) = self.message_start(epoch);
+        for track in bytes[TRACKS_AT..].chunks_mut(TRACK_BYTES) {
+            track[..8].copy_from_slice(&packets.to_le_bytes());
+            let channels = track[TRACK_BYTES - 8 * MESSAGE_CHANNELS..].chunks_mut(8);
+            channels.for_each(|channel| channel[4..].copy_from_slice(&rounds.to_le_bytes()));
+        }
+        bytes
+    }
+
+    /// The flag of so many tiles that are done, a multiple of the words that they are dealt to.
+    pub const fn flag_of(rounds: u32) -> u64 {
+        (rounds as usize / FLAG_WAYS) as u64
+    }
+
     /// Bytes of the whole arena.
     pub const fn total_bytes(&self) -> usize {
-        self.scratch_at() + 2 * self.scratch_half_bytes()
+        let area = MESSAGE_CHANNELS * self.message_slots() * self.message_tile_bytes();
+        self.slots_at() + self.ranks * area
     }
 
     /// The largest part, in bytes of elements of `size`, that travels one-shot.
@@ -209,6 +312,16 @@ impl ArenaLayout {
             ("RECORDS", RECORDS),
             ("RECORD_BYTES", RECORD_WORDS * 8),
             ("REPORT_CLOCK", REPORT_CLOCKS[0]),
+            ("MAX_MESSAGES", MAX_MESSAGES),
+            ("CHANNELS", MESSAGE_CHANNELS),
+            ("MESSAGE_SLOTS", self.message_slots()),
+            ("SLOT_BYTES", self.message_tile_bytes()),
+            ("RING_PACKETS", RING_PACKETS),
+            ("ERA_ROUNDS", ERA_ROUNDS),
+            ("MESSAGE_STAGE", self.message_stage()),
+            ("MESSAGE_RECORD_BYTES", MESSAGE_RECORD_WORDS * 8),
+            ("TRACK_BYTES", TRACK_BYTES),
+            ("CREDIT_STRIDE", CREDIT_STRIDE),
             ("RANKS", self.ranks),
             ("HOST_PACKETS", usize::from(self.link == Link::Host)),
         ] {
@@ -226,6 +339,12 @@ impl ArenaLayout {
             ("GATES_AT", self.gates_at()),
             ("SCRATCH_AT", self.scratch_at()),
             ("SCRATCH_HALF_BYTES", self.scratch_half_bytes()),
+            ("MESSAGE_RECORDS_AT", MESSAGE_RECORDS_AT),
+            ("TRACKS_AT", TRACKS_AT),
+            ("MESSAGE_PACKETS_TO", MESSAGE_PACKETS_TO),
+            ("CREDITS_AT", self.credits().offset),
+            ("RINGS_AT", self.rings_at()),
+            ("SLOTS_AT", self.slots_at()),
         ] {
             text += &format!("#define {name} {value}ull\n");
         }
@@ -257,6 +376,13 @@ mod tests {
                 for at in [layout.flags_at(), layout.packets_at(), layout.gates_at(), layout.scratch_at()] {
                     assert!(at.is_multiple_of(PAGE));
                 }
+                // A message of packets fits into its ring, and every way of a flag has slots.
+                let (flags, credits) = (layout.message_flags(), layout.credits());
+                assert!(flags.offset >= layout.scratch_end() && credits.offset >= flags.offset + flags.bytes);
+                assert!(layout.rings_at() >= credits.offset + ranks * CREDIT_STRIDE);
+                assert!(2 + MESSAGE_PACKETS_TO.div_ceil(PACKET_DATA) <= RING_PACKETS);
+                assert!(layout.message_slots().is_power_of_two() && layout.message_slots() >= FLAG_WAYS);
+                assert!(ERA_ROUNDS.is_multiple_of(layout.message_slots()) && MESSAGE_CHANNELS <= MAX_BLOCKS);
             }
         }
     }
@@ -264,7 +390,9 @@ mod tests {
     #[test]
     fn words_of_the_report_page_stand_apart_and_records_fill_lines() {
         const { assert!(RECORDS.is_power_of_two() && STATE_BYTES.is_multiple_of(RECORD_WORDS * 8)) };
-        const { assert!(STATE_EXPECTED_AT < STATE_BYTES && REPORT_ANSWER * 8 < crate::layout::PAGE) };
+        const { assert!(MESSAGE_RECORDS_AT + 2 * MAX_RANKS * MESSAGE_RECORD_WORDS * 8 <= STATE_BYTES) };
+        const { assert!(TRACKS_AT.is_multiple_of(8) && TRACK_BYTES.is_multiple_of(8)) };
+        const { assert!(STATE_EXPECTED_AT < MESSAGE_RECORDS_AT && REPORT_ANSWER * 8 < crate::layout::PAGE) };
         // Kernels write what comes first, this rank's host the next, readers the request.
         let report = 8 + 2 * (HEADER_WORDS + 1);
         assert!(report <= REPORT_RECORDER, "{report}");
@@ -273,9 +401,10 @@ mod tests {
     }
 
     #[test]
-    fn eight_ranks_over_nvlink_take_less_than_64_mib() {
+    fn eight_ranks_over_nvlink_take_less_than_64_mib_and_32_for_messages() {
         let layout = ArenaLayout::new(8, Link::Device);
-        assert!(layout.total_bytes() <= 64 << 20, "{}", layout.total_bytes());
+        assert!(layout.scratch_end() <= 62 << 20, "{}", layout.scratch_end());
+        assert!(layout.total_bytes() <= 96 << 20, "{}", layout.total_bytes());
         assert_eq!(layout.area_bytes(), 512 << 10);
         assert!(layout.two_shot_capacity(2) >= 2 << 20, "{}", layout.two_shot_capacity(2));
         assert!(layout.definitions().contains("#define SCRATCH_HALF_BYTES 25165824ull\n"));

@@ -1,12 +1,14 @@
 //! Which form a call takes on the GPU, and with which grid: a pure function of values that are equal on all ranks.
 //!
-//! Over 500 lines because one table of borders and grids serves all forms, and its tests stand with it.
+//! Over 500 lines because the decisions for all operations, rows and messages share their limits.
 
 use std::fmt;
 use std::str::FromStr;
 
 use super::engine::{MOST_LANES, slot_bytes};
-use super::layout::{ArenaLayout, Link, MAX_BLOCKS, RING_SLOTS};
+use super::layout::{
+    ArenaLayout, Link, MAX_BLOCKS, MESSAGE_CHANNELS, MESSAGE_PACKETS_TO, PACKET_DATA, RING_SLOTS,
+};
 use crate::call::Kind;
 use crate::fused::UNIT;
 use crate::reduce_op::ReduceOp;
@@ -348,6 +350,33 @@ impl Rules {
         Launch { form, blocks: teams * TEAM_BLOCKS, threads: TEAM_THREADS, tile: 0, by_copies: false }
     }
 
+    /// The grid of messages in so many lanes (a peer and a direction each), the largest of `bytes`; `blocks` are those of a lane. Each
+    /// rank's own: ranks need not have the same.
+    pub fn messages(&self, lanes: usize, bytes: usize) -> Launch {
+        if bytes <= MESSAGE_PACKETS_TO {
+            // A packet for each thread, and a warp for the header.
+            let packets = bytes.div_ceil(PACKET_DATA).clamp(1, 480);
+            let threads = packets.next_multiple_of(32) as u32 + 32;
+            return Launch { form: Form::OneShot, blocks: 1, threads, tile: 0, by_copies: false };
+        }
+        let room = if self.crowd > 1 { (CROWDED_BLOCKS / self.crowd).max(1) } else { MAX_BLOCKS };
+        let most = (self.most_blocks as usize).min(room);
+        let all = match self.forced {
+            Some(wish) if wish.blocks > 0 => (wish.blocks as usize).min(room),
+            _ if self.bulk_copies && !self.is_narrow() => most.div_ceil(2).min(WIDE_BLOCKS),
+            _ => most,
+        };
+        let blocks = (all / lanes.max(1)).min(MESSAGE_CHANNELS);
+        let by_copies = self.bulk_copies && all <= WIDE_BLOCKS && blocks > 0;
+        let threads = match blocks {
+            // Four of them fit where one is counted.
+            0 => 256,
+            _ if by_copies => 1024,
+            _ => 512,
+        };
+        Launch { form: Form::Bulk, blocks: blocks.max(1) as u32, threads, tile: 0, by_copies }
+    }
+
     fn grid(&self, wish: Wish, question: &Question) -> Launch {
         let form = wish.form;
         let layout = self.layout();
@@ -487,11 +516,10 @@ mod tests {
                         let most_blocks = if ranks == 1 { MAX_BLOCKS as u32 } else { most_blocks };
                         assert!((1..=most_blocks).contains(&launch.blocks), "{question:?} {launch:?}");
                         // What takes a multiprocessor each takes no more than half of them.
+                        let most = if launch.by_copies || launch.tile == 0 { 64 } else { 128 };
                         assert!(
-                            ranks == 1
-                                || launch.form == Form::Ring
-                                || !launch.by_copies
-                                || launch.blocks <= 64
+                            ranks == 1 || !bulk_copies || launch.blocks <= most,
+                            "{question:?} {launch:?}"
                         );
                         assert!(bulk_copies || !launch.by_copies);
                         let tiles = launch.blocks as usize * launch.tile as usize * 16;
@@ -520,6 +548,31 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn every_lane_of_messages_has_a_block_and_all_of_them_fit() {
+        for (most_blocks, crowd) in [(130, 1), (24, 1), (8, 1), (130, 16), (130, 2)] {
+            let rules = Rules { most_blocks, crowd, ..rules(16) };
+            for lanes in 1..=31 {
+                for bytes in [0, 1, MESSAGE_PACKETS_TO, MESSAGE_PACKETS_TO + 1, 1 << 33] {
+                    let launch = rules.messages(lanes, bytes);
+                    assert!((1..=MESSAGE_CHANNELS as u32).contains(&launch.blocks), "{launch:?}");
+                    let whole = (most_blocks as usize).min(CROWDED_BLOCKS / crowd).max(1);
+                    let all = lanes * launch.blocks as usize;
+                    // As many threads as one block of a multiprocessor may have, for each that is counted.
+                    let few = bytes <= MESSAGE_PACKETS_TO;
+                    assert!(
+                        few || all * launch.threads as usize <= (whole * 1024).max(lanes * 256),
+                        "{launch:?}"
+                    );
+                    assert!(!launch.by_copies || launch.threads == 1024 && all <= WIDE_BLOCKS);
+                }
+            }
+        }
+        let ring = rules(8).messages(2, 1 << 30);
+        assert_eq!((ring.blocks, ring.by_copies), (32, true));
+        assert_eq!([0, 8192].map(|bytes| rules(8).messages(2, bytes).threads), [64, 512]);
     }
 
     #[test]

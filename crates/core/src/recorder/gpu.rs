@@ -14,6 +14,7 @@
 
 use std::time::Duration;
 
+use super::gpu_message::{GpuMessage, GpuWork};
 use super::record::{Clock, bytes_of, packed_header};
 use crate::call::CallHeader;
 use crate::device::Form;
@@ -69,21 +70,24 @@ pub struct GpuView {
     pub reading: Reading,
     /// Its last calls, oldest first.
     pub calls: Vec<GpuCall>,
+    /// The latest message to each rank and from each, by rank.
+    pub messages: Vec<GpuMessage>,
 }
 
 /// For whom the GPU of a rank waits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct GpuWait {
-    /// The number of the call there.
-    pub call: u32,
-    /// The peer that it waits for.
+    /// What it works on.
+    pub work: GpuWork,
+    /// The peer that it waits for; what is no rank stands for any.
     pub peer: usize,
 }
 
 impl GpuWait {
-    fn from_word(word: u64) -> Option<Self> {
-        let peer = (word as u32).checked_sub(1)? as usize;
-        Some(Self { call: (word >> 32) as u32, peer })
+    /// What a kernel says in [`REPORT_WAITING`].
+    pub fn from_word(word: u64) -> Option<Self> {
+        let peer = usize::from((word as u16).checked_sub(1)?);
+        Some(Self { work: GpuWork::new(word >> 16 & 0xffff, (word >> 32) as u32), peer })
     }
 }
 
@@ -109,18 +113,25 @@ impl GpuView {
         };
         let moment = Moment { device_ns: word(device_ns), ticks: word(ticks) };
         let copy = fetch(Field { bytes: RECORDER_BYTES, ..fields.gpu_records })?;
-        Ok((waits, Some(Self { reading, calls: GpuCall::of_copy(&copy, moment, clock) })))
+        let calls = GpuCall::of_copy(&copy, moment, clock);
+        Ok((waits, Some(Self { reading, calls, messages: GpuMessage::of_words(&copy, moment, clock) })))
     }
 
     /// The latest call, if that is known.
     pub fn latest(&self) -> Option<&GpuCall> {
         if self.reading == Reading::Earlier { None } else { self.calls.last() }
     }
+
+    /// The latest message to `peer`, or from it, if that is known.
+    pub fn message(&self, peer: usize, is_sent: bool) -> Option<&GpuMessage> {
+        let mut messages = self.messages.iter().filter(|_| self.reading != Reading::Earlier);
+        messages.find(|message| (message.peer, message.is_sent) == (peer, is_sent))
+    }
 }
 
 impl Moment {
     /// How long ago the device's clock stood at `ns`; zero for the future.
-    fn ago(self, ns: u64, clock: &Clock) -> Duration {
+    pub(super) fn ago(self, ns: u64, clock: &Clock) -> Duration {
         let since = clock.ago(self.ticks);
         match ns.checked_sub(self.device_ns) {
             Some(later) => since.saturating_sub(Duration::from_nanos(later)),
@@ -172,7 +183,8 @@ impl GpuCall {
         Some(Self {
             number,
             header,
-            form: form.filter(|_| blocks > 0),
+            // What is a message for each pair of ranks has as many as each rank needs.
+            form: form.filter(|_| blocks > 0 || header.kind.is_uneven()),
             blocks,
             begun: moment.ago(begun, clock),
             met: since(met),

@@ -210,7 +210,7 @@ mod tests {
             refused(0, 5),
             "malformed control memory: expected one that a communicator made, got first word 0x5"
         );
-        assert_eq!(refused(1, 9), "malformed control memory: expected layout version 3, got 9");
+        assert_eq!(refused(1, 9), "malformed control memory: expected layout version 4, got 9");
         assert_eq!(refused(2, 0), "malformed control memory: expected a possible number of ranks, got 0");
         assert!(refused(2, u64::MAX).ends_with("got 18446744073709551615"));
         assert!(JobLabel::from_words(&[MAGIC]).is_err());

@@ -14,6 +14,7 @@
 //! Contents are untrusted: whatever the words are, decoding gives records that make sense, or none, and never panics.
 
 mod gpu;
+mod gpu_message;
 mod label;
 mod record;
 mod snapshot;
@@ -23,6 +24,7 @@ mod why_gpu;
 mod words;
 
 pub use gpu::{GpuCall, GpuView, GpuWait, Moment, Reading};
+pub use gpu_message::{GpuMessage, GpuWork, MessageHeader};
 pub use label::{JobLabel, Presence, RankLabel, TickSource};
 pub use record::{Clock, ENDED, End, Record, WAITS, Waits, WaitsOn};
 pub use snapshot::{Clocks, Failure, Process, RankView, Snapshot};

@@ -271,7 +271,10 @@ mod tests {
                 (view.calls[0].to_string(), view.calls[0].begun),
                 ("barrier #1".into(), Duration::from_secs(6))
             );
-            assert_eq!(snapshot.ranks[1].gpu_waits, Some(GpuWait { call: 1, peer: 0 }));
+            assert_eq!(
+                snapshot.ranks[1].gpu_waits,
+                Some(GpuWait { work: crate::recorder::GpuWork::Call(1), peer: 0 })
+            );
             assert!(snapshot.ranks[0].gpu.is_none());
         }
     }

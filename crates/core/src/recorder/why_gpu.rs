@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use super::gpu::{GpuCall, GpuView, Reading};
+use super::gpu_message::GpuWork;
 use super::label::Presence;
 use super::snapshot::{Process, RankView, Snapshot};
 use super::why::RECENT;
@@ -25,16 +26,47 @@ pub(super) fn gpus(snapshot: &Snapshot) -> (Vec<String>, bool) {
     }
     let mut sentences = groups.sentences();
     let before = sentences.len();
-    for rank in snapshot.ranks.iter().filter(|rank| lives(rank) && latest(rank).is_none()) {
-        if let Some(wait) = rank.gpu_waits {
-            sentences.push(format!(
-                "The GPU of rank {} waits in its call #{} for that of rank {}, which has not made it.",
-                rank.rank, wait.call, wait.peer
-            ));
+    for rank in snapshot.ranks.iter().filter(|rank| lives(rank)) {
+        match rank.gpu_waits.map(|wait| (wait.work, wait.peer)) {
+            Some((GpuWork::Call(call), peer)) if latest(rank).is_none() => sentences.push(format!(
+                "The GPU of rank {} waits in its call #{call} for that of rank {peer}, which has not made it.",
+                rank.rank
+            )),
+            None | Some((GpuWork::Call(_), _)) => {}
+            Some((work, peer)) => sentences.push(message(snapshot, rank, work, peer)),
         }
     }
     let does_wait = front.is_some() || sentences.len() > before;
     (sentences, does_wait)
+}
+
+/// What is said of a GPU that waits in a message to `peer`, or from it.
+fn message(snapshot: &Snapshot, rank: &RankView, work: GpuWork, peer: usize) -> String {
+    let is_sent = matches!(work, GpuWork::Send(_));
+    let known = |rank: &RankView, peer, is_sent| rank.gpu.as_ref()?.message(peer, is_sent).copied();
+    let ours = known(rank, peer, is_sent);
+    let since = ours.map_or_else(String::new, |ours| format!(" for {}", rough(ours.begun)));
+    let work = work.describe(peer, snapshot.ranks.len());
+    let what = ours.map_or_else(String::new, |ours| format!(" of {}", ours.header));
+    let waits = format!("The GPU of rank {} has waited in {work}{what}{since}", rank.rank);
+    let Some(other) = snapshot.ranks.get(peer) else {
+        return format!("{waits}; no rank's next message to it has that tag.");
+    };
+    let done = if is_sent { "received" } else { "sent" };
+    match (ours, known(other, rank.rank, !is_sent)) {
+        (_, None) if other.gpu.as_ref().is_some_and(|gpu| gpu.reading != Reading::Earlier) => {
+            format!("{waits}; rank {peer} has {done} none.")
+        }
+        (Some(ours), Some(theirs)) if (ours.number.wrapping_sub(theirs.number) as i32) > 0 => format!(
+            "{waits}, which is their message {}; rank {peer} has {done} {}, the last one ({}) {} ago.",
+            ours.number,
+            theirs.number,
+            theirs.header,
+            rough(theirs.ended.unwrap_or(theirs.begun))
+        ),
+        (_, Some(_)) => format!("{waits}; rank {peer} has begun its side."),
+        (_, None) => format!("{waits}."),
+    }
 }
 
 fn lives(rank: &RankView) -> bool {

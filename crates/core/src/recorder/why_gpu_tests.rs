@@ -1,6 +1,7 @@
 //! Tests of what is said of GPUs: a snapshot for each way in which their calls do not go on.
 
 use super::super::gpu::GpuWait;
+use super::super::gpu_message::{GpuMessage, GpuWork, MessageHeader};
 use super::super::why::tests::{S, SUM, behind, snapshot, with};
 use super::super::why::why;
 use super::*;
@@ -26,7 +27,7 @@ fn on_gpus(latest: &[Option<GpuCall>]) -> Snapshot {
     let mut all = snapshot(latest.iter().map(|_| behind()).collect());
     for (rank, call) in all.ranks.iter_mut().zip(latest) {
         let reading = if call.is_some() { Reading::Now } else { Reading::Earlier };
-        rank.gpu = Some(GpuView { reading, calls: call.iter().copied().collect() });
+        rank.gpu = Some(GpuView { reading, calls: call.iter().copied().collect(), messages: Vec::new() });
     }
     all
 }
@@ -39,7 +40,7 @@ fn told(snapshot: &Snapshot) -> String {
 #[test]
 fn a_gpu_that_waits_is_told_of_with_the_rank_that_it_waits_for() {
     let all = snapshot(vec![behind(), behind()]);
-    let text = why(&with(all, 0, |rank| rank.gpu_waits = Some(GpuWait { call: 7, peer: 1 })));
+    let text = why(&with(all, 0, |rank| rank.gpu_waits = Some(GpuWait { work: GpuWork::Call(7), peer: 1 })));
     let expected = "The GPU of rank 0 waits in its call #7 for that of rank 1, which has not made it.";
     assert!(text.contains(expected) && !text.contains("No rank waits"), "{text}");
 }
@@ -48,7 +49,7 @@ fn a_gpu_that_waits_is_told_of_with_the_rank_that_it_waits_for() {
 fn the_call_that_gpus_hang_in_is_named_and_who_has_not_begun_it() {
     let inside = Some(call(812, 12, false));
     let mut all = on_gpus(&[inside, inside, Some(call(811, 14, true)), inside]);
-    all.ranks[0].gpu_waits = Some(GpuWait { call: 812, peer: 2 });
+    all.ranks[0].gpu_waits = Some(GpuWait { work: GpuWork::Call(812), peer: 2 });
     assert_eq!(
         why(&all),
         "Ranks 0–3 are outside of unisono, computing perhaps: their last call was barrier #811, done 12 s ago. The GPUs of \
@@ -112,8 +113,9 @@ fn a_rank_that_does_not_answer_is_said_unless_its_process_says_why() {
                     process did not answer.";
     assert_eq!(told(&all), expected);
     // What was known of it earlier is not told as what it does now; what its kernel says of its wait is.
-    let stale = GpuView { reading: Reading::Earlier, calls: vec![call(6, 100, false)] };
-    (all.ranks[1].gpu, all.ranks[1].gpu_waits) = (Some(stale), Some(GpuWait { call: 7, peer: 0 }));
+    let stale = GpuView { reading: Reading::Earlier, calls: vec![call(6, 100, false)], messages: Vec::new() };
+    (all.ranks[1].gpu, all.ranks[1].gpu_waits) =
+        (Some(stale), Some(GpuWait { work: GpuWork::Call(7), peer: 0 }));
     let waits = " The GPU of rank 1 waits in its call #7 for that of rank 0, which has not made it.";
     assert_eq!(told(&all), expected.to_owned() + waits);
 }
@@ -142,4 +144,31 @@ fn gpus_that_are_busy_do_not_wait() {
     assert!(text.starts_with("No rank waits."), "{text}");
     assert!(text.ends_with("The GPUs of ranks 0 and 1 make calls: the latest were all_reduce #7."), "{text}");
     assert_eq!(gpus(&on_gpus(&[Some(call(7, 100, true))])), (Vec::new(), false));
+}
+
+#[test]
+fn a_message_that_hangs_is_told_with_what_the_other_side_has_done() {
+    let message = |number, tag, is_sent, peer, begun, ended: Option<u64>| GpuMessage {
+        is_sent,
+        peer,
+        number,
+        header: MessageHeader { tag, dtype: Some(DType::F32), kind: 0, bytes: 4096 },
+        begun: Duration::from_secs(begun),
+        ended: ended.map(Duration::from_secs),
+    };
+    let view = |messages| Some(GpuView { reading: Reading::Now, calls: Vec::new(), messages });
+    let mut all = snapshot(vec![behind(), behind()]);
+    all.ranks[0].gpu = view(vec![message(5, 7, true, 1, 12, None)]);
+    all.ranks[0].gpu_waits = Some(GpuWait { work: GpuWork::Send(7), peer: 1 });
+    all.ranks[1].gpu = view(Vec::new());
+    let waits = "The GPU of rank 0 has waited in send to rank 1 (tag 7) of f32, 1024, tag 7 for 12 s";
+    assert_eq!(told(&all), format!("{waits}; rank 1 has received none."));
+    all.ranks[1].gpu = view(vec![message(4, 6, false, 0, 14, Some(13))]);
+    let last = "rank 1 has received 4, the last one (f32, 1024, tag 6) 13 s ago";
+    assert_eq!(told(&all), format!("{waits}, which is their message 5; {last}."));
+    all.ranks[1].gpu = view(vec![message(5, 7, false, 0, 1, None)]);
+    assert_eq!(told(&all), format!("{waits}; rank 1 has begun its side."));
+    all.ranks[0].gpu_waits = Some(GpuWait { work: GpuWork::Recv(3), peer: 2 });
+    let any = "The GPU of rank 0 has waited in recv from any rank (tag 3); no rank's next message to it has that tag.";
+    assert_eq!(told(&all), any);
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 use unisono::{Operations, ReduceOp};
 
 use super::super::gpu_record::Side;
-use super::{Contender, Job, Rank, Result};
+use super::{Contender, Job, Operation, Rank, Result};
 
 /// Up to here, the host's time to submit a call is told.
 const SUBMIT_TO: usize = 64 << 10;
@@ -81,7 +81,12 @@ impl Rank<'_> {
         let submit_us = self.median(contender.times.submitted)?;
         let mut wrong = [contender.wrong];
         self.communicator.all_reduce(&mut wrong, ReduceOp::Sum)?;
-        let (algbw, busbw) = job.operation.bandwidth(self.communicator.world_size(), job.bytes, graph_us);
+        let (mut algbw, mut busbw) =
+            job.operation.bandwidth(self.communicator.world_size(), job.bytes, graph_us);
+        if job.operation == Operation::SendRecv {
+            // One way.
+            (algbw, busbw) = (algbw / 2.0, busbw / 2.0);
+        }
         Ok(Side {
             eager_us,
             graph_us,
