@@ -50,6 +50,7 @@ const UNSAFE_FILES: &[&str] = &[
     // Registers memory with the driver, and launches kernels.
     "crates/comm/src/gpu/arenas.rs",
     "crates/comm/src/gpu/args.rs",
+    "crates/comm/src/gpu/copy_engines.rs",
     "crates/comm/src/gpu/fused.rs",
     "crates/comm/src/gpu/mod.rs",
     "crates/comm/src/gpu/messages.rs",
@@ -96,6 +97,7 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/tests/golden.rs",
     // Device buffers of tests.
     "crates/comm/tests/gpu/derive.rs",
+    "crates/comm/tests/gpu/engine.rs",
     "crates/comm/tests/gpu/fused.rs",
     "crates/comm/tests/gpu/group.rs",
     "crates/comm/tests/gpu/life.rs",

@@ -11,6 +11,7 @@
 
 #include "bulk.cuh"
 #include "direct.cuh"
+#include "engine.cuh"
 #if PURPOSE == FUSED
 #include "fused.cuh"
 #endif
@@ -100,6 +101,13 @@ KERNEL(all_gather_one_shot, 512, false, (one_shot<ALL_GATHER, U8, SUM>))
 KERNEL(all_gather_bulk, TILE_THREADS, false, (bulk<ALL_GATHER, U8, SUM>))
 KERNEL(all_gather_direct, 512, true, (direct<ALL_GATHER, U8, SUM>))
 KERNEL(all_gather_ring, TILE_THREADS, false, (ring<ALL_GATHER, U8, SUM>))
+
+// Between these three, copy engines move the data of all-gathers and broadcasts.
+extern "C" __global__ void __launch_bounds__(512) engine_begin(const __grid_constant__ Args args) { engine_begin_call(args); }
+extern "C" __global__ void __launch_bounds__(ENGINE_THREADS) engine_step(const __grid_constant__ StepArgs args) {
+  engine_pass_step(args);
+}
+extern "C" __global__ void __launch_bounds__(ENGINE_THREADS) engine_end(const __grid_constant__ Args args) { engine_end_call(args); }
 
 // Only headers: nobody leaves before all have entered.
 extern "C" __global__ void __launch_bounds__(512) barrier(const __grid_constant__ Args args) {

@@ -7,6 +7,8 @@
 mod case;
 #[path = "gpu/derive.rs"]
 mod derive;
+#[path = "gpu/engine.rs"]
+mod engine;
 #[path = "gpu/fused.rs"]
 mod fused;
 #[path = "gpu/group.rs"]

@@ -22,6 +22,13 @@ pub type Kept = Arc<dyn Any + Send + Sync>;
 /// What graphs that are gone have let go of.
 static RELEASED: Mutex<Vec<Kept>> = Mutex::new(Vec::new());
 
+/// Behind what the next work of a stream under capture comes: what forks and joins branches of the graph without other streams, which
+/// would belong to the capture until it ends.
+#[derive(Clone, Debug, Default)]
+pub struct Front {
+    nodes: Vec<sys::CUgraphNode>,
+}
+
 /// The capture that a stream is part of.
 #[derive(Debug)]
 pub struct Capture<'s> {
@@ -60,6 +67,85 @@ impl Stream {
         let is_active = status == sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE;
         let device = self.device().clone();
         Ok((is_active && !graph.is_null()).then_some(Capture { id, graph, device, stream: PhantomData }))
+    }
+}
+
+impl Stream {
+    /// Behind what the next work comes. Empty where nothing was captured before it.
+    ///
+    /// # Errors
+    /// [`Error::TooOld`] for drivers before 12.3; what the driver refuses, as if nothing is captured.
+    pub fn front(&self) -> Result<Front> {
+        Self::has_fronts("cuStreamGetCaptureInfo_v3")?;
+        let _current = self.device().enter()?;
+        let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        let (mut nodes, mut count) = (std::ptr::null(), 0);
+        // SAFETY: the stream lives, the answers are ours, and those that are null are not asked for.
+        let result = unsafe {
+            sys::cuStreamGetCaptureInfo_v3(
+                self.raw().cast(),
+                &raw mut status,
+                std::ptr::null_mut(),
+                std::ptr::null_mut(),
+                &raw mut nodes,
+                std::ptr::null_mut(),
+                &raw mut count,
+            )
+        };
+        check("cuStreamGetCaptureInfo", self.device().ordinal(), result)?;
+        let is_active = status == sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE;
+        if !is_active || nodes.is_null() {
+            return Ok(Front::default());
+        }
+        // SAFETY: the driver says that so many are there, until the next call on this stream.
+        Ok(Front { nodes: unsafe { std::slice::from_raw_parts(nodes, count) }.to_vec() })
+    }
+
+    /// From now on work comes behind `front` only, which is of the same capture.
+    ///
+    /// # Errors
+    /// As [`Stream::front`].
+    pub fn set_front(&self, front: &Front) -> Result<()> {
+        let how = sys::CUstreamUpdateCaptureDependencies_flags_enum::CU_STREAM_SET_CAPTURE_DEPENDENCIES;
+        self.update_front(front, how)
+    }
+
+    /// From now on work comes behind `front`, which is of the same capture, too.
+    ///
+    /// # Errors
+    /// As [`Stream::front`].
+    pub fn add_to_front(&self, front: &Front) -> Result<()> {
+        let how = sys::CUstreamUpdateCaptureDependencies_flags_enum::CU_STREAM_ADD_CAPTURE_DEPENDENCIES;
+        self.update_front(front, how)
+    }
+
+    fn update_front(
+        &self,
+        front: &Front,
+        how: sys::CUstreamUpdateCaptureDependencies_flags_enum,
+    ) -> Result<()> {
+        Self::has_fronts("cuStreamUpdateCaptureDependencies_v2")?;
+        let _current = self.device().enter()?;
+        let mut nodes = front.nodes.clone();
+        // SAFETY: the stream lives, the driver copies the nodes, and checks that they are of this capture; no data of edges are ours.
+        let result = unsafe {
+            sys::cuStreamUpdateCaptureDependencies_v2(
+                self.raw().cast(),
+                nodes.as_mut_ptr(),
+                std::ptr::null(),
+                nodes.len(),
+                how as u32,
+            )
+        };
+        check("cuStreamUpdateCaptureDependencies", self.device().ordinal(), result)
+    }
+
+    /// Whether the driver has these.
+    fn has_fronts(symbol: &str) -> Result<()> {
+        match version()? < (12, 3) {
+            true => Err(Error::TooOld { library: "the CUDA driver", symbol: symbol.to_owned() }),
+            false => Ok(()),
+        }
     }
 }
 

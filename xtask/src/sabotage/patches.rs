@@ -69,6 +69,15 @@ pub(super) const PATCHES: &[Patch] = &[
     },
     // unisono-core
     Patch {
+        name: "copy engines stage over what is still pulled",
+        file: "crates/core/src/device/engine.rs",
+        line: "2 * lanes",
+        instead: "2 * lanes - 1",
+        test: core(
+            "device::engine::tests::every_rank_gets_every_chunk_once_in_whatever_order_the_devices_work",
+        ),
+    },
+    Patch {
         name: "the tag of a frame is not compared",
         file: "crates/core/src/auth/seal.rs",
         line: "if !bool::from(expected[..].ct_eq(&buffer[body.end..consumed])) {",

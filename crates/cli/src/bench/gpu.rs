@@ -223,7 +223,7 @@ impl Rank<'_> {
             operation: operation.name().to_owned(),
             bytes: bytes as u64,
             form: launch.map_or("flags", |launch| launch.form.name()).to_owned(),
-            blocks: launch.map_or(1, |launch| launch.blocks),
+            blocks: launch.map_or(1, |launch| launch.workers()),
             threads: launch.map_or(0, |launch| launch.threads),
             tile: launch.map_or(0, |launch| launch.tile),
             rounds: rounds as u64,

@@ -73,6 +73,15 @@ pub(crate) struct UnevenArgs {
     pub(crate) part_bytes: [u64; MAX_RANKS],
 }
 
+/// The argument of kernels between the steps of copy engines, by value. The other side is `kernels/engine.cuh`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct StepArgs {
+    pub(crate) args: Args,
+    /// The step before which the kernel stands, from 1 on.
+    pub(crate) step: u64,
+}
+
 /// One message, as kernels carry it out.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]

@@ -111,7 +111,8 @@ impl Drop for Gpu {
         // In a forked child the driver answers nothing, and the memory is its parent's.
         if self.control.check_process().is_err() {
             // Another thread may have held the lock of the budget when it was forked: then nobody would give that back.
-            std::mem::forget((self.memory.take(), std::mem::take(&mut self.windows), self.budget.take()));
+            let rest = (self.budget.take(), self.engines.take());
+            std::mem::forget((self.memory.take(), std::mem::take(&mut self.windows), rest));
             return;
         }
         let Some(mut memory) = self.memory.take() else { return };

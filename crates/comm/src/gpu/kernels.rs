@@ -12,11 +12,11 @@ use unisono_core::device::{ArenaLayout, Form, Link};
 use unisono_core::{DType, ReduceOp};
 use unisono_cuda::{Architecture, Cache, Compiler, Device, Function, Module, Result, Source};
 
-use super::args::{Args, FusedArgs, Messages, UnevenArgs};
+use super::args::{Args, FusedArgs, Messages, StepArgs, UnevenArgs};
 
 const MESSAGES: &str = include_str!("../../kernels/messages.cu");
 const COLLECTIVES: &str = include_str!("../../kernels/collectives.cu");
-const HEADERS: [(&str, &str); 15] = [
+const HEADERS: [(&str, &str); 16] = [
     ("ptx.cuh", include_str!("../../kernels/ptx.cuh")),
     ("element.cuh", include_str!("../../kernels/element.cuh")),
     ("call.cuh", include_str!("../../kernels/call.cuh")),
@@ -30,6 +30,7 @@ const HEADERS: [(&str, &str); 15] = [
     ("bulk.cuh", include_str!("../../kernels/bulk.cuh")),
     ("direct.cuh", include_str!("../../kernels/direct.cuh")),
     ("ring.cuh", include_str!("../../kernels/ring.cuh")),
+    ("engine.cuh", include_str!("../../kernels/engine.cuh")),
     ("fused.cuh", include_str!("../../kernels/fused.cuh")),
     ("messages.cuh", include_str!("../../kernels/messages.cuh")),
 ];
@@ -145,6 +146,7 @@ pub fn source(layout: &ArenaLayout, purpose: Purpose) -> Source {
     // Both sides see the same structures, or nothing compiles.
     definitions.push(("ARGS_BYTES", size_of::<Args>().to_string()));
     definitions.push(("UNEVEN_ARGS_BYTES", size_of::<UnevenArgs>().to_string()));
+    definitions.push(("STEP_ARGS_BYTES", size_of::<StepArgs>().to_string()));
     definitions.push(("MESSAGES_BYTES", size_of::<Messages>().to_string()));
     let (name, text) = match purpose {
         Purpose::Messages => ("messages.cu", MESSAGES),
@@ -195,6 +197,7 @@ pub(crate) struct Loaded {
     /// By operation and form.
     functions: [[Option<Function>; Form::ALL.len()]; OPERATIONS.len()],
     rows: Option<RowFunctions>,
+    engine: Option<EngineFunctions>,
     barrier: Option<Function>,
     clock: Option<Function>,
     messages: Option<OfMessages>,
@@ -235,6 +238,15 @@ pub(crate) struct RowFunctions {
     pub(crate) two_shot: Function,
     /// What follows, alone.
     pub(crate) behind: Function,
+}
+
+/// The kernels of calls by copy engines that stand behind the first.
+#[derive(Debug)]
+pub(crate) struct EngineFunctions {
+    /// Before the copies of a step.
+    pub(crate) step: Function,
+    /// Behind all copies.
+    pub(crate) end: Function,
 }
 
 /// Every operation that has kernels.
@@ -299,7 +311,11 @@ impl Loaded {
                 continue;
             }
             for form in Form::ALL.into_iter().filter(|form| form.serves(*kind)) {
-                let symbol = format!("{}_{}", kind.name(), form.name().replace('-', "_"));
+                let symbol = match form {
+                    // The first of all calls by copy engines.
+                    Form::Engine => "engine_begin".to_owned(),
+                    _ => format!("{}_{}", kind.name(), form.name().replace('-', "_")),
+                };
                 let function = module.function(&symbol)?;
                 if matches!(form, Form::Bulk | Form::Ring) {
                     function.allow_shared(room_bytes(device, layout.link()))?;
@@ -320,11 +336,15 @@ impl Loaded {
             }),
             _ => None,
         };
+        let engine = match (only("engine_step")?, only("engine_end")?) {
+            (Some(step), Some(end)) => Some(EngineFunctions { step, end }),
+            _ => None,
+        };
         let messages = match purpose {
             Purpose::Messages => Some(OfMessages::load(&module, room_bytes(device, layout.link()))?),
             _ => None,
         };
-        Ok(Self { functions, rows, barrier, clock, messages })
+        Ok(Self { functions, rows, engine, barrier, clock, messages })
     }
 
     /// The kernel of a call that moves data.
@@ -336,6 +356,11 @@ impl Loaded {
     /// The kernels of rows.
     pub(crate) const fn rows(&self) -> Option<&RowFunctions> {
         self.rows.as_ref()
+    }
+
+    /// The kernels of calls by copy engines, but the first.
+    pub(crate) const fn engine(&self) -> Option<&EngineFunctions> {
+        self.engine.as_ref()
     }
 
     /// The kernel that only exchanges headers.

@@ -18,6 +18,7 @@ use unisono_core::settings::{HandleKind, PinnedWay};
 use unisono_cuda::{Device, DeviceBuffer, Event, Grid, RegisteredHost, Stream};
 
 use crate::call::Call;
+use crate::cause::Cause;
 use crate::collectives::{Engine, Part, Plan, WindowPlace};
 use crate::control::Control;
 use crate::error::{Error, Result};
@@ -25,6 +26,7 @@ use arenas::Arenas;
 use args::{Args, HEADER_LAUNCH, Report, UnevenArgs};
 pub(crate) use attach::{check_ranks, identity, without_device, without_gpu};
 use budget::Budget;
+use copy_engines::{EngineCall, Engines};
 pub use device_header::device_header;
 use ending::{End, Memory};
 use kernels::Kernels;
@@ -41,6 +43,7 @@ pub(crate) mod arenas;
 pub(crate) mod args;
 pub(crate) mod attach;
 pub(crate) mod budget;
+mod copy_engines;
 mod derive;
 mod device_header;
 mod ending;
@@ -67,6 +70,8 @@ pub(crate) struct Gpu {
     lanes: Box<Lanes>,
     /// Shared memory for each block of the forms with tiles.
     room_bytes: u32,
+    /// Where copy engines may serve calls.
+    engines: Option<Engines>,
     /// The stream of the latest call, and an event behind it once there were two: from the start where ranks share a device, or
     /// did in the world that this comes from, because the first change of streams waits for all of it.
     latest: usize,
@@ -123,6 +128,7 @@ impl Gpu {
             recorder::compare_clocks(device, clock, &mut args, control.gpu().0).map_err(failed)?;
         }
         let copier = || Copier::new(state.address(), pages.address() + records);
+        let engines = rules.lanes().map(|lanes| Engines::new(device, lanes)).transpose().map_err(failed)?;
         let order = config.is_crowded.then(|| Event::new(device, false)).transpose().map_err(failed)?;
         let watch = Watch::start(device.clone(), control.clone(), copier());
         let memory = Memory {
@@ -142,6 +148,7 @@ impl Gpu {
             args,
             lanes: Box::new(Lanes::new()),
             room_bytes: kernels::room_bytes(device, rules.link),
+            engines,
             latest: 0,
             order,
             siblings,
@@ -264,7 +271,7 @@ impl Gpu {
                 self.windows.place(target, (&mut args.targets, &mut args.header[HEADER_OFFSETS + 1]));
         }
         let shared_bytes = if launch.by_copies { self.room_bytes } else { 0 };
-        let grid = Grid { blocks: launch.blocks + 1, threads: launch.threads, shared_bytes };
+        let grid = Grid { blocks: launch.workers() + 1, threads: launch.threads, shared_bytes };
         let args = match &mut uneven {
             Some(uneven) => (&raw mut *uneven).cast(),
             None => (&raw mut self.args).cast(),
@@ -275,6 +282,9 @@ impl Gpu {
         let launched = unsafe { function.launch(stream, grid, args) };
         if let Err(error) = launched {
             return Err(self.refused(error));
+        }
+        if launch.form == Form::Engine {
+            self.launch_copies(plan, launch, stream)?;
         }
         self.conclude(sides, stream, is_captured)
     }
@@ -292,6 +302,33 @@ impl Gpu {
             Some(enqueued) => enqueued.note(stream, is_captured),
             None => Ok(()),
         }
+    }
+
+    /// Puts what follows the first kernel of a call by copy engines into `stream`.
+    fn launch_copies(&mut self, plan: &Plan, launch: Launch, stream: &Stream) -> Result<()> {
+        let (kind, ranks) = (plan.header.kind, self.rules.ranks);
+        let (Some(engines), Some(functions)) = (&self.engines, self.kernels.copies().engine()) else {
+            unreachable!("{kind:?} has no streams or kernels for {launch:?}")
+        };
+        let layout = ArenaLayout::new(ranks, self.rules.link);
+        let call = EngineCall { kind, launch, args: &self.args, layout, functions, engines };
+        // SAFETY: as in `launch`. Where it ends with an error, the device is waited for before anything goes.
+        unsafe { call.run(stream, ranks) }.map_err(|error| match stream.is_capturing() {
+            // Nothing of it has begun.
+            Ok(true) => self.refused(error),
+            _ => self.broken_off(error),
+        })
+    }
+
+    /// What the driver refused in the middle of a call, which can neither go on nor be taken back.
+    #[cold]
+    fn broken_off(&mut self, error: unisono_cuda::Error) -> Error {
+        let rank = self.args.rank;
+        let reason = format!("the driver refused a part of a call on its GPU: {error}");
+        self.control.fail(&Cause::Aborted { rank, reason });
+        let error = Error::Cuda { rank: rank as usize, error };
+        self.failed = Some(error.clone());
+        error
     }
 
     /// Whether a call in `stream` goes into a graph, as far as that matters. What its kernels reach then stays for as long as

@@ -100,6 +100,7 @@ impl Config {
                 order: settings.order,
                 bulk_copies,
                 most_blocks,
+                engines: origin.siblings.is_empty(),
                 forced: settings.gpu_algorithm,
             },
             patience_ns: one_sided::nanoseconds(settings.timeout),

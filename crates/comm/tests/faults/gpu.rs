@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use unisono::cuda::{Device, DeviceBuffer, Stream as CudaStream};
-use unisono::{Buf, BufMut, Communicator, DType, Error, Memory, Operations, ReduceOp, Result, Stream};
+use unisono::{
+    Buf, BufMut, Builder, Communicator, DType, Error, Form, Memory, Operations, ReduceOp, Result, Stream,
+};
 use unisono_core::device::Link;
 
 use super::parts::{Part, end_of_input, expect, report, setting};
@@ -22,7 +24,7 @@ pub(super) fn device_count() -> Option<u32> {
     count.inspect_err(|error| println!("SKIPPED: {error}")).ok()
 }
 
-/// Row 2: who is killed under kernels that spin is named; the context of the survivors goes on, and so do they, in a new
+/// Row 2: who is killed under kernels that spin, or amid copies that wait for them, is named; the context of the survivors goes on, and so do they, in a new
 /// communicator of the same process.
 pub(crate) fn survivors_leave_their_kernels_and_go_on() {
     let Some(count) = device_count() else { return };
@@ -30,12 +32,13 @@ pub(crate) fn survivors_leave_their_kernels_and_go_on() {
     let seed = random::seed();
     println!("seed {seed}");
     let mut random = Random::new(seed);
-    let (mut samples, kills) = (Vec::new(), 2 * scale());
-    for _ in 0..kills {
+    let (mut samples, kills) = (Vec::new(), 4 * scale());
+    for number in 0..kills {
         let size = (count as usize).max(2);
         let victim = random.below(size as u64) as usize;
         let setup = Setup::new("gpu", size, server.unique_id())
             .with("FAULTS_CALLS", random.next())
+            .with("FAULTS_COPIES", number % 2)
             .with("FAULTS_INIT_MS", 60_000);
         let mut world = setup.start();
         world.wait_until_all_said("ready");
@@ -68,9 +71,10 @@ pub(crate) fn survivors_shrink_and_sum_on_their_gpus() {
     let seed = random::seed();
     println!("seed {seed}");
     let mut random = Random::new(seed);
-    let (mut samples, kills) = (Vec::new(), 2 * scale());
-    for _ in 0..kills {
-        let setup = Setup::new("gpu survivor", (count as usize).max(3), server.unique_id());
+    let (mut samples, kills) = (Vec::new(), 4 * scale());
+    for number in 0..kills {
+        let setup = Setup::new("gpu survivor", (count as usize).max(3), server.unique_id())
+            .with("FAULTS_COPIES", number % 2);
         let (mut world, victim, killed) = lose_one(setup, Signal::KILL, &mut random);
         world.ask_to_end();
         world.wait_for_end();
@@ -156,7 +160,7 @@ pub(crate) fn calls(part: &Part) -> Result<()> {
     let ordinal = part.rank as u32 % count;
     let device = Device::new(ordinal).unwrap();
     // Loading kernels takes seconds where nothing is cached, and who loads hears of nobody.
-    let communicator = part.builder().device(ordinal).prepare(DType::I32, ReduceOp::Max)?.build()?;
+    let communicator = builder(part).device(ordinal).prepare(DType::I32, ReduceOp::Max)?.build()?;
     let raw = CudaStream::new(&device).unwrap();
     // SAFETY: the raw stream lives as long as this one.
     let stream = unsafe { Stream::cuda(raw.raw(), ordinal) }?;
@@ -179,6 +183,7 @@ pub(crate) fn calls(part: &Part) -> Result<()> {
                 // SAFETY: the memory outlives the stream's work, and only the stream touches it.
                 let x = unsafe { BufMut::<i32>::cuda(memory.address(), count, ordinal) };
                 communicator.on(&stream).all_reduce(x, ReduceOp::Max)?;
+                gather(&communicator, &stream, &memory, count)?;
                 // SAFETY: as above.
                 let (out, into) = unsafe {
                     (
@@ -218,11 +223,30 @@ pub(crate) fn calls(part: &Part) -> Result<()> {
     Err(error)
 }
 
+/// Where gathered data goes by copy engines, if it is gathered at all.
+fn builder(part: &Part) -> Builder {
+    match setting::<u8>("FAULTS_COPIES") {
+        Some(1) => part.builder().gpu_algorithm(Form::Engine, 0),
+        _ => part.builder(),
+    }
+}
+
+/// Gathers what is the same on all ranks, where copy engines do that.
+fn gather(communicator: &Communicator, stream: &Stream, memory: &DeviceBuffer, count: usize) -> Result<()> {
+    if setting::<u8>("FAULTS_COPIES") != Some(1) {
+        return Ok(());
+    }
+    let count = count - count % communicator.world_size();
+    // SAFETY: the memory outlives the stream's work, and only the stream touches it.
+    let x = unsafe { BufMut::<i32>::cuda(memory.address(), count, memory.device().ordinal()) };
+    communicator.on(stream).all_gather(x)
+}
+
 /// The part of a rank that goes on with `shrink`: sums until somebody dies, shrinks, sums, and tells when it has.
 pub(crate) fn survive(part: &Part) -> Result<()> {
     let ordinal = part.rank as u32 % device_count().unwrap_or(1);
     let device = Device::new(ordinal).unwrap();
-    let communicator = part.builder().device(ordinal).prepare(DType::I32, ReduceOp::Sum)?.build()?;
+    let communicator = builder(part).device(ordinal).prepare(DType::I32, ReduceOp::Sum)?.build()?;
     let raw = CudaStream::new(&device).unwrap();
     // SAFETY: the raw stream lives as long as this one.
     let stream = unsafe { Stream::cuda(raw.raw(), ordinal) }?;
@@ -299,6 +323,7 @@ impl Sums {
             // SAFETY: as above.
             let x = unsafe { BufMut::<i32>::cuda(self.memory.address(), count, ordinal) };
             communicator.on(&self.stream).all_reduce(x, ReduceOp::Sum)?;
+            gather(communicator, &self.stream, &self.memory, count)?;
         }
         self.raw.synchronize().map_err(|error| Error::Cuda { rank, error })?;
         communicator.check()?;

@@ -61,6 +61,7 @@ pub(crate) fn play(part: &Part) -> Result<()> {
         Some((Form::Bulk, 90)),
         Some((Form::Ring, 0)),
         Some((Form::Ring, 9)),
+        Some((Form::Engine, 0)),
         None,
     ];
     for (at, form) in forms.into_iter().enumerate() {

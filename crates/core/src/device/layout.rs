@@ -179,6 +179,11 @@ impl ArenaLayout {
         Field { offset: self.flags_at(), bytes: self.flags_bytes() }
     }
 
+    /// The scratch, both halves.
+    pub const fn scratch(&self) -> Field {
+        Field { offset: self.scratch_at(), bytes: 2 * self.scratch_half_bytes() }
+    }
+
     /// Bytes of scratch for one epoch.
     pub const fn scratch_half_bytes(&self) -> usize {
         match self.link {

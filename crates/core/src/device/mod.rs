@@ -1,5 +1,6 @@
 //! The GPU's side of the pure logic: where everything lies in the memory that GPUs share, and which form a call takes.
 
+pub mod engine;
 pub mod layout;
 pub mod select;
 

@@ -5,6 +5,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use super::engine::{MOST_LANES, slot_bytes};
 use super::layout::{
     ArenaLayout, Link, MAX_BLOCKS, MESSAGE_CHANNELS, MESSAGE_PACKETS_TO, PACKET_DATA, RING_SLOTS,
 };
@@ -27,11 +28,14 @@ pub enum Form {
     Direct,
     /// From neighbour to neighbour, through scratch.
     Ring,
+    /// From neighbour to neighbour, by copy engines.
+    Engine,
 }
 
 impl Form {
     /// Every form.
-    pub const ALL: [Self; 5] = [Self::OneShot, Self::TwoShot, Self::Bulk, Self::Direct, Self::Ring];
+    pub const ALL: [Self; 6] =
+        [Self::OneShot, Self::TwoShot, Self::Bulk, Self::Direct, Self::Ring, Self::Engine];
 
     /// Whether there are kernels of this form for an operation.
     pub const fn serves(self, kind: Kind) -> bool {
@@ -51,6 +55,7 @@ impl Form {
                     | Kind::ReduceScatter { .. }
                     | Kind::ReduceScatterV { .. }
             ),
+            Self::Engine => matches!(kind, Kind::Broadcast { .. } | Kind::AllGather),
         }
     }
 
@@ -62,6 +67,7 @@ impl Form {
             Self::Bulk => "bulk",
             Self::Direct => "direct",
             Self::Ring => "ring",
+            Self::Engine => "engine",
         }
     }
 }
@@ -78,9 +84,9 @@ impl fmt::Display for Form {
 pub struct Wish {
     /// The form, taken where it can serve the call.
     pub form: Form,
-    /// Blocks that move data.
+    /// Blocks that move data; of copy engines, copies that are under way at once.
     pub blocks: u32,
-    /// Vectors of 16 bytes in a tile, of forms that have tiles.
+    /// Vectors of 16 bytes in a tile, of forms that have tiles; of copy engines, in a chunk.
     pub tile: u32,
 }
 
@@ -117,14 +123,24 @@ const WIDE_BLOCKS: usize = 64;
 pub struct Launch {
     /// The form.
     pub form: Form,
-    /// Blocks that move data.
+    /// Blocks that move data; where copy engines do, copies that are under way at once ([`lanes`](super::engine::Steps)).
     pub blocks: u32,
     /// Threads of each block.
     pub threads: u32,
-    /// Vectors of 16 bytes that a block moves in one round; 0 where there are no rounds.
+    /// Vectors of 16 bytes that a block moves in one round, or that a copy engine does; 0 where there are no rounds.
     pub tile: u32,
     /// Whether bulk copies move the data, and threads only fold it.
     pub by_copies: bool,
+}
+
+impl Launch {
+    /// Blocks that move data; none where copy engines do.
+    pub const fn workers(&self) -> u32 {
+        match self.form {
+            Form::Engine => 0,
+            _ => self.blocks,
+        }
+    }
 }
 
 /// Blocks that share a row where rows are normalised, and threads of each. Two of them fit on a multiprocessor.
@@ -163,6 +179,9 @@ pub struct Rules {
     /// Blocks that this communicator may have wait on a device at once, unless more are asked for. Few ([below 64](Self::is_narrow)) may
     /// take a multiprocessor each; of more, two share one, and those that need one take half as many.
     pub most_blocks: u32,
+    /// Whether copy engines may serve calls that nobody asked it for. Not where one thread drives several ranks: their hundreds of
+    /// copies could fill a queue, and that thread would wait for room instead of calling for the next rank.
+    pub engines: bool,
     /// What was asked for.
     pub forced: Option<Wish>,
 }
@@ -182,6 +201,30 @@ impl Rules {
     /// Whether the communicator shares its devices with others of this process, and may have few blocks there.
     pub const fn is_narrow(&self) -> bool {
         (self.most_blocks as usize) < WIDE_BLOCKS
+    }
+
+    /// Copies that are under way at once where copy engines move data; none if they never do.
+    pub fn lanes(&self) -> Option<usize> {
+        /// While one moves, a second stands ready, and a third tells its neighbours.
+        const USUAL: usize = 3;
+        let wish = self.forced.filter(|wish| wish.form == Form::Engine);
+        let has_engines = self.ranks > 1 && self.link == Link::Device && self.crowd == 1;
+        (has_engines && (wish.is_some() || (self.engines && !self.is_narrow()))).then(|| match wish {
+            Some(Wish { blocks: 1.., .. }) => (wish.map_or(0, |wish| wish.blocks) as usize).min(MOST_LANES),
+            _ => USUAL,
+        })
+    }
+
+    /// From how many bytes of a part on copy engines move them.
+    ///
+    /// Thought, and still to be measured with `gpu_sweep`: they move 392 GB/s where a ring of blocks moves 360, and lose some 40 µs at
+    /// begin and end; of a broadcast, three chunks of 4 MiB more for each rank that passes it on.
+    fn engine_from(&self, kind: Kind) -> usize {
+        const GAINED: usize = 192 << 20;
+        match kind {
+            Kind::AllGather => GAINED / self.ranks.saturating_sub(1).max(1),
+            _ => GAINED + self.ranks.saturating_sub(2) * (160 << 20),
+        }
     }
 
     fn borders(&self, kind: Kind) -> Borders {
@@ -239,6 +282,7 @@ impl Rules {
                     && self.order == Order::Rank;
                 self.ranks > 1 && !changes_order
             }
+            Form::Engine => self.lanes().is_some(),
         }
     }
 
@@ -254,6 +298,9 @@ impl Rules {
             bytes if bytes <= borders.one_shot_to && self.can(Form::OneShot, question) => Form::OneShot,
             bytes if bytes <= borders.two_shot_to && self.can(Form::TwoShot, question) => Form::TwoShot,
             _ if self.can(Form::Direct, question) => Form::Direct,
+            bytes if bytes >= self.engine_from(question.kind) && self.can(Form::Engine, question) => {
+                Form::Engine
+            }
             bytes if bytes >= borders.ring_from && self.can(Form::Ring, question) => Form::Ring,
             _ if self.ranks == 1 => Form::OneShot,
             _ => Form::Bulk,
@@ -400,6 +447,18 @@ impl Rules {
                 let usual = if by_copies(blocks) { 2400 } else { 4096 };
                 tiled(blocks, due.min(usual), layout.scratch_half_bytes() / RING_SLOTS / 16 / blocks)
             }
+            Form::Engine => {
+                let lanes = self.lanes().unwrap_or(1);
+                // A rank passes a chunk of a broadcast on when it has all of it, and the last one waits for that many times.
+                let usual = if question.kind == Kind::AllGather { 8 << 20 } else { 4 << 20 };
+                let most = if wish.tile == 0 { usual / 16 } else { wish.tile as usize };
+                let most = most.min(slot_bytes(&layout, lanes) / 16);
+                let vectors = question.bytes.div_ceil(16);
+                // As many in each lane, of one size, in whole lines of 128 bytes.
+                let chunks = vectors.div_ceil(most).next_multiple_of(lanes).max(1);
+                let chunk = vectors.div_ceil(chunks).next_multiple_of(8).max(8);
+                Launch { tile: chunk as u32, ..plain(lanes, threads) }
+            }
         }
     }
 }
@@ -417,6 +476,7 @@ mod tests {
             order: Order::Fixed,
             bulk_copies: true,
             most_blocks: MAX_BLOCKS as u32,
+            engines: true,
             forced: None,
         }
     }
@@ -476,6 +536,12 @@ mod tests {
                                 assert!(launch.tile.is_multiple_of(8) && launch.tile > 0);
                                 assert!(tiles * RING_SLOTS <= layout.scratch_half_bytes());
                             }
+                            Form::Engine => {
+                                assert!(launch.tile.is_multiple_of(8) && launch.tile > 0);
+                                assert!(
+                                    launch.tile as usize * 16 <= slot_bytes(&layout, launch.blocks as usize)
+                                );
+                            }
                             _ => assert_eq!(launch.tile, 0),
                         }
                     }
@@ -523,6 +589,42 @@ mod tests {
             Rules { order: Order::Rank, forced: wish("ring"), ..rules(8) }.decide(&large).form,
             Form::Bulk
         );
+    }
+
+    #[test]
+    fn copy_engines_serve_large_calls_of_devices_that_each_rank_has_for_itself() {
+        let form = |rules: Rules, kind, bytes| {
+            rules.decide(&Question { kind, bytes, size: 2, is_reachable: false }).form
+        };
+        let (all, root) = (Kind::AllGather, Kind::Broadcast { root: 1 });
+        for (ranks, gathered, sent) in [(2, 192, 192), (4, 64, 512), (8, 28, 1152)] {
+            for (kind, mib) in [(all, gathered), (root, sent)] {
+                assert_eq!(form(rules(ranks), kind, mib << 20), Form::Engine, "{ranks} {kind:?}");
+                assert_eq!(form(rules(ranks), kind, (mib - 1) << 20), Form::Ring, "{ranks} {kind:?}");
+            }
+        }
+        let forced = "engine".parse().ok();
+        for barred in [
+            Rules { crowd: 2, ..rules(4) },
+            Rules { link: Link::Host, ..rules(4) },
+            Rules { ranks: 1, ..rules(4) },
+        ] {
+            assert_ne!(form(barred, all, 1 << 30), Form::Engine);
+            assert_ne!(form(Rules { forced, ..barred }, all, 1 << 30), Form::Engine);
+            assert_eq!(Rules { forced, ..barred }.lanes(), None);
+        }
+        // Where a thread drives several ranks, or communicators share a device, they serve whom asks for them.
+        for shy in [Rules { engines: false, ..rules(4) }, Rules { most_blocks: 24, ..rules(4) }] {
+            assert_eq!((form(shy, all, 1 << 30), shy.lanes()), (Form::Ring, None));
+            assert_eq!(form(Rules { forced, ..shy }, all, 1), Form::Engine);
+        }
+        for (text, lanes, chunk) in
+            [("engine", 3, 8 << 20), ("engine:2:64", 2, 1024), ("engine:99", 8, 3 << 20)]
+        {
+            let asked = Rules { forced: text.parse().ok(), ..rules(4) };
+            let launch = asked.decide(&Question { kind: all, bytes: 96 << 20, size: 2, is_reachable: false });
+            assert_eq!((launch.blocks, launch.tile * 16), (lanes, chunk), "{text}");
+        }
     }
 
     #[test]
