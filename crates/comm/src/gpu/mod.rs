@@ -13,7 +13,7 @@ pub use unisono_core::device::layout::MAX_RANKS;
 use unisono_core::device::layout::{HEADER_OFFSETS, RECORDER_BYTES};
 use unisono_core::device::select::{Question, Rules};
 pub use unisono_core::device::{ArenaLayout, Link};
-use unisono_core::device::{Form, Launch};
+use unisono_core::device::{Form, Launch, Table, Wish};
 use unisono_core::settings::{HandleKind, PinnedWay};
 use unisono_cuda::{Device, DeviceBuffer, Event, Grid, RegisteredHost, Stream};
 
@@ -21,6 +21,8 @@ use crate::call::Call;
 use crate::collectives::{Engine, Part, Plan, WindowPlace};
 use crate::control::Control;
 use crate::error::{Error, Result};
+use crate::explanation::OnGpus;
+use crate::tuning;
 use arenas::Arenas;
 use args::{Args, HEADER_LAUNCH, Report, UnevenArgs};
 pub(crate) use attach::{check_ranks, identity, without_device, without_gpu};
@@ -59,6 +61,7 @@ pub(crate) struct Gpu {
     device: Device,
     control: Arc<Control>,
     rules: Rules,
+    table_from: tuning::Origin,
     kernels: Kernels,
     args: Args,
     /// Shared memory for each block of the forms with tiles.
@@ -136,6 +139,7 @@ impl Gpu {
             device: device.clone(),
             control,
             rules,
+            table_from: config.table_from.clone(),
             kernels,
             args,
             room_bytes: kernels::room_bytes(device, rules.link),
@@ -165,8 +169,18 @@ impl Gpu {
     }
 
     /// How the GPUs reach each other, and the rules that follow.
-    pub(crate) const fn rules(&self) -> Rules {
-        self.rules
+    pub(crate) const fn rules(&self) -> &Rules {
+        &self.rules
+    }
+
+    /// From now on calls take another form, and the grids of another table. All ranks change between the same two calls.
+    pub(crate) fn change_rules(&mut self, forced: Option<Wish>, table: Table) {
+        (self.rules.forced, self.rules.table) = (forced, table);
+    }
+
+    /// The same for people.
+    pub(crate) fn explain(&self) -> OnGpus {
+        OnGpus::new(&self.rules, self.table_from.clone())
     }
 
     /// Puts a call into `stream`. After a failure every call returns the first cause.
