@@ -217,17 +217,20 @@ impl Communicator {
         self.gpu.as_ref().map(|gpu| gpu.borrow().decide(kind, bytes, size))
     }
 
-    /// From now on calls on the GPU take this form, if one is given and it can serve them, and else those of `table`: for tuning,
-    /// which so measures several in one communicator. All ranks change between the same two calls.
+    /// By what calls on the GPU choose their forms; `None` without a GPU.
     #[doc(hidden)]
     #[cfg(feature = "cuda")]
-    pub fn change_gpu_rules(
-        &mut self,
-        forced: Option<unisono_core::device::Wish>,
-        table: &unisono_core::device::Table,
-    ) {
+    pub fn gpu_rules(&self) -> Option<unisono_core::device::select::Rules> {
+        self.gpu.as_ref().map(|gpu| *gpu.borrow().rules())
+    }
+
+    /// From now on calls on the GPU take the form that `rules` ask for, and the grids of their table: for tuning, which so measures
+    /// several in one communicator. All ranks change between the same two calls.
+    #[doc(hidden)]
+    #[cfg(feature = "cuda")]
+    pub fn change_gpu_rules(&mut self, rules: &unisono_core::device::select::Rules) {
         if let Some(gpu) = &self.gpu {
-            gpu.borrow_mut().change_rules(forced, *table);
+            gpu.borrow_mut().change_rules(rules);
         }
     }
 

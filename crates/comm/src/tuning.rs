@@ -12,6 +12,8 @@ use unisono_core::settings::{AlgorithmChoice, Settings};
 
 use crate::error::{Error, Result};
 
+/// Forms and grids of collectives on GPUs, and the tables that they are chosen by.
+pub use unisono_core::device;
 pub use unisono_core::select::{DIRECT_FORMS, Thresholds};
 pub use unisono_core::tuning::{MAX_TUNING_BYTES, Tuning};
 

@@ -333,14 +333,7 @@ impl Rank<'_> {
         let mut got = vec![0; PIECE_BYTES.min(job.bytes)];
         let mut wrong = 0;
         for part in 0..job.parts.1 {
-            // Whose pattern it is, and from which element on.
-            let (expected, begin) = match job.operation {
-                Operation::AllReduce | Operation::Reduce => (&self.reduced[..], 0),
-                Operation::ReduceScatter => (&self.reduced[..], rank * count),
-                Operation::Scatter => (self.patterns.input(0), rank * count),
-                Operation::AllToAll => (self.patterns.input(part), rank * count),
-                _ => (self.patterns.input(part), 0),
-            };
+            let (expected, begin) = self.patterns.expected(job.operation, &self.reduced, (rank, part, count));
             for at in (0..job.bytes).step_by(PIECE_BYTES) {
                 let piece = &mut got[..PIECE_BYTES.min(job.bytes - at)];
                 self.target.read(part * job.bytes + at, piece)?;

@@ -3,6 +3,8 @@
 //! For each number of ranks the command starts itself as these ranks (`tune --as-rank`), which time every size with every
 //! algorithm, taking turns ([`rank`]). From the times come the thresholds ([`border`]): the border that loses least
 //! over all sizes, and the default where that loses hardly more. `UNISONO_TUNE_FILE` then names the file.
+//!
+//! On GPUs this process drives all ranks itself ([`gpu`]), and times every form with several grids ([`forms`]).
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -10,18 +12,22 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anstyle::Style;
-use clap::Args;
+use clap::{Args, ValueEnum as _};
 use serde::{Deserialize, Serialize};
 use unisono::settings::format_size;
+use unisono::tuning::device::{Table, Wish};
 use unisono::tuning::{DIRECT_FORMS, Thresholds, Tuning, machine};
-use unisono::{Kind, host, settings};
+use unisono::{Form, Kind, host, settings};
 
-use crate::output::Target;
+use crate::bench::{self, Operation, Place};
+use crate::output::{Target, progress_bar};
 use crate::ranks::{Ranks, own_arguments};
 use crate::{Common, Failure};
 use border::{Border, Point};
 
 mod border;
+mod forms;
+mod gpu;
 mod rank;
 
 /// The arguments of `unisono tune`.
@@ -34,10 +40,23 @@ pub(crate) struct Arguments {
     /// Where to write what was measured
     #[arg(value_name = "FILE", default_value = "unisono.tune")]
     file: PathBuf,
-    /// Numbers of ranks to measure [for example 2,4,8]; otherwise powers of two up to the processors
+    /// Where to measure; on the host, and on GPUs if there are several
+    #[arg(long, value_name = "PLACE")]
+    device: Option<Place>,
+    /// Numbers of ranks to measure [for example 2,4,8]; otherwise powers of two up to the processors, or up to the GPUs
     #[arg(short = 'n', long = "ranks", value_delimiter = ',', value_name = "N", value_parser = rank_count)]
     ranks: Vec<usize>,
-    /// How long to measure each size with each algorithm
+    /// On GPUs, operations to measure [for example all_reduce,gather]; otherwise all. Those left out have the defaults
+    #[arg(long, value_delimiter = ',', value_name = "OPERATIONS", value_parser = operation)]
+    operations: Vec<Operation>,
+    /// On GPUs, write no file but print times of these forms, with blocks and vectors of a tile where they are given [for example
+    /// two-shot,bulk:24:512]: bytes, form, grid, tile, µs per call, GB/s of the bus
+    #[arg(long, value_delimiter = ',', value_name = "FORMS", value_parser = form)]
+    forms: Vec<Wish>,
+    /// The sizes for --forms, in bytes of a part
+    #[arg(long, value_delimiter = ',', value_name = "SIZES", value_parser = size, requires = "forms")]
+    sizes: Vec<usize>,
+    /// How long to measure each size with each algorithm on the host
     #[arg(long, value_name = "DURATION", default_value = "40ms", value_parser = duration)]
     time: Duration,
     /// Only print; write no file
@@ -51,6 +70,31 @@ pub(crate) struct Arguments {
 fn rank_count(text: &str) -> Result<usize, String> {
     let count = crate::run::rank_count(text)?;
     if count < 2 { Err("a rank that is alone has nothing to choose".to_owned()) } else { Ok(count) }
+}
+
+fn operation(text: &str) -> Result<Operation, String> {
+    let names = || DIRECT_FORMS.map(|kind| kind.name()).join(", ");
+    let known = Operation::from_str(text, false).ok();
+    let known = known.filter(|operation| DIRECT_FORMS.iter().any(|kind| kind.name() == operation.name()));
+    known.ok_or_else(|| format!("expected one of {}", names()))
+}
+
+fn form(text: &str) -> Result<Wish, String> {
+    text.parse().map_err(|_| {
+        let names = Form::ALL.map(Form::name).join(", ");
+        format!("expected one of {names}, and after colons blocks and vectors of a tile")
+    })
+}
+
+fn size(text: &str) -> Result<usize, String> {
+    bench::size(text).and_then(|size| {
+        let is_whole = size > 0 && size.is_multiple_of(forms::ELEMENT);
+        if is_whole {
+            Ok(size)
+        } else {
+            Err("expected a whole number of bf16 elements, of 2 bytes".to_owned())
+        }
+    })
 }
 
 fn duration(text: &str) -> Result<Duration, String> {
@@ -83,6 +127,24 @@ struct World {
     borders: Vec<Named>,
 }
 
+/// What was found for one number of ranks on GPUs.
+#[derive(Serialize)]
+struct GpuWorld {
+    gpus: usize,
+    operations: Vec<GpuOperation>,
+    #[serde(skip)]
+    table: Table,
+}
+
+#[derive(Serialize)]
+struct GpuOperation {
+    operation: &'static str,
+    measured: Vec<forms::Measured>,
+    borders: Vec<Named>,
+    /// The line of the tuning file.
+    row: String,
+}
+
 #[derive(Serialize)]
 struct Named {
     name: String,
@@ -97,6 +159,9 @@ struct Document {
     /// Where it was written, if it was.
     file: Option<PathBuf>,
     worlds: Vec<World>,
+    /// The name of the GPUs, where they were measured.
+    devices: Option<String>,
+    gpus: Vec<GpuWorld>,
 }
 
 /// Measures, writes the file and answers the exit code.
@@ -111,8 +176,18 @@ pub(crate) fn execute(arguments: &Arguments, common: &Common) -> Result<u8, Fail
             let _ = writeln!(anstream::stdout(), "{line}");
         }
     };
+    let devices = gpus(arguments)?;
+    let ranks_on_gpus =
+        if devices < 2 { Vec::new() } else { worlds_to_measure(&arguments.ranks, devices, devices) };
+    if !arguments.forms.is_empty() {
+        return sweep(arguments, &ranks_on_gpus, &print);
+    }
+    let on_host = arguments.device != Some(Place::Cuda);
+    let processors = host::processors().clamp(2, 1024);
     let mut worlds = Vec::new();
-    for ranks in worlds_to_measure(arguments) {
+    let ranks_on_host =
+        if on_host { worlds_to_measure(&arguments.ranks, processors, usize::MAX) } else { Vec::new() };
+    for ranks in ranks_on_host {
         let world = measure(ranks)?;
         world.lines().iter().for_each(|line| print(line));
         if world.is_noisy() {
@@ -124,31 +199,117 @@ pub(crate) fn execute(arguments: &Arguments, common: &Common) -> Result<u8, Fail
     }
     let thresholds: BTreeMap<usize, Thresholds> =
         worlds.iter().map(|world| (world.ranks, world.thresholds())).collect();
-    let tuning = Tuning::new(&machine(), thresholds);
+    let mut tuning = Tuning::new(&machine(), thresholds);
+    let devices = ranks_on_gpus.last().map(|most| gpu::devices(*most)).transpose()?;
+    let mut on_gpus = Vec::new();
+    for ranks in ranks_on_gpus {
+        on_gpus.push(
+            measure_gpus(arguments, ranks, quiet, &print)
+                .map_err(|error| Failure::new(format!("the measurement on {ranks} GPUs failed: {error}")))?,
+        );
+    }
+    if let Some(name) = &devices {
+        tuning = tuning.with_gpus(name, on_gpus.iter().map(|world| (world.gpus, world.table)).collect());
+    }
     if !arguments.dry_run {
         write(arguments, &tuning)?;
         let path = arguments.file.canonicalize().unwrap_or_else(|_| arguments.file.clone());
         print(&format!("written; use it with: export UNISONO_TUNE_FILE={}", path.display()));
     }
     let file = (!arguments.dry_run).then(|| arguments.file.clone());
-    let document = Document { version: env!("CARGO_PKG_VERSION"), machine: machine(), file, worlds };
+    let version = env!("CARGO_PKG_VERSION");
+    let document = Document { version, machine: machine(), file, worlds, devices, gpus: on_gpus };
     common.json.as_ref().map_or(Ok(()), |target| target.write(&document))?;
     Ok(0)
 }
 
-/// Those that were named, once each; otherwise powers of two and all processors.
-fn worlds_to_measure(arguments: &Arguments) -> Vec<usize> {
-    let processors = host::processors().clamp(2, 1024);
-    let powers =
-        std::iter::successors(Some(2), |ranks| Some(ranks * 2)).take_while(|ranks| *ranks <= processors);
-    let mut ranks = if arguments.ranks.is_empty() {
-        powers.chain([processors]).collect()
+/// Those that were named, once each and up to `limit`; otherwise powers of two and `most`.
+fn worlds_to_measure(named: &[usize], most: usize, limit: usize) -> Vec<usize> {
+    let powers = std::iter::successors(Some(2), |ranks| Some(ranks * 2)).take_while(|ranks| *ranks <= most);
+    let mut ranks: Vec<usize> = if named.is_empty() {
+        powers.chain([most]).collect()
     } else {
-        arguments.ranks.clone()
+        named.iter().copied().filter(|ranks| *ranks <= limit).collect()
     };
     ranks.sort_unstable();
     ranks.dedup();
     ranks
+}
+
+/// How many GPUs to measure on: none where that was not asked for and there are not several.
+fn gpus(arguments: &Arguments) -> Result<usize, Failure> {
+    let asked = if arguments.forms.is_empty() { arguments.device } else { Some(Place::Cuda) };
+    let (_, devices) = bench::place(asked)?;
+    let devices = devices.min(unisono::gpu::MAX_RANKS);
+    if asked != Some(Place::Cuda) {
+        return Ok(devices);
+    }
+    if devices < 2 {
+        return Err(Failure::new("a single GPU has nothing to choose: tables are for two GPUs or more"));
+    }
+    match arguments.ranks.iter().find(|ranks| **ranks > devices) {
+        Some(ranks) => Err(Failure::new(format!(
+            "each rank takes a GPU of its own, and these are {ranks} ranks on {devices} GPUs"
+        ))),
+        None => Ok(devices),
+    }
+}
+
+/// Those that were named, or all.
+fn operations(arguments: &Arguments) -> Vec<Operation> {
+    if !arguments.operations.is_empty() {
+        return arguments.operations.clone();
+    }
+    DIRECT_FORMS.iter().filter_map(|kind| operation(kind.name()).ok()).collect()
+}
+
+/// Prints the times of the forms that were named, on the most GPUs that were.
+fn sweep(arguments: &Arguments, ranks: &[usize], print: &dyn Fn(&str)) -> Result<u8, Failure> {
+    let sizes = match arguments.sizes.as_slice() {
+        [] => gpu::sizes().collect(),
+        named => named.to_vec(),
+    };
+    let operations = operations(arguments);
+    for ranks in ranks.iter().rev().take(if arguments.ranks.is_empty() { 1 } else { usize::MAX }) {
+        gpu::sweep(*ranks, &operations, &sizes, &arguments.forms, print)
+            .map_err(|error| Failure::new(format!("the measurement on {ranks} GPUs failed: {error}")))?;
+    }
+    Ok(0)
+}
+
+/// Measures all operations on so many GPUs, and prints the borders of each when it is done.
+fn measure_gpus(
+    arguments: &Arguments,
+    ranks: usize,
+    quiet: bool,
+    print: &dyn Fn(&str),
+) -> Result<GpuWorld, Box<dyn std::error::Error>> {
+    let operations = operations(arguments);
+    let sizes = |operation: &Operation| gpu::table_sizes(*operation, ranks).count() as u64;
+    let bar = progress_bar(operations.iter().map(sizes).sum(), quiet);
+    let mut world = gpu::World::new(ranks, gpu::table_room())?;
+    let mut table = Table::built_in(ranks);
+    let mut found = Vec::new();
+    let bold = Style::new().bold();
+    bar.suspend(|| {
+        let names: Vec<&str> = operations.iter().map(|operation| operation.name()).collect();
+        print(&format!("{bold}{ranks} GPUs{bold:#} · bf16 in CUDA graphs · {}", names.join(", ")));
+        print(&format!("{:<42}{:>10} {:>10}   why", "", "chosen", "default"));
+    });
+    for operation in operations {
+        let times = gpu::measure(&mut world, operation, &|| bar.inc(1))?;
+        let (row, borders) = times.row();
+        let Some(kind) = operation.kind(unisono::ReduceOp::Sum) else { continue };
+        *table.row_mut(kind) = row;
+        bar.suspend(|| borders.iter().for_each(|named| print(&named.line())));
+        let line = |text: &String| text.contains(&format!(" {} ", operation.name()));
+        let row = table.to_text(ranks).lines().map(str::to_owned).find(line).unwrap_or_default();
+        found.push(GpuOperation { operation: operation.name(), measured: times.measured(), borders, row });
+    }
+    bar.finish_and_clear();
+    world.end()?;
+    print("");
+    Ok(GpuWorld { gpus: ranks, operations: found, table })
 }
 
 fn measure(ranks: usize) -> Result<World, Failure> {
@@ -215,6 +376,19 @@ fn write(arguments: &Arguments, tuning: &Tuning) -> Result<(), Failure> {
     })
 }
 
+impl Named {
+    fn line(&self) -> String {
+        let Border { chosen, default, .. } = self.border;
+        format!(
+            "{:<42}{:>10} {:>10}   {}",
+            self.name,
+            border_size(chosen),
+            border_size(default),
+            self.border.why()
+        )
+    }
+}
+
 impl World {
     fn thresholds(&self) -> Thresholds {
         let mut chosen = self.borders.iter().map(|named| named.border.chosen);
@@ -244,15 +418,8 @@ impl World {
             lines.extend(self.table(kinds));
             lines.push(String::new());
         }
-        lines.push(format!("{:<38}{:>10} {:>10}   why", "", "chosen", "default"));
-        for Named { name, border } in &self.borders {
-            lines.push(format!(
-                "{name:<38}{:>10} {:>10}   {}",
-                size(border.chosen),
-                size(border.default),
-                border.why()
-            ));
-        }
+        lines.push(format!("{:<42}{:>10} {:>10}   why", "", "chosen", "default"));
+        lines.extend(self.borders.iter().map(Named::line));
         lines.push(String::new());
         lines
     }
@@ -292,7 +459,7 @@ impl World {
 }
 
 /// A border for people. Measured ones are powers of two; others stand behind the size up to which the first serves.
-fn size(bytes: usize) -> String {
+fn border_size(bytes: usize) -> String {
     match bytes {
         0 => "always".to_owned(),
         usize::MAX => "never".to_owned(),

@@ -13,7 +13,7 @@ pub use unisono_core::device::layout::MAX_RANKS;
 use unisono_core::device::layout::{HEADER_OFFSETS, RECORDER_BYTES};
 use unisono_core::device::select::{Question, Rules};
 pub use unisono_core::device::{ArenaLayout, Link};
-use unisono_core::device::{Form, Launch, Table, Wish};
+use unisono_core::device::{Form, Launch};
 use unisono_core::settings::{HandleKind, PinnedWay};
 use unisono_cuda::{Device, DeviceBuffer, Event, Grid, RegisteredHost, Stream};
 
@@ -173,9 +173,10 @@ impl Gpu {
         &self.rules
     }
 
-    /// From now on calls take another form, and the grids of another table. All ranks change between the same two calls.
-    pub(crate) fn change_rules(&mut self, forced: Option<Wish>, table: Table) {
-        (self.rules.forced, self.rules.table) = (forced, table);
+    /// From now on calls take the form that `rules` ask for, and the grids of their table. All ranks change between the same two
+    /// calls.
+    pub(crate) const fn change_rules(&mut self, rules: &Rules) {
+        (self.rules.forced, self.rules.table) = (rules.forced, rules.table);
     }
 
     /// The same for people.
