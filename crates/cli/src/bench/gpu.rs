@@ -184,10 +184,13 @@ impl Rank<'_> {
         self.communicator.all_gather_into(&mine[..], &mut names[..])?;
         let name = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end_matches('\0').to_owned();
         let version = cuda::driver::version()?;
+        let explained = self.communicator.observer().explain().gpus.ok_or("the ranks have no GPU")?;
         Ok(Gpus {
             devices: names.chunks(NAME_BYTES).take(self.workload.devices).map(name).collect(),
             ranks,
-            link: self.communicator.gpu_link().map_or("nothing", |link| link.name()).to_owned(),
+            link: explained.link.name().to_owned(),
+            forms_from: explained.table_from(),
+            multiprocessors: explained.multiprocessors,
             driver_cuda: format!("{}.{}", version.0, version.1),
             kernels: gpu::kernels::sources_hash(),
             nccl: self.nccl.as_ref().map(|nccl| NcclFacts {
@@ -222,6 +225,7 @@ impl Rank<'_> {
             blocks: launch.map_or(1, |launch| launch.blocks),
             threads: launch.map_or(0, |launch| launch.threads),
             tile: launch.map_or(0, |launch| launch.tile),
+            multiprocessors: launch.map_or(1, |launch| launch.multiprocessors()),
             rounds: rounds as u64,
             batch: job.calls as u64,
             ours,

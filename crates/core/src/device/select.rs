@@ -204,13 +204,17 @@ impl Rules {
             return self.grid(wish, question);
         }
         let row = self.table.row(question.kind);
+        let packets_to = row.one_shot_to.max(row.two_shot_to);
         let ring_from = if self.is_narrow() { row.narrow_ring_from } else { row.ring_from };
         let can = |form| self.can(form, question);
         let form = match question.bytes {
             bytes if bytes >= row.direct_from && can(Form::Direct) => Form::Direct,
             bytes if bytes <= row.one_shot_to && can(Form::OneShot) => Form::OneShot,
             bytes if bytes <= row.two_shot_to && can(Form::TwoShot) => Form::TwoShot,
-            _ if row.direct_from != usize::MAX && can(Form::Direct) => Form::Direct,
+            // Packets are the quickest, and have no room.
+            bytes if bytes <= packets_to && row.direct_from != usize::MAX && can(Form::Direct) => {
+                Form::Direct
+            }
             bytes if bytes >= ring_from && can(Form::Ring) => Form::Ring,
             _ if self.ranks == 1 => Form::OneShot,
             _ => Form::Bulk,
@@ -280,8 +284,11 @@ impl Rules {
             asked => (asked as usize).min(room),
         };
         let by_copies = |blocks: usize| self.bulk_copies && blocks <= WIDE_BLOCKS;
-        // The most of a form with tiles, which goes by copies if that leaves few.
-        let fits = |usual: usize| if by_copies(usual.min(most)) { whole } else { most };
+        // The most of a form with tiles that goes by threads, unless that leaves so few that it goes by copies.
+        let fits = |usual: usize| match by_copies(usual.min(most)) && !self.is_narrow() {
+            true => most.min(self.most_blocks.div_ceil(2) as usize),
+            false => most,
+        };
         // Tiles of at most so many vectors as there is room for, in whole lines of 128 bytes.
         let tiled = |blocks: usize, tile: usize, room: usize| {
             let tile = if wish.tile == 0 { tile } else { wish.tile as usize };
@@ -311,7 +318,8 @@ impl Rules {
                 let goes_by_copies = self.bulk_copies && question.bytes > row.threads_to;
                 let usual = if goes_by_copies { row.bulk_blocks } else { row.thread_blocks };
                 let usual = usual.min(team * shard.div_ceil(16 * threads));
-                let channels = (blocks(usual, fits(usual)) / team).max(1);
+                let most = if goes_by_copies { whole } else { fits(usual) };
+                let channels = (blocks(usual, most) / team).max(1);
                 let blocks = channels * team;
                 let due = shard.div_ceil(16).div_ceil(channels);
                 // By copies, some rounds at least, so that the steps overlap.

@@ -27,7 +27,7 @@ pub struct Row {
     pub one_shot_to: usize,
     /// Two-shot above that and up to here, where packets have room.
     pub two_shot_to: usize,
-    /// Direct from here on, and wherever packets have no room, if all buffers lie where all ranks reach them.
+    /// Direct from here on, and below where packets have no room, if all buffers lie where all ranks reach them.
     pub direct_from: usize,
     /// Else a ring from here on, and the pipeline (bulk) below.
     pub ring_from: usize,

@@ -206,8 +206,12 @@ fn a_table_decides() {
     assert_eq!(taken(&rules, 2 << 20, false), (Form::Bulk, 90, 1096));
     assert_eq!(taken(&rules, 4 << 20, false), (Form::Bulk, 30, 208));
     assert_eq!(taken(&rules, 32 << 20, false), (Form::Ring, 40, 2400));
-    // Where packets end, and direct still may.
-    assert_eq!(taken(&rules, 4 << 20, true), (Form::Direct, 7, 0));
+    assert_eq!(taken(&rules, 4 << 20, true).0, Form::Bulk);
+    assert_eq!(taken(&rules, 64 << 20, true), (Form::Direct, 7, 0));
+    // Where packets would be taken, but have no room, direct is.
+    rules.table.row_mut(KINDS[0]).two_shot_to = 16 << 20;
+    assert_eq!(taken(&rules, 16 << 20, true).0, Form::Direct);
+    assert_eq!(taken(&rules, 16 << 20, false).0, Form::Bulk);
     rules.table.row_mut(KINDS[0]).direct_from = usize::MAX;
     assert_eq!(taken(&rules, 64 << 20, true).0, Form::Ring);
     rules.most_blocks = 24;
