@@ -3,6 +3,7 @@
 use std::fmt;
 
 use unisono_core::call::Kind;
+#[cfg(any(feature = "cuda", test))]
 use unisono_core::device::select::Rules as GpuRules;
 use unisono_core::device::table::BUILT_IN_FROM;
 use unisono_core::device::{Form, Link, Table, Wish};
@@ -242,7 +243,7 @@ pub struct OnGpus {
 }
 
 impl OnGpus {
-    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "there are no GPUs"))]
+    #[cfg(any(feature = "cuda", test))]
     pub(crate) const fn new(rules: &GpuRules, origin: Origin) -> Self {
         Self {
             link: rules.link,

@@ -18,7 +18,6 @@ use unisono::{
 };
 
 use super::forms::{self, ELEMENT, Times};
-use crate::Failure;
 use crate::bench::Operation;
 use crate::bench::pattern::Patterns;
 
@@ -310,20 +309,30 @@ impl Output {
     }
 }
 
-/// The name of the first `count` GPUs, which all have the same.
-pub(super) fn devices(count: usize) -> std::result::Result<String, Failure> {
-    let name = |ordinal: usize| {
-        let device = Device::new(ordinal as u32).map_err(|error| Failure::new(error.to_string()))?;
-        Ok(device.facts().name.clone())
-    };
-    let names = (0..count).map(name).collect::<std::result::Result<Vec<String>, Failure>>()?;
-    match names.iter().find(|name| **name != names[0]) {
-        None => Ok(names.into_iter().next().unwrap_or_default()),
-        Some(other) => Err(Failure::new(format!(
-            "a table is for GPUs of one kind, and these are {} and {other}: name some with CUDA_VISIBLE_DEVICES",
-            names[0]
-        ))),
+/// The name of the first `count` GPUs, which are of one kind and reach each other.
+pub(super) fn name_of(count: usize) -> Result<String> {
+    let devices = (0..count).map(|ordinal| Ok(Device::new(ordinal as u32)?)).collect::<Result<Vec<_>>>()?;
+    let name = &devices[0].facts().name;
+    for device in &devices {
+        let other = &device.facts().name;
+        if other != name {
+            let mend = "CUDA_VISIBLE_DEVICES names some";
+            return Err(
+                format!("a table is for GPUs of one kind, and these are {name} and {other}: {mend}").into()
+            );
+        }
+        for peer in &devices {
+            if device != peer && !device.reaches(peer)? {
+                return Err(format!(
+                    "cuda:{} does not reach the memory of cuda:{}, and tables are for GPUs that do",
+                    device.ordinal(),
+                    peer.ordinal()
+                )
+                .into());
+            }
+        }
     }
+    Ok(name.clone())
 }
 
 /// Measures all of an operation that its row of the table depends on; `done` is called after each size.

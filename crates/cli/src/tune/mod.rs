@@ -4,7 +4,7 @@
 //! algorithm, taking turns ([`rank`]). From the times come the thresholds ([`border`]): the border that loses least
 //! over all sizes, and the default where that loses hardly more. `UNISONO_TUNE_FILE` then names the file.
 //!
-//! On GPUs this process drives all ranks itself ([`gpu`]), and times every form with several grids ([`forms`]).
+//! On GPUs ([`on_gpus`]) this process drives all ranks itself ([`gpu`]), and times every form with several grids ([`forms`]).
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -15,12 +15,12 @@ use anstyle::Style;
 use clap::{Args, ValueEnum as _};
 use serde::{Deserialize, Serialize};
 use unisono::settings::format_size;
-use unisono::tuning::device::{Table, Wish};
+use unisono::tuning::device::Wish;
 use unisono::tuning::{DIRECT_FORMS, Thresholds, Tuning, machine};
 use unisono::{Form, Kind, host, settings};
 
 use crate::bench::{self, Operation, Place};
-use crate::output::{Target, progress_bar};
+use crate::output::Target;
 use crate::ranks::{Ranks, own_arguments};
 use crate::{Common, Failure};
 use border::{Border, Point};
@@ -28,6 +28,7 @@ use border::{Border, Point};
 mod border;
 mod forms;
 mod gpu;
+mod on_gpus;
 mod rank;
 
 /// The arguments of `unisono tune`.
@@ -127,24 +128,6 @@ struct World {
     borders: Vec<Named>,
 }
 
-/// What was found for one number of ranks on GPUs.
-#[derive(Serialize)]
-struct GpuWorld {
-    gpus: usize,
-    operations: Vec<GpuOperation>,
-    #[serde(skip)]
-    table: Table,
-}
-
-#[derive(Serialize)]
-struct GpuOperation {
-    operation: &'static str,
-    measured: Vec<forms::Measured>,
-    borders: Vec<Named>,
-    /// The line of the tuning file.
-    row: String,
-}
-
 #[derive(Serialize)]
 struct Named {
     name: String,
@@ -161,7 +144,7 @@ struct Document {
     worlds: Vec<World>,
     /// The name of the GPUs, where they were measured.
     devices: Option<String>,
-    gpus: Vec<GpuWorld>,
+    gpus: Vec<on_gpus::World>,
 }
 
 /// Measures, writes the file and answers the exit code.
@@ -176,11 +159,11 @@ pub(crate) fn execute(arguments: &Arguments, common: &Common) -> Result<u8, Fail
             let _ = writeln!(anstream::stdout(), "{line}");
         }
     };
-    let devices = gpus(arguments)?;
+    let (devices, name) = on_gpus::find(arguments)?.unzip();
     let ranks_on_gpus =
-        if devices < 2 { Vec::new() } else { worlds_to_measure(&arguments.ranks, devices, devices) };
+        devices.map_or_else(Vec::new, |devices| worlds_to_measure(&arguments.ranks, devices, devices));
     if !arguments.forms.is_empty() {
-        return sweep(arguments, &ranks_on_gpus, &print);
+        return on_gpus::sweep(arguments, &ranks_on_gpus, &print);
     }
     let on_host = arguments.device != Some(Place::Cuda);
     let processors = host::processors().clamp(2, 1024);
@@ -200,16 +183,16 @@ pub(crate) fn execute(arguments: &Arguments, common: &Common) -> Result<u8, Fail
     let thresholds: BTreeMap<usize, Thresholds> =
         worlds.iter().map(|world| (world.ranks, world.thresholds())).collect();
     let mut tuning = Tuning::new(&machine(), thresholds);
-    let devices = ranks_on_gpus.last().map(|most| gpu::devices(*most)).transpose()?;
-    let mut on_gpus = Vec::new();
+    let mut gpu_worlds = Vec::new();
     for ranks in ranks_on_gpus {
-        on_gpus.push(
-            measure_gpus(arguments, ranks, quiet, &print)
+        gpu_worlds.push(
+            on_gpus::measure(arguments, ranks, quiet, &print)
                 .map_err(|error| Failure::new(format!("the measurement on {ranks} GPUs failed: {error}")))?,
         );
     }
+    let devices = name.filter(|_| !gpu_worlds.is_empty());
     if let Some(name) = &devices {
-        tuning = tuning.with_gpus(name, on_gpus.iter().map(|world| (world.gpus, world.table)).collect());
+        tuning = tuning.with_gpus(name, gpu_worlds.iter().map(|world| (world.gpus, world.table)).collect());
     }
     if !arguments.dry_run {
         write(arguments, &tuning)?;
@@ -218,7 +201,7 @@ pub(crate) fn execute(arguments: &Arguments, common: &Common) -> Result<u8, Fail
     }
     let file = (!arguments.dry_run).then(|| arguments.file.clone());
     let version = env!("CARGO_PKG_VERSION");
-    let document = Document { version, machine: machine(), file, worlds, devices, gpus: on_gpus };
+    let document = Document { version, machine: machine(), file, worlds, devices, gpus: gpu_worlds };
     common.json.as_ref().map_or(Ok(()), |target| target.write(&document))?;
     Ok(0)
 }
@@ -234,82 +217,6 @@ fn worlds_to_measure(named: &[usize], most: usize, limit: usize) -> Vec<usize> {
     ranks.sort_unstable();
     ranks.dedup();
     ranks
-}
-
-/// How many GPUs to measure on: none where that was not asked for and there are not several.
-fn gpus(arguments: &Arguments) -> Result<usize, Failure> {
-    let asked = if arguments.forms.is_empty() { arguments.device } else { Some(Place::Cuda) };
-    let (_, devices) = bench::place(asked)?;
-    let devices = devices.min(unisono::gpu::MAX_RANKS);
-    if asked != Some(Place::Cuda) {
-        return Ok(devices);
-    }
-    if devices < 2 {
-        return Err(Failure::new("a single GPU has nothing to choose: tables are for two GPUs or more"));
-    }
-    match arguments.ranks.iter().find(|ranks| **ranks > devices) {
-        Some(ranks) => Err(Failure::new(format!(
-            "each rank takes a GPU of its own, and these are {ranks} ranks on {devices} GPUs"
-        ))),
-        None => Ok(devices),
-    }
-}
-
-/// Those that were named, or all.
-fn operations(arguments: &Arguments) -> Vec<Operation> {
-    if !arguments.operations.is_empty() {
-        return arguments.operations.clone();
-    }
-    DIRECT_FORMS.iter().filter_map(|kind| operation(kind.name()).ok()).collect()
-}
-
-/// Prints the times of the forms that were named, on the most GPUs that were.
-fn sweep(arguments: &Arguments, ranks: &[usize], print: &dyn Fn(&str)) -> Result<u8, Failure> {
-    let sizes = match arguments.sizes.as_slice() {
-        [] => gpu::sizes().collect(),
-        named => named.to_vec(),
-    };
-    let operations = operations(arguments);
-    for ranks in ranks.iter().rev().take(if arguments.ranks.is_empty() { 1 } else { usize::MAX }) {
-        gpu::sweep(*ranks, &operations, &sizes, &arguments.forms, print)
-            .map_err(|error| Failure::new(format!("the measurement on {ranks} GPUs failed: {error}")))?;
-    }
-    Ok(0)
-}
-
-/// Measures all operations on so many GPUs, and prints the borders of each when it is done.
-fn measure_gpus(
-    arguments: &Arguments,
-    ranks: usize,
-    quiet: bool,
-    print: &dyn Fn(&str),
-) -> Result<GpuWorld, Box<dyn std::error::Error>> {
-    let operations = operations(arguments);
-    let sizes = |operation: &Operation| gpu::table_sizes(*operation, ranks).count() as u64;
-    let bar = progress_bar(operations.iter().map(sizes).sum(), quiet);
-    let mut world = gpu::World::new(ranks, gpu::table_room())?;
-    let mut table = Table::built_in(ranks);
-    let mut found = Vec::new();
-    let bold = Style::new().bold();
-    bar.suspend(|| {
-        let names: Vec<&str> = operations.iter().map(|operation| operation.name()).collect();
-        print(&format!("{bold}{ranks} GPUs{bold:#} · bf16 in CUDA graphs · {}", names.join(", ")));
-        print(&format!("{:<42}{:>10} {:>10}   why", "", "chosen", "default"));
-    });
-    for operation in operations {
-        let times = gpu::measure(&mut world, operation, &|| bar.inc(1))?;
-        let (row, borders) = times.row();
-        let Some(kind) = operation.kind(unisono::ReduceOp::Sum) else { continue };
-        *table.row_mut(kind) = row;
-        bar.suspend(|| borders.iter().for_each(|named| print(&named.line())));
-        let line = |text: &String| text.contains(&format!(" {} ", operation.name()));
-        let row = table.to_text(ranks).lines().map(str::to_owned).find(line).unwrap_or_default();
-        found.push(GpuOperation { operation: operation.name(), measured: times.measured(), borders, row });
-    }
-    bar.finish_and_clear();
-    world.end()?;
-    print("");
-    Ok(GpuWorld { gpus: ranks, operations: found, table })
 }
 
 fn measure(ranks: usize) -> Result<World, Failure> {
@@ -481,6 +388,14 @@ fn times(times: &[Option<f64>]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn worlds_are_those_that_were_named_or_powers_of_two_and_all() {
+        assert_eq!(worlds_to_measure(&[], 8, 8), [2, 4, 8]);
+        assert_eq!(worlds_to_measure(&[], 6, 6), [2, 4, 6]);
+        assert_eq!(worlds_to_measure(&[8, 2, 2], 4, 4), [2]);
+        assert_eq!(worlds_to_measure(&[8, 2, 2], 4, usize::MAX), [2, 8]);
+    }
 
     fn measured(kind: Kind, bytes: usize, times: (f64, Option<f64>, f64)) -> Measured {
         Measured {

@@ -1,3 +1,5 @@
+//! Tables as text, and what the built-in one decides: expectations that were written by hand from the measurements.
+
 use super::super::layout::Link;
 use super::super::multiprocessors::{LEAST_MULTIPROCESSORS, blocks_on};
 use super::super::select::{Form, Launch, Question, Rules};
