@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Tests and measures on a machine with GPUs, from a bundle that `cargo xtask gpu-bundle` made; no Rust is needed there.
 #
-#   gpu_run.sh [correct] [sanitizer] [kill] [hang] [bench] [kernels]
+#   gpu_run.sh [correct] [sanitizer] [kill] [hang] [bench] [tune] [kernels]
 #
-# Without arguments all parts but the last, which compiles kernels and needs no GPU, within LIMIT_S seconds (480). Results go to $OUT, or to ./out, with all that was said in logs.tgz,
+# Without arguments all parts but the last two (the last compiles kernels and needs no GPU), within LIMIT_S seconds (480). Results go to $OUT, or to ./out, with all that was said in logs.tgz,
 # and the ends of it to the terminal. The last table has the exit code of every step; the script fails if one is not 0.
 # UNISONO_TEST_SCALE makes random tests and kills longer. NCCL is measured without NVLink's multicast, unless NCCL_NVLS_ENABLE
 # says otherwise.
@@ -20,9 +20,9 @@ parts=("$@")
 [ ${#parts[@]} -gt 0 ] || parts=(correct kill hang bench sanitizer)
 for part in "${parts[@]}"; do
     case $part in
-        correct | sanitizer | kill | hang | bench | kernels) ;;
+        correct | sanitizer | kill | hang | bench | tune | kernels) ;;
         *)
-            echo "expected correct, sanitizer, kill, hang, bench or kernels, got: $part" >&2
+            echo "expected correct, sanitizer, kill, hang, bench, tune or kernels, got: $part" >&2
             exit 2
             ;;
     esac
@@ -158,6 +158,13 @@ part_bench() {
     step call-cost 60 ./gpu_call_cost
     step first-call-cold 90 env "UNISONO_CACHE_DIR=$logs/cold-kernels" ./gpu_call_cost
     rm -rf "$logs/cold-kernels"
+}
+
+# The table of forms and grids of these GPUs, and whether jobs take it.
+part_tune() {
+    TAIL=120 step tune 360 ./unisono tune "$out/gpus.tune" --device cuda "--json=$out/tune.json"
+    TAIL=40 step tuned 60 env "UNISONO_TUNE_FILE=$out/gpus.tune" ./unisono bench $operations --device cuda -n "$count" \
+        --sizes 8KiB,256KiB,1MiB,8MiB,64MiB --time 50ms
 }
 
 for part in "${parts[@]}"; do

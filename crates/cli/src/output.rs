@@ -1,10 +1,12 @@
 //! What several commands do with their results: JSON to where it was asked for, and lines that fit a terminal.
 
 use std::convert::Infallible;
-use std::io::Write as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
+use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use crate::Failure;
@@ -47,6 +49,19 @@ impl FromStr for Target {
     fn from_str(text: &str) -> Result<Self, Infallible> {
         Ok(if text == "-" { Self::Stdout } else { Self::File(PathBuf::from(text)) })
     }
+}
+
+/// A bar on standard error that counts sizes; hidden where nobody looks.
+pub(crate) fn progress_bar(sizes: u64, quiet: bool) -> ProgressBar {
+    if quiet || !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new(sizes);
+    if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} sizes · {elapsed}") {
+        bar.set_style(style);
+    }
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
 }
 
 /// Cuts `text` at spaces into lines of at most `width` characters; a longer word has a line of its own.

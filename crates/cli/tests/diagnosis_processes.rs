@@ -202,6 +202,34 @@ fn ranks_with_different_tuning_files_are_refused_and_both_are_named() {
 }
 
 #[test]
+fn tuning_on_gpus_is_refused_politely_where_there_is_none() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("made.tune");
+    let tune = |arguments: &[&str]| {
+        let output = unisono(&[&["tune", file.to_str().unwrap()], arguments].concat())
+            .env("CUDA_VISIBLE_DEVICES", "")
+            .output()
+            .unwrap();
+        (output.status.code(), text(&output.stderr))
+    };
+    for arguments in [&["--device=cuda"][..], &["--forms=ring,bulk:24:512", "--sizes=1MiB"]] {
+        let (code, said) = tune(arguments);
+        assert_eq!(code, Some(125), "{said}");
+        assert!(said.contains("--device cuda: no CUDA device: "), "{said}");
+    }
+    for (arguments, expected) in [
+        (&["--forms=bulb"][..], "expected one of one-shot, two-shot, bulk, direct, ring, and after colons"),
+        (&["--operations=barrier"], "expected one of all_reduce, broadcast, all_gather, reduce, "),
+        (&["--forms=ring", "--sizes=3"], "expected a whole number of bf16 elements, of 2 bytes"),
+        (&["--sizes=4KiB"], "--forms <FORMS>"),
+    ] {
+        let (code, said) = tune(arguments);
+        assert!(code == Some(2) && said.contains(expected), "{said}");
+    }
+    assert!(!file.exists());
+}
+
+#[test]
 fn tuning_measures_here_and_writes_a_file_that_jobs_can_use() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("made.tune");

@@ -77,6 +77,8 @@ struct Overrides {
     #[cfg(feature = "cuda")]
     gpu_algorithm: Option<unisono_core::device::Wish>,
     #[cfg(feature = "cuda")]
+    multiprocessors: Option<u32>,
+    #[cfg(feature = "cuda")]
     peer_access: Option<bool>,
     #[cfg(feature = "cuda")]
     pinned: Option<unisono_core::settings::PinnedWay>,
@@ -221,8 +223,11 @@ impl Builder {
         let world_size = self.world_size.ok_or(lacks("world_size() was not given"))?;
         let member = Member::new(rank, world_size)?;
         let deadline = Deadline::after(settings.init_timeout);
+        let selection = Arc::new(Selection::new(&settings, tuning, asked_by, world_size));
         #[cfg(feature = "cuda")]
         let device = self.open_device(rank, world_size)?;
+        #[cfg(feature = "cuda")]
+        device.iter().try_for_each(|device| selection.check_device(device))?;
         let endpoint = Endpoint::bind()?;
         let (store, secret) = match self.meeting.ok_or(lacks("neither store() nor unique_id() was given"))? {
             Meeting::Store(store) => (Connected::to(store), self.secret),
@@ -286,7 +291,6 @@ impl Builder {
         let neighbours = Neighbours::world(host, rank, world_size, self.generation);
         let memory = Communicator::share_control(&neighbours, deadline, &|| false).map_err(explain)?;
         let places = table.hellos().iter().map(Hello::place).collect();
-        let selection = Arc::new(Selection::new(&settings, tuning, asked_by, world_size));
         let about = About {
             job: hello.job.clone(),
             generation: hello.generation,
@@ -325,6 +329,7 @@ impl Builder {
         #[cfg(feature = "cuda")]
         {
             settings.gpu_algorithm = overrides.gpu_algorithm.or(settings.gpu_algorithm);
+            settings.multiprocessors = self.checked_multiprocessors()?.or(settings.multiprocessors);
             settings.peer_access = overrides.peer_access.unwrap_or(settings.peer_access);
             settings.pinned = overrides.pinned.unwrap_or(settings.pinned);
             settings.handles = overrides.handles.unwrap_or(settings.handles);

@@ -198,6 +198,7 @@ impl Communicator {
         let opened: Vec<_> = devices.iter().enumerate().map(open).collect::<Result<_>>()?;
         crate::gpu::check_ranks(devices.len(), 0)?;
         let mut ranks = Self::threads_with(devices.len(), settings)?;
+        ranks.iter().zip(&opened).try_for_each(|(rank, device)| rank.selection.check_device(device))?;
         let gpus = crate::gpu::attach::attach_local(&ranks, &opened, settings, extra)?;
         for (rank, (origin, gpu)) in ranks.iter_mut().zip(gpus) {
             rank.attach(Arc::new(origin), gpu);
@@ -215,6 +216,23 @@ impl Communicator {
     #[cfg(feature = "cuda")]
     pub fn gpu_choice(&self, kind: Kind, bytes: usize, size: usize) -> Option<unisono_core::device::Launch> {
         self.gpu.as_ref().map(|gpu| gpu.borrow().decide(kind, bytes, size))
+    }
+
+    /// By what calls on the GPU choose their forms; `None` without a GPU.
+    #[doc(hidden)]
+    #[cfg(feature = "cuda")]
+    pub fn gpu_rules(&self) -> Option<unisono_core::device::select::Rules> {
+        self.gpu.as_ref().map(|gpu| *gpu.borrow().rules())
+    }
+
+    /// From now on calls on the GPU take the form that `rules` ask for, and the grids of their table: for tuning, which so measures
+    /// several in one communicator. All ranks change between the same two calls.
+    #[doc(hidden)]
+    #[cfg(feature = "cuda")]
+    pub fn change_gpu_rules(&mut self, rules: &unisono_core::device::select::Rules) {
+        if let Some(gpu) = &self.gpu {
+            gpu.borrow_mut().change_rules(rules);
+        }
     }
 
     /// How the GPUs of this world reach each other; `None` without GPUs.
@@ -324,7 +342,11 @@ impl Communicator {
 
     /// A handle for other threads: it can abort and inspect this communicator at any time.
     pub fn observer(&self) -> Observer {
-        Observer::new(self.control.clone(), self.topology.clone(), self.rank, self.selection.clone())
+        #[cfg(feature = "cuda")]
+        let gpus = self.gpu.as_ref().map(|gpu| gpu.borrow().explain());
+        #[cfg(not(feature = "cuda"))]
+        let gpus = None;
+        Observer::new(self.control.clone(), self.topology.clone(), (self.rank, gpus), self.selection.clone())
     }
 
     /// The same operations in the order of `stream`. On [`Stream::host`] they are complete on return.

@@ -3,6 +3,10 @@
 use std::fmt;
 
 use unisono_core::call::Kind;
+#[cfg(any(feature = "cuda", test))]
+use unisono_core::device::select::Rules as GpuRules;
+use unisono_core::device::table::BUILT_IN_FROM;
+use unisono_core::device::{Form, Link, Table, Wish};
 use unisono_core::layout::INLINE_BYTES;
 use unisono_core::select::{
     self, Algorithm, DIRECT_FORMS, Decision, NotDirect, Question, Reason, Thresholds,
@@ -167,6 +171,8 @@ pub struct Explanation {
     pub thresholds: Thresholds,
     /// Where they come from.
     pub origin: Origin,
+    /// How collectives on GPUs work, if this communicator has some.
+    pub gpus: Option<OnGpus>,
     /// The latest collective of this rank, as `all_reduce #812 on rank 2 (bf16, 4096, sum)`, and its choice.
     pub latest: Option<(String, Choice)>,
 }
@@ -207,10 +213,97 @@ impl fmt::Display for Explanation {
         }
         writeln!(f, "  parts of any size, several buffers of a rank: one-shot")?;
         writeln!(f, "sizes from: {}", self.origin)?;
+        if let Some(gpus) = &self.gpus {
+            write!(f, "{gpus}")?;
+        }
         if let Some((call, choice)) = &self.latest {
             writeln!(f, "latest: {call}: {choice}")?;
         }
         Ok(())
+    }
+}
+
+/// How collectives on GPUs choose their forms, and what these take of a device. Its `Display` is a few lines.
+#[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
+pub struct OnGpus {
+    /// How the GPUs reach each other.
+    pub link: Link,
+    /// The most blocks of a kernel that move data, unless more are asked for; one more exchanges headers.
+    pub blocks: u32,
+    /// The most multiprocessors that they fill while they wait for other ranks.
+    pub multiprocessors: u32,
+    /// A form that was asked for, and taken where it can serve.
+    pub forced: Option<Wish>,
+    /// The sizes at which the choice changes otherwise, and grids.
+    pub table: Table,
+    /// Where they come from.
+    pub origin: Origin,
+    is_narrow: bool,
+}
+
+impl OnGpus {
+    #[cfg(any(feature = "cuda", test))]
+    pub(crate) const fn new(rules: &GpuRules, origin: Origin) -> Self {
+        Self {
+            link: rules.link,
+            blocks: rules.most_blocks,
+            multiprocessors: rules.multiprocessors(),
+            forced: rules.forced,
+            table: rules.table,
+            origin,
+            is_narrow: rules.is_narrow(),
+        }
+    }
+
+    /// The origin of the table, as a phrase: `default (measured on …)`.
+    pub fn table_from(&self) -> String {
+        match &self.origin {
+            Origin::TuningFile(_) => self.origin.to_string(),
+            default => format!("{default} (measured on {BUILT_IN_FROM})"),
+        }
+    }
+}
+
+impl fmt::Display for OnGpus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "GPUs: connected through {}; kernels wait in at most {} blocks, on {} multiprocessors",
+            self.link.name(),
+            self.blocks,
+            self.multiprocessors
+        )?;
+        if let Some(wish) = self.forced {
+            writeln!(f, "form: {} where it can serve, because it was asked for; otherwise", wish.form)?;
+        }
+        // Sizes up to which packets go are the last ones that do, or one below where something else begins.
+        let from = |size: usize| match size {
+            size if size.is_multiple_of(1024) => format!("from {}", format_size(size as u64)),
+            size => format!("above {}", format_size(size as u64 - 1)),
+        };
+        for kind in DIRECT_FORMS {
+            let row = self.table.row(kind);
+            let up_to = |size: usize| match size {
+                usize::MAX => "as long as packets have room".to_owned(),
+                size => format!("up to {}", format_size(size as u64)),
+            };
+            write!(f, "  {}: one-shot {}", kind.name(), up_to(row.one_shot_to))?;
+            if Form::TwoShot.serves(kind) && row.two_shot_to > row.one_shot_to {
+                write!(f, ", two-shot {}", up_to(row.two_shot_to))?;
+            }
+            let ring_from = if self.is_narrow { row.narrow_ring_from } else { row.ring_from };
+            match ring_from {
+                usize::MAX => write!(f, ", then bulk")?,
+                size => write!(f, ", then bulk, ring {}", from(size))?,
+            }
+            match row.direct_from {
+                usize::MAX => writeln!(f)?,
+                0 => writeln!(f, "; in windows direct")?,
+                size => writeln!(f, "; in windows direct {}", from(size))?,
+            }
+        }
+        writeln!(f, "forms from: {}", self.table_from())
     }
 }
 
@@ -307,6 +400,45 @@ mod tests {
             "broadcast of 4 KiB per rank among 2 ranks takes one-shot, its only form with buffers where they are; not \
              two-shot, for which Builder::algorithm asks, because the operation has no such form"
         );
+    }
+
+    #[test]
+    fn what_gpus_do_is_told_with_what_it_takes_of_them() {
+        let rules = GpuRules {
+            ranks: 4,
+            link: Link::Device,
+            crowd: 1,
+            order: unisono_core::settings::Order::Fixed,
+            bulk_copies: true,
+            most_blocks: 130,
+            forced: None,
+            table: Table::built_in(4),
+        };
+        let default = OnGpus::new(&rules, Origin::Default);
+        let lines: Vec<String> = default.to_string().lines().map(str::to_owned).collect();
+        assert_eq!(
+            lines[0],
+            "GPUs: connected through device memory; kernels wait in at most 130 blocks, on 66 multiprocessors"
+        );
+        assert_eq!(
+            lines[1],
+            "  all_reduce: one-shot up to 256 KiB, two-shot up to 2 MiB, then bulk, ring from 16 MiB; in windows direct \
+             above 2 MiB"
+        );
+        assert_eq!(lines[8], "  all_to_all: one-shot up to 256 KiB, then bulk");
+        assert_eq!(lines[9], "forms from: default (measured on 2 and 4 × NVIDIA H200)");
+        let mut few = GpuRules { most_blocks: 24, forced: "ring:8".parse().ok(), ..rules };
+        let row = few.table.row_mut(SUM);
+        (row.one_shot_to, row.two_shot_to, row.direct_from) = (usize::MAX, 4095, 0);
+        let tuned = OnGpus::new(&few, Origin::TuningFile("/etc/u.tune".to_owned())).to_string();
+        let lines: Vec<&str> = tuned.lines().collect();
+        assert!(lines[0].ends_with("at most 24 blocks, on 25 multiprocessors"), "{tuned}");
+        assert_eq!(lines[1], "form: ring where it can serve, because it was asked for; otherwise");
+        assert_eq!(
+            lines[2],
+            "  all_reduce: one-shot as long as packets have room, then bulk; in windows direct"
+        );
+        assert_eq!(lines[10], "forms from: tuning file /etc/u.tune");
     }
 
     #[test]

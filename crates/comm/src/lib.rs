@@ -68,7 +68,7 @@ pub use builder::Builder;
 pub use call::{Call, Counts, Kind};
 pub use communicator::Communicator;
 pub use error::{Error, Result};
-pub use explanation::{Choice, Explanation};
+pub use explanation::{Choice, Explanation, OnGpus};
 pub use fused::{AllReduceRmsNorm, HalfFloat, Normalised};
 #[cfg(feature = "cuda")]
 pub use gpu::{DeviceView, device_header};

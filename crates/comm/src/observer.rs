@@ -9,7 +9,7 @@ use unisono_core::topology::Topology;
 use crate::cause::Cause;
 use crate::control::Control;
 use crate::error::Error;
-use crate::explanation::{Choice, Explanation, NOT_ALL};
+use crate::explanation::{Choice, Explanation, NOT_ALL, OnGpus};
 use crate::tuning::Selection;
 
 /// A handle on a communicator that any thread may hold and use, at any time.
@@ -19,6 +19,7 @@ pub struct Observer {
     topology: Arc<Topology>,
     rank: usize,
     selection: Arc<Selection>,
+    gpus: Option<OnGpus>,
 }
 
 /// What a communicator is doing, as far as can be seen from outside.
@@ -34,13 +35,13 @@ pub struct State {
 }
 
 impl Observer {
-    pub(crate) const fn new(
+    pub(crate) fn new(
         control: Arc<Control>,
         topology: Arc<Topology>,
-        rank: usize,
+        (rank, gpus): (usize, Option<OnGpus>),
         selection: Arc<Selection>,
     ) -> Self {
-        Self { control, topology, rank, selection }
+        Self { control, topology, rank, selection, gpus }
     }
 
     /// Fails the communicator on all ranks: whoever waits returns [`Error::Aborted`] with `reason`. The first cause
@@ -86,6 +87,7 @@ impl Observer {
             forced: rules.forced.map(|algorithm| (algorithm, self.selection.asked_by)),
             thresholds: rules.thresholds,
             origin: self.selection.origin.clone(),
+            gpus: self.gpus.clone(),
             latest,
         }
     }

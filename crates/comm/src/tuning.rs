@@ -5,11 +5,15 @@ use std::fmt;
 use std::io::Read as _;
 use std::sync::Arc;
 
+#[cfg(feature = "cuda")]
+use unisono_core::device::Table;
 use unisono_core::select::Rules;
 use unisono_core::settings::{AlgorithmChoice, Settings};
 
 use crate::error::{Error, Result};
 
+/// Forms and grids of collectives on GPUs, and the tables that they are chosen by.
+pub use unisono_core::device;
 pub use unisono_core::select::{DIRECT_FORMS, Thresholds};
 pub use unisono_core::tuning::{MAX_TUNING_BYTES, Tuning};
 
@@ -110,6 +114,28 @@ impl Selection {
         };
         let thresholds = thresholds.unwrap_or_else(|| Thresholds::for_world(world_size));
         Self { rules: Rules { thresholds, ..self.rules }, origin, ..self.clone() }
+    }
+
+    /// Where forms change on GPUs among `world_size` ranks, and where that comes from.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn table(&self, world_size: usize) -> (Table, Origin) {
+        let built_in = || Table::built_in(world_size);
+        match &self.tuning {
+            None => (built_in(), Origin::Default),
+            Some((tuning, path)) => match tuning.table(world_size) {
+                Some(table) => (*table, Origin::TuningFile(path.clone())),
+                None => (built_in(), Origin::NotInFile(path.clone())),
+            },
+        }
+    }
+
+    /// Refuses a tuning file whose tables for GPUs were measured on others than `device`.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn check_device(&self, device: &unisono_cuda::Device) -> Result<()> {
+        let Some((tuning, path)) = &self.tuning else { return Ok(()) };
+        tuning
+            .check_devices(&device.facts().name)
+            .map_err(|error| Error::TuneFile { path: path.clone(), message: error.to_string() })
     }
 }
 

@@ -33,6 +33,8 @@ mod registration;
 mod rows;
 #[path = "gpu/symmetric.rs"]
 mod symmetric;
+#[path = "gpu/tuning.rs"]
+mod tuning;
 #[path = "gpu/windows.rs"]
 mod windows;
 #[path = "gpu/world.rs"]

@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use crate::device::Wish;
+use crate::device::multiprocessors::LEAST_MULTIPROCESSORS;
 use crate::error::{Error, Result};
 use crate::tuning::Tuning;
 
@@ -153,6 +154,12 @@ pub const SETTINGS: &[Setting] = &[
         "auto",
         "The algorithm of collectives on GPUs, where it can serve the call.",
     )),
+    setting(
+        "UNISONO_MULTIPROCESSORS",
+        ValueKind::Text("auto, or a whole number from 9"),
+        "auto",
+        "The most multiprocessors of a GPU that the kernels of a communicator fill while they wait for other ranks; auto is half of them for the first communicator. The least of all ranks holds; blocks that UNISONO_GPU_ALGORITHM names stand above it.",
+    ),
     agreed(setting(
         "UNISONO_PEER_ACCESS",
         SWITCH,
@@ -325,6 +332,8 @@ pub struct Settings {
     pub recorder: bool,
     /// The form of collectives on GPUs that was asked for, if one was. Equal on all ranks.
     pub gpu_algorithm: Option<Wish>,
+    /// The most multiprocessors that kernels of a communicator fill; `None` as many as there are to share.
+    pub multiprocessors: Option<u32>,
     /// Whether GPUs may reach each other's memory. Equal on all ranks.
     pub peer_access: bool,
     /// What pinned windows are made of.
@@ -350,6 +359,7 @@ impl Default for Settings {
             spin: Spin::Auto,
             recorder: true,
             gpu_algorithm: None,
+            multiprocessors: None,
             peer_access: true,
             pinned: PinnedWay::Auto,
             handles: HandleKind::Auto,
@@ -397,6 +407,7 @@ impl Settings {
             })?,
             recorder: read.parsed("UNISONO_RECORDER", default.recorder, switch)?,
             gpu_algorithm: read.parsed("UNISONO_GPU_ALGORITHM", None, wish)?,
+            multiprocessors: read.parsed("UNISONO_MULTIPROCESSORS", None, multiprocessors)?,
             peer_access: read.parsed("UNISONO_PEER_ACCESS", default.peer_access, switch)?,
             pinned: read.parsed("UNISONO_PINNED", default.pinned, PinnedWay::from_word)?,
             handles: read.parsed("UNISONO_HANDLES", default.handles, HandleKind::from_word)?,
@@ -435,6 +446,15 @@ fn switch(word: &str) -> Option<bool> {
 /// `auto`, or what was asked for.
 fn wish(text: &str) -> Option<Option<Wish>> {
     if text == "auto" { Some(None) } else { text.parse().ok().map(Some) }
+}
+
+/// `auto`, or as many as a communicator can work with.
+fn multiprocessors(text: &str) -> Option<Option<u32>> {
+    if text == "auto" {
+        return Some(None);
+    }
+    let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
+    text.parse().ok().filter(|count| is_number && *count >= LEAST_MULTIPROCESSORS).map(Some)
 }
 
 /// Reads values by name and says what was expected when one does not parse.

@@ -4,11 +4,13 @@
 //! unisono tuning 1
 //! machine AMD EPYC, 2 processors
 //! ranks=2 all_reduce_one_shot_to=16384 all_reduce_direct_from=16384 broadcast_direct_from=never all_gather_direct_from=8192 …
+//! devices NVIDIA H200
+//! gpus=4 all_reduce one_shot_to=262144 two_shot_to=2097152 …
 //! checksum 5f0c1d2e3a4b5968
 //! ```
 //!
-//! A line for each world size; lines that begin with `#` are for people. Sizes are bytes per rank; `never` stands where
-//! direct never paid, `always` where one-shot always did. The checksum is the beginning of the SHA-256 of all lines
+//! A line for each world size on the host, then those for GPUs of one kind ([`crate::device::table`]); lines that begin with `#` are
+//! for people. Sizes are bytes per rank; `never` stands where direct never paid, `always` where one-shot always did. The checksum is the beginning of the SHA-256 of all lines
 //! above it. Ranks compare it when they meet. What is not understood is an error with its line, never left out.
 
 use std::collections::BTreeMap;
@@ -17,6 +19,8 @@ use std::fmt::Write as _;
 use sha2::{Digest, Sha256};
 
 use crate::call::Kind;
+use crate::device::Table;
+use crate::device::table::Tables;
 use crate::error::{Error, Result};
 use crate::select::{DIRECT_FORMS, Thresholds};
 
@@ -39,12 +43,27 @@ fn direct_from(kind: Kind) -> String {
 pub struct Tuning {
     machine: String,
     worlds: BTreeMap<usize, Thresholds>,
+    gpus: Option<OnGpus>,
+}
+
+/// What was measured on GPUs.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct OnGpus {
+    /// The name of the devices.
+    devices: String,
+    /// By world size.
+    tables: BTreeMap<usize, Table>,
 }
 
 impl Tuning {
     /// Thresholds by world size, measured on `machine` (one line that names its kind).
     pub fn new(machine: &str, worlds: BTreeMap<usize, Thresholds>) -> Self {
-        Self { machine: machine.split_whitespace().collect::<Vec<_>>().join(" "), worlds }
+        Self { machine: on_one_line(machine), worlds, gpus: None }
+    }
+
+    /// The same with tables for GPUs by world size, measured on devices of this name.
+    pub fn with_gpus(self, devices: &str, tables: BTreeMap<usize, Table>) -> Self {
+        Self { gpus: Some(OnGpus { devices: on_one_line(devices), tables }), ..self }
     }
 
     /// Reads a tuning file.
@@ -57,6 +76,7 @@ impl Tuning {
             return Err(Error::TooLarge { what: "tuning file", got, cap });
         }
         let (mut machine, mut worlds, mut checked) = (None, BTreeMap::new(), false);
+        let (mut devices, mut tables) = (None, Tables::default());
         let mut above = 0;
         for (index, whole) in text.split_inclusive('\n').enumerate() {
             let line = whole.strip_suffix('\n').unwrap_or(whole);
@@ -78,13 +98,20 @@ impl Tuning {
                 checked = true;
             } else if let Some(name) = line.strip_prefix("machine ") {
                 machine = Some(name.to_owned());
+            } else if let Some(name) = line.strip_prefix("devices ") {
+                devices = Some(name.to_owned());
+            } else if line.starts_with("gpus=") {
+                if devices.is_none() {
+                    return Err(wrong("a line with the devices above those of gpus=", line));
+                }
+                tables.add(line).map_err(|expected| wrong(&expected, line))?;
             } else if line.starts_with("ranks=") {
                 let (ranks, thresholds) = world(line).map_err(|expected| wrong(&expected, line))?;
                 if worlds.insert(ranks, thresholds).is_some() {
                     return Err(wrong("one line for each number of ranks", line));
                 }
             } else if index > 0 && !line.starts_with('#') {
-                return Err(wrong("a line that begins with machine, ranks= or #", line));
+                return Err(wrong("a line that begins with machine, ranks=, devices, gpus= or #", line));
             }
             above += whole.len();
         }
@@ -96,7 +123,9 @@ impl Tuning {
         if !checked {
             return Err(lacks("a checksum"));
         }
-        Ok(Self { machine: machine.ok_or_else(|| lacks("a line with the machine"))?, worlds })
+        let machine = machine.ok_or_else(|| lacks("a line with the machine"))?;
+        let tables = tables.finish().map_err(|expected| lacks(&expected))?;
+        Ok(Self { machine, worlds, gpus: devices.map(|devices| OnGpus { devices, tables }) })
     }
 
     /// The file, as [`Tuning::parse`] reads it; `notes` are for people and stand below the first line.
@@ -118,6 +147,10 @@ impl Tuning {
             }
             text.push('\n');
         }
+        if let Some(OnGpus { devices, tables }) = &self.gpus {
+            let _ = writeln!(text, "devices {devices}");
+            tables.iter().for_each(|(ranks, table)| text += &table.to_text(*ranks));
+        }
         let checksum = checksum(&text);
         text + &format!("checksum {checksum}\n")
     }
@@ -127,11 +160,25 @@ impl Tuning {
     /// # Errors
     /// [`Error::ForeignTuning`].
     pub fn check_machine(&self, here: &str) -> Result<()> {
-        let here = here.split_whitespace().collect::<Vec<_>>().join(" ");
-        if self.machine == here {
-            return Ok(());
-        }
-        Err(Error::ForeignTuning { here, there: self.machine.clone() })
+        same(here, &self.machine)
+    }
+
+    /// Refuses a file whose tables for GPUs were measured on devices of another name than `here`.
+    ///
+    /// # Errors
+    /// [`Error::ForeignTuning`].
+    pub fn check_devices(&self, here: &str) -> Result<()> {
+        self.gpus.as_ref().map_or(Ok(()), |gpus| same(here, &gpus.devices))
+    }
+
+    /// What was measured with so many ranks on GPUs, if that was.
+    pub fn table(&self, ranks: usize) -> Option<&Table> {
+        self.gpus.as_ref()?.tables.get(&ranks)
+    }
+
+    /// The name of the devices on which tables for GPUs were measured, and the sizes of their worlds.
+    pub fn on_gpus(&self) -> Option<(&str, Vec<usize>)> {
+        self.gpus.as_ref().map(|gpus| (gpus.devices.as_str(), gpus.tables.keys().copied().collect()))
     }
 
     /// What was measured with this many ranks, if that was.
@@ -148,6 +195,15 @@ impl Tuning {
     pub fn identity(&self) -> String {
         checksum(&self.to_text(&[]))
     }
+}
+
+fn on_one_line(name: &str) -> String {
+    name.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+fn same(here: &str, there: &str) -> Result<()> {
+    let here = on_one_line(here);
+    if here == there { Ok(()) } else { Err(Error::ForeignTuning { here, there: there.to_owned() }) }
 }
 
 /// Reads `ranks=2 all_reduce_one_shot_to=…`; otherwise what was expected.
@@ -255,9 +311,60 @@ mod tests {
         );
     }
 
+    #[test]
+    fn tables_of_gpus_are_read_counted_and_checked_with_the_rest() {
+        let mut changed = Table::built_in(4);
+        changed.row_mut(Kind::AllGather).ring_from = usize::MAX;
+        changed.row_mut(Kind::AllToAll).bulk_blocks = 33;
+        let tables = BTreeMap::from([(2, Table::built_in(2)), (4, changed)]);
+        let both = tuning().with_gpus("NVIDIA  H200", tables.clone());
+        let text = both.to_text(&["a note".to_owned()]);
+        assert_eq!(text.lines().count(), 5 + 1 + 16 + 1);
+        let read = Tuning::parse(&text).unwrap();
+        assert_eq!(read, both);
+        assert_eq!((read.table(4), read.table(3)), (Some(&changed), None));
+        assert_eq!(read.on_gpus(), Some(("NVIDIA H200", vec![2, 4])));
+        assert_eq!((tuning().on_gpus(), tuning().table(4)), (None, None));
+        // What ranks compare knows of them.
+        let other = tuning().with_gpus("NVIDIA H200", BTreeMap::from([(2, Table::built_in(2))]));
+        assert_ne!(both.identity(), tuning().identity());
+        assert_ne!(both.identity(), other.identity());
+        assert_eq!(both.check_devices("NVIDIA H200"), Ok(()));
+        assert_eq!(tuning().check_devices("any"), Ok(()));
+        assert_eq!(
+            both.check_devices("NVIDIA B200").unwrap_err().to_string(),
+            "it was measured on NVIDIA H200; this machine is NVIDIA B200"
+        );
+        let error =
+            |from: &str, to: &str| Tuning::parse(&text.replacen(from, to, 1)).unwrap_err().to_string();
+        assert!(
+            error("devices NVIDIA H200\n", "").starts_with("line 6: expected a line with the devices above"),
+            "{}",
+            error("devices NVIDIA H200\n", "")
+        );
+        let wrong = error("gpus=2 reduce one_shot_to", "gpus=2 reduce one_shot");
+        assert!(
+            wrong.starts_with(
+                "line 10: expected one_shot_to= with a number of bytes or `never`, got `gpus=2 "
+            ),
+            "{wrong}"
+        );
+        // A file that was written without a line, and so has a checksum that fits.
+        let lacks: String = text
+            .lines()
+            .filter(|line| !line.starts_with("gpus=4 gather") && !line.starts_with("checksum"))
+            .map(|line| format!("{line}\n"))
+            .collect();
+        let lacks = format!("{lacks}checksum {}\n", checksum(&lacks));
+        assert_eq!(
+            Tuning::parse(&lacks).unwrap_err().to_string(),
+            "line 23: expected a line gpus=4 gather, got the end of the file"
+        );
+    }
+
     proptest! {
         #[test]
-        fn any_text_is_read_or_refused(text in "(unisono tuning 1\n)?(ranks=|machine |checksum |#)?\\PC*\n?\\PC*") {
+        fn any_text_is_read_or_refused(text in "(unisono tuning 1\n)?(ranks=|machine |devices |gpus=|checksum |#)?\\PC*\n?\\PC*") {
             let _ = Tuning::parse(&text);
         }
 

@@ -184,10 +184,13 @@ impl Rank<'_> {
         self.communicator.all_gather_into(&mine[..], &mut names[..])?;
         let name = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end_matches('\0').to_owned();
         let version = cuda::driver::version()?;
+        let explained = self.communicator.observer().explain().gpus.ok_or("the ranks have no GPU")?;
         Ok(Gpus {
             devices: names.chunks(NAME_BYTES).take(self.workload.devices).map(name).collect(),
             ranks,
-            link: self.communicator.gpu_link().map_or("nothing", |link| link.name()).to_owned(),
+            link: explained.link.name().to_owned(),
+            forms_from: explained.table_from(),
+            multiprocessors: explained.multiprocessors,
             driver_cuda: format!("{}.{}", version.0, version.1),
             kernels: gpu::kernels::sources_hash(),
             nccl: self.nccl.as_ref().map(|nccl| NcclFacts {
@@ -226,6 +229,7 @@ impl Rank<'_> {
             blocks: launch.map_or(1, |launch| launch.workers()),
             threads: launch.map_or(0, |launch| launch.threads),
             tile: launch.map_or(0, |launch| launch.tile),
+            multiprocessors: launch.map_or(1, |launch| launch.multiprocessors()),
             rounds: rounds as u64,
             batch: job.calls as u64,
             ours,
@@ -350,18 +354,7 @@ impl Rank<'_> {
         let mut got = vec![0; PIECE_BYTES.min(job.bytes)];
         let mut wrong = 0;
         for part in 0..job.parts.1 {
-            // Whose pattern it is, and from which element on.
-            let (expected, begin) = match job.operation {
-                Operation::AllReduce | Operation::Reduce => (&self.reduced[..], 0),
-                Operation::ReduceScatter => (&self.reduced[..], rank * count),
-                Operation::Scatter => (self.patterns.input(0), rank * count),
-                Operation::AllToAll => (self.patterns.input(part), rank * count),
-                Operation::SendRecv => {
-                    let ranks = self.communicator.world_size();
-                    (self.patterns.input((rank + ranks - 1) % ranks), 0)
-                }
-                _ => (self.patterns.input(part), 0),
-            };
+            let (expected, begin) = self.patterns.expected(job.operation, &self.reduced, (rank, part, count));
             for at in (0..job.bytes).step_by(PIECE_BYTES) {
                 let piece = &mut got[..PIECE_BYTES.min(job.bytes - at)];
                 self.target.read(part * job.bytes + at, piece)?;

@@ -10,6 +10,10 @@ pub(crate) struct Gpus {
     pub(crate) ranks: usize,
     /// How they reach each other, as `device memory`.
     pub(crate) link: String,
+    /// Where forms and grids come from, as `default (measured on …)`.
+    pub(crate) forms_from: String,
+    /// The most multiprocessors that a kernel of ours fills.
+    pub(crate) multiprocessors: u32,
     /// The version of CUDA that the driver speaks, as `13.0`.
     pub(crate) driver_cuda: String,
     /// SHA-256 of the sources of our kernels.
@@ -40,6 +44,8 @@ pub(crate) struct OnGpu {
     pub(crate) blocks: u32,
     pub(crate) threads: u32,
     pub(crate) tile: u32,
+    /// Multiprocessors that these blocks fill, with the one that exchanges headers.
+    pub(crate) multiprocessors: u32,
     /// Timed rounds, and calls per round and kind.
     pub(crate) rounds: u64,
     pub(crate) batch: u64,

@@ -26,6 +26,7 @@ pub(super) fn opening(gpus: &Gpus) -> String {
     if gpus.ranks > gpus.devices.len() {
         opening += &format!(" · shared by {} ranks", gpus.ranks);
     }
+    opening += &format!(" · up to {} SMs · forms from {}", gpus.multiprocessors, gpus.forms_from);
     if let Some(nccl) = &gpus.nccl {
         let nvls = if nccl.may_use_nvls { "NVLS as NCCL chooses" } else { "NVLS off" };
         opening += &format!(" · NCCL {}, {nvls}", nccl.version);
@@ -37,7 +38,7 @@ pub(super) fn opening(gpus: &Gpus) -> String {
 pub(super) fn heading(title: &str, has_rival: bool) -> String {
     let columns = if has_rival {
         format!(
-            "{:>10} {:>10} {:>10} {:>10} {:>10} {:>6} {:>9} {:>9}  {:<14} {:>9}  {}",
+            "{:>10} {:>10} {:>10} {:>10} {:>10} {:>6} {:>9} {:>9}  {:<14} {:>3} {:>9}  {}",
             "bytes",
             "eager",
             "graph",
@@ -47,13 +48,14 @@ pub(super) fn heading(title: &str, has_rival: bool) -> String {
             "busbw",
             "NCCL",
             "form × blocks",
+            "SMs",
             "submit",
             "ok"
         )
     } else {
         format!(
-            "{:>10} {:>10} {:>10} {:>9} {:>9}  {:<14} {:>9}  {}",
-            "bytes", "eager", "graph", "algbw", "busbw", "form × blocks", "submit", "ok"
+            "{:>10} {:>10} {:>10} {:>9} {:>9}  {:<14} {:>3} {:>9}  {}",
+            "bytes", "eager", "graph", "algbw", "busbw", "form × blocks", "SMs", "submit", "ok"
         )
     };
     format!("{HEADING}{title}{HEADING:#}\n{columns}")
@@ -66,11 +68,11 @@ pub(super) fn row(measured: &OnGpu, has_rival: bool) -> String {
     let grid = format!("{} × {}", measured.form, measured.blocks);
     let submit = ours.submit_us.map_or_else(none, time);
     let (bytes, eager, graph) = (format_size(measured.bytes), time(ours.eager_us), time(ours.graph_us));
-    let ok = ok(measured);
+    let (ok, on) = (ok(measured), measured.multiprocessors);
     if !has_rival {
         let (algbw, busbw) = (bandwidth(ours.algbw), bandwidth(ours.busbw));
         return format!(
-            "{bytes:>10} {eager:>10} {graph:>10} {algbw:>9} {busbw:>9}  {grid:<14} {submit:>9}  {ok}"
+            "{bytes:>10} {eager:>10} {graph:>10} {algbw:>9} {busbw:>9}  {grid:<14} {on:>3} {submit:>9}  {ok}"
         );
     }
     let rival = |figure: fn(&Side) -> String| measured.nccl.as_ref().map_or_else(none, figure);
@@ -79,7 +81,7 @@ pub(super) fn row(measured: &OnGpu, has_rival: bool) -> String {
     let (busbw, nccl_busbw) = (bandwidth(ours.busbw), rival(|nccl| bandwidth(nccl.busbw)));
     format!(
         "{bytes:>10} {eager:>10} {graph:>10} {nccl_eager:>10} {nccl_graph:>10} {ratio:>6} {busbw:>9} \
-         {nccl_busbw:>9}  {grid:<14} {submit:>9}  {ok}"
+         {nccl_busbw:>9}  {grid:<14} {on:>3} {submit:>9}  {ok}"
     )
 }
 
@@ -119,6 +121,7 @@ mod tests {
             blocks: 11,
             threads: 512,
             tile: 0,
+            multiprocessors: 6,
             rounds: 5,
             batch: 100,
             ours: side(6.0),
@@ -140,7 +143,7 @@ mod tests {
             assert_eq!(columns.chars().count(), row.chars().count(), "{columns}\n{row}");
         }
         let row = plain(&row(&measured(Some(side(9.0))), true));
-        assert!(row.contains(" 1.50 ") && row.contains("one-shot × 11"), "{row}");
+        assert!(row.contains(" 1.50 ") && row.contains("one-shot × 11    6 "), "{row}");
     }
 
     #[test]
@@ -159,13 +162,14 @@ mod tests {
             devices: vec!["NVIDIA H200".into(), "NVIDIA H200".into()],
             ranks: 2,
             link: "device memory".into(),
+            forms_from: "tuning file a.tune".into(),
+            multiprocessors: 66,
             driver_cuda: "13.0".into(),
             kernels: "0123456789".into(),
             nccl: Some(nccl),
         };
         let opening = opening(&gpus);
-        let expected =
-            "2 × NVIDIA H200 through device memory · CUDA 13.0 · kernels 01234567 · NCCL 2.27.3, NVLS off";
+        let expected = "2 × NVIDIA H200 through device memory · CUDA 13.0 · kernels 01234567 · up to 66 SMs · forms from tuning file a.tune · NCCL 2.27.3, NVLS off";
         assert!(opening.ends_with(expected), "{opening}");
     }
 }

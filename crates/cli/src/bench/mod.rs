@@ -15,12 +15,13 @@ use crate::{Common, Failure};
 use record::Line;
 use report::Report;
 use workload::Workload;
+pub(crate) use workload::place;
 
 mod gpu;
 mod gpu_record;
 mod gpu_table;
 mod nccl;
-mod pattern;
+pub(crate) mod pattern;
 mod rank;
 mod record;
 mod report;
@@ -56,7 +57,7 @@ impl Operation {
     }
 
     /// Parts of the input and of the output. Sides that only the root has are there on every rank: the others leave them.
-    const fn parts(self, ranks: usize) -> (usize, usize) {
+    pub(crate) const fn parts(self, ranks: usize) -> (usize, usize) {
         match self {
             Self::AllReduce | Self::Broadcast | Self::Reduce | Self::SendRecv | Self::Barrier => (1, 1),
             Self::AllGather | Self::Gather => (1, ranks),
@@ -66,7 +67,7 @@ impl Operation {
     }
 
     /// The call; `None` for a barrier and for messages. The root is rank 0.
-    const fn kind(self, op: ReduceOp) -> Option<Kind> {
+    pub(crate) const fn kind(self, op: ReduceOp) -> Option<Kind> {
         Some(match self {
             Self::Barrier | Self::SendRecv => return None,
             Self::AllReduce => Kind::AllReduce { op },
@@ -82,7 +83,7 @@ impl Operation {
 
     /// GB/s as nccl-tests counts: of the operation, and over the bus. A message is sent there and back on the host; on GPUs ([`gpu`])
     /// each rank sends one on.
-    fn bandwidth(self, ranks: usize, bytes: usize, us: f64) -> (f64, f64) {
+    pub(crate) fn bandwidth(self, ranks: usize, bytes: usize, us: f64) -> (f64, f64) {
         let ranks = ranks as f64;
         let per_rank = bytes as f64 / us / 1e3;
         match self {
@@ -94,7 +95,7 @@ impl Operation {
         }
     }
 
-    const fn name(self) -> &'static str {
+    pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::AllReduce => "all_reduce",
             Self::Broadcast => "broadcast",
@@ -183,7 +184,7 @@ fn reduction(text: &str) -> Result<ReduceOp, String> {
     text.parse::<ReduceOp>().map_err(|error| error.to_string())
 }
 
-fn size(text: &str) -> Result<usize, String> {
+pub(crate) fn size(text: &str) -> Result<usize, String> {
     settings::parse_size(text)
         .and_then(|size| usize::try_from(size).ok())
         .ok_or_else(|| "expected a size such as 8, 4KiB or 64MiB".to_owned())

@@ -3,6 +3,8 @@
 
 use unisono::{DType, ReduceOp, half, reduce_op};
 
+use super::Operation;
+
 /// Elements after which the input repeats; prime, so that a shift by a block or a piece never looks right.
 const PERIOD: usize = 4093;
 
@@ -16,6 +18,35 @@ impl Patterns {
     pub(crate) fn new(dtype: DType, world_size: usize, seed: u64) -> Self {
         let inputs = (0..world_size).map(|rank| input(dtype, seed ^ (rank as u64 + 1) << 32)).collect();
         Self { size: dtype.size(), inputs }
+    }
+
+    /// Of bf16, whole numbers of four bits: the sums of up to 16 ranks are exact in whatever order they are added.
+    pub(crate) fn exact(world_size: usize, seed: u64) -> Self {
+        let mut patterns = Self::new(DType::U8, world_size, seed);
+        patterns.size = DType::BF16.size();
+        for input in &mut patterns.inputs {
+            let number = |byte: &u8| half::bf16::from_f32(f32::from(byte & 15)).to_le_bytes();
+            *input = input.iter().flat_map(number).collect();
+        }
+        patterns
+    }
+
+    /// A period of what part `part` of the output of `rank` holds, and from which element on, if each part has `count` of them and
+    /// `reduced` is a period of the reduction. The root is rank 0.
+    pub(crate) fn expected<'p>(
+        &'p self,
+        operation: Operation,
+        reduced: &'p [u8],
+        (rank, part, count): (usize, usize, usize),
+    ) -> (&'p [u8], usize) {
+        match operation {
+            Operation::AllReduce | Operation::Reduce => (reduced, 0),
+            Operation::ReduceScatter => (reduced, rank * count),
+            Operation::Scatter => (self.input(0), rank * count),
+            Operation::AllToAll => (self.input(part), rank * count),
+            Operation::SendRecv => (self.input((rank + self.inputs.len() - 1) % self.inputs.len()), 0),
+            _ => (self.input(part), 0),
+        }
     }
 
     /// Fills `target` with the input of `rank`.
@@ -119,6 +150,24 @@ mod tests {
         }
         got.rotate_left(4);
         assert!(patterns.wrong(&expected, &got) > 10_000);
+    }
+
+    #[test]
+    fn sums_of_whole_numbers_are_the_same_in_every_order() {
+        let patterns = Patterns::exact(16, 3);
+        let forwards = patterns.reduced(DType::BF16, ReduceOp::Sum).unwrap();
+        let backwards = Patterns { size: 2, inputs: patterns.inputs.iter().rev().cloned().collect() };
+        assert_eq!(backwards.reduced(DType::BF16, ReduceOp::Sum).unwrap(), forwards);
+        let sum = |at: usize| {
+            let element =
+                |input: &Vec<u8>| half::bf16::from_le_bytes([input[2 * at], input[2 * at + 1]]).to_f32();
+            patterns.inputs.iter().map(element).sum::<f32>()
+        };
+        for at in 0..PERIOD {
+            let got = half::bf16::from_le_bytes([forwards[2 * at], forwards[2 * at + 1]]).to_f32();
+            assert_eq!(got, sum(at));
+        }
+        assert!((1..PERIOD).any(|at| sum(at) != sum(0)));
     }
 
     #[test]

@@ -1,14 +1,15 @@
 //! What the parent shows and keeps: the table on standard output, the progress bar on standard error, the JSON in the end.
 
-use std::io::{IsTerminal as _, Write as _};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::io::Write as _;
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 
 use super::gpu_record::{Gpus, OnGpu};
 use super::record::{Machine, Measured, Results, Run};
 use super::workload::Workload;
 use super::{EXIT_WRONG, Place, gpu_table, table};
+use crate::output::progress_bar;
 use crate::{Common, Failure};
 
 /// The table, the bar, and what was measured.
@@ -38,13 +39,7 @@ impl<'a> Report<'a> {
     }
 
     pub(super) fn begin(&mut self, sizes: u64) {
-        if std::io::stderr().is_terminal() && !self.quiet {
-            self.bar = ProgressBar::new(sizes);
-            if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} sizes · {elapsed}") {
-                self.bar.set_style(style);
-            }
-            self.bar.enable_steady_tick(Duration::from_millis(200));
-        }
+        self.bar = progress_bar(sizes, self.quiet);
     }
 
     /// What the GPUs are, before the first size.

@@ -116,7 +116,7 @@ impl Workload {
 }
 
 /// Where to measure, and how many devices there are.
-fn place(asked: Option<Place>) -> Result<(Place, usize), Failure> {
+pub(crate) fn place(asked: Option<Place>) -> Result<(Place, usize), Failure> {
     if asked == Some(Place::Host) {
         return Ok((Place::Host, 0));
     }

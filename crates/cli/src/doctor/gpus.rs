@@ -7,6 +7,8 @@ use std::path::Path;
 
 use unisono::cuda::device::Facts;
 use unisono::cuda::{Architecture, Cache, Compiler, Device, Error, GpuLinks, driver, nvml};
+use unisono::tuning::device::table::BUILT_IN_FROM;
+use unisono::tuning::{self, Tuning};
 
 use super::Finding;
 use crate::output::bytes;
@@ -49,7 +51,43 @@ pub(super) fn check() -> Vec<Finding> {
     });
     findings.push(compiler(found, version));
     findings.push(cache(&Cache::of_user()));
+    if let Some(device) = devices.first() {
+        // What cannot be read is said among the settings.
+        let path = std::env::var("UNISONO_TUNE_FILE").ok().filter(|path| !path.trim().is_empty());
+        let tuning = path.and_then(|path| Some((tuning::load(&path).ok()?, path)));
+        let tuning = tuning.as_ref().map(|(tuning, path)| (tuning, path.as_str()));
+        findings.push(forms(&device.facts().name, devices.len(), tuning));
+    }
     findings
+}
+
+/// Where `count` devices of this name take forms and grids from.
+fn forms(name: &str, count: usize, tuning: Option<(&Tuning, &str)>) -> Finding {
+    const CHECK: &str = "GPU forms";
+    let mend = "unisono tune --device cuda FILE, and UNISONO_TUNE_FILE=FILE";
+    let Some((tuning, path)) = tuning else {
+        return Finding::ok(CHECK, format!("default, measured on {BUILT_IN_FROM}"));
+    };
+    match (tuning.on_gpus(), tuning.check_devices(name)) {
+        (_, Err(error)) => {
+            Finding::fail(CHECK, format!("the tuning file {path} cannot be used: {error}"), mend)
+        }
+        (None, _) => {
+            Finding::ok(CHECK, format!("default, measured on {BUILT_IN_FROM}; {path} has none for GPUs"))
+        }
+        (Some((devices, worlds)), Ok(())) => {
+            let names: Vec<String> = worlds.iter().map(usize::to_string).collect();
+            let found = format!("tuning file {path}, measured on {} × {devices}", names.join(", "));
+            match worlds.contains(&count) || count < 2 {
+                true => Finding::ok(CHECK, found),
+                false => Finding::warn(
+                    CHECK,
+                    format!("{found}, and not on all {count}: these have defaults"),
+                    mend,
+                ),
+            }
+        }
+    }
 }
 
 /// `is_there` says whether the system has an NVIDIA driver, whatever this process sees of it.
@@ -245,6 +283,29 @@ mod tests {
         assert_eq!(said(&device(3, &facts, memory)), (Well, well));
         facts.exports_descriptors = false;
         assert_eq!(device(3, &facts, memory).verdict, Warn);
+    }
+
+    #[test]
+    fn it_is_said_where_forms_come_from() {
+        let name = "NVIDIA H200";
+        assert_eq!(said(&forms(name, 8, None)), (Well, "default, measured on 2 and 4 × NVIDIA H200"));
+        let host = Tuning::new("here", [].into());
+        let without = forms(name, 8, Some((&host, "a.tune")));
+        assert_eq!(
+            said(&without),
+            (Well, "default, measured on 2 and 4 × NVIDIA H200; a.tune has none for GPUs")
+        );
+        let tables = [2, 4].map(|ranks| (ranks, tuning::device::Table::built_in(ranks)));
+        let tuned = host.with_gpus(name, tables.into());
+        let all = forms(name, 4, Some((&tuned, "a.tune")));
+        assert_eq!(said(&all), (Well, "tuning file a.tune, measured on 2, 4 × NVIDIA H200"));
+        assert_eq!(forms(name, 8, Some((&tuned, "a.tune"))).verdict, Warn);
+        let foreign = forms("NVIDIA B200", 4, Some((&tuned, "a.tune")));
+        assert_eq!(foreign.verdict, super::super::Verdict::Fail);
+        assert!(
+            foreign.found.ends_with("measured on NVIDIA H200; this machine is NVIDIA B200"),
+            "{foreign:?}"
+        );
     }
 
     #[test]

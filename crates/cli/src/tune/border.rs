@@ -16,8 +16,8 @@ pub(super) struct Point {
     pub(super) large_us: f64,
 }
 
-/// What a change of the border must gain, over all sizes together, as a part of the time at one size.
-const WORTH_A_CHANGE: f64 = 0.05;
+/// What a change of the border must gain, over all sizes together, as a part of the time at one size; and at each size on average.
+const WORTH_A_CHANGE: (f64, f64) = (0.05, 0.01);
 
 /// From which size on the second algorithm is taken: 0 for always, `usize::MAX` for never.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize)]
@@ -35,7 +35,8 @@ pub(super) fn best(points: &[Point], default: usize) -> Border {
         [0].into_iter().chain(points.iter().skip(1).map(|point| point.bytes)).chain([usize::MAX]);
     let least = candidates.map(|border| (loss(points, border), border)).min_by(|a, b| a.0.total_cmp(&b.0));
     let (least, border) = least.unwrap_or((0.0, default));
-    let chosen = if loss(points, default) - least > WORTH_A_CHANGE { border } else { default };
+    let worth = WORTH_A_CHANGE.0.max(WORTH_A_CHANGE.1 * points.len() as f64);
+    let chosen = if loss(points, default) - least > worth { border } else { default };
     let gain = |point: &Point| {
         let (before, after) = (time(point, default), time(point, chosen));
         ((before - after) / before * 100.0, point.bytes)

@@ -3,6 +3,8 @@
 //! For each number of ranks the command starts itself as these ranks (`tune --as-rank`), which time every size with every
 //! algorithm, taking turns ([`rank`]). From the times come the thresholds ([`border`]): the border that loses least
 //! over all sizes, and the default where that loses hardly more. `UNISONO_TUNE_FILE` then names the file.
+//!
+//! On GPUs ([`on_gpus`]) this process drives all ranks itself ([`gpu`]), and times every form with several grids ([`forms`]).
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -10,18 +12,23 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anstyle::Style;
-use clap::Args;
+use clap::{Args, ValueEnum as _};
 use serde::{Deserialize, Serialize};
 use unisono::settings::format_size;
+use unisono::tuning::device::Wish;
 use unisono::tuning::{DIRECT_FORMS, Thresholds, Tuning, machine};
-use unisono::{Kind, host, settings};
+use unisono::{Form, Kind, host, settings};
 
+use crate::bench::{self, Operation, Place};
 use crate::output::Target;
 use crate::ranks::{Ranks, own_arguments};
 use crate::{Common, Failure};
 use border::{Border, Point};
 
 mod border;
+mod forms;
+mod gpu;
+mod on_gpus;
 mod rank;
 
 /// The arguments of `unisono tune`.
@@ -34,10 +41,23 @@ pub(crate) struct Arguments {
     /// Where to write what was measured
     #[arg(value_name = "FILE", default_value = "unisono.tune")]
     file: PathBuf,
-    /// Numbers of ranks to measure [for example 2,4,8]; otherwise powers of two up to the processors
+    /// Where to measure; on the host, and on GPUs if there are several
+    #[arg(long, value_name = "PLACE")]
+    device: Option<Place>,
+    /// Numbers of ranks to measure [for example 2,4,8]; otherwise powers of two up to the processors, or up to the GPUs
     #[arg(short = 'n', long = "ranks", value_delimiter = ',', value_name = "N", value_parser = rank_count)]
     ranks: Vec<usize>,
-    /// How long to measure each size with each algorithm
+    /// On GPUs, operations to measure [for example all_reduce,gather]; otherwise all. Those left out have the defaults
+    #[arg(long, value_delimiter = ',', value_name = "OPERATIONS", value_parser = operation)]
+    operations: Vec<Operation>,
+    /// On GPUs, write no file but print times of these forms, with blocks and vectors of a tile where they are given [for example
+    /// two-shot,bulk:24:512]: bytes, form, grid, tile, µs per call, GB/s of the bus
+    #[arg(long, value_delimiter = ',', value_name = "FORMS", value_parser = form)]
+    forms: Vec<Wish>,
+    /// The sizes for --forms, in bytes of a part
+    #[arg(long, value_delimiter = ',', value_name = "SIZES", value_parser = size, requires = "forms")]
+    sizes: Vec<usize>,
+    /// How long to measure each size with each algorithm on the host
     #[arg(long, value_name = "DURATION", default_value = "40ms", value_parser = duration)]
     time: Duration,
     /// Only print; write no file
@@ -51,6 +71,31 @@ pub(crate) struct Arguments {
 fn rank_count(text: &str) -> Result<usize, String> {
     let count = crate::run::rank_count(text)?;
     if count < 2 { Err("a rank that is alone has nothing to choose".to_owned()) } else { Ok(count) }
+}
+
+fn operation(text: &str) -> Result<Operation, String> {
+    let names = || DIRECT_FORMS.map(|kind| kind.name()).join(", ");
+    let known = Operation::from_str(text, false).ok();
+    let known = known.filter(|operation| DIRECT_FORMS.iter().any(|kind| kind.name() == operation.name()));
+    known.ok_or_else(|| format!("expected one of {}", names()))
+}
+
+fn form(text: &str) -> Result<Wish, String> {
+    text.parse().map_err(|_| {
+        let names = Form::ALL.map(Form::name).join(", ");
+        format!("expected one of {names}, and after colons blocks and vectors of a tile")
+    })
+}
+
+fn size(text: &str) -> Result<usize, String> {
+    bench::size(text).and_then(|size| {
+        let is_whole = size > 0 && size.is_multiple_of(forms::ELEMENT);
+        if is_whole {
+            Ok(size)
+        } else {
+            Err("expected a whole number of bf16 elements, of 2 bytes".to_owned())
+        }
+    })
 }
 
 fn duration(text: &str) -> Result<Duration, String> {
@@ -97,6 +142,9 @@ struct Document {
     /// Where it was written, if it was.
     file: Option<PathBuf>,
     worlds: Vec<World>,
+    /// The name of the GPUs, where they were measured.
+    devices: Option<String>,
+    gpus: Vec<on_gpus::World>,
 }
 
 /// Measures, writes the file and answers the exit code.
@@ -111,8 +159,18 @@ pub(crate) fn execute(arguments: &Arguments, common: &Common) -> Result<u8, Fail
             let _ = writeln!(anstream::stdout(), "{line}");
         }
     };
+    let (devices, name) = on_gpus::find(arguments)?.unzip();
+    let ranks_on_gpus =
+        devices.map_or_else(Vec::new, |devices| worlds_to_measure(&arguments.ranks, devices, devices));
+    if !arguments.forms.is_empty() {
+        return on_gpus::sweep(arguments, &ranks_on_gpus, &print);
+    }
+    let on_host = arguments.device != Some(Place::Cuda);
+    let processors = host::processors().clamp(2, 1024);
     let mut worlds = Vec::new();
-    for ranks in worlds_to_measure(arguments) {
+    let ranks_on_host =
+        if on_host { worlds_to_measure(&arguments.ranks, processors, usize::MAX) } else { Vec::new() };
+    for ranks in ranks_on_host {
         let world = measure(ranks)?;
         world.lines().iter().for_each(|line| print(line));
         if world.is_noisy() {
@@ -124,27 +182,37 @@ pub(crate) fn execute(arguments: &Arguments, common: &Common) -> Result<u8, Fail
     }
     let thresholds: BTreeMap<usize, Thresholds> =
         worlds.iter().map(|world| (world.ranks, world.thresholds())).collect();
-    let tuning = Tuning::new(&machine(), thresholds);
+    let mut tuning = Tuning::new(&machine(), thresholds);
+    let mut gpu_worlds = Vec::new();
+    for ranks in ranks_on_gpus {
+        gpu_worlds.push(
+            on_gpus::measure(arguments, ranks, quiet, &print)
+                .map_err(|error| Failure::new(format!("the measurement on {ranks} GPUs failed: {error}")))?,
+        );
+    }
+    let devices = name.filter(|_| !gpu_worlds.is_empty());
+    if let Some(name) = &devices {
+        tuning = tuning.with_gpus(name, gpu_worlds.iter().map(|world| (world.gpus, world.table)).collect());
+    }
     if !arguments.dry_run {
         write(arguments, &tuning)?;
         let path = arguments.file.canonicalize().unwrap_or_else(|_| arguments.file.clone());
         print(&format!("written; use it with: export UNISONO_TUNE_FILE={}", path.display()));
     }
     let file = (!arguments.dry_run).then(|| arguments.file.clone());
-    let document = Document { version: env!("CARGO_PKG_VERSION"), machine: machine(), file, worlds };
+    let version = env!("CARGO_PKG_VERSION");
+    let document = Document { version, machine: machine(), file, worlds, devices, gpus: gpu_worlds };
     common.json.as_ref().map_or(Ok(()), |target| target.write(&document))?;
     Ok(0)
 }
 
-/// Those that were named, once each; otherwise powers of two and all processors.
-fn worlds_to_measure(arguments: &Arguments) -> Vec<usize> {
-    let processors = host::processors().clamp(2, 1024);
-    let powers =
-        std::iter::successors(Some(2), |ranks| Some(ranks * 2)).take_while(|ranks| *ranks <= processors);
-    let mut ranks = if arguments.ranks.is_empty() {
-        powers.chain([processors]).collect()
+/// Those that were named, once each and up to `limit`; otherwise powers of two and `most`.
+fn worlds_to_measure(named: &[usize], most: usize, limit: usize) -> Vec<usize> {
+    let powers = std::iter::successors(Some(2), |ranks| Some(ranks * 2)).take_while(|ranks| *ranks <= most);
+    let mut ranks: Vec<usize> = if named.is_empty() {
+        powers.chain([most]).collect()
     } else {
-        arguments.ranks.clone()
+        named.iter().copied().filter(|ranks| *ranks <= limit).collect()
     };
     ranks.sort_unstable();
     ranks.dedup();
@@ -215,6 +283,19 @@ fn write(arguments: &Arguments, tuning: &Tuning) -> Result<(), Failure> {
     })
 }
 
+impl Named {
+    fn line(&self) -> String {
+        let Border { chosen, default, .. } = self.border;
+        format!(
+            "{:<42}{:>10} {:>10}   {}",
+            self.name,
+            border_size(chosen),
+            border_size(default),
+            self.border.why()
+        )
+    }
+}
+
 impl World {
     fn thresholds(&self) -> Thresholds {
         let mut chosen = self.borders.iter().map(|named| named.border.chosen);
@@ -244,15 +325,8 @@ impl World {
             lines.extend(self.table(kinds));
             lines.push(String::new());
         }
-        lines.push(format!("{:<38}{:>10} {:>10}   why", "", "chosen", "default"));
-        for Named { name, border } in &self.borders {
-            lines.push(format!(
-                "{name:<38}{:>10} {:>10}   {}",
-                size(border.chosen),
-                size(border.default),
-                border.why()
-            ));
-        }
+        lines.push(format!("{:<42}{:>10} {:>10}   why", "", "chosen", "default"));
+        lines.extend(self.borders.iter().map(Named::line));
         lines.push(String::new());
         lines
     }
@@ -292,7 +366,7 @@ impl World {
 }
 
 /// A border for people. Measured ones are powers of two; others stand behind the size up to which the first serves.
-fn size(bytes: usize) -> String {
+fn border_size(bytes: usize) -> String {
     match bytes {
         0 => "always".to_owned(),
         usize::MAX => "never".to_owned(),
@@ -314,6 +388,14 @@ fn times(times: &[Option<f64>]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn worlds_are_those_that_were_named_or_powers_of_two_and_all() {
+        assert_eq!(worlds_to_measure(&[], 8, 8), [2, 4, 8]);
+        assert_eq!(worlds_to_measure(&[], 6, 6), [2, 4, 6]);
+        assert_eq!(worlds_to_measure(&[8, 2, 2], 4, 4), [2]);
+        assert_eq!(worlds_to_measure(&[8, 2, 2], 4, usize::MAX), [2, 8]);
+    }
 
     fn measured(kind: Kind, bytes: usize, times: (f64, Option<f64>, f64)) -> Measured {
         Measured {

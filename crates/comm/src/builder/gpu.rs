@@ -1,5 +1,6 @@
 //! What a builder says of GPUs.
 
+use unisono_core::device::multiprocessors::LEAST_MULTIPROCESSORS;
 use unisono_core::settings::{HandleKind, PinnedWay};
 
 use super::Builder;
@@ -84,6 +85,29 @@ impl Builder {
     pub const fn gpu_wish(mut self, wish: unisono_core::device::Wish) -> Self {
         self.overrides.gpu_algorithm = Some(wish);
         self
+    }
+
+    /// The most multiprocessors of this rank's GPU that kernels of the communicator fill while they wait for other ranks, from 9 on; as
+    /// many as its share has if that is less. A block that moves data by bulk copies fills one, two of other blocks share one.
+    /// Communicators that come from this one have the same. Ranks may differ: the least of all holds, so that every rank has the same
+    /// grids. `Explanation::gpus` tells what came of it.
+    pub const fn multiprocessors(mut self, most: u32) -> Self {
+        self.overrides.multiprocessors = Some(most);
+        self
+    }
+
+    /// What was asked for by [`Builder::multiprocessors`], if that is enough to work with.
+    pub(super) fn checked_multiprocessors(&self) -> Result<Option<u32>> {
+        match self.overrides.multiprocessors {
+            Some(most) if most < LEAST_MULTIPROCESSORS => Err(Error::Argument {
+                call: "Builder::multiprocessors",
+                rank: self.rank.unwrap_or(0),
+                what: "number of multiprocessors",
+                expected: format!("{LEAST_MULTIPROCESSORS} or more"),
+                got: most.to_string(),
+            }),
+            most => Ok(most),
+        }
     }
 
     /// One communicator for each of `devices`, all in this process, with what this builder says of time-outs, order and

@@ -64,7 +64,7 @@ impl Attachment<'_> {
             Some(Err(error)) if self.is_final(error) => Can::Nothing,
             Some(Err(_)) => Can::Host,
         })?;
-        let budget = Budget::take(&self.origin.device);
+        let budget = Budget::take(&self.origin.device, self.origin.settings.multiprocessors);
         let most_blocks = (self.least)(budget.blocks() as u8)?;
         let arenas = self.arenas(can, obstacle?, pages)?;
         let rank = self.communicator.rank();
@@ -72,7 +72,8 @@ impl Attachment<'_> {
             return Err(Error::Device { rank, reason: "a test wants it so".to_owned() });
         }
         let link = if can >= Can::Device { Link::Device } else { Link::Host };
-        let config = Config::new(self.origin, (link, can == Can::Copies, most_blocks.into()));
+        let selection = &self.communicator.selection;
+        let config = Config::new(self.origin, selection, (link, can == Can::Copies, most_blocks.into()));
         let control = self.communicator.control.clone();
         Gpu::new(&self.origin.device, control, arenas, (&config, budget), self.origin.siblings.clone())
     }
@@ -230,7 +231,8 @@ pub(crate) fn attach_local(
     }
     let uuids: Vec<Uuid> = devices.iter().map(|device| device.facts().uuid).collect();
     let bulk_copies = devices.iter().all(|device| has_bulk_copies(device, link));
-    let budgets: Vec<Budget> = devices.iter().map(Budget::take).collect();
+    let budgets: Vec<Budget> =
+        devices.iter().map(|device| Budget::take(device, settings.multiprocessors)).collect();
     let most_blocks = budgets.iter().map(Budget::blocks).min().unwrap_or(1);
     let make = |((rank, device), budget): ((usize, &Device), Budget)| {
         let arenas = match &memory {
@@ -242,7 +244,8 @@ pub(crate) fn attach_local(
         let mut origin = Origin::new(device, uuids.clone(), &settings, extra);
         let others = (0..ranks).filter(|other| *other != rank);
         origin.siblings = others.map(|other| devices[other].clone()).collect();
-        let config = Config::new(&origin, (link, bulk_copies, most_blocks));
+        let selection = &communicators[rank].selection;
+        let config = Config::new(&origin, selection, (link, bulk_copies, most_blocks));
         let control = communicators[rank].control.clone();
         let gpu = Gpu::new(device, control, arenas, (&config, budget), origin.siblings.clone())?;
         Ok((origin, gpu))

@@ -10,12 +10,11 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
 use unisono_core::device::layout::MAX_BLOCKS;
+use unisono_core::device::multiprocessors::{LEAST_MULTIPROCESSORS, blocks_on};
 use unisono_cuda::Device;
 
 /// Blocks of a communicator that is not the first, and the one that exchanges headers.
 const SHARE: u32 = 25;
-/// As few as that are of use.
-const LEAST: u32 = 9;
 
 /// What is taken of each device, by its ordinal.
 static TAKEN: Mutex<Option<HashMap<u32, Taken>>> = Mutex::new(None);
@@ -28,18 +27,19 @@ struct Taken {
 }
 
 impl Taken {
-    fn take(&mut self, multiprocessors: u32) -> Share {
+    /// A share of `multiprocessors`, of `most` at most.
+    fn take(&mut self, multiprocessors: u32, most: u32) -> Share {
         let half = multiprocessors.div_ceil(2);
         self.communicators += 1;
         if !std::mem::replace(&mut self.has_first, true) {
             // One more exchanges headers, and one multiprocessor may be left with a single block.
-            let blocks = (2 * half - 2).clamp(1, MAX_BLOCKS as u32);
+            let blocks = (2 * half - 2).clamp(1, MAX_BLOCKS as u32).min(blocks_on(most));
             return Share { is_first: true, taken: 0, blocks };
         }
         let left = (multiprocessors - half).saturating_sub(self.by_others);
-        let taken = if left < LEAST { 0 } else { left.min(SHARE) };
+        let taken = if left < LEAST_MULTIPROCESSORS { 0 } else { left.min(SHARE).min(most) };
         self.by_others += taken;
-        Share { is_first: false, taken, blocks: taken.max(LEAST) - 1 }
+        Share { is_first: false, taken, blocks: taken.max(LEAST_MULTIPROCESSORS) - 1 }
     }
 
     fn give_back(&mut self, share: Share) {
@@ -66,11 +66,11 @@ pub(crate) struct Budget {
 }
 
 impl Budget {
-    /// What is left for one more communicator on `device`.
-    pub(crate) fn take(device: &Device) -> Self {
+    /// What is left for one more communicator on `device`, of `most` multiprocessors at most.
+    pub(crate) fn take(device: &Device, most: Option<u32>) -> Self {
         let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
         let of_device = taken.get_or_insert_default().entry(device.ordinal()).or_default();
-        let share = of_device.take(device.facts().multiprocessors.max(2));
+        let share = of_device.take(device.facts().multiprocessors.max(2), most.unwrap_or(u32::MAX));
         if !share.is_first && share.taken == 0 {
             tracing::warn!(
                 "so many communicators share {device:?} that not all of them can wait there at once: ranks must begin their calls in the same order"
@@ -108,18 +108,32 @@ mod tests {
     #[test]
     fn the_first_gets_half_and_later_ones_share_the_other() {
         let mut taken = Taken::default();
-        let shares: Vec<Share> = (0..6).map(|_| taken.take(132)).collect();
+        let shares: Vec<Share> = (0..6).map(|_| taken.take(132, u32::MAX)).collect();
         let blocks: Vec<u32> = shares.iter().map(|share| share.blocks).collect();
         assert_eq!(blocks, [130, 24, 24, 15, 8, 8]);
         assert_eq!((taken.by_others, taken.communicators), (66, 6));
         // What is given back is there for the next.
         taken.give_back(shares[1]);
-        assert_eq!(taken.take(132), shares[1]);
+        assert_eq!(taken.take(132, u32::MAX), shares[1]);
         taken.give_back(shares[0]);
-        assert_eq!(taken.take(132), shares[0]);
+        assert_eq!(taken.take(132, u32::MAX), shares[0]);
         for share in &shares {
             taken.give_back(*share);
         }
         assert!(!taken.has_first && taken.by_others == 0 && taken.communicators == 0);
+    }
+
+    #[test]
+    fn a_cap_leaves_more_to_those_that_come_later() {
+        let mut taken = Taken::default();
+        let blocks: Vec<u32> = [16, 10, u32::MAX, u32::MAX, u32::MAX]
+            .into_iter()
+            .map(|most| taken.take(132, most).blocks)
+            .collect();
+        // The half of the first one is kept for whoever is first next.
+        assert_eq!(blocks, [15, 9, 24, 24, 8]);
+        assert_eq!(taken.by_others, 60);
+        assert_eq!(Taken::default().take(132, 40).blocks, 78);
+        assert_eq!(Taken::default().take(132, 100).blocks, 130);
     }
 }

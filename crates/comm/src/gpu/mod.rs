@@ -22,6 +22,8 @@ use crate::cause::Cause;
 use crate::collectives::{Engine, Part, Plan, WindowPlace};
 use crate::control::Control;
 use crate::error::{Error, Result};
+use crate::explanation::OnGpus;
+use crate::tuning;
 use arenas::Arenas;
 use args::{Args, HEADER_LAUNCH, Report, UnevenArgs};
 pub(crate) use attach::{check_ranks, identity, without_device, without_gpu};
@@ -65,6 +67,7 @@ pub(crate) struct Gpu {
     device: Device,
     control: Arc<Control>,
     rules: Rules,
+    table_from: tuning::Origin,
     kernels: Kernels,
     args: Args,
     lanes: Box<Lanes>,
@@ -144,6 +147,7 @@ impl Gpu {
             device: device.clone(),
             control,
             rules,
+            table_from: config.table_from.clone(),
             kernels,
             args,
             lanes: Box::new(Lanes::new()),
@@ -175,8 +179,19 @@ impl Gpu {
     }
 
     /// How the GPUs reach each other, and the rules that follow.
-    pub(crate) const fn rules(&self) -> Rules {
-        self.rules
+    pub(crate) const fn rules(&self) -> &Rules {
+        &self.rules
+    }
+
+    /// From now on calls take the form that `rules` ask for, and the grids of their table. All ranks change between the same two
+    /// calls.
+    pub(crate) const fn change_rules(&mut self, rules: &Rules) {
+        (self.rules.forced, self.rules.table) = (rules.forced, rules.table);
+    }
+
+    /// The same for people.
+    pub(crate) fn explain(&self) -> OnGpus {
+        OnGpus::new(&self.rules, self.table_from.clone())
     }
 
     /// Puts a call into `stream`. After a failure every call returns the first cause.

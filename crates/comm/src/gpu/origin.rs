@@ -8,6 +8,7 @@ use unisono_cuda::{Device, Uuid};
 
 use super::kernels::Purpose;
 use super::one_sided;
+use crate::tuning::{self, Selection};
 
 /// What a builder may say about GPUs.
 #[derive(Clone, Debug, Default)]
@@ -79,6 +80,8 @@ impl Origin {
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
     pub(crate) rules: Rules,
+    /// Where the table of the rules comes from.
+    pub(crate) table_from: tuning::Origin,
     pub(crate) patience_ns: u64,
     pub(crate) epoch: u32,
     pub(crate) prepare: Vec<Purpose>,
@@ -88,8 +91,13 @@ pub(crate) struct Config {
 }
 
 impl Config {
-    pub(crate) fn new(origin: &Origin, (link, bulk_copies, most_blocks): (Link, bool, u32)) -> Self {
+    pub(crate) fn new(
+        origin: &Origin,
+        selection: &Selection,
+        (link, bulk_copies, most_blocks): (Link, bool, u32),
+    ) -> Self {
         let settings = &origin.settings;
+        let (table, table_from) = selection.table(origin.devices.len());
         let mut prepare = Purpose::USUAL.to_vec();
         prepare.extend(origin.prepare.iter().copied().filter(|purpose| !Purpose::USUAL.contains(purpose)));
         Self {
@@ -102,7 +110,9 @@ impl Config {
                 most_blocks,
                 engines: origin.siblings.is_empty(),
                 forced: settings.gpu_algorithm,
+                table,
             },
+            table_from,
             patience_ns: one_sided::nanoseconds(settings.timeout),
             epoch: origin.epoch,
             prepare,

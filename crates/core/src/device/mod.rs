@@ -2,7 +2,10 @@
 
 pub mod engine;
 pub mod layout;
+pub mod multiprocessors;
 pub mod select;
+pub mod table;
 
 pub use layout::{ArenaLayout, Link};
 pub use select::{Form, Launch, Wish};
+pub use table::Table;

@@ -9,6 +9,7 @@ use super::engine::{MOST_LANES, slot_bytes};
 use super::layout::{
     ArenaLayout, Link, MAX_BLOCKS, MESSAGE_CHANNELS, MESSAGE_PACKETS_TO, PACKET_DATA, RING_SLOTS,
 };
+use super::table::{Table, WIDE_BLOCKS};
 use crate::call::Kind;
 use crate::fused::UNIT;
 use crate::reduce_op::ReduceOp;
@@ -114,9 +115,6 @@ impl fmt::Display for Wish {
 
 /// Blocks of all ranks together that surely run at once on a device.
 const CROWDED_BLOCKS: usize = 96;
-/// The most blocks for which bulk copies move data, and what the pipeline takes where there is no need to save. Each takes a
-/// multiprocessor, so these are half of an H200, as are twice as many that move data by their threads.
-const WIDE_BLOCKS: usize = 64;
 
 /// A form and its grid.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -184,13 +182,8 @@ pub struct Rules {
     pub engines: bool,
     /// What was asked for.
     pub forced: Option<Wish>,
-}
-
-/// Where forms change, in bytes of a part.
-struct Borders {
-    one_shot_to: usize,
-    two_shot_to: usize,
-    ring_from: usize,
+    /// Where forms change, and their grids.
+    pub table: Table,
 }
 
 impl Rules {
@@ -217,48 +210,13 @@ impl Rules {
 
     /// From how many bytes of a part on copy engines move them.
     ///
-    /// Thought, and still to be measured with `gpu_sweep`: they move 392 GB/s where a ring of blocks moves 360, and lose some 40 µs at
+    /// Thought, and still to be measured with `unisono tune`: they move 392 GB/s where a ring of blocks moves 360, and lose some 40 µs at
     /// begin and end; of a broadcast, three chunks of 4 MiB more for each rank that passes it on.
     fn engine_from(&self, kind: Kind) -> usize {
         const GAINED: usize = 192 << 20;
         match kind {
             Kind::AllGather => GAINED / self.ranks.saturating_sub(1).max(1),
             _ => GAINED + self.ranks.saturating_sub(2) * (160 << 20),
-        }
-    }
-
-    fn borders(&self, kind: Kind) -> Borders {
-        // Measured on 2 and 4 × H200 (`gpu_sweep`), and thought on from there: with more ranks one-shot sends more, and a ring takes
-        // more hops. Where there are few blocks, a ring is no faster than the pipeline.
-        let one_shot_to = ((768 << 10) / self.ranks.saturating_sub(1).max(1)).min(512 << 10);
-        let is_narrow = self.is_narrow();
-        let ring_from = match (kind, self.ranks) {
-            (_, 0..=2) => 2 << 20,
-            (Kind::Broadcast { .. } | Kind::Reduce { .. }, 3..=4) => 2 << 20,
-            (Kind::Broadcast { .. } | Kind::Reduce { .. }, _) => 4 << 20,
-            // Of parts of any size a ring moves each over each link but once, however the sizes differ.
-            (Kind::AllGather | Kind::AllGatherV, _) => 8 << 20,
-            (Kind::ReduceScatter { .. } | Kind::ReduceScatterV { .. }, ranks) => (64 << 20) / ranks,
-            _ if is_narrow => usize::MAX,
-            (_, 3..=4) => 16 << 20,
-            _ => 96 << 20,
-        };
-        match kind {
-            Kind::AllGather | Kind::AllGatherV => {
-                // Every byte of a part goes to all in any case.
-                let one_shot_to = if self.ranks <= 4 { 1 << 20 } else { 512 << 10 };
-                Borders { one_shot_to, two_shot_to: 0, ring_from }
-            }
-            Kind::AllReduce { .. } | Kind::Broadcast { .. } => {
-                Borders { one_shot_to, two_shot_to: 2 << 20, ring_from }
-            }
-            // All of it goes to one rank.
-            Kind::Reduce { .. } => {
-                let one_shot_to = if self.ranks <= 4 { 1 << 20 } else { 512 << 10 };
-                Borders { one_shot_to, two_shot_to: 0, ring_from }
-            }
-            // A hop moves a part to each peer, or all to one.
-            _ => Borders { one_shot_to: 256 << 10, two_shot_to: 0, ring_from },
         }
     }
 
@@ -293,15 +251,20 @@ impl Rules {
         {
             return self.grid(wish, question);
         }
-        let borders = self.borders(question.kind);
+        let row = self.table.row(question.kind);
+        let packets_to = row.one_shot_to.max(row.two_shot_to);
+        let ring_from = if self.is_narrow() { row.narrow_ring_from } else { row.ring_from };
+        let can = |form| self.can(form, question);
         let form = match question.bytes {
-            bytes if bytes <= borders.one_shot_to && self.can(Form::OneShot, question) => Form::OneShot,
-            bytes if bytes <= borders.two_shot_to && self.can(Form::TwoShot, question) => Form::TwoShot,
-            _ if self.can(Form::Direct, question) => Form::Direct,
-            bytes if bytes >= self.engine_from(question.kind) && self.can(Form::Engine, question) => {
-                Form::Engine
+            bytes if bytes >= row.direct_from && can(Form::Direct) => Form::Direct,
+            bytes if bytes <= row.one_shot_to && can(Form::OneShot) => Form::OneShot,
+            bytes if bytes <= row.two_shot_to && can(Form::TwoShot) => Form::TwoShot,
+            // Packets are the quickest, and have no room.
+            bytes if bytes <= packets_to && row.direct_from != usize::MAX && can(Form::Direct) => {
+                Form::Direct
             }
-            bytes if bytes >= borders.ring_from && self.can(Form::Ring, question) => Form::Ring,
+            bytes if bytes >= self.engine_from(question.kind) && can(Form::Engine) => Form::Engine,
+            bytes if bytes >= ring_from && can(Form::Ring) => Form::Ring,
             _ if self.ranks == 1 => Form::OneShot,
             _ => Form::Bulk,
         };
@@ -321,7 +284,7 @@ impl Rules {
         let forced = self.forced.filter(|wish| self.can(wish.form, &sum));
         let form = match forced {
             Some(wish) => wish.form,
-            None if sum.bytes <= self.borders(sum.kind).one_shot_to && self.can(Form::OneShot, &sum) => {
+            None if sum.bytes <= self.table.row(sum.kind).one_shot_to && self.can(Form::OneShot, &sum) => {
                 Form::OneShot
             }
             None if self.can(Form::TwoShot, &sum) => Form::TwoShot,
@@ -379,6 +342,7 @@ impl Rules {
 
     fn grid(&self, wish: Wish, question: &Question) -> Launch {
         let form = wish.form;
+        let row = self.table.row(question.kind);
         let layout = self.layout();
         let ranks = self.ranks;
         // Blocks of the pipeline that work on one channel together, and into how many shards they divide what a call has.
@@ -396,6 +360,11 @@ impl Rules {
             asked => (asked as usize).min(room),
         };
         let by_copies = |blocks: usize| self.bulk_copies && blocks <= WIDE_BLOCKS;
+        // The most of a form with tiles that goes by threads, unless that leaves so few that it goes by copies.
+        let fits = |usual: usize| match by_copies(usual.min(most)) && !self.is_narrow() {
+            true => most.min(self.most_blocks.div_ceil(2) as usize),
+            false => most,
+        };
         // Tiles of at most so many vectors as there is room for, in whole lines of 128 bytes.
         let tiled = |blocks: usize, tile: usize, room: usize| {
             let tile = if wish.tile == 0 { tile } else { wish.tile as usize };
@@ -415,32 +384,32 @@ impl Rules {
                 // One unit for each thread while that takes few blocks.
                 let threads = units.next_multiple_of(32).clamp(256, 512);
                 // Who is alone waits for nobody.
-                let most = if ranks == 1 { MAX_BLOCKS } else { whole.min(WIDE_BLOCKS) };
+                let most = if ranks == 1 { MAX_BLOCKS } else { whole.min(row.packet_blocks) };
                 plain(blocks(units.div_ceil(threads), most), threads)
             }
-            Form::Direct => plain(blocks(shard.div_ceil(16 * threads), whole.min(WIDE_BLOCKS)), threads),
+            Form::Direct => {
+                plain(blocks(shard.div_ceil(16 * threads), whole.min(row.direct_blocks)), threads)
+            }
             Form::Bulk => {
-                // Threads are quicker where each peer gets a small part of its own.
-                let spreads = matches!(question.kind, Kind::Scatter { .. } | Kind::AllToAll);
-                let goes_by_copies = self.bulk_copies && !(spreads && question.bytes <= 1 << 20);
-                let usual = if goes_by_copies { WIDE_BLOCKS } else { 120 };
+                let goes_by_copies = self.bulk_copies && question.bytes > row.threads_to;
+                let usual = if goes_by_copies { row.bulk_blocks } else { row.thread_blocks };
                 let usual = usual.min(team * shard.div_ceil(16 * threads));
-                let most = if goes_by_copies { whole } else { most };
+                let most = if goes_by_copies { whole } else { fits(usual) };
                 let channels = (blocks(usual, most) / team).max(1);
                 let blocks = channels * team;
                 let due = shard.div_ceil(16).div_ceil(channels);
                 // By copies, some rounds at least, so that the steps overlap.
                 let tile = match by_copies(blocks) {
                     false => due,
-                    true if blocks <= WIDE_BLOCKS / 2 || (spreads && question.bytes >= 128 << 20) => {
-                        due.div_ceil(2).min(1600)
+                    true if blocks <= WIDE_BLOCKS / 2 || question.bytes >= row.wide_tile_from => {
+                        due.div_ceil(2).min(2 * row.bulk_tile)
                     }
-                    true => due.div_ceil(2).min(800),
+                    true => due.div_ceil(2).min(row.bulk_tile),
                 };
                 tiled(blocks, tile, layout.area_bytes() / 16 / channels)
             }
             Form::Ring => {
-                let blocks = blocks(128, most);
+                let blocks = blocks(row.ring_blocks, fits(row.ring_blocks));
                 let part =
                     if matches!(question.kind, Kind::AllReduce { .. }) { shard } else { question.bytes };
                 let due = part.div_ceil(16).div_ceil(blocks);
@@ -478,6 +447,7 @@ mod tests {
             most_blocks: MAX_BLOCKS as u32,
             engines: true,
             forced: None,
+            table: Table::built_in(ranks),
         }
     }
 
@@ -516,11 +486,7 @@ mod tests {
                         let most_blocks = if ranks == 1 { MAX_BLOCKS as u32 } else { most_blocks };
                         assert!((1..=most_blocks).contains(&launch.blocks), "{question:?} {launch:?}");
                         // What takes a multiprocessor each takes no more than half of them.
-                        let most = if launch.by_copies || launch.tile == 0 { 64 } else { 128 };
-                        assert!(
-                            ranks == 1 || !bulk_copies || launch.blocks <= most,
-                            "{question:?} {launch:?}"
-                        );
+                        assert!(!launch.by_copies || launch.blocks <= 64);
                         assert!(bulk_copies || !launch.by_copies);
                         let tiles = launch.blocks as usize * launch.tile as usize * 16;
                         let team = match kind {

@@ -43,6 +43,7 @@ fn every_setting_is_read_into_its_own_field() {
         ("UNISONO_SPIN", "50us"),
         ("UNISONO_RECORDER", "off"),
         ("UNISONO_GPU_ALGORITHM", "bulk:32"),
+        ("UNISONO_MULTIPROCESSORS", "16"),
         ("UNISONO_PEER_ACCESS", "off"),
         ("UNISONO_PINNED", "numa"),
         ("UNISONO_HANDLES", "Fabric"),
@@ -62,11 +63,26 @@ fn every_setting_is_read_into_its_own_field() {
         spin: Spin::For(Duration::from_micros(50)),
         recorder: false,
         gpu_algorithm: Some(Wish { form: Form::Bulk, blocks: 32, tile: 0 }),
+        multiprocessors: Some(16),
         peer_access: false,
         pinned: PinnedWay::Numa,
         handles: HandleKind::Fabric,
     };
     assert_eq!(settings.unwrap(), expected);
+}
+
+#[test]
+fn a_cap_on_multiprocessors_leaves_enough_to_work_with() {
+    assert_eq!(from(&[("UNISONO_MULTIPROCESSORS", "9")]).unwrap().multiprocessors, Some(9));
+    for wrong in ["8", "0", "-1", "+16", "half", "4294967296"] {
+        let error = from(&[("UNISONO_MULTIPROCESSORS", wrong)]).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            format!(
+                "UNISONO_MULTIPROCESSORS={wrong} cannot be read: expected auto, or a whole number from 9"
+            )
+        );
+    }
 }
 
 #[test]
@@ -86,6 +102,7 @@ fn exactly_the_agreed_settings_change_the_agreement() {
     let changed = |name: &str| match find(name).unwrap().kind {
         ValueKind::Choice(words, _) => words[1],
         ValueKind::Text(_) if name == "UNISONO_GPU_ALGORITHM" => "ring",
+        ValueKind::Text(_) if name == "UNISONO_MULTIPROCESSORS" => "9",
         ValueKind::Text(_) => "x",
         _ => "7s",
     };

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use sha2::{Digest, Sha256};
 use unisono_core::auth::{Handshake, Opened, Role, Session};
 use unisono_core::call::{CallHeader, HEADER_WORDS, Kind};
+use unisono_core::device::Table;
 use unisono_core::fused::NormOutput;
 use unisono_core::hello::{Hello, HostIdentity, PROTOCOL_VERSION, WorldTable};
 use unisono_core::select::Thresholds;
@@ -284,7 +285,7 @@ pub(super) fn tuning(bytes: &[u8]) {
         match Tuning::parse(text) {
             Ok(tuning) => {
                 let again = Tuning::parse(&tuning.to_text(&[])).unwrap();
-                assert_eq!(again.worlds(), tuning.worlds());
+                assert_eq!(again, tuning);
                 assert!(again.check_machine("another").is_err() || tuning.check_machine("another").is_ok());
             }
             Err(error) => drop(error.to_string()),
@@ -296,5 +297,8 @@ pub(super) fn tuning_seeds() -> Vec<Vec<u8>> {
     let worlds = [2, 3, 1024].map(|ranks| (ranks, Thresholds::for_world(ranks)));
     let some = Tuning::new("a processor, 8 processors", worlds.into());
     let none = Tuning::new("", BTreeMap::new());
-    vec![some.to_text(&["a note".to_owned()]).into_bytes(), none.to_text(&[]).into_bytes()]
+    let tables = [2, 16].map(|ranks| (ranks, Table::built_in(ranks)));
+    let on_gpus = none.clone().with_gpus("a device", tables.into());
+    let texts = [some.to_text(&["a note".to_owned()]), none.to_text(&[]), on_gpus.to_text(&[])];
+    texts.map(String::into_bytes).to_vec()
 }

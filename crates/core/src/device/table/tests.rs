@@ -1,0 +1,255 @@
+//! Tables as text, and what the built-in one decides: expectations that were written by hand from the measurements.
+
+use super::super::layout::Link;
+use super::super::multiprocessors::{LEAST_MULTIPROCESSORS, blocks_on};
+use super::super::select::{Form, Launch, Question, Rules};
+use super::*;
+use crate::reduce_op::ReduceOp;
+use crate::settings::Order;
+
+fn rules(ranks: usize) -> Rules {
+    Rules {
+        ranks,
+        link: Link::Device,
+        crowd: 1,
+        order: Order::Fixed,
+        bulk_copies: true,
+        // As the first communicator on an H200 has them.
+        most_blocks: 130,
+        engines: false,
+        forced: None,
+        table: Table::built_in(ranks),
+    }
+}
+
+fn question(bytes: usize) -> Question {
+    Question { kind: Kind::AllReduce { op: ReduceOp::Sum }, bytes, size: 2, is_reachable: false }
+}
+
+fn read(text: &str) -> Result<BTreeMap<usize, Table>, String> {
+    let mut tables = Tables::default();
+    text.lines().try_for_each(|line| tables.add(line))?;
+    tables.finish()
+}
+
+#[test]
+fn tables_read_as_they_are_written_and_the_built_in_one_has_every_world() {
+    for ranks in 2..=MAX_RANKS {
+        let table = Table::built_in(ranks);
+        let text = table.to_text(ranks);
+        assert_eq!(read(&text), Ok(BTreeMap::from([(ranks, table)])));
+        assert!(include_str!("../default.tune").contains(&text), "{ranks}");
+    }
+    assert_eq!(Table::built_in(1), Table::built_in(2));
+    assert_eq!(Table::built_in(1000), Table::built_in(MAX_RANKS));
+    for (at, kind) in DIRECT_FORMS.into_iter().enumerate() {
+        assert_eq!(index(kind), at, "{kind:?}");
+    }
+}
+
+#[test]
+fn what_is_wrong_in_a_line_is_said() {
+    let good = Table::built_in(4).to_text(4);
+    for (from, to, expected) in [
+        ("gpus=4 all_reduce", "gpus=1 all_reduce", "gpus= with a number from 2 to 16"),
+        ("gpus=4 all_reduce", "gpus=+4 all_reduce", "gpus= with a number from 2 to 16"),
+        ("gpus=4 gather", "gpus=4 barrier", "one of all_reduce, broadcast, all_gather, reduce, "),
+        ("gpus=4 gather", "gpus=4 scatter", "one line for scatter of gpus=4"),
+        ("one_shot_to=262144", "one_shot_to=256KiB", "one_shot_to= with a number of bytes or `never`"),
+        ("one_shot_to=262144", "two_shot_to=262144", "one_shot_to= with a number of bytes or `never`"),
+        ("packet_blocks=64", "packet_blocks=65", "packet_blocks= with a number from 1 to 64"),
+        ("packet_blocks=64", "packet_blocks=never", "packet_blocks= with a number from 1 to 64"),
+        ("ring_blocks=128", "ring_blocks=0", "ring_blocks= with a number from 1 to 160"),
+        ("ring_blocks=128", "ring_blocks=128 and=1", "nothing after the last number"),
+        ("ring_blocks=128", "", "ring_blocks= with a number from 1 to 160"),
+    ] {
+        let error = read(&good.replacen(from, to, 1)).unwrap_err();
+        assert!(error.starts_with(expected), "{to}: {error}");
+    }
+    let without: Vec<&str> = good.lines().filter(|line| !line.contains("scatter")).collect();
+    assert_eq!(read(&without.join("\n")), Err("a line gpus=4 reduce_scatter".to_owned()));
+}
+
+const KINDS: [Kind; 8] = DIRECT_FORMS;
+
+/// Up to which size an operation is one-shot, then two-shot, and from where on it goes in a ring, if at all. The one-shot of an
+/// all-gather and a reduce among many ranks ends where packets of 16-bit elements have no more room.
+fn borders(kind: Kind, ranks: usize) -> (usize, usize, Option<usize>) {
+    const ONE_SHOT: [usize; 15] = [
+        524_288, 393_216, 262_144, 196_608, 157_286, 131_072, 112_347, 98_304, 87_381, 78_643, 71_493,
+        65_536, 60_494, 56_173, 52_428,
+    ];
+    const ONE_SHOT_OF_PARTS: [usize; 15] = [
+        1_048_576, 1_048_576, 1_048_576, 524_288, 524_288, 524_288, 524_288, 524_280, 471_852, 428_952,
+        393_216, 362_964, 337_032, 314_568, 294_912,
+    ];
+    const REDUCE_SCATTER_RING: [usize; 15] = [
+        2_097_152, 22_369_621, 16_777_216, 13_421_772, 11_184_810, 9_586_980, 8_388_608, 7_456_540,
+        6_710_886, 6_100_805, 5_592_405, 5_162_220, 4_793_490, 4_473_924, 4_194_304,
+    ];
+    const TWO_SHOT: usize = 2_097_152;
+    const PAIR: usize = 2_097_152;
+    let at = ranks - 2;
+    match kind {
+        Kind::AllReduce { .. } => {
+            (ONE_SHOT[at], TWO_SHOT, Some([PAIR, 16_777_216, 16_777_216, 100_663_296][at.min(3)]))
+        }
+        Kind::Broadcast { .. } => {
+            (ONE_SHOT[at], TWO_SHOT, Some(if ranks <= 4 { 2_097_152 } else { 4_194_304 }))
+        }
+        Kind::AllGather => (ONE_SHOT_OF_PARTS[at], 0, Some(if ranks == 2 { PAIR } else { 8_388_608 })),
+        Kind::Reduce { .. } => {
+            (ONE_SHOT_OF_PARTS[at], 0, Some(if ranks <= 4 { 2_097_152 } else { 4_194_304 }))
+        }
+        Kind::ReduceScatter { .. } => (262_144, 0, Some(REDUCE_SCATTER_RING[at])),
+        _ => (262_144, 0, None),
+    }
+}
+
+/// 1 B to 4 GiB: powers of two, what lies between them, and both sides of every border.
+fn sizes(kind: Kind, ranks: usize) -> Vec<usize> {
+    let (one, two, ring) = borders(kind, ranks);
+    let around = [one, two, ring.unwrap_or(0)].into_iter().flat_map(|at| [at, at + 1, at.max(2) - 1]);
+    let powers = (0..=32).flat_map(|shift| [1usize << shift, (1 << shift) + 1, (3 << shift) / 2]);
+    powers.chain(around).filter(|bytes| (1..=4 << 30).contains(bytes)).collect()
+}
+
+#[test]
+fn without_a_tuning_file_forms_change_where_they_were_measured_to() {
+    for ranks in 2..=MAX_RANKS {
+        for kind in KINDS {
+            let (one, two, ring) = borders(kind, ranks);
+            for bytes in sizes(kind, ranks) {
+                let question = Question { kind, ..question(bytes) };
+                let packets = match bytes {
+                    bytes if bytes <= one => Some(Form::OneShot),
+                    bytes if bytes <= two => Some(Form::TwoShot),
+                    _ => None,
+                };
+                let rings = |is_taken: bool| {
+                    let is_ring = is_taken && ring.is_some_and(|from| bytes >= from);
+                    packets.unwrap_or(if is_ring { Form::Ring } else { Form::Bulk })
+                };
+                let form = |rules: Rules| rules.decide(&question).form;
+                let what = format!("{} of {bytes} bytes among {ranks}", kind.name());
+                assert_eq!(form(rules(ranks)), rings(true), "{what}");
+                // Whoever may have few blocks reduces without a ring, unless there are only two ranks.
+                let few = !matches!(kind, Kind::AllReduce { .. }) || ranks == 2;
+                assert_eq!(form(Rules { most_blocks: 24, ..rules(ranks) }), rings(few), "{what}, narrow");
+                let keeps_order = kind.op().is_none() || ranks == 2;
+                assert_eq!(form(Rules { order: Order::Rank, ..rules(ranks) }), rings(keeps_order), "{what}");
+                let reaches = Question { is_reachable: true, ..question };
+                let is_direct =
+                    matches!(kind, Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::AllGather);
+                let expected = if is_direct { packets.unwrap_or(Form::Direct) } else { rings(true) };
+                assert_eq!(rules(ranks).decide(&reaches).form, expected, "{what}, in windows");
+            }
+        }
+    }
+}
+
+#[test]
+fn without_a_tuning_file_grids_are_those_that_were_measured() {
+    let all_reduce = KINDS[0];
+    let wide = rules;
+    let by_threads = |ranks| Rules { bulk_copies: false, ..wide(ranks) };
+    let narrow = |ranks| Rules { most_blocks: 24, ..rules(ranks) };
+    for (rules, kind, bytes, expected) in [
+        (wide(4), all_reduce, 96, (Form::OneShot, 1, 256, 0, false)),
+        (wide(4), all_reduce, 8 << 10, (Form::OneShot, 2, 512, 0, false)),
+        (wide(4), all_reduce, 64 << 10, (Form::OneShot, 11, 512, 0, false)),
+        (wide(4), all_reduce, 256 << 10, (Form::OneShot, 43, 512, 0, false)),
+        (wide(4), all_reduce, 1 << 20, (Form::TwoShot, 43, 512, 0, false)),
+        (wide(4), all_reduce, 4 << 20, (Form::Bulk, 63, 1024, 800, true)),
+        (wide(4), all_reduce, 64 << 20, (Form::Ring, 128, 512, 4096, false)),
+        (wide(4), Kind::AllGather, 2 << 20, (Form::Bulk, 64, 1024, 800, true)),
+        (wide(4), Kind::Scatter { root: 0 }, 1 << 20, (Form::Bulk, 120, 512, 1088, false)),
+        (wide(4), Kind::Scatter { root: 0 }, 16 << 20, (Form::Bulk, 64, 1024, 800, true)),
+        (wide(4), Kind::AllToAll, 128 << 20, (Form::Bulk, 64, 1024, 1600, true)),
+        (by_threads(4), all_reduce, 4 << 20, (Form::Bulk, 120, 512, 1632, false)),
+        (by_threads(4), all_reduce, 64 << 20, (Form::Ring, 128, 512, 4096, false)),
+        (narrow(4), all_reduce, 64 << 20, (Form::Bulk, 24, 1024, 1600, true)),
+        (narrow(4), Kind::Broadcast { root: 0 }, 64 << 20, (Form::Ring, 24, 1024, 2400, true)),
+        (narrow(4), all_reduce, 256 << 10, (Form::OneShot, 24, 512, 0, false)),
+    ] {
+        let launch = rules.decide(&Question { kind, ..question(bytes) });
+        let got = (launch.form, launch.blocks, launch.threads, launch.tile, launch.by_copies);
+        assert_eq!(got, expected, "{} of {bytes} bytes, {} blocks at most", kind.name(), rules.most_blocks);
+    }
+    let reaches = Question { is_reachable: true, ..question(64 << 20) };
+    let direct = wide(4).decide(&reaches);
+    assert_eq!((direct.form, direct.blocks, direct.threads), (Form::Direct, 64, 512));
+}
+
+#[test]
+fn a_table_decides() {
+    let mut rules = rules(4);
+    *rules.table.row_mut(KINDS[0]) = Row {
+        one_shot_to: 99,
+        two_shot_to: 1 << 20,
+        direct_from: 64 << 20,
+        ring_from: 32 << 20,
+        narrow_ring_from: usize::MAX,
+        packet_blocks: 5,
+        direct_blocks: 7,
+        threads_to: 2 << 20,
+        thread_blocks: 90,
+        bulk_blocks: 30,
+        bulk_tile: 104,
+        wide_tile_from: usize::MAX,
+        ring_blocks: 40,
+    };
+    let taken = |rules: &Rules, bytes, is_reachable| {
+        let launch = rules.decide(&Question { is_reachable, ..question(bytes) });
+        (launch.form, launch.blocks, launch.tile)
+    };
+    assert_eq!(taken(&rules, 99, false), (Form::OneShot, 1, 0));
+    assert_eq!(taken(&rules, 100, false), (Form::TwoShot, 1, 0));
+    assert_eq!(taken(&rules, 1 << 20, true), (Form::TwoShot, 5, 0));
+    assert_eq!(taken(&rules, 2 << 20, false), (Form::Bulk, 90, 1096));
+    assert_eq!(taken(&rules, 4 << 20, false), (Form::Bulk, 30, 208));
+    assert_eq!(taken(&rules, 32 << 20, false), (Form::Ring, 40, 2400));
+    assert_eq!(taken(&rules, 4 << 20, true).0, Form::Bulk);
+    assert_eq!(taken(&rules, 64 << 20, true), (Form::Direct, 7, 0));
+    // Where packets would be taken, but have no room, direct is.
+    rules.table.row_mut(KINDS[0]).two_shot_to = 16 << 20;
+    assert_eq!(taken(&rules, 16 << 20, true).0, Form::Direct);
+    assert_eq!(taken(&rules, 16 << 20, false).0, Form::Bulk);
+    rules.table.row_mut(KINDS[0]).direct_from = usize::MAX;
+    assert_eq!(taken(&rules, 64 << 20, true).0, Form::Ring);
+    rules.most_blocks = 24;
+    assert_eq!(taken(&rules, 64 << 20, true).0, Form::Bulk);
+    // Nobody else's row has changed.
+    assert_eq!(rules.decide(&Question { kind: Kind::AllGather, ..question(99) }).form, Form::OneShot);
+}
+
+#[test]
+fn a_cap_on_multiprocessors_holds_for_every_form() {
+    assert_eq!([9, 16, 32, 33, 66].map(blocks_on), [8, 15, 31, 64, 130]);
+    for cap in LEAST_MULTIPROCESSORS..=80 {
+        for (link, bulk_copies) in [(Link::Device, true), (Link::Device, false), (Link::Host, false)] {
+            for ranks in [2, 4, 8, 16] {
+                let most_blocks = blocks_on(cap).min(MAX_BLOCKS as u32);
+                let rules = Rules { link, bulk_copies, most_blocks, ..rules(ranks) };
+                assert_eq!(rules.multiprocessors(), cap);
+                for kind in KINDS {
+                    for bytes in sizes(kind, ranks) {
+                        for is_reachable in [false, true] {
+                            let launch = rules.decide(&Question { kind, is_reachable, ..question(bytes) });
+                            assert!(launch.multiprocessors() <= cap, "{cap}: {launch:?}");
+                        }
+                    }
+                }
+                for rows in [1, 100, 10_000] {
+                    let launch = rules.decide_rows(rows, 64);
+                    assert!(launch.is_none_or(|launch| launch.multiprocessors() <= cap), "{launch:?}");
+                }
+            }
+        }
+    }
+    let launch =
+        |blocks, threads, by_copies| Launch { form: Form::Bulk, blocks, threads, tile: 8, by_copies };
+    assert_eq!(launch(1, 256, false).multiprocessors(), 1);
+    assert_eq!(launch(128, 512, false).multiprocessors(), 65);
+    assert_eq!(launch(63, 1024, true).multiprocessors(), 64);
+}
