@@ -411,6 +411,7 @@ mod tests {
             order: unisono_core::settings::Order::Fixed,
             bulk_copies: true,
             most_blocks: 130,
+            engines: false,
             forced: None,
             table: Table::built_in(4),
         };
