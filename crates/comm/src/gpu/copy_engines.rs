@@ -74,7 +74,7 @@ impl Gpu {
         };
         let layout = ArenaLayout::new(ranks, self.rules.link);
         let call = EngineCall { kind, launch, args: &self.args, layout, functions, engines };
-        // SAFETY: as in `launch`. Where it ends with an error, the device is waited for before anything goes.
+        // SAFETY: as in `launch`; if it ends in the middle, copies are waited for.
         unsafe { call.run(stream, ranks) }.map_err(|error| match stream.is_capturing() {
             // Nothing of it has begun.
             Ok(true) => self.refused(error),
@@ -88,6 +88,10 @@ impl Gpu {
         let rank = self.args.rank;
         let reason = format!("the driver refused a part of a call on its GPU: {error}");
         self.control.fail(&Cause::Aborted { rank, reason });
+        // The user's stream does not wait for all copies, and kernels leave now.
+        for lane in self.engines.iter().flat_map(|engines| &engines.lanes) {
+            let _ = lane.stream.synchronize();
+        }
         let error = Error::Cuda { rank: rank as usize, error };
         self.failed = Some(error.clone());
         error
