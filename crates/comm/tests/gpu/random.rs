@@ -301,8 +301,8 @@ fn parts_of_more_than_4_gib_arrive() {
         let world = World::new(2, &devices, |builder| {
             builder.gpu_algorithm(form, 0).prepare(DType::U8, ReduceOp::Sum).unwrap()
         });
-        let ranks: Vec<Rank> =
-            (0..2).map(|rank| Rank::new(&world, rank, &[(DType::U8, ReduceOp::Sum)])).collect();
+        let reductions = [(DType::U8, ReduceOp::Sum)];
+        let ranks: Vec<Rank> = (0..2).map(|rank| Rank::new(&world, rank, &reductions)).collect();
         let of = |rank| (DType::U8, rank);
         let buffers: Vec<[DeviceBuffer; 2]> = (0..2)
             .map(|at| {
