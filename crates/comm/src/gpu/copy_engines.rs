@@ -12,10 +12,13 @@ use unisono_core::call::Kind;
 use unisono_core::device::engine::{MOST_LANES, Piece, Steps, slot_bytes};
 use unisono_core::device::{ArenaLayout, Launch};
 use unisono_cuda::capture::Front;
-use unisono_cuda::{Device, Event, Function, Grid, Result, Stream};
+use unisono_cuda::{Device, Event, Function, Grid, Module, Result, Stream};
 
+use super::Gpu;
 use super::args::{Args, StepArgs};
-use super::kernels::EngineFunctions;
+use crate::cause::Cause;
+use crate::collectives::Plan;
+use crate::error::Error;
 
 /// As many as `ENGINE_THREADS` of the kernels.
 const GRID: Grid = Grid { blocks: 1, threads: 32, shared_bytes: 0 };
@@ -42,14 +45,67 @@ impl Engines {
     }
 }
 
+/// The kernels of a call behind its first.
+#[derive(Debug)]
+pub(super) struct EngineFunctions {
+    /// Before the copies of a step.
+    step: Function,
+    /// Behind all copies.
+    end: Function,
+}
+
+impl EngineFunctions {
+    pub(super) fn load(module: &Module) -> Result<Self> {
+        Ok(Self { step: module.function("engine_step")?, end: module.function("engine_end")? })
+    }
+}
+
+impl Gpu {
+    /// Puts what follows the first kernel of a call by copy engines into `stream`.
+    pub(super) fn launch_copies(
+        &mut self,
+        plan: &Plan,
+        launch: Launch,
+        stream: &Stream,
+    ) -> crate::Result<()> {
+        let (kind, ranks) = (plan.header.kind, self.rules.ranks);
+        let (Some(engines), Some(functions)) = (&self.engines, &self.kernels.copies().engine) else {
+            unreachable!("{kind:?} has no streams or kernels for {launch:?}")
+        };
+        let layout = ArenaLayout::new(ranks, self.rules.link);
+        let call = EngineCall { kind, launch, args: &self.args, layout, functions, engines };
+        // SAFETY: as in `launch`; if it ends in the middle, copies are waited for.
+        unsafe { call.run(stream, ranks) }.map_err(|error| match stream.is_capturing() {
+            // Nothing of it has begun.
+            Ok(true) => self.refused(error),
+            _ => self.broken_off(error),
+        })
+    }
+
+    /// What the driver refused in the middle of a call, which can neither go on nor be taken back.
+    #[cold]
+    fn broken_off(&mut self, error: unisono_cuda::Error) -> Error {
+        let rank = self.args.rank;
+        let reason = format!("the driver refused a part of a call on its GPU: {error}");
+        self.control.fail(&Cause::Aborted { rank, reason });
+        // The user's stream does not wait for all copies, and kernels leave now.
+        for lane in self.engines.iter().flat_map(|engines| &engines.lanes) {
+            let _ = lane.stream.synchronize();
+        }
+        let error = Error::Cuda { rank: rank as usize, error };
+        self.failed = Some(error.clone());
+        error
+    }
+}
+
 /// A call whose first kernel is in the stream.
-pub(super) struct EngineCall<'a> {
-    pub(super) kind: Kind,
-    pub(super) launch: Launch,
-    pub(super) args: &'a Args,
-    pub(super) layout: ArenaLayout,
-    pub(super) functions: &'a EngineFunctions,
-    pub(super) engines: &'a Engines,
+struct EngineCall<'a> {
+    kind: Kind,
+    launch: Launch,
+    args: &'a Args,
+    layout: ArenaLayout,
+    functions: &'a EngineFunctions,
+    engines: &'a Engines,
 }
 
 impl EngineCall<'_> {
@@ -58,7 +114,7 @@ impl EngineCall<'_> {
     /// # Safety
     /// The buffers of the call are valid until the stream has passed it, and what `args` names as long as there is work of the
     /// communicator.
-    pub(super) unsafe fn run(&self, stream: &Stream, ranks: usize) -> Result<()> {
+    unsafe fn run(&self, stream: &Stream, ranks: usize) -> Result<()> {
         let lanes = self.launch.blocks as usize;
         let chunk = self.launch.tile as usize * 16;
         let steps = Steps::new(self.kind, ranks, self.args.bytes as usize, (chunk, lanes));

@@ -13,6 +13,7 @@ use unisono_core::{DType, ReduceOp};
 use unisono_cuda::{Architecture, Cache, Compiler, Device, Function, Module, Result, Source};
 
 use super::args::{Args, FusedArgs, Messages, StepArgs, UnevenArgs};
+use super::copy_engines::EngineFunctions;
 
 const MESSAGES: &str = include_str!("../../kernels/messages.cu");
 const COLLECTIVES: &str = include_str!("../../kernels/collectives.cu");
@@ -197,7 +198,8 @@ pub(crate) struct Loaded {
     /// By operation and form.
     functions: [[Option<Function>; Form::ALL.len()]; OPERATIONS.len()],
     rows: Option<RowFunctions>,
-    engine: Option<EngineFunctions>,
+    /// Those of calls by copy engines behind the first.
+    pub(super) engine: Option<EngineFunctions>,
     barrier: Option<Function>,
     clock: Option<Function>,
     messages: Option<OfMessages>,
@@ -238,15 +240,6 @@ pub(crate) struct RowFunctions {
     pub(crate) two_shot: Function,
     /// What follows, alone.
     pub(crate) behind: Function,
-}
-
-/// The kernels of calls by copy engines that stand behind the first.
-#[derive(Debug)]
-pub(crate) struct EngineFunctions {
-    /// Before the copies of a step.
-    pub(crate) step: Function,
-    /// Behind all copies.
-    pub(crate) end: Function,
 }
 
 /// Every operation that has kernels.
@@ -336,10 +329,7 @@ impl Loaded {
             }),
             _ => None,
         };
-        let engine = match (only("engine_step")?, only("engine_end")?) {
-            (Some(step), Some(end)) => Some(EngineFunctions { step, end }),
-            _ => None,
-        };
+        let engine = (purpose == Purpose::Copies).then(|| EngineFunctions::load(&module)).transpose()?;
         let messages = match purpose {
             Purpose::Messages => Some(OfMessages::load(&module, room_bytes(device, layout.link()))?),
             _ => None,
@@ -356,11 +346,6 @@ impl Loaded {
     /// The kernels of rows.
     pub(crate) const fn rows(&self) -> Option<&RowFunctions> {
         self.rows.as_ref()
-    }
-
-    /// The kernels of calls by copy engines, but the first.
-    pub(crate) const fn engine(&self) -> Option<&EngineFunctions> {
-        self.engine.as_ref()
     }
 
     /// The kernel that only exchanges headers.

@@ -18,7 +18,6 @@ use unisono_core::settings::{HandleKind, PinnedWay};
 use unisono_cuda::{Device, DeviceBuffer, Event, Grid, RegisteredHost, Stream};
 
 use crate::call::Call;
-use crate::cause::Cause;
 use crate::collectives::{Engine, Part, Plan, WindowPlace};
 use crate::control::Control;
 use crate::error::{Error, Result};
@@ -28,7 +27,7 @@ use arenas::Arenas;
 use args::{Args, HEADER_LAUNCH, Report, UnevenArgs};
 pub(crate) use attach::{check_ranks, identity, without_device, without_gpu};
 use budget::Budget;
-use copy_engines::{EngineCall, Engines};
+use copy_engines::Engines;
 pub use device_header::device_header;
 use ending::{End, Memory};
 use kernels::Kernels;
@@ -317,33 +316,6 @@ impl Gpu {
             Some(enqueued) => enqueued.note(stream, is_captured),
             None => Ok(()),
         }
-    }
-
-    /// Puts what follows the first kernel of a call by copy engines into `stream`.
-    fn launch_copies(&mut self, plan: &Plan, launch: Launch, stream: &Stream) -> Result<()> {
-        let (kind, ranks) = (plan.header.kind, self.rules.ranks);
-        let (Some(engines), Some(functions)) = (&self.engines, self.kernels.copies().engine()) else {
-            unreachable!("{kind:?} has no streams or kernels for {launch:?}")
-        };
-        let layout = ArenaLayout::new(ranks, self.rules.link);
-        let call = EngineCall { kind, launch, args: &self.args, layout, functions, engines };
-        // SAFETY: as in `launch`. Where it ends with an error, the device is waited for before anything goes.
-        unsafe { call.run(stream, ranks) }.map_err(|error| match stream.is_capturing() {
-            // Nothing of it has begun.
-            Ok(true) => self.refused(error),
-            _ => self.broken_off(error),
-        })
-    }
-
-    /// What the driver refused in the middle of a call, which can neither go on nor be taken back.
-    #[cold]
-    fn broken_off(&mut self, error: unisono_cuda::Error) -> Error {
-        let rank = self.args.rank;
-        let reason = format!("the driver refused a part of a call on its GPU: {error}");
-        self.control.fail(&Cause::Aborted { rank, reason });
-        let error = Error::Cuda { rank: rank as usize, error };
-        self.failed = Some(error.clone());
-        error
     }
 
     /// Whether a call in `stream` goes into a graph, as far as that matters. What its kernels reach then stays for as long as
