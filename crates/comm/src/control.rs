@@ -289,12 +289,16 @@ impl Control {
         Some(Cause::from_words(&words).unwrap_or_else(unreadable))
     }
 
-    /// The page that the GPU of this rank writes: its words, and its address.
+    /// Where the page lies that the GPU of this rank writes.
     #[cfg(feature = "cuda")]
-    pub(crate) fn gpu(&self) -> (&[impl Word<u64>], *mut u8) {
-        let field = self.layout.rank(self.me).gpu;
-        // SAFETY: the field lies in the mapping.
-        (self.words_of(field), unsafe { self.memory.as_ptr().add(field.offset) })
+    pub(crate) fn gpu_field(&self) -> Field {
+        self.layout.rank(self.me).gpu
+    }
+
+    /// The words of that page.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn gpu(&self) -> &[impl Word<u64>] {
+        self.words_of(self.gpu_field())
     }
 
     /// The page of any rank, as who asks for its calls uses it.

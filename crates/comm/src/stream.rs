@@ -89,3 +89,24 @@ impl<'b> Operations<'b> for OnStream<'_> {
         self.communicator.submit_on(&call, self.stream)
     }
 }
+
+/// The operations on several buffers of a rank, each on a stream of its own. Made by [`Communicator::on_each`].
+#[derive(Debug)]
+pub struct OnEach<'c> {
+    communicator: &'c Communicator,
+    streams: &'c [Stream],
+}
+
+impl<'c> OnEach<'c> {
+    pub(crate) const fn new(communicator: &'c Communicator, streams: &'c [Stream]) -> Self {
+        Self { communicator, streams }
+    }
+}
+
+impl<'b> Operations<'b> for OnEach<'_> {
+    type Done = ();
+
+    fn submit(&self, call: Call<'b>) -> Result<()> {
+        self.communicator.submit_each(&call, self.streams)
+    }
+}

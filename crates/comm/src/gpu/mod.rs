@@ -23,7 +23,7 @@ use crate::control::Control;
 use crate::error::{Error, Result};
 use arenas::Arenas;
 use args::{Args, HEADER_LAUNCH, Report, UnevenArgs};
-pub(crate) use attach::{check_ranks, identity, without_device, without_gpu};
+pub(crate) use attach::{check_devices, check_ranks, identity, without_device, without_gpu};
 use budget::Budget;
 pub use device_header::device_header;
 use ending::{End, Memory};
@@ -34,6 +34,7 @@ pub use one_sided::DeviceView;
 pub(crate) use origin::{Config, Extra, Origin};
 use pinned::Enqueued;
 use recorder::Copier;
+use seats::Seat;
 use watch::Watch;
 use windows::Windows;
 
@@ -53,6 +54,7 @@ mod origin;
 pub(crate) mod peers;
 pub(crate) mod pinned;
 mod recorder;
+pub(crate) mod seats;
 mod watch;
 pub(crate) mod windows;
 
@@ -61,6 +63,9 @@ pub(crate) mod windows;
 pub(crate) struct Gpu {
     device: Device,
     control: Arc<Control>,
+    seat: Seat,
+    /// In the world of the ranks, our sides of that of all devices, where there is one.
+    seats: Vec<Self>,
     rules: Rules,
     kernels: Kernels,
     args: Args,
@@ -71,8 +76,10 @@ pub(crate) struct Gpu {
     /// did in the world that this comes from, because the first change of streams waits for all of it.
     latest: usize,
     order: Option<Event>,
-    /// The devices of the other ranks of this process: what one loads, all load, because loading may wait for all devices.
+    /// The other devices of this process that we know of: what one loads, all load, because loading may wait for all devices.
     siblings: Vec<Device>,
+    /// Whether some are those of other ranks, which this very thread may drive.
+    drives_peers: bool,
     windows: Windows,
     pinned_way: PinnedWay,
     handles: HandleKind,
@@ -90,53 +97,59 @@ pub(crate) struct Gpu {
 impl Gpu {
     pub(crate) fn new(
         device: &Device,
-        control: Arc<Control>,
+        seat: Seat,
         arenas: Arenas,
         (config, budget): (&Config, Budget),
         siblings: Vec<Device>,
     ) -> Result<Self> {
-        let (rank, world_size) = control.member();
+        let (control, rank) = (seat.control.clone(), seat.rank());
         let failed = |error| Error::Cuda { rank, error };
         let rules = config.rules;
-        let layout = ArenaLayout::new(world_size, rules.link);
-        let kernels = Kernels::new(device, layout, world_size, &config.prepare).map_err(failed)?;
+        let layout = ArenaLayout::new(seat.all, rules.link);
+        let kernels = Kernels::new(device, layout, seat.all, &config.prepare).map_err(failed)?;
         let mut state = DeviceBuffer::new(device, DEVICE_BYTES).map_err(failed)?;
         state.write(0, &layout.device_words(config.epoch)).map_err(failed)?;
         let memory = control.memory();
         // SAFETY: `Memory` keeps the control memory mapped for longer than the registration.
         let pages =
             unsafe { RegisteredHost::shared(device, memory.as_ptr(), memory.bytes()) }.map_err(failed)?;
-        let report = control.gpu().1 as usize - memory.as_ptr() as usize;
-        let records = control.gpu_records(rank).offset as u64;
+        let reports = &seat.memory;
+        // SAFETY: `Memory` keeps the seat, and so this memory, as well.
+        let report_pages =
+            unsafe { RegisteredHost::shared(device, reports.as_ptr(), reports.bytes()) }.map_err(failed)?;
         let mut args = Args {
             state: state.address(),
             abort: pages.address(),
-            report: pages.address() + report as u64,
+            report: report_pages.address() + seat.page.offset as u64,
             patience_ns: config.patience_ns,
-            rank: rank as u32,
+            rank: seat.number as u32,
             ..Args::default()
         };
-        for peer in 0..world_size {
+        for peer in 0..seat.all {
             args.arenas[peer] = arenas.address(peer);
         }
         if let Some(clock) = kernels.copies().clock() {
-            recorder::compare_clocks(device, clock, &mut args, control.gpu().0).map_err(failed)?;
+            recorder::compare_clocks(device, clock, &mut args, seat.page()).map_err(failed)?;
         }
-        let copier = || Copier::new(state.address(), pages.address() + records);
+        let records = seat.records.map_or(0, |records| report_pages.address() + records.offset as u64);
+        let copier = || Copier::new(state.address(), records);
         let order = config.is_crowded.then(|| Event::new(device, false)).transpose().map_err(failed)?;
-        let watch = Watch::start(device.clone(), control.clone(), copier());
+        let watch = Watch::start(device.clone(), seat.clone(), copier());
         let memory = Memory {
             device: device.clone(),
             copier: copier(),
             _state: state,
             _arenas: arenas,
             control_pages: pages,
-            control: control.clone(),
+            _report_pages: report_pages,
+            seat: seat.clone(),
             windows: Windows::default(),
         };
         Ok(Self {
             device: device.clone(),
             control,
+            seat,
+            seats: Vec::new(),
             rules,
             kernels,
             args,
@@ -145,6 +158,7 @@ impl Gpu {
             latest: 0,
             order,
             siblings,
+            drives_peers: config.drives_peers,
             windows: Windows::default(),
             pinned_way: config.pinned_way,
             handles: config.handles,
@@ -196,7 +210,7 @@ impl Gpu {
         }
         Err(Error::Argument {
             call: kind.name(),
-            rank: self.args.rank as usize,
+            rank: self.seat.rank(),
             what: "stream",
             expected: format!("one of cuda:{}", self.device.ordinal()),
             got: format!("one of cuda:{}", stream.device().ordinal()),
@@ -285,7 +299,7 @@ impl Gpu {
         if let Some(order) = &self.order
             && !is_captured
         {
-            let rank = self.args.rank as usize;
+            let rank = self.seat.rank();
             order.record(stream).map_err(|error| Error::Cuda { rank, error })?;
         }
         match self.windows.touched(sides) {
@@ -321,7 +335,7 @@ impl Gpu {
 
     #[cold]
     fn change_stream(&mut self, this: usize, stream: &Stream) -> Result<()> {
-        let rank = self.args.rank as usize;
+        let rank = self.seat.rank();
         let failed = |error| Error::Cuda { rank, error };
         if stream.is_capturing().map_err(failed)? {
             return Ok(());
@@ -344,7 +358,7 @@ impl Gpu {
 
     #[cold]
     fn load(&mut self, plan: &Plan, stream: &Stream) -> Result<()> {
-        let (rank, kind) = (self.args.rank as usize, plan.header.kind);
+        let (rank, kind) = (self.seat.rank(), plan.header.kind);
         let failed = |error| Error::Cuda { rank, error };
         if self.kernels.adopt(kind, plan.dtype) {
             return Ok(());
@@ -377,10 +391,10 @@ impl Gpu {
         const SOON: Duration = Duration::from_secs(1);
         /// Where kernels wait for ever.
         const AT_LAST: Duration = Duration::from_mins(5);
-        let rank = self.args.rank as usize;
+        let rank = self.seat.rank();
         let failed = |error| Error::Cuda { rank, error };
         let limit = match self.args.patience_ns {
-            _ if !self.siblings.is_empty() => SOON,
+            _ if self.drives_peers => SOON,
             0 => AT_LAST,
             patience_ns => Duration::from_nanos(patience_ns / 2),
         };
@@ -389,7 +403,7 @@ impl Gpu {
             let event = Event::new(device, false).map_err(failed)?;
             match event.record_device() {
                 // A driver that cannot tell: loading may wait as long as the kernels do.
-                Err(unisono_cuda::Error::TooOld { .. }) if self.siblings.is_empty() => return Ok(true),
+                Err(unisono_cuda::Error::TooOld { .. }) if !self.drives_peers => return Ok(true),
                 recorded => recorded.map_err(failed)?,
             }
             while !event.is_done().map_err(failed)? {
@@ -408,8 +422,8 @@ impl Gpu {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
-        match Report::read(self.control.gpu().0) {
-            None => Ok(()),
+        match Report::read(self.seat.page()) {
+            None => self.seats.iter_mut().try_for_each(Self::check),
             Some(report) => Err(self.fail(report)),
         }
     }
@@ -417,7 +431,7 @@ impl Gpu {
     #[cold]
     fn fail(&mut self, report: Report) -> Error {
         let (rank, world_size) = self.control.member();
-        let cause = watch::cause_of(report, &self.control);
+        let cause = watch::cause_of(report, &self.seat);
         // Somebody else may have been first; then all tell the same.
         self.control.fail(&cause);
         let error = match report {
@@ -431,7 +445,7 @@ impl Gpu {
     /// What the driver refused, told to all ranks if it is the loss of the context.
     #[cold]
     fn refused(&mut self, error: unisono_cuda::Error) -> Error {
-        let rank = self.args.rank as usize;
+        let rank = self.seat.rank();
         if let Some(cause) = watch::lost_context(&error, &self.control) {
             self.control.fail(&cause);
             self.failed = Some(Error::Cuda { rank, error: error.clone() });
@@ -444,12 +458,17 @@ impl Gpu {
     pub(crate) fn drain(&mut self) -> Result<()> {
         self.control.check_process()?;
         self.device.synchronize().map_err(|error| self.refused(error))?;
+        self.seats.iter_mut().try_for_each(Self::drain)?;
         unisono_cuda::capture::drop_released();
         Ok(())
     }
 
     /// Form and grid of a call, as `explain` tells them.
     pub(crate) fn decide(&self, kind: Kind, bytes: usize, size: usize) -> Launch {
+        if kind.is_multi() {
+            let seat = self.seats.first().unwrap_or(self);
+            return seat.decide(seats::kind_of_seats(kind, 0), bytes, size);
+        }
         if kind.is_message() {
             let lanes = if matches!(kind, Kind::SendRecv { .. }) { 2 } else { 1 };
             let launch = self.rules.messages(lanes, bytes);
