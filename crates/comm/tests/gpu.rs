@@ -29,6 +29,8 @@ mod recorder;
 mod registration;
 #[path = "support/rows.rs"]
 mod rows;
+#[path = "gpu/seats.rs"]
+mod seats;
 #[path = "gpu/symmetric.rs"]
 mod symmetric;
 #[path = "gpu/windows.rs"]

@@ -261,7 +261,12 @@ fn root_seat(seat: &Seat, kind: Kind) -> Result<usize> {
 
 #[cfg(test)]
 mod tests {
+    use unisono_core::recorder::GpuWork;
+
     use super::*;
+    use crate::control::About;
+    use crate::gpu::args::Report;
+    use crate::gpu::watch::cause_of;
 
     #[test]
     fn seats_are_counted_rank_after_rank() {
@@ -270,5 +275,56 @@ mod tests {
         assert_eq!([0, 1, 2].map(|rank| seats.of(rank)), [0..2, 2..3, 3..6]);
         assert_eq!([0, 1, 2, 3, 4, 5].map(|seat| seats.rank_of(seat)), [0, 0, 1, 2, 2, 2]);
         assert_eq!(seats.ordinals, [0, 1, 3, 2, 2, 5]);
+    }
+
+    fn control() -> Arc<Control> {
+        let memory = SharedMemory::create(Control::bytes(2)).unwrap();
+        let about = About { job: "test".into(), generation: 0, host: "here".into(), is_recording: true };
+        Arc::new(Control::new(Arc::new(memory), 0, vec!["rank 0".into(), "rank 1".into()], about))
+    }
+
+    #[test]
+    fn reports_of_seats_name_ranks_and_devices_and_those_of_ranks_only_ranks() {
+        let late = |peer| Report::TimedOut { peer, work: GpuWork::Call(5), waited_ms: 7 };
+        let told = |seat: &Seat, peer| match cause_of(late(peer), seat) {
+            Cause::TimedOut { rank: 0, call, waited_ms: 7, missing } => (call, missing.join(", ")),
+            other => panic!("{other:?}"),
+        };
+        let control = control();
+        let seats = Arc::new(Seats::new([&[0, 1][..], &[3]]));
+        let seat = Seat::of_device(control.clone(), seats, 1).unwrap();
+        assert_eq!((seat.rank(), seat.number, seat.all), (0, 1, 3));
+        let on = |text: &str| ("call #5 on its cuda:1".to_owned(), text.to_owned());
+        assert_eq!(told(&seat, 0), on("rank 0 on its cuda:0"));
+        assert_eq!(told(&seat, 2), on("rank 1 on its cuda:3"));
+        let mismatch = |peer| Report::Mismatch { peer, epoch: 5, mine: None, theirs: None, is_grid: false };
+        for peer in [2, 77] {
+            let Cause::Mismatch { right, .. } = cause_of(mismatch(peer), &seat) else { panic!("{peer}") };
+            assert_eq!(right, "call #5 of an unknown kind on rank 1");
+        }
+        let rank = Seat::of_rank(control.clone());
+        let alone = ("call #5 on its GPU".to_owned(), "rank 1".to_owned());
+        assert_eq!((told(&rank, 1), told(&rank, 9)), (alone.clone(), alone));
+        // Each has a page of its own, and what kernels of a seat write there is no report of the rank.
+        seat.page()[0].store_release(6);
+        assert_eq!((Report::read(seat.page()), Report::read(rank.page())), (Some(Report::Aborted), None));
+        control.gpu()[0].store_release(3);
+        assert_eq!(Report::read(rank.page()), Some(Report::Concurrent));
+    }
+
+    #[test]
+    fn the_root_buffer_is_found_at_every_rank() {
+        let seats = Arc::new(Seats::new([&[0, 1][..], &[3]]));
+        let seat = Seat::of_device(control(), seats, 2).unwrap();
+        let root = |root, buffer| root_seat(&seat, Kind::BroadcastMulti { root, buffer });
+        assert_eq!((root(0, 0), root(0, 1), root(1, 0)), (Ok(0), Ok(1), Ok(2)));
+        assert_eq!(
+            root(1, 1).unwrap_err().to_string(),
+            "broadcast_multi on rank 0: root buffer should be below 1, the devices of rank 1, got 1. Nothing was written."
+        );
+        assert_eq!(
+            kind_of_seats(Kind::BroadcastMulti { root: 1, buffer: 0 }, 2),
+            Kind::Broadcast { root: 2 }
+        );
     }
 }
