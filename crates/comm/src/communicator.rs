@@ -4,8 +4,6 @@ use std::cell::{RefCell, RefMut};
 use std::sync::Arc;
 use std::time::Duration;
 
-#[cfg(feature = "cuda")]
-use smallvec::SmallVec;
 use unisono_core::call::CallHeader;
 use unisono_core::layout::{ControlLayout, WindowLayout};
 use unisono_core::recorder::Presence;
@@ -25,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::neighbours::{Host, Neighbours, Watch};
 use crate::observer::Observer;
 use crate::operations::Operations;
-use crate::stream::{OnEach, OnStream, Stream};
+use crate::stream::{OnStream, Stream};
 use crate::tuning::{AskedBy, Selection};
 use crate::window::{Limits, Memory, Window};
 
@@ -223,7 +221,7 @@ impl Communicator {
     /// What a call on the GPU takes: of `kind`, with `bytes` per rank of elements of `size` bytes. `None` without a GPU.
     #[cfg(feature = "cuda")]
     pub fn gpu_choice(&self, kind: Kind, bytes: usize, size: usize) -> Option<unisono_core::device::Launch> {
-        self.gpu.as_ref().map(|gpu| gpu.borrow().decide(kind, bytes, size))
+        self.gpu.as_ref().map(|gpu| gpu.borrow().choice(kind, bytes, size))
     }
 
     /// How the GPUs of this world reach each other; `None` without GPUs.
@@ -244,40 +242,6 @@ impl Communicator {
             return gpu.borrow_mut().submit(&mut engine, call, stream);
         }
         let _ = stream;
-        engine.submit(call)
-    }
-
-    /// Submits a call on several buffers, each in the order of a stream of its own.
-    pub(crate) fn submit_each(&self, call: &Call<'_>, streams: &[Stream]) -> Result<()> {
-        let refuse = |what, expected: &str, got: String| {
-            let (call, expected) = (call.kind.name(), expected.to_owned());
-            Err(Error::Argument { call, rank: self.rank, what, expected, got })
-        };
-        if !call.kind.is_multi() {
-            let got = call.kind.name().to_owned();
-            return refuse("operation", "one on several buffers (all_reduce_multi, broadcast_multi)", got);
-        }
-        let mut engine = self.engine.borrow_mut();
-        #[cfg(feature = "cuda")]
-        {
-            let of_gpus: SmallVec<[_; 8]> = streams.iter().filter_map(Stream::as_cuda).collect();
-            match (of_gpus.first(), &self.gpu) {
-                (None, _) => {}
-                (Some(_), _) if of_gpus.len() < streams.len() => {
-                    let got = format!("{} of {} of GPUs", of_gpus.len(), streams.len());
-                    return refuse("streams", "all of GPUs, or all of the host", got);
-                }
-                (Some(first), None) => {
-                    return Err(crate::gpu::without_device(call.kind, self.rank, first));
-                }
-                (Some(_), Some(gpu)) => return gpu.borrow_mut().submit_each(&mut engine, call, &of_gpus),
-            }
-        }
-        let buffers = call.buffers().len();
-        if streams.len() != buffers {
-            let expected = format!("{buffers}, one for each buffer");
-            return refuse("number of streams", &expected, streams.len().to_string());
-        }
         engine.submit(call)
     }
 
@@ -373,41 +337,6 @@ impl Communicator {
     /// The same operations in the order of `stream`. On [`Stream::host`] they are complete on return.
     pub fn on<'c>(&'c self, stream: &'c Stream) -> OnStream<'c> {
         OnStream::new(self, stream)
-    }
-
-    /// The operations on several buffers ([`Operations::all_reduce_multi`] and [`Operations::broadcast_multi`]), for a rank with
-    /// several GPUs ([`Builder::devices`]): buffer j lies on device j of this rank, and its part of the call runs in the order of
-    /// `streams[j]`, which is a stream of that device. All other operations are refused.
-    ///
-    /// One call is a kernel in each stream, and these wait for each other: nothing has to be ordered between the streams, but nothing
-    /// may order them one behind the other either. A graph captures a call as one branch for each stream, which are forked and
-    /// joined by events as usual. Buffers are addresses of devices; windows are not taken. Sums are by rank and then by buffer, as
-    /// on the host. Streams of the host ([`Stream::host`]) serve the same code without GPUs, one for each buffer.
-    ///
-    /// ```no_run
-    /// # use unisono::{BufMut, Builder, Operations, ReduceOp, Stream, cuda};
-    /// let ordinals = [0, 1];
-    /// let rank = Builder::from_env()?.devices(&ordinals).build()?;
-    /// let (mut streams, mut memory) = (Vec::new(), Vec::new());
-    /// for ordinal in ordinals {
-    ///     let device = cuda::Device::new(ordinal)?;
-    ///     streams.push(Stream::from(cuda::Stream::new(&device)?));
-    ///     memory.push(cuda::DeviceBuffer::new(&device, 4096)?);
-    /// }
-    /// // SAFETY: the memory is used by nobody else and outlives the work of the streams.
-    /// let local = unsafe { [0, 1].map(|j| BufMut::<f32>::cuda(memory[j].address(), 1024, ordinals[j])) };
-    /// rank.on_each(&streams).all_reduce_multi(local.into(), ReduceOp::Sum)?;
-    /// # std::mem::forget((streams, memory));
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    ///
-    /// # Errors
-    /// Of its operations: [`Error::Argument`] if there is not one stream and one buffer for each device, in its order, if some streams are
-    /// captured and some are not, or if the ranks of an all-reduce have different numbers of devices; [`Error::Place`] if a buffer
-    /// lies elsewhere; else as on one stream. If the driver refuses a part of a call whose other parts have begun, the
-    /// communicator fails.
-    pub const fn on_each<'c>(&'c self, streams: &'c [Stream]) -> OnEach<'c> {
-        OnEach::new(self, streams)
     }
 
     /// Receives the next message with `tag` from whichever rank sends one, and returns that rank. Ranks are served in turn. Into

@@ -328,9 +328,18 @@ impl Control {
 
     /// The words of a field of the layout.
     pub(crate) fn words_of(&self, field: Field) -> &[impl Word<u64>] {
-        // SAFETY: the field lies in the mapping, aligned to a line, and is accessed as 64-bit atomics only.
-        unsafe { words64(self.memory.as_ptr().add(field.offset), field.bytes / 8) }
+        words_in(&self.memory, field)
     }
+}
+
+/// The words of a field that lies in `memory`.
+///
+/// # Panics
+/// If it does not.
+pub(crate) fn words_in(memory: &SharedMemory, field: Field) -> &[impl Word<u64>] {
+    assert!(field.end() <= memory.bytes(), "{field:?} in {} bytes", memory.bytes());
+    // SAFETY: the field lies in the mapping, aligned to a line, and is accessed as 64-bit atomics only.
+    unsafe { words64(memory.as_ptr().add(field.offset), field.bytes / 8) }
 }
 
 /// Words of our own mapping.

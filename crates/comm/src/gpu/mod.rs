@@ -464,11 +464,7 @@ impl Gpu {
     }
 
     /// Form and grid of a call, as `explain` tells them.
-    pub(crate) fn decide(&self, kind: Kind, bytes: usize, size: usize) -> Launch {
-        if kind.is_multi() {
-            let seat = self.seats.first().unwrap_or(self);
-            return seat.decide(seats::kind_of_seats(kind, 0), bytes, size);
-        }
+    fn decide(&self, kind: Kind, bytes: usize, size: usize) -> Launch {
         if kind.is_message() {
             let lanes = if matches!(kind, Kind::SendRecv { .. }) { 2 } else { 1 };
             let launch = self.rules.messages(lanes, bytes);

@@ -14,18 +14,18 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 use unisono_core::call::Kind;
+use unisono_core::device::Launch;
 use unisono_core::layout::{Field, PAGE};
 use unisono_cuda::Stream;
 use unisono_node::SharedMemory;
 use unisono_sync::Word;
-use unisono_sync::memory::words64;
 
 use super::Gpu;
 use crate::buffer::Place;
 use crate::call::Call;
 use crate::cause::Cause;
 use crate::collectives::Engine;
-use crate::control::Control;
+use crate::control::{Control, words_in};
 use crate::error::{Error, Result};
 
 /// Which seats are those of which rank.
@@ -108,8 +108,7 @@ impl Seat {
     /// The page that its kernels write.
     #[inline]
     pub(crate) fn page(&self) -> &[impl Word<u64>] {
-        // SAFETY: the page lies in the memory, which stays mapped beside it, and is accessed as 64-bit atomics only.
-        unsafe { words64(self.memory.as_ptr().add(self.page.offset), self.page.bytes / 8) }
+        words_in(&self.memory, self.page)
     }
 
     /// The rank that has seat `seat`, of those that there are.
@@ -155,6 +154,14 @@ impl Gpu {
         match self.seats.is_empty() {
             true => std::slice::from_mut(self),
             false => &mut self.seats,
+        }
+    }
+
+    /// Form and grid of a call, as `explain` tells them.
+    pub(crate) fn choice(&self, kind: Kind, bytes: usize, size: usize) -> Launch {
+        match self.seats.first().filter(|_| kind.is_multi()) {
+            Some(seat) => seat.decide(kind_of_seats(kind, 0), bytes, size),
+            None => self.decide(kind_of_seats(kind, 0), bytes, size),
         }
     }
 

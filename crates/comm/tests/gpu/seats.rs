@@ -219,13 +219,18 @@ fn buffers_of_all_devices_are_reduced_and_filled_in_every_form() {
 }
 
 #[test]
-fn seats_meet_in_host_memory_and_their_epochs_wrap() {
+fn seats_meet_in_host_memory_too_and_their_epochs_wrap() {
     for layout in layouts() {
-        let wraps = |builder| prepared(builder).peer_access(false).first_epoch(0x7fff_fffa);
-        on_ranks(&layout, wraps, |communicator, tools| {
-            check_all(&communicator, tools, &[5, 1000, 50_001]);
-            communicator.destroy().unwrap();
-        });
+        for wraps in [false, true] {
+            let configure = |builder| match wraps {
+                true => prepared(builder).first_epoch(0x7fff_fffa),
+                false => prepared(builder).peer_access(false),
+            };
+            on_ranks(&layout, configure, |communicator, tools| {
+                check_all(&communicator, tools, &[5, 1000, 50_001]);
+                communicator.destroy().unwrap();
+            });
+        }
     }
 }
 
