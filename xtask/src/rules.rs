@@ -87,6 +87,7 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/tests/faults/gpu.rs",
     "crates/comm/tests/faults/gpu_hangs.rs",
     "crates/comm/tests/faults/gpu_matrix.rs",
+    "crates/comm/tests/faults/gpu_seats.rs",
     // Forks a child that inherits sockets, as a data loader does.
     "crates/comm/tests/faults/kills.rs",
     // Launches the kernel of an example.
@@ -108,6 +109,7 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/tests/gpu/random.rs",
     "crates/comm/tests/gpu/recorder.rs",
     "crates/comm/tests/gpu/registration.rs",
+    "crates/comm/tests/gpu/seats.rs",
     "crates/comm/tests/gpu/symmetric.rs",
     "crates/comm/tests/gpu/windows.rs",
     "crates/comm/tests/gpu/world.rs",

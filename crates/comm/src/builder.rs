@@ -10,6 +10,8 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Duration;
 
+#[cfg(feature = "cuda")]
+use unisono_core::hello::DeviceIdentity;
 use unisono_core::hello::{Hello, PROTOCOL_VERSION};
 use unisono_core::layout::ControlLayout;
 use unisono_core::settings::{AlgorithmChoice, Order, Require, Settings, unknown_names};
@@ -50,7 +52,7 @@ pub struct Builder {
     secret: Option<Secret>,
     overrides: Overrides,
     #[cfg(feature = "cuda")]
-    device: Option<u32>,
+    devices: Vec<u32>,
     #[cfg(feature = "cuda")]
     extra: crate::gpu::Extra,
 }
@@ -225,9 +227,9 @@ impl Builder {
         let deadline = Deadline::after(settings.init_timeout);
         let selection = Arc::new(Selection::new(&settings, tuning, asked_by, world_size));
         #[cfg(feature = "cuda")]
-        let device = self.open_device(rank, world_size)?;
+        let devices = self.open_devices(rank, world_size)?;
         #[cfg(feature = "cuda")]
-        device.iter().try_for_each(|device| selection.check_device(device))?;
+        devices.iter().try_for_each(|device| selection.check_device(device))?;
         let endpoint = Endpoint::bind()?;
         let (store, secret) = match self.meeting.ok_or(lacks("neither store() nor unique_id() was given"))? {
             Meeting::Store(store) => (Connected::to(store), self.secret),
@@ -248,9 +250,9 @@ impl Builder {
             pid: identity::pid(),
             endpoint: endpoint.name(),
             #[cfg(feature = "cuda")]
-            device: device.as_ref().map(crate::gpu::identity),
+            devices: devices.iter().map(crate::gpu::identity).collect(),
             #[cfg(not(feature = "cuda"))]
-            device: None,
+            devices: Vec::new(),
             options_text: String::from_utf8_lossy(&options).trim().replace('\n', " "),
             options,
         };
@@ -262,6 +264,8 @@ impl Builder {
             return Err(Error::SeveralHosts { world_size, hosts });
         }
         ControlLayout::check(world_size)?;
+        #[cfg(feature = "cuda")]
+        crate::gpu::check_devices(table.hellos(), rank)?;
         let secret = match secret {
             Some(secret) => secret,
             None if settings.require == Require::Auth => {
@@ -302,10 +306,10 @@ impl Builder {
         let mut communicator = Communicator::assemble(parts, wait_policy(&settings, world_size));
         communicator.meet(deadline.remaining_up_to(settings.init_timeout)).map_err(explain)?;
         #[cfg(feature = "cuda")]
-        if let Some(device) = &device {
-            let devices = table.hellos().iter().filter_map(|hello| hello.device.as_ref());
-            let devices = devices.map(|device| unisono_cuda::Uuid(device.uuid)).collect();
-            let origin = crate::gpu::Origin::new(device, devices, &settings, &self.extra);
+        if !devices.is_empty() {
+            let place = |device: &DeviceIdentity| (unisono_cuda::Uuid(device.uuid), device.ordinal);
+            let all = table.hellos().iter().map(|hello| hello.devices.iter().map(place).collect()).collect();
+            let origin = crate::gpu::Origin::new(devices, all, &settings, &self.extra);
             communicator.attach_all(Arc::new(origin), deadline)??;
         }
         store.end(rank);

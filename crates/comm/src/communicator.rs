@@ -1,4 +1,6 @@
 //! The communicator: one rank's end of a world, from meeting to farewell.
+//!
+//! Over 500 lines because every public method says who calls it and what it answers.
 
 use std::cell::{RefCell, RefMut};
 use std::sync::Arc;
@@ -212,10 +214,17 @@ impl Communicator {
         self.gpu.as_ref().map(|gpu| gpu.borrow().ordinal())
     }
 
+    /// The devices that this rank works on, by their numbers in this process; none without GPUs.
+    #[cfg(feature = "cuda")]
+    pub fn devices(&self) -> Vec<u32> {
+        let devices = self.origin.iter().flat_map(|origin| &origin.devices);
+        devices.map(unisono_cuda::Device::ordinal).collect()
+    }
+
     /// What a call on the GPU takes: of `kind`, with `bytes` per rank of elements of `size` bytes. `None` without a GPU.
     #[cfg(feature = "cuda")]
     pub fn gpu_choice(&self, kind: Kind, bytes: usize, size: usize) -> Option<unisono_core::device::Launch> {
-        self.gpu.as_ref().map(|gpu| gpu.borrow().decide(kind, bytes, size))
+        self.gpu.as_ref().map(|gpu| gpu.borrow().choice(kind, bytes, size))
     }
 
     /// By what calls on the GPU choose their forms; `None` without a GPU.

@@ -289,12 +289,16 @@ impl Control {
         Some(Cause::from_words(&words).unwrap_or_else(unreadable))
     }
 
-    /// The page that the GPU of this rank writes: its words, and its address.
+    /// Where the page lies that the GPU of this rank writes.
     #[cfg(feature = "cuda")]
-    pub(crate) fn gpu(&self) -> (&[impl Word<u64>], *mut u8) {
-        let field = self.layout.rank(self.me).gpu;
-        // SAFETY: the field lies in the mapping.
-        (self.words_of(field), unsafe { self.memory.as_ptr().add(field.offset) })
+    pub(crate) fn gpu_field(&self) -> Field {
+        self.layout.rank(self.me).gpu
+    }
+
+    /// The words of that page.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn gpu(&self) -> &[impl Word<u64>] {
+        self.words_of(self.gpu_field())
     }
 
     /// The page of any rank, as who asks for its calls uses it.
@@ -324,9 +328,18 @@ impl Control {
 
     /// The words of a field of the layout.
     pub(crate) fn words_of(&self, field: Field) -> &[impl Word<u64>] {
-        // SAFETY: the field lies in the mapping, aligned to a line, and is accessed as 64-bit atomics only.
-        unsafe { words64(self.memory.as_ptr().add(field.offset), field.bytes / 8) }
+        words_in(&self.memory, field)
     }
+}
+
+/// The words of a field that lies in `memory`.
+///
+/// # Panics
+/// If it does not.
+pub(crate) fn words_in(memory: &SharedMemory, field: Field) -> &[impl Word<u64>] {
+    assert!(field.end() <= memory.bytes(), "{field:?} in {} bytes", memory.bytes());
+    // SAFETY: the field lies in the mapping, aligned to a line, and is accessed as 64-bit atomics only.
+    unsafe { words64(memory.as_ptr().add(field.offset), field.bytes / 8) }
 }
 
 /// Words of our own mapping.

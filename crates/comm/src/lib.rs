@@ -78,7 +78,7 @@ pub use operations::Operations;
 #[cfg(feature = "cuda")]
 pub use registration::Registration;
 pub use scope::{Pending, Scope};
-pub use stream::{OnStream, Stream};
+pub use stream::{OnEach, OnStream, Stream};
 pub use symmetric::Symmetric;
 pub use unisono_core::device::Form;
 pub use unisono_core::element::{Bool8, f8e4m3, f8e5m2};

@@ -101,7 +101,7 @@ impl Observer {
     /// The call in which our GPU waits, if it has done so for half a second.
     #[cfg(feature = "cuda")]
     fn waits_on_gpu(&self) -> Option<String> {
-        let wait = crate::gpu::args::waiting(self.control.gpu().0)?;
+        let wait = crate::gpu::args::waiting(self.control.gpu())?;
         let peer = wait.peer;
         let world_size = self.control.world_size();
         let name = if peer < world_size { self.control.name(peer) } else { "any rank" };

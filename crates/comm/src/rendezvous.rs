@@ -291,7 +291,7 @@ mod tests {
             host: HostIdentity { name: host.into(), boot_id: format!("boot-{host}"), network_namespace: 7 },
             pid: 100 + rank as u32,
             endpoint: [rank as u8; 16],
-            device: None,
+            devices: Vec::new(),
             options: vec![1],
             options_text: "order=fixed".into(),
         }

@@ -1,14 +1,13 @@
 //! Streams: operations in an order of their own. The host's stream runs them at once, so that code written for
 //! streams runs unchanged without a GPU.
 
+#[cfg(feature = "cuda")]
+use smallvec::SmallVec;
 use unisono_core::Element;
 
 use crate::buffer::BufMut;
 use crate::call::Call;
 use crate::communicator::Communicator;
-#[cfg(not(feature = "cuda"))]
-use crate::error::Result;
-#[cfg(feature = "cuda")]
 use crate::error::{Error, Result};
 use crate::operations::Operations;
 
@@ -87,5 +86,97 @@ impl<'b> Operations<'b> for OnStream<'_> {
     #[inline]
     fn submit(&self, call: Call<'b>) -> Result<()> {
         self.communicator.submit_on(&call, self.stream)
+    }
+}
+
+/// The operations on several buffers of a rank, each on a stream of its own. Made by [`Communicator::on_each`].
+#[derive(Debug)]
+pub struct OnEach<'c> {
+    communicator: &'c Communicator,
+    streams: &'c [Stream],
+}
+
+impl<'c> OnEach<'c> {
+    pub(crate) const fn new(communicator: &'c Communicator, streams: &'c [Stream]) -> Self {
+        Self { communicator, streams }
+    }
+}
+
+impl Communicator {
+    /// The operations on several buffers ([`Operations::all_reduce_multi`] and [`Operations::broadcast_multi`]), for a rank with
+    /// several GPUs ([`Builder::devices`]): buffer j lies on device j of this rank, and its part of the call runs in the order of
+    /// `streams[j]`, which is a stream of that device. All other operations are refused.
+    ///
+    /// One call is a kernel in each stream, and these wait for each other: nothing has to be ordered between the streams, but nothing
+    /// may order them one behind the other either. A graph captures a call as one branch for each stream, which are forked and
+    /// joined by events as usual; as it is launched into one stream, what comes later in the others has to wait for that. Buffers are addresses of devices; windows are not taken. Sums are by rank and then by buffer, as
+    /// on the host. Streams of the host ([`Stream::host`]) serve the same code without GPUs, one for each buffer.
+    ///
+    /// ```no_run
+    /// # use unisono::{BufMut, Builder, Operations, ReduceOp, Stream, cuda};
+    /// let ordinals = [0, 1];
+    /// let rank = Builder::from_env()?.devices(&ordinals).build()?;
+    /// let (mut streams, mut memory) = (Vec::new(), Vec::new());
+    /// for ordinal in ordinals {
+    ///     let device = cuda::Device::new(ordinal)?;
+    ///     streams.push(Stream::from(cuda::Stream::new(&device)?));
+    ///     memory.push(cuda::DeviceBuffer::new(&device, 4096)?);
+    /// }
+    /// // SAFETY: the memory is used by nobody else and outlives the work of the streams.
+    /// let local = unsafe { [0, 1].map(|j| BufMut::<f32>::cuda(memory[j].address(), 1024, ordinals[j])) };
+    /// rank.on_each(&streams).all_reduce_multi(local.into(), ReduceOp::Sum)?;
+    /// # std::mem::forget((streams, memory));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Of its operations: [`Error::Argument`] if there is not one stream and one buffer for each device, in its order, if some streams are
+    /// captured and some are not, or if the ranks of an all-reduce have different numbers of devices; [`Error::Place`] if a buffer
+    /// lies elsewhere; else as on one stream. If the driver refuses a part of a call whose other parts have begun, the
+    /// communicator fails.
+    pub const fn on_each<'c>(&'c self, streams: &'c [Stream]) -> OnEach<'c> {
+        OnEach::new(self, streams)
+    }
+
+    /// Submits a call on several buffers, each in the order of a stream of its own.
+    fn submit_each(&self, call: &Call<'_>, streams: &[Stream]) -> Result<()> {
+        let refuse = |what, expected: &str, got: String| {
+            let (call, expected) = (call.kind.name(), expected.to_owned());
+            Err(Error::Argument { call, rank: self.rank(), what, expected, got })
+        };
+        if !call.kind.is_multi() {
+            let got = call.kind.name().to_owned();
+            return refuse("operation", "one on several buffers (all_reduce_multi, broadcast_multi)", got);
+        }
+        let mut engine = self.engine();
+        #[cfg(feature = "cuda")]
+        {
+            let of_gpus: SmallVec<[_; 8]> = streams.iter().filter_map(Stream::as_cuda).collect();
+            match (of_gpus.first(), &self.gpu) {
+                (None, _) => {}
+                (Some(_), _) if of_gpus.len() < streams.len() => {
+                    let got = format!("{} of {} of GPUs", of_gpus.len(), streams.len());
+                    return refuse("streams", "all of GPUs, or all of the host", got);
+                }
+                (Some(first), None) => {
+                    return Err(crate::gpu::without_device(call.kind, self.rank(), first));
+                }
+                (Some(_), Some(gpu)) => return gpu.borrow_mut().submit_each(&mut engine, call, &of_gpus),
+            }
+        }
+        let buffers = call.buffers().len();
+        if streams.len() != buffers {
+            let expected = format!("{buffers}, one for each buffer");
+            return refuse("number of streams", &expected, streams.len().to_string());
+        }
+        engine.submit(call)
+    }
+}
+
+impl<'b> Operations<'b> for OnEach<'_> {
+    type Done = ();
+
+    fn submit(&self, call: Call<'b>) -> Result<()> {
+        self.communicator.submit_each(&call, self.streams)
     }
 }

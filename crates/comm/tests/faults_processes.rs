@@ -171,7 +171,7 @@ const fn tests_on_gpus() -> [Test; 0] {
 }
 
 #[cfg(feature = "cuda")]
-fn tests_on_gpus() -> [Test; 13] {
+fn tests_on_gpus() -> [Test; 14] {
     [
         (
             "gpu_kill::survivors_leave_their_kernels_and_go_on",
@@ -213,6 +213,10 @@ fn tests_on_gpus() -> [Test; 13] {
         (
             "gpu_matrix::processes_have_the_bits_of_the_reference",
             faults::gpu_matrix::processes_have_the_bits_of_the_reference,
+        ),
+        (
+            "gpu_seats::ranks_with_two_devices_are_killed_and_the_others_go_on",
+            faults::gpu_seats::ranks_with_two_devices_are_killed_and_the_others_go_on,
         ),
         (
             "gpu_hang::a_call_that_hangs_is_explained_from_outside",

@@ -31,6 +31,8 @@ mod recorder;
 mod registration;
 #[path = "support/rows.rs"]
 mod rows;
+#[path = "gpu/seats.rs"]
+mod seats;
 #[path = "gpu/symmetric.rs"]
 mod symmetric;
 #[path = "gpu/tuning.rs"]

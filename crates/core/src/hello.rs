@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::member::Member;
 
 /// The version of everything that ranks exchange. Ranks of different versions refuse each other.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 /// The most bytes that an encoded hello may have.
 pub const MAX_HELLO_BYTES: usize = 4096;
 
@@ -49,6 +49,8 @@ pub struct DeviceIdentity {
     pub name: String,
     /// Where it is plugged in, as `0000:1b:00.0`.
     pub pci: String,
+    /// Its number in the process of the rank.
+    pub ordinal: u32,
 }
 
 impl fmt::Display for DeviceIdentity {
@@ -74,8 +76,8 @@ pub struct Hello {
     pub pid: u32,
     /// Random name of the socket on which this rank meets the others of its host.
     pub endpoint: [u8; 16],
-    /// The GPU that it works on, if it has one.
-    pub device: Option<DeviceIdentity>,
+    /// The GPUs that it works on, if it has any.
+    pub devices: Vec<DeviceIdentity>,
     /// Every option that changes an algorithm, in the encoding of the settings.
     pub options: Vec<u8>,
     /// The same for people: `algorithm=auto order=fixed tuning=none`.
@@ -114,11 +116,9 @@ impl Hello {
         if self.member.world_size() != other.member.world_size() {
             return Err(differs("world size", &self.member.world_size(), &other.member.world_size()));
         }
-        if self.device.is_some() != other.device.is_some() {
-            let text = |device: &Option<DeviceIdentity>| {
-                device.as_ref().map_or("none".to_owned(), ToString::to_string)
-            };
-            return Err(differs("whether there is a GPU", &text(&self.device), &text(&other.device)));
+        if self.devices.is_empty() != other.devices.is_empty() {
+            let text = |hello: &Self| hello.devices.first().map_or("none".to_owned(), ToString::to_string);
+            return Err(differs("whether there is a GPU", &text(self), &text(other)));
         }
         if self.options != other.options {
             return Err(differs("an option that changes results", &self.options_text, &other.options_text));
@@ -205,7 +205,7 @@ pub(crate) mod tests {
             host: HostIdentity { name: host.into(), boot_id: format!("boot-{host}"), network_namespace: 7 },
             pid: 100 + rank as u32,
             endpoint: [rank as u8; 16],
-            device: None,
+            devices: Vec::new(),
             options: vec![1],
             options_text: "order=fixed".into(),
         }
@@ -233,9 +233,10 @@ pub(crate) mod tests {
             "an option that changes results differs: rank 0 (host a, pid 100) says order=fixed, \
              rank 1 (host b, pid 101) says order=rank"
         );
-        let device = DeviceIdentity { uuid: [7; 16], name: "H200".into(), pci: "0000:1b:00.0".into() };
+        let device =
+            DeviceIdentity { uuid: [7; 16], name: "H200".into(), pci: "0000:1b:00.0".into(), ordinal: 3 };
         assert_eq!(
-            merge(Hello { device: Some(device), ..hello(1, 2, "b") }),
+            merge(Hello { devices: vec![device], ..hello(1, 2, "b") }),
             "whether there is a GPU differs: rank 0 (host a, pid 100) says none, \
              rank 1 (host b, pid 101) says H200 at 0000:1b:00.0"
         );
@@ -249,7 +250,7 @@ pub(crate) mod tests {
         );
         assert_eq!(
             merge(Hello { version: 7, ..hello(1, 2, "b") }),
-            "protocol version 7 met version 2: all ranks must use the same unisono release"
+            "protocol version 7 met version 3: all ranks must use the same unisono release"
         );
     }
 

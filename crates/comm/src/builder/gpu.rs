@@ -9,8 +9,18 @@ use crate::error::{Error, Result};
 
 impl Builder {
     /// This rank works on GPU `ordinal` of this process. All ranks have one, or none has.
-    pub const fn device(mut self, ordinal: u32) -> Self {
-        self.device = Some(ordinal);
+    pub fn device(self, ordinal: u32) -> Self {
+        self.devices(&[ordinal])
+    }
+
+    /// This rank works on several GPUs of this process, by their numbers: [`Communicator::on_each`] takes a buffer on each of them, in
+    /// this order. All other operations are those of the first. Ranks may have different numbers of them, together at most 16; a
+    /// GPU that is named twice counts twice. None is as if this was not called.
+    ///
+    /// This rank then has two sets of scratch and of kernels: those of all ranks on their first GPU, which may have fewer blocks wait than
+    /// without this, and those of all GPUs.
+    pub fn devices(mut self, ordinals: &[u32]) -> Self {
+        self.devices = ordinals.to_vec();
         self
     }
 
@@ -119,10 +129,12 @@ impl Builder {
         Communicator::local_with(devices, &self.settings()?, &self.extra)
     }
 
-    /// The GPU of this rank, opened before anybody waits for us.
-    pub(super) fn open_device(&self, rank: usize, world_size: usize) -> Result<Option<unisono_cuda::Device>> {
-        let Some(ordinal) = self.device else { return Ok(None) };
-        crate::gpu::check_ranks(world_size, rank)?;
-        unisono_cuda::Device::new(ordinal).map(Some).map_err(|error| Error::Cuda { rank, error })
+    /// The GPUs of this rank, opened before anybody waits for us.
+    pub(super) fn open_devices(&self, rank: usize, world_size: usize) -> Result<Vec<unisono_cuda::Device>> {
+        if !self.devices.is_empty() {
+            crate::gpu::check_ranks(world_size, rank)?;
+        }
+        let open = |ordinal: &u32| unisono_cuda::Device::new(*ordinal);
+        self.devices.iter().map(open).collect::<Result<_, _>>().map_err(|error| Error::Cuda { rank, error })
     }
 }

@@ -186,6 +186,13 @@ impl Engine {
         Plan::new(call, &self.situation(device.map(|(ordinal, _)| ordinal), find))
     }
 
+    /// The same for a call on a buffer of each of some GPUs, by their numbers.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn plan_each(&self, call: &Call<'_>, devices: &[u32]) -> Result<Plan> {
+        let situation = self.situation(devices.first().copied(), &|_, _, _| None);
+        Plan::new(call, &Situation { devices, ..situation })
+    }
+
     /// What checks of a call need to know: on the host, or on a GPU, by its number.
     #[inline]
     pub(super) fn situation<'a>(&'a self, device: Option<u32>, find_window: FindWindow<'a>) -> Situation<'a> {
@@ -197,6 +204,7 @@ impl Engine {
             first_window: self.windows.first,
             generation: self.generation,
             device,
+            devices: &[],
         }
     }
 

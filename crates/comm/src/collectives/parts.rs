@@ -220,7 +220,8 @@ pub(super) fn plan_multi(call: &Call<'_>, situation: &Situation<'_>) -> Result<P
         return Err(argument(situation, kind, "number of buffers", format!("1 to {MOST}"), buffers.len()));
     };
     for (at, buffer) in buffers.iter().enumerate() {
-        check_place(kind, buffer, situation)?;
+        let device = situation.devices.get(at).copied().or(situation.device);
+        check_place(kind, buffer, &Situation { device, ..*situation })?;
         if (buffer.dtype, buffer.count) != (first.dtype, first.count) {
             let expected = format!("{} of {} in every buffer", first.count, first.dtype);
             let got = format!("{} of {} in buffer {at}", buffer.count, buffer.dtype);

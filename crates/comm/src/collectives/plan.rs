@@ -40,6 +40,7 @@ pub(crate) struct Plan {
 pub(crate) type FindWindow<'a> = &'a dyn Fn(u64, u64, usize) -> Option<WindowPlace>;
 
 /// What the engine knows that checks need.
+#[derive(Clone, Copy)]
 pub(crate) struct Situation<'a> {
     pub(crate) rank: usize,
     pub(crate) world_size: usize,
@@ -51,6 +52,8 @@ pub(crate) struct Situation<'a> {
     pub(crate) generation: u32,
     /// The GPU that the call is for; none for the host.
     pub(crate) device: Option<u32>,
+    /// That of each buffer, where they are several.
+    pub(crate) devices: &'a [u32],
 }
 
 impl Plan {
@@ -191,6 +194,20 @@ impl Plan {
     /// All buffers of this rank, where it may have several.
     pub(crate) fn locals(&self) -> &[*mut u8] {
         self.uneven.as_ref().map_or(&[], |uneven| &uneven.locals)
+    }
+
+    /// The part that one of several buffers has in this call, as a call of `kind` on that buffer alone.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_local(&self, at: usize, kind: Kind) -> Self {
+        let buffer = self.locals()[at];
+        Self {
+            header: CallHeader { kind, parts: 0, ..self.header },
+            dtype: self.dtype,
+            count: self.count,
+            source: buffer.cast_const(),
+            target: buffer,
+            ..Self::bare(kind)
+        }
     }
 
     /// Bytes of one part.

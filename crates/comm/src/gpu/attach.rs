@@ -4,15 +4,17 @@ use std::sync::Arc;
 
 use unisono_core::device::layout::MAX_RANKS;
 use unisono_core::device::{ArenaLayout, Link};
-use unisono_core::hello::DeviceIdentity;
+use unisono_core::hello::{DeviceIdentity, Hello};
 use unisono_core::settings::{HandleKind, Require, Settings};
-use unisono_cuda::{Device, SharedPages, Stream, Uuid};
+use unisono_cuda::{Device, SharedPages, Stream};
 use unisono_node::SharedMemory;
 use unisono_sync::Deadline;
 
 use super::arenas::{Arenas, obstacle};
 use super::budget::Budget;
 use super::kernels::has_bulk_copies;
+use super::origin::World;
+use super::seats::Seat;
 use super::{Config, Extra, Gpu, Origin, peers};
 use crate::call::Kind;
 use crate::communicator::Communicator;
@@ -21,6 +23,8 @@ use crate::error::{Error, Result};
 /// Under which arenas are handed over: no window gets so far.
 const ARENA_ITEM: u32 = u32::MAX - 1;
 const HOST_ARENA_ITEM: u32 = u32::MAX - 2;
+const SEAT_ARENA_ITEM: u32 = u32::MAX - 3;
+const SEAT_HOST_ARENA_ITEM: u32 = u32::MAX - 4;
 
 /// What a rank can do, and so the most that all will.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -37,70 +41,125 @@ pub(crate) struct Attachment<'a> {
     pub(crate) communicator: &'a Communicator,
     pub(crate) origin: &'a Origin,
     pub(crate) deadline: Deadline,
-    /// The least of what all ranks of the communicator say. Each of them asks [`ROUNDS`] times, whatever went wrong.
+    /// The least of what all ranks of the communicator say. Each of them asks [`rounds`] times, whatever went wrong.
     pub(crate) least: &'a dyn Fn(u8) -> Result<u8>,
     pub(crate) is_aborted: &'a dyn Fn() -> bool,
 }
 
-/// How often [`Attachment::run`] asks what the least is.
-pub(crate) const ROUNDS: usize = 3;
+/// How often the making of one world of GPUs asks what the least is.
+const ROUNDS: usize = 3;
+
+/// How often [`Attachment::run`] asks what the least is, for communicators that come from this one.
+pub(crate) const fn rounds(origin: &Origin) -> usize {
+    if origin.has_several { 2 * ROUNDS } else { ROUNDS }
+}
 
 impl Attachment<'_> {
     /// Makes the GPU's side of the communicator. Collective. Whether all ranks have theirs is still to be asked
     /// ([`all_or_none`]).
     pub(crate) fn run(&self) -> Result<Gpu> {
+        // That of all devices comes first, and so gets more blocks: who has several devices works with them.
+        let seats = match self.origin.of_devices() {
+            Some(world) => self.make(&world),
+            None => {
+                // Other groups may have one.
+                for _ in ROUNDS..rounds(self.origin) {
+                    (self.least)(u8::MAX)?;
+                }
+                Ok(Vec::new())
+            }
+        };
+        let gpu = self.make(&self.origin.of_ranks());
+        match (gpu, seats) {
+            (Ok(mut gpu), Ok(seats)) => {
+                gpu[0].seats = seats;
+                Ok(gpu.swap_remove(0))
+            }
+            (Ok(made), Err(error)) | (Err(error), Ok(made)) => {
+                made.into_iter().for_each(Gpu::undo);
+                Err(error)
+            }
+            (Err(error), Err(_)) => Err(error),
+        }
+    }
+
+    /// Our GPUs in `world`. Collective.
+    fn make(&self, world: &World) -> Result<Vec<Gpu>> {
         // What is known before anything is shared: who reaches whom.
-        let obstacle = self.obstacle();
+        let obstacle = self.obstacle(world);
         let can = self.agree(match &obstacle {
             Ok(None) => Can::Device,
             Ok(Some(_)) => Can::Host,
             Err(_) => Can::Nothing,
         })?;
-        let pages = (can == Can::Device).then(|| self.share_pages());
+        let pages = (can == Can::Device).then(|| self.share_pages(world));
+        let has_copies = world.devices.iter().all(|device| has_bulk_copies(device, Link::Device));
         let can = self.agree(match &pages {
             None => can,
-            Some(Ok(_)) if has_bulk_copies(&self.origin.device, Link::Device) => Can::Copies,
+            Some(Ok(_)) if has_copies => Can::Copies,
             Some(Ok(_)) => Can::Device,
             Some(Err(error)) if self.is_final(error) => Can::Nothing,
             Some(Err(_)) => Can::Host,
         })?;
-        let budget = Budget::take(&self.origin.device, self.origin.settings.multiprocessors);
-        let most_blocks = (self.least)(budget.blocks() as u8)?;
-        let arenas = self.arenas(can, obstacle?, pages)?;
+        let budgets: Vec<Budget> = world
+            .devices
+            .iter()
+            .map(|device| Budget::take(device, self.origin.settings.multiprocessors))
+            .collect();
+        let blocks = budgets.iter().map(Budget::blocks).min().unwrap_or(1);
+        let most_blocks = (self.least)(blocks as u8)?;
+        let all_arenas = self.arenas(can, obstacle?, (pages, world))?;
         let rank = self.communicator.rank();
         if self.origin.refuses(rank) {
             return Err(Error::Device { rank, reason: "a test wants it so".to_owned() });
         }
         let link = if can >= Can::Device { Link::Device } else { Link::Host };
         let selection = &self.communicator.selection;
-        let config = Config::new(self.origin, selection, (link, can == Can::Copies, most_blocks.into()));
-        let control = self.communicator.control.clone();
-        Gpu::new(&self.origin.device, control, arenas, (&config, budget), self.origin.siblings.clone())
+        let config =
+            Config::new(self.origin, (world, selection), (link, can == Can::Copies, most_blocks.into()));
+        let control = &self.communicator.control;
+        let seats = world.seats.of(rank);
+        let made = world.devices.iter().zip(seats).zip(budgets).zip(all_arenas);
+        made.map(|(((device, number), budget), arenas)| {
+            let seat = match world.is_of_devices {
+                true => Seat::of_device(control.clone(), world.seats.clone(), number)?,
+                false => Seat::of_rank(control.clone()),
+            };
+            let ours = self.origin.devices.iter().filter(|other| *other != device);
+            let siblings = self.origin.siblings.iter().chain(ours).cloned().collect();
+            Gpu::new(device, seat, arenas, (&config, budget), siblings)
+        })
+        .collect()
     }
 
-    /// Why our device does not reach that of some rank, if it does not.
-    fn obstacle(&self) -> Result<Option<String>> {
+    /// Why a device of ours does not reach that of some seat, if one does not.
+    fn obstacle(&self, world: &World) -> Result<Option<String>> {
         if !self.origin.settings.peer_access {
             return Ok(Some("UNISONO_PEER_ACCESS=off".to_owned()));
         }
         let mut obstacles = None;
-        for peer in self.origin.devices() {
-            let found = obstacle(&self.origin.device, *peer, self.communicator.rank())?;
-            obstacles = found.or(obstacles);
+        for device in &world.devices {
+            for peer in &world.uuids {
+                let found = obstacle(device, *peer, self.communicator.rank())?;
+                obstacles = found.or(obstacles);
+            }
         }
         Ok(obstacles)
     }
 
-    /// The arenas of all ranks, where they agreed to have them.
+    /// The arenas of all seats, as each of our devices reaches them, where the ranks agreed to have them.
     fn arenas(
         &self,
         can: Can,
         obstacle: Option<String>,
-        pages: Option<Result<Vec<Arc<SharedPages>>>>,
-    ) -> Result<Arenas> {
+        (pages, world): (Option<Result<Vec<Arc<SharedPages>>>>, &World),
+    ) -> Result<Vec<Arenas>> {
         let rank = self.communicator.rank();
         let refused = match (can, pages) {
-            (Can::Device | Can::Copies, Some(pages)) => return pages.map(Arenas::Device),
+            (Can::Device | Can::Copies, Some(pages)) => {
+                let pages = pages?;
+                return Ok(world.devices.iter().map(|_| Arenas::Device(pages.clone())).collect());
+            }
             (Can::Nothing, Some(Err(error))) if self.is_final(&error) => return Err(error),
             (Can::Nothing, _) => return Err(elsewhere(rank)),
             (_, Some(Err(error))) => Some(error.to_string()),
@@ -112,7 +171,7 @@ impl Attachment<'_> {
             return Err(Error::NoPeerAccess { rank, reason });
         }
         tracing::warn!("rank {rank}: the GPUs meet in pinned host memory, because {reason}");
-        self.share_host()
+        self.share_host(world)
     }
 
     /// Whether host memory would be no way around `error`: it says nothing of how the GPUs reach each other, or something else was
@@ -136,29 +195,92 @@ impl Attachment<'_> {
         }
     }
 
-    /// Makes our arena and maps those of all others.
-    fn share_pages(&self) -> Result<Vec<Arc<SharedPages>>> {
-        let (device, handles) = (&self.origin.device, self.handles());
-        let layout = ArenaLayout::new(self.origin.devices().len(), Link::Device);
+    /// Makes our arenas and maps those of all others, by seat: a seat of each rank at a time. Who cannot goes on all the same,
+    /// because the others wait for what it says.
+    fn share_pages(&self, world: &World) -> Result<Vec<Arc<SharedPages>>> {
+        let handles = self.handles();
+        let layout = ArenaLayout::new(world.uuids.len(), Link::Device);
         let bytes = layout.total_bytes();
-        let kind = peers::OnDevices {
-            rank: self.communicator.rank(),
-            device,
-            bytes,
-            handles,
-            make: || Arenas::create(device, &layout, self.origin.epoch(), handles),
-        };
         let neighbours = &self.communicator.neighbours;
-        peers::share(neighbours, &kind, (ARENA_ITEM, bytes), self.deadline, self.is_aborted)
+        let turn = |turn: usize| {
+            let device = world.devices.get(turn).unwrap_or(&world.devices[0]);
+            let of_one = peers::OnDevices {
+                rank: self.communicator.rank(),
+                device,
+                bytes,
+                handles,
+                make: || Arenas::create(device, &layout, self.origin.epoch(), handles),
+            };
+            let kind = Turn { of_one, world, turn };
+            let item = if world.is_of_devices { SEAT_ARENA_ITEM } else { ARENA_ITEM };
+            peers::share(neighbours, &kind, (item, bytes), self.deadline, self.is_aborted)
+        };
+        let turns: Vec<_> = (0..world.seats.most()).map(turn).collect();
+        let turns: Vec<_> = turns.into_iter().collect::<Result<_>>()?;
+        let of_rank = |rank: usize| turns.iter().filter_map(move |turn| (*turn[rank]).clone());
+        Ok((0..self.communicator.world_size()).flat_map(of_rank).collect())
     }
 
-    fn share_host(&self) -> Result<Arenas> {
-        let (rank, ranks) = (self.communicator.rank(), self.origin.devices().len());
-        let layout = ArenaLayout::new(ranks, Link::Host);
-        let bytes = layout.total_bytes() * ranks;
+    fn share_host(&self, world: &World) -> Result<Vec<Arenas>> {
+        let (rank, seats) = (self.communicator.rank(), world.uuids.len());
+        let layout = ArenaLayout::new(seats, Link::Host);
+        let bytes = layout.total_bytes() * seats;
         let neighbours = &self.communicator.neighbours;
-        let memory = neighbours.share(HOST_ARENA_ITEM, bytes, self.deadline, self.is_aborted)?;
-        Arenas::host(&self.origin.device, memory, layout).map_err(|error| Error::Cuda { rank, error })
+        let item = if world.is_of_devices { SEAT_HOST_ARENA_ITEM } else { HOST_ARENA_ITEM };
+        let memory = neighbours.share(item, bytes, self.deadline, self.is_aborted)?;
+        let of_device = |device| Arenas::host(device, memory.clone(), layout);
+        let all = world.devices.iter().map(of_device).collect::<Result<_, _>>();
+        all.map_err(|error| Error::Cuda { rank, error })
+    }
+}
+
+/// The arena of the seat of each rank whose turn it is; of ranks that have fewer, nothing. All our devices are let in.
+struct Turn<'a, F> {
+    of_one: peers::OnDevices<'a, F>,
+    world: &'a World,
+    turn: usize,
+}
+
+impl<F> Turn<'_, F> {
+    fn let_in(&self, pages: &SharedPages) -> Result<()> {
+        let mut devices = self.world.devices.iter();
+        devices
+            .try_for_each(|device| pages.allow(device))
+            .map_err(|error| Error::Cuda { rank: self.of_one.rank, error })
+    }
+}
+
+impl<F: Fn() -> unisono_cuda::Result<SharedPages>> peers::Kind for Turn<'_, F> {
+    type Memory = Option<Arc<SharedPages>>;
+
+    fn make(&self) -> Result<Self::Memory> {
+        if self.turn >= self.world.devices.len() {
+            return Ok(None);
+        }
+        let pages = self.of_one.make()?;
+        self.let_in(&pages)?;
+        Ok(Some(Arc::new(pages)))
+    }
+
+    fn export(&self, ours: &Self::Memory) -> Result<peers::Exported> {
+        match ours {
+            Some(pages) => self.of_one.export(pages),
+            // Without a word it would be a failure.
+            None => Ok(peers::Exported { descriptor: None, words: vec![0] }),
+        }
+    }
+
+    fn import(&self, peer: usize, exported: peers::Exported) -> Result<Self::Memory> {
+        if self.turn >= self.world.seats.of(peer).len() {
+            return Ok(None);
+        }
+        let pages = self.of_one.import(peer, exported)?;
+        self.let_in(&pages)?;
+        Ok(Some(Arc::new(pages)))
+    }
+
+    fn allow(&self, theirs: &Self::Memory) -> Result<()> {
+        theirs.as_ref().map_or(Ok(()), |pages| self.let_in(pages))
     }
 }
 
@@ -229,7 +351,7 @@ pub(crate) fn attach_local(
         }
         Link::Host => memory = Some(Arc::new(SharedMemory::create(layout.total_bytes() * ranks)?)),
     }
-    let uuids: Vec<Uuid> = devices.iter().map(|device| device.facts().uuid).collect();
+    let places: Vec<_> = devices.iter().map(|device| vec![(device.facts().uuid, device.ordinal())]).collect();
     let bulk_copies = devices.iter().all(|device| has_bulk_copies(device, link));
     let budgets: Vec<Budget> =
         devices.iter().map(|device| Budget::take(device, settings.multiprocessors)).collect();
@@ -241,13 +363,13 @@ pub(crate) fn attach_local(
         };
         let pinned = extra.pinned_ways.get(rank).copied().unwrap_or(settings.pinned);
         let settings = Settings { pinned, ..settings.clone() };
-        let mut origin = Origin::new(device, uuids.clone(), &settings, extra);
+        let mut origin = Origin::new(vec![device.clone()], places.clone(), &settings, extra);
         let others = (0..ranks).filter(|other| *other != rank);
         origin.siblings = others.map(|other| devices[other].clone()).collect();
         let selection = &communicators[rank].selection;
-        let config = Config::new(&origin, selection, (link, bulk_copies, most_blocks));
-        let control = communicators[rank].control.clone();
-        let gpu = Gpu::new(device, control, arenas, (&config, budget), origin.siblings.clone())?;
+        let config = Config::new(&origin, (&origin.of_ranks(), selection), (link, bulk_copies, most_blocks));
+        let seat = Seat::of_rank(communicators[rank].control.clone());
+        let gpu = Gpu::new(device, seat, arenas, (&config, budget), origin.siblings.clone())?;
         Ok((origin, gpu))
     };
     devices.iter().enumerate().zip(budgets).map(make).collect()
@@ -256,7 +378,12 @@ pub(crate) fn attach_local(
 /// What tells `device` from all others, for the table of ranks.
 pub(crate) fn identity(device: &Device) -> DeviceIdentity {
     let facts = device.facts();
-    DeviceIdentity { uuid: facts.uuid.0, name: facts.name.clone(), pci: facts.pci.clone() }
+    DeviceIdentity {
+        uuid: facts.uuid.0,
+        name: facts.name.clone(),
+        pci: facts.pci.clone(),
+        ordinal: device.ordinal(),
+    }
 }
 
 /// Refuses worlds for whose ranks an arena has no room.
@@ -265,6 +392,16 @@ pub(crate) fn check_ranks(world_size: usize, rank: usize) -> Result<()> {
         return Ok(());
     }
     let reason = format!("at most {MAX_RANKS} ranks share GPUs of one host, and these are {world_size}");
+    Err(Error::Device { rank, reason })
+}
+
+/// Refuses worlds whose ranks have more devices than an arena has room for.
+pub(crate) fn check_devices(hellos: &[Hello], rank: usize) -> Result<()> {
+    let devices: usize = hellos.iter().map(|hello| hello.devices.len()).sum();
+    if devices <= MAX_RANKS {
+        return Ok(());
+    }
+    let reason = format!("at most {MAX_RANKS} devices of all ranks work together, and these are {devices}");
     Err(Error::Device { rank, reason })
 }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 use unisono_core::ReduceOp;
 use unisono_sync::Deadline;
 
-use super::attach::{Attachment, ROUNDS, all_or_none};
+use super::attach::{Attachment, all_or_none, rounds};
 use super::{Gpu, Origin};
 use crate::buffer::BufMut;
 use crate::call::{Call, Kind};
@@ -29,7 +29,7 @@ impl Communicator {
         let all = |ours| self.least_of_all(ours, patience);
         let Some(child) = child else {
             // The others ask, and hear everybody.
-            for _ in 0..ROUNDS {
+            for _ in 0..rounds(origin) {
                 least(u8::MAX)?;
             }
             // Whoever has made something gives it back, and waits until all have.

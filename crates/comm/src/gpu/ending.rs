@@ -14,9 +14,9 @@ use unisono_cuda::{Device, DeviceBuffer, Event, RegisteredHost};
 use super::Gpu;
 use super::arenas::Arenas;
 use super::recorder::Copier;
+use super::seats::Seat;
 use super::watch::side_stream;
 use super::windows::Windows;
-use crate::control::Control;
 use crate::error::Result;
 
 /// How long kernels that were told to leave may take to: they look at the abort word some thousand times in that. Only those of
@@ -32,7 +32,9 @@ pub(super) struct Memory {
     pub(super) copier: Copier,
     pub(super) _arenas: Arenas,
     pub(super) control_pages: Arc<RegisteredHost>,
-    pub(super) control: Arc<Control>,
+    /// As the pages of the control memory, or beside them.
+    pub(super) _report_pages: Arc<RegisteredHost>,
+    pub(super) seat: Seat,
     pub(super) windows: Windows,
 }
 
@@ -50,7 +52,7 @@ pub(super) enum End {
 impl Memory {
     /// Nothing on the device uses it any more.
     fn free(self) {
-        let _ = self.copier.keep(&self.device, self.control.gpu().0);
+        let _ = self.copier.keep(&self.device, self.seat.page());
         drop(self);
         unisono_cuda::capture::drop_released();
     }
@@ -63,6 +65,7 @@ impl Gpu {
     /// # Errors
     /// [`Error::Cuda`](crate::Error::Cuda) if the context is lost: this rank cannot go on.
     pub(crate) fn leave(&mut self) -> Result<()> {
+        self.seats.iter_mut().try_for_each(Self::leave)?;
         match self.wait_until_quiet() {
             Ok(true) => self.end = End::Now,
             Ok(false) => {
@@ -78,7 +81,12 @@ impl Gpu {
 
     /// Gives everything back at once: nothing was called yet.
     pub(crate) fn undo(mut self) {
-        self.end = End::Now;
+        self.end_all(End::Now);
+    }
+
+    fn end_all(&mut self, end: End) {
+        self.end = end;
+        self.seats.iter_mut().for_each(|seat| seat.end_all(end));
     }
 
     /// All streams are asked at once, those that others capture too: which ones our kernels run in, graphs and users know, and streams
@@ -99,7 +107,7 @@ impl Gpu {
     /// which `is_written` says, all that it reaches stays.
     pub(crate) fn retire(mut self, is_written: bool) {
         if is_written {
-            self.end = End::Never;
+            self.end_all(End::Never);
         }
     }
 }

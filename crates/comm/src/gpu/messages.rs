@@ -137,6 +137,9 @@ impl Gpu {
             let (expected, got) = (expected.to_owned(), got.to_owned());
             Err(Error::Argument { call: kind.name(), rank, what, expected, got })
         };
+        if kind.is_multi() {
+            return argument("streams", "one of each device, through on_each()", "one");
+        }
         if !kernels::has_kernels(kind) {
             return argument("operation on a GPU", "one that GPUs have kernels for", kind.name());
         }
@@ -252,7 +255,7 @@ impl Gpu {
             return Err(argument("stream", expected, "one that is captured"));
         }
         self.order_after_latest(stream)?;
-        self.control.gpu().0[FOUND].store_relaxed(0);
+        self.control.gpu()[FOUND].store_relaxed(0);
         let messages = &mut self.lanes.messages;
         messages.call = self.args;
         messages.first = self.lanes.next as u32;
@@ -264,7 +267,7 @@ impl Gpu {
         launched.and_then(|()| stream.synchronize()).map_err(|error| self.refused(error))?;
         engine.check()?;
         self.check()?;
-        let found = self.control.gpu().0[FOUND].load_acquire() as usize;
+        let found = self.control.gpu()[FOUND].load_acquire() as usize;
         let Some(source) = found.checked_sub(1).filter(|source| *source < ranks) else {
             // Without a report, a kernel leaves for the abort of another rank only.
             return Err(self.control.cause().map_or_else(

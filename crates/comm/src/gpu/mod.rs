@@ -6,7 +6,6 @@
 //! does not come) they write into that page, where the next call, `check()` or `destroy()` reads it.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use unisono_core::call::{self, Kind};
 pub use unisono_core::device::layout::MAX_RANKS;
@@ -25,7 +24,7 @@ use crate::explanation::OnGpus;
 use crate::tuning;
 use arenas::Arenas;
 use args::{Args, HEADER_LAUNCH, Report, UnevenArgs};
-pub(crate) use attach::{check_ranks, identity, without_device, without_gpu};
+pub(crate) use attach::{check_devices, check_ranks, identity, without_device, without_gpu};
 use budget::Budget;
 use copy_engines::Engines;
 pub use device_header::device_header;
@@ -37,6 +36,7 @@ pub use one_sided::DeviceView;
 pub(crate) use origin::{Config, Extra, Origin};
 use pinned::Enqueued;
 use recorder::Copier;
+use seats::Seat;
 use watch::Watch;
 use windows::Windows;
 
@@ -51,12 +51,14 @@ mod ending;
 pub(crate) mod foreign;
 mod fused;
 pub mod kernels;
+mod loading;
 mod messages;
 pub(crate) mod one_sided;
 mod origin;
 pub(crate) mod peers;
 pub(crate) mod pinned;
 mod recorder;
+pub(crate) mod seats;
 mod watch;
 pub(crate) mod windows;
 
@@ -65,6 +67,9 @@ pub(crate) mod windows;
 pub(crate) struct Gpu {
     device: Device,
     control: Arc<Control>,
+    seat: Seat,
+    /// In the world of the ranks, our sides of that of all devices, where there is one.
+    seats: Vec<Self>,
     rules: Rules,
     table_from: tuning::Origin,
     kernels: Kernels,
@@ -78,8 +83,10 @@ pub(crate) struct Gpu {
     /// did in the world that this comes from, because the first change of streams waits for all of it.
     latest: usize,
     order: Option<Event>,
-    /// The devices of the other ranks of this process: what one loads, all load, because loading may wait for all devices.
+    /// The other devices of this process that we know of: what one loads, all load, because loading may wait for all devices.
     siblings: Vec<Device>,
+    /// Whether some are those of other ranks, which this very thread may drive.
+    drives_peers: bool,
     windows: Windows,
     pinned_way: PinnedWay,
     handles: HandleKind,
@@ -97,54 +104,60 @@ pub(crate) struct Gpu {
 impl Gpu {
     pub(crate) fn new(
         device: &Device,
-        control: Arc<Control>,
+        seat: Seat,
         arenas: Arenas,
         (config, budget): (&Config, Budget),
         siblings: Vec<Device>,
     ) -> Result<Self> {
-        let (rank, world_size) = control.member();
+        let (control, rank) = (seat.control.clone(), seat.rank());
         let failed = |error| Error::Cuda { rank, error };
         let rules = config.rules;
-        let layout = ArenaLayout::new(world_size, rules.link);
-        let kernels = Kernels::new(device, layout, world_size, &config.prepare).map_err(failed)?;
+        let layout = ArenaLayout::new(seat.all, rules.link);
+        let kernels = Kernels::new(device, layout, seat.all, &config.prepare).map_err(failed)?;
         let mut state = DeviceBuffer::new(device, DEVICE_BYTES).map_err(failed)?;
         state.write(0, &layout.device_words(config.epoch)).map_err(failed)?;
         let memory = control.memory();
         // SAFETY: `Memory` keeps the control memory mapped for longer than the registration.
         let pages =
             unsafe { RegisteredHost::shared(device, memory.as_ptr(), memory.bytes()) }.map_err(failed)?;
-        let report = control.gpu().1 as usize - memory.as_ptr() as usize;
-        let records = control.gpu_records(rank).offset as u64;
+        let reports = &seat.memory;
+        // SAFETY: `Memory` keeps the seat, and so this memory, as well.
+        let report_pages =
+            unsafe { RegisteredHost::shared(device, reports.as_ptr(), reports.bytes()) }.map_err(failed)?;
         let mut args = Args {
             state: state.address(),
             abort: pages.address(),
-            report: pages.address() + report as u64,
+            report: report_pages.address() + seat.page.offset as u64,
             patience_ns: config.patience_ns,
-            rank: rank as u32,
+            rank: seat.number as u32,
             ..Args::default()
         };
-        for peer in 0..world_size {
+        for peer in 0..seat.all {
             args.arenas[peer] = arenas.address(peer);
         }
         if let Some(clock) = kernels.copies().clock() {
-            recorder::compare_clocks(device, clock, &mut args, control.gpu().0).map_err(failed)?;
+            recorder::compare_clocks(device, clock, &mut args, seat.page()).map_err(failed)?;
         }
-        let copier = || Copier::new(state.address(), pages.address() + records);
+        let records = seat.records.map_or(0, |records| report_pages.address() + records.offset as u64);
+        let copier = || Copier::new(state.address(), records);
         let engines = rules.lanes().map(|lanes| Engines::new(device, lanes)).transpose().map_err(failed)?;
         let order = config.is_crowded.then(|| Event::new(device, false)).transpose().map_err(failed)?;
-        let watch = Watch::start(device.clone(), control.clone(), copier());
+        let watch = Watch::start(device.clone(), seat.clone(), copier());
         let memory = Memory {
             device: device.clone(),
             copier: copier(),
             _state: state,
             _arenas: arenas,
             control_pages: pages,
-            control: control.clone(),
+            _report_pages: report_pages,
+            seat: seat.clone(),
             windows: Windows::default(),
         };
         Ok(Self {
             device: device.clone(),
             control,
+            seat,
+            seats: Vec::new(),
             rules,
             table_from: config.table_from.clone(),
             kernels,
@@ -155,6 +168,7 @@ impl Gpu {
             latest: 0,
             order,
             siblings,
+            drives_peers: config.drives_peers,
             windows: Windows::default(),
             pinned_way: config.pinned_way,
             handles: config.handles,
@@ -217,7 +231,7 @@ impl Gpu {
         }
         Err(Error::Argument {
             call: kind.name(),
-            rank: self.args.rank as usize,
+            rank: self.seat.rank(),
             what: "stream",
             expected: format!("one of cuda:{}", self.device.ordinal()),
             got: format!("one of cuda:{}", stream.device().ordinal()),
@@ -309,7 +323,7 @@ impl Gpu {
         if let Some(order) = &self.order
             && !is_captured
         {
-            let rank = self.args.rank as usize;
+            let rank = self.seat.rank();
             order.record(stream).map_err(|error| Error::Cuda { rank, error })?;
         }
         match self.windows.touched(sides) {
@@ -345,7 +359,7 @@ impl Gpu {
 
     #[cold]
     fn change_stream(&mut self, this: usize, stream: &Stream) -> Result<()> {
-        let rank = self.args.rank as usize;
+        let rank = self.seat.rank();
         let failed = |error| Error::Cuda { rank, error };
         if stream.is_capturing().map_err(failed)? {
             return Ok(());
@@ -366,74 +380,14 @@ impl Gpu {
         Ok(())
     }
 
-    #[cold]
-    fn load(&mut self, plan: &Plan, stream: &Stream) -> Result<()> {
-        let (rank, kind) = (self.args.rank as usize, plan.header.kind);
-        let failed = |error| Error::Cuda { rank, error };
-        if self.kernels.adopt(kind, plan.dtype) {
-            return Ok(());
-        }
-        if stream.is_capturing().map_err(failed)? {
-            let what = plan.header.to_string();
-            return Err(Error::NotPrepared { call: kind.name(), rank, what, why: "a graph is captured" });
-        }
-        let is_alone = self.budget.as_ref().is_none_or(Budget::is_alone);
-        if (!self.siblings.is_empty() || !is_alone) && !self.is_quiet()? {
-            let what = plan.header.to_string();
-            let why = "other calls of this process wait for their peers";
-            return Err(Error::NotPrepared { call: kind.name(), rank, what, why });
-        }
-        let layout = ArenaLayout::new(self.rules.ranks, self.rules.link);
-        let purpose = kernels::Purpose::of(kind, plan.dtype);
-        for sibling in &self.siblings {
-            kernels::loaded(sibling, layout, self.rules.ranks, purpose).map_err(failed)?;
-        }
-        self.kernels.load(kind, plan.dtype).map_err(failed)
-    }
-
-    /// Whether all devices of this process have nothing to do, or soon have: loading would wait for them, and they perhaps for
-    /// this very thread.
-    ///
-    /// They do for sure if it drives several ranks. Else they wait for another process, which comes to it in time, unless that is
-    /// itself about to load, and waits for another communicator's call that this thread would make next. Nobody can tell; so
-    /// there is time for a rank that is late, and an answer before the kernels' own patience ends.
-    fn is_quiet(&self) -> Result<bool> {
-        const SOON: Duration = Duration::from_secs(1);
-        /// Where kernels wait for ever.
-        const AT_LAST: Duration = Duration::from_mins(5);
-        let rank = self.args.rank as usize;
-        let failed = |error| Error::Cuda { rank, error };
-        let limit = match self.args.patience_ns {
-            _ if !self.siblings.is_empty() => SOON,
-            0 => AT_LAST,
-            patience_ns => Duration::from_nanos(patience_ns / 2),
-        };
-        let start = Instant::now();
-        for device in self.siblings.iter().chain([&self.device]) {
-            let event = Event::new(device, false).map_err(failed)?;
-            match event.record_device() {
-                // A driver that cannot tell: loading may wait as long as the kernels do.
-                Err(unisono_cuda::Error::TooOld { .. }) if self.siblings.is_empty() => return Ok(true),
-                recorded => recorded.map_err(failed)?,
-            }
-            while !event.is_done().map_err(failed)? {
-                if start.elapsed() > limit {
-                    return Ok(false);
-                }
-                std::thread::sleep(Duration::from_millis(1));
-            }
-        }
-        Ok(true)
-    }
-
     /// Ok, or why kernels of this rank gave up. One load if they did not.
     #[inline]
     pub(crate) fn check(&mut self) -> Result<()> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
-        match Report::read(self.control.gpu().0) {
-            None => Ok(()),
+        match Report::read(self.seat.page()) {
+            None => self.seats.iter_mut().try_for_each(Self::check),
             Some(report) => Err(self.fail(report)),
         }
     }
@@ -441,7 +395,7 @@ impl Gpu {
     #[cold]
     fn fail(&mut self, report: Report) -> Error {
         let (rank, world_size) = self.control.member();
-        let cause = watch::cause_of(report, &self.control);
+        let cause = watch::cause_of(report, &self.seat);
         // Somebody else may have been first; then all tell the same.
         self.control.fail(&cause);
         let error = match report {
@@ -455,7 +409,7 @@ impl Gpu {
     /// What the driver refused, told to all ranks if it is the loss of the context.
     #[cold]
     fn refused(&mut self, error: unisono_cuda::Error) -> Error {
-        let rank = self.args.rank as usize;
+        let rank = self.seat.rank();
         if let Some(cause) = watch::lost_context(&error, &self.control) {
             self.control.fail(&cause);
             self.failed = Some(Error::Cuda { rank, error: error.clone() });
@@ -468,12 +422,13 @@ impl Gpu {
     pub(crate) fn drain(&mut self) -> Result<()> {
         self.control.check_process()?;
         self.device.synchronize().map_err(|error| self.refused(error))?;
+        self.seats.iter_mut().try_for_each(Self::drain)?;
         unisono_cuda::capture::drop_released();
         Ok(())
     }
 
     /// Form and grid of a call, as `explain` tells them.
-    pub(crate) fn decide(&self, kind: Kind, bytes: usize, size: usize) -> Launch {
+    fn decide(&self, kind: Kind, bytes: usize, size: usize) -> Launch {
         if kind.is_message() {
             let lanes = if matches!(kind, Kind::SendRecv { .. }) { 2 } else { 1 };
             let launch = self.rules.messages(lanes, bytes);

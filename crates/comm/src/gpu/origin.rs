@@ -1,6 +1,8 @@
 //! What the GPU's side of a communicator is made from: the devices of all ranks, and what holds for them. It is kept, because
 //! communicators that come from this one (by `split`, `duplicate` or `shrink`) are made from the same, for other ranks.
 
+use std::sync::Arc;
+
 use unisono_core::device::Link;
 use unisono_core::device::select::Rules;
 use unisono_core::settings::{HandleKind, PinnedWay, Settings};
@@ -8,6 +10,7 @@ use unisono_cuda::{Device, Uuid};
 
 use super::kernels::Purpose;
 use super::one_sided;
+use super::seats::Seats;
 use crate::tuning::{self, Selection};
 
 /// What a builder may say about GPUs.
@@ -21,33 +24,57 @@ pub(crate) struct Extra {
     pub(crate) refused_size: Option<usize>,
 }
 
+/// Which device it is, and its number in the process of its rank.
+pub(crate) type Place = (Uuid, u32);
+
+/// A world of GPUs that is to be made.
+#[derive(Debug)]
+pub(crate) struct World {
+    /// The device of each seat.
+    pub(crate) uuids: Vec<Uuid>,
+    pub(crate) seats: Arc<Seats>,
+    /// Our devices.
+    pub(crate) devices: Vec<Device>,
+    /// Whether this is the world of all devices, and not that of the ranks.
+    pub(crate) is_of_devices: bool,
+}
+
 /// What a rank knows of its world's GPUs.
 #[derive(Clone, Debug)]
 pub(crate) struct Origin {
-    /// Ours.
-    pub(crate) device: Device,
+    /// Ours, at least one.
+    pub(crate) devices: Vec<Device>,
     /// Those of the other ranks of this process, of the world in which all began: what this thread loads may wait for them.
     pub(crate) siblings: Vec<Device>,
     pub(crate) settings: Settings,
-    /// The device of each rank.
-    devices: Vec<Uuid>,
+    /// The devices of each rank.
+    all: Vec<Vec<Place>>,
     prepare: Vec<Purpose>,
     /// The first epoch is the one after this.
     epoch: u32,
-    /// Whether ranks of the world in which all began share a device.
+    /// Whether a device is shared in the world in which all began.
     is_crowded: bool,
+    /// Whether a rank of that world has several devices. All communicators that come from it agree twice then, whoever is in them.
+    pub(crate) has_several: bool,
     refused_size: Option<usize>,
 }
 
 impl Origin {
-    /// Of a rank of a world that is being made, with the device of each rank.
-    pub(crate) fn new(device: &Device, devices: Vec<Uuid>, settings: &Settings, extra: &Extra) -> Self {
+    /// Of a rank of a world that is being made, with our devices and those of each rank.
+    pub(crate) fn new(
+        devices: Vec<Device>,
+        all: Vec<Vec<Place>>,
+        settings: &Settings,
+        extra: &Extra,
+    ) -> Self {
+        let uuids: Vec<Uuid> = all.iter().flatten().map(|(uuid, _)| *uuid).collect();
         Self {
-            device: device.clone(),
+            devices,
             siblings: Vec::new(),
             settings: settings.clone(),
-            is_crowded: crowd(&devices) > 1,
-            devices,
+            is_crowded: crowd(&uuids) > 1,
+            has_several: all.iter().any(|devices| devices.len() > 1),
+            all,
             prepare: extra.prepare.clone(),
             epoch: extra.epoch,
             refused_size: extra.refused_size,
@@ -56,18 +83,37 @@ impl Origin {
 
     /// The same for a communicator of some of the ranks: `members[r]` is the number here of what becomes rank r.
     pub(crate) fn of(&self, members: &[usize]) -> Self {
-        let devices = members.iter().map(|member| self.devices[*member]).collect();
-        Self { devices, epoch: 0, ..self.clone() }
+        let all = members.iter().map(|member| self.all[*member].clone()).collect();
+        Self { all, epoch: 0, ..self.clone() }
     }
 
-    /// The device of each rank.
-    pub(crate) fn devices(&self) -> &[Uuid] {
-        &self.devices
+    /// The world of the ranks, each on its first device.
+    pub(crate) fn of_ranks(&self) -> World {
+        self.world(&|devices| &devices[..1], false)
+    }
+
+    /// The world of all devices, if a rank has several.
+    pub(crate) fn of_devices(&self) -> Option<World> {
+        let has_several = self.all.iter().any(|devices| devices.len() > 1);
+        has_several.then(|| self.world(&|devices| devices, true))
+    }
+
+    fn world(&self, part: &dyn Fn(&[Place]) -> &[Place], is_of_devices: bool) -> World {
+        let of_rank = |devices: &Vec<Place>| part(devices).iter().map(|(_, ordinal)| *ordinal).collect();
+        let ordinals: Vec<Vec<u32>> = self.all.iter().map(of_rank).collect();
+        let uuids = self.all.iter().flat_map(|devices| part(devices)).map(|(uuid, _)| *uuid).collect();
+        let ours = if is_of_devices { self.devices.len() } else { 1 };
+        World {
+            uuids,
+            seats: Arc::new(Seats::new(ordinals.iter().map(Vec::as_slice))),
+            devices: self.devices[..ours].to_vec(),
+            is_of_devices,
+        }
     }
 
     /// Whether a test has this rank fail.
     pub(crate) fn refuses(&self, rank: usize) -> bool {
-        rank == 0 && self.refused_size == Some(self.devices.len())
+        rank == 0 && self.refused_size == Some(self.all.len())
     }
 
     /// Behind which the first epoch is.
@@ -88,27 +134,32 @@ pub(crate) struct Config {
     pub(crate) pinned_way: PinnedWay,
     pub(crate) handles: HandleKind,
     pub(crate) is_crowded: bool,
+    pub(crate) drives_peers: bool,
 }
 
 impl Config {
     pub(crate) fn new(
         origin: &Origin,
-        selection: &Selection,
+        (world, selection): (&World, &Selection),
         (link, bulk_copies, most_blocks): (Link, bool, u32),
     ) -> Self {
         let settings = &origin.settings;
-        let (table, table_from) = selection.table(origin.devices.len());
+        let (table, table_from) = selection.table(world.uuids.len());
         let mut prepare = Purpose::USUAL.to_vec();
         prepare.extend(origin.prepare.iter().copied().filter(|purpose| !Purpose::USUAL.contains(purpose)));
+        if world.is_of_devices {
+            // Its calls are all-reduces and broadcasts; the latter are there in any case.
+            prepare.retain(|purpose| matches!(purpose, Purpose::Reduce(..)));
+        }
         Self {
             rules: Rules {
-                ranks: origin.devices.len(),
+                ranks: world.uuids.len(),
                 link,
-                crowd: crowd(&origin.devices),
+                crowd: crowd(&world.uuids),
                 order: settings.order,
                 bulk_copies,
                 most_blocks,
-                engines: origin.siblings.is_empty(),
+                engines: origin.siblings.is_empty() && !world.is_of_devices,
                 forced: settings.gpu_algorithm,
                 table,
             },
@@ -119,11 +170,12 @@ impl Config {
             pinned_way: settings.pinned,
             handles: settings.handles,
             is_crowded: origin.is_crowded,
+            drives_peers: !origin.siblings.is_empty() || world.is_of_devices,
         }
     }
 }
 
-/// How many ranks share the device that most of them share.
+/// How many seats share the device that most of them share.
 fn crowd(devices: &[Uuid]) -> usize {
     let share = |device: &Uuid| devices.iter().filter(|other| *other == device).count();
     devices.iter().map(share).max().unwrap_or(1)
@@ -134,7 +186,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ranks_that_share_a_device_are_counted() {
+    fn seats_that_share_a_device_are_counted() {
         let [a, b] = [1, 2].map(|byte| Uuid([byte; 16]));
         assert_eq!((crowd(&[]), crowd(&[a, b])), (1, 1));
         assert_eq!((crowd(&[a, b, a]), crowd(&[b, a, b, b])), (2, 3));

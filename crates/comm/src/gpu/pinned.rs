@@ -15,6 +15,7 @@ use unisono_node::{SharedMemory, descriptor};
 use unisono_sync::local::Flag;
 
 use super::peers::{self, Exported, Kind, unusable};
+use super::seats::Seat;
 use super::watch::trouble;
 use crate::control::Control;
 use crate::error::{Error, Result};
@@ -113,7 +114,7 @@ impl Enqueued {
     fn settle(&self) -> Result<()> {
         let done =
             if self.is_captured.is_raised() { self.device.synchronize() } else { self.latest.synchronize() };
-        if let Some(cause) = trouble(&self.control, || done.as_ref().err().cloned()) {
+        if let Some(cause) = trouble(&Seat::of_rank(self.control.clone()), || done.as_ref().err().cloned()) {
             // Somebody else may have been first; then all tell the same.
             self.control.fail(&cause);
         }

@@ -9,6 +9,7 @@ use unisono_cuda::{Device, Stream};
 
 use super::args::Report;
 use super::recorder::Copier;
+use super::seats::Seat;
 use crate::cause::Cause;
 use crate::control::Control;
 use crate::error::Error;
@@ -23,12 +24,12 @@ const LAST_COPY: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(crate) struct Watch {
     has_ended: Arc<(Mutex<bool>, Condvar)>,
-    control: Arc<Control>,
+    seat: Seat,
 }
 
 impl Watch {
-    pub(super) fn start(device: Device, control: Arc<Control>, mut copier: Copier) -> Self {
-        let watched_control = control.clone();
+    pub(super) fn start(device: Device, seat: Seat, mut copier: Copier) -> Self {
+        let (watched_seat, control) = (seat.clone(), seat.control.clone());
         let has_ended = Arc::new((Mutex::new(false), Condvar::new()));
         let (watched, ordinal) = (has_ended.clone(), device.ordinal());
         let look = move || {
@@ -37,9 +38,9 @@ impl Watch {
             let (ended, change) = &*watched;
             let mut is_over = ended.lock().unwrap_or_else(PoisonError::into_inner);
             let probe = probe.as_deref();
-            let copies = probe.filter(|_| control.about().is_recording);
+            let copies = probe.filter(|_| control.about().is_recording && seat.records.is_some());
             if copies.is_some() && !*is_over {
-                Copier::open(control.gpu().0);
+                Copier::open(seat.page());
             }
             let mut failed_at = None;
             while !*is_over {
@@ -52,32 +53,32 @@ impl Watch {
                     // The first cause, and what was done last, is all that there is to tell.
                     copier.begin_last();
                     failed_at = failed_at.or_else(|| Some(Instant::now()));
-                } else if let Some(cause) = trouble(&control, || probe?.is_idle().err()) {
+                } else if let Some(cause) = trouble(&seat, || probe?.is_idle().err()) {
                     control.fail(&cause);
                 }
-                let has_more = copies.is_some_and(|stream| copier.look(stream, control.gpu().0));
+                let has_more = copies.is_some_and(|stream| copier.look(stream, seat.page()));
                 if failed_at.is_some_and(|moment| !has_more || moment.elapsed() > LAST_COPY) {
-                    return Copier::close(control.gpu().0);
+                    return Copier::close(seat.page());
                 }
             }
         };
         if let Err(error) = std::thread::Builder::new().name("unisono-gpu".to_owned()).spawn(look) {
             tracing::warn!("nobody looks at cuda:{ordinal} between calls: {error}");
         }
-        Self { has_ended, control: watched_control }
+        Self { has_ended, seat: watched_seat }
     }
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
         // A forked child answers for nobody, and has no thread that would give the lock back.
-        if self.control.check_process().is_err() {
+        if self.seat.control.check_process().is_err() {
             return;
         }
         let (ended, change) = &*self.has_ended;
         *ended.lock().unwrap_or_else(PoisonError::into_inner) = true;
         change.notify_all();
-        Copier::close(self.control.gpu().0);
+        Copier::close(self.seat.page());
     }
 }
 
@@ -95,13 +96,10 @@ pub(super) fn side_stream(device: &Device) -> unisono_cuda::Result<Arc<Stream>> 
 }
 
 /// What our GPU has to tell: a report of its kernels, or that its context is lost, if that is the driver's error.
-pub(super) fn trouble(
-    control: &Control,
-    error: impl FnOnce() -> Option<unisono_cuda::Error>,
-) -> Option<Cause> {
-    match Report::read(control.gpu().0) {
-        Some(report) => Some(cause_of(report, control)),
-        None => lost_context(&error()?, control),
+pub(super) fn trouble(seat: &Seat, error: impl FnOnce() -> Option<unisono_cuda::Error>) -> Option<Cause> {
+    match Report::read(seat.page()) {
+        Some(report) => Some(cause_of(report, seat)),
+        None => lost_context(&error()?, &seat.control),
     }
 }
 
@@ -112,8 +110,8 @@ pub(crate) fn lost_context(error: &unisono_cuda::Error, control: &Control) -> Op
 }
 
 /// A report of our kernels, as all ranks tell it.
-pub(crate) fn cause_of(report: Report, control: &Control) -> Cause {
-    let (rank, world_size) = control.member();
+pub(crate) fn cause_of(report: Report, seat: &Seat) -> Cause {
+    let (control, rank) = (&seat.control, seat.rank());
     let describe = |header: Option<CallHeader>, epoch: u32, rank: usize| match header {
         Some(header) => header.describe(u64::from(epoch), rank as u32),
         None => format!("call #{epoch} of an unknown kind on rank {rank}"),
@@ -123,20 +121,19 @@ pub(crate) fn cause_of(report: Report, control: &Control) -> Cause {
             let note = if is_grid { " with another grid" } else { "" };
             Cause::Mismatch {
                 left: describe(mine, epoch, rank),
-                right: describe(theirs, epoch, peer.min(world_size - 1)) + note,
+                right: describe(theirs, epoch, seat.rank_of(peer.min(seat.all - 1))) + note,
             }
         }
         Report::TimedOut { peer, work, waited_ms } => Cause::TimedOut {
             rank: rank as u32,
-            call: format!("{} on its GPU", work.describe(peer, world_size)),
+            call: format!("{} on {}", work.describe(peer, seat.all), seat.place()),
             waited_ms,
-            missing: match peer < world_size {
-                true => vec![control.name(peer).to_owned()],
+            missing: match peer < seat.all {
+                true => vec![seat.name(peer)],
                 // A message of any rank.
-                false => (0..world_size)
-                    .filter(|peer| *peer != rank)
-                    .map(|peer| control.name(peer).to_owned())
-                    .collect(),
+                false => {
+                    (0..seat.all).filter(|peer| *peer != seat.number).map(|peer| seat.name(peer)).collect()
+                }
             },
         },
         Report::OtherMessage { peer, expected, got } => Cause::Mismatch {
@@ -150,7 +147,7 @@ pub(crate) fn cause_of(report: Report, control: &Control) -> Cause {
         Report::Aborted | Report::Unreadable => Cause::Damaged {
             rank: rank as u32,
             who: control.name(rank).to_owned(),
-            word: "the report of its GPU".to_owned(),
+            word: format!("the report of {}", seat.place()),
         },
     }
 }

@@ -17,7 +17,7 @@ fn hello(rank: usize) -> Hello {
         host: HostIdentity { name: "a".to_owned(), boot_id: "boot".to_owned(), network_namespace: 7 },
         pid: 100,
         endpoint: [rank as u8; 16],
-        device: None,
+        devices: Vec::new(),
         options: vec![1],
         options_text: "order=fixed".to_owned(),
     }

@@ -1,7 +1,7 @@
 //! Arguments that do not fit are told to the rank that gave them, before anything is sent or written; the communicator
 //! goes on.
 
-use unisono::{Communicator, DType, Error, Kind, Operations, Place, RawBuffer, ReduceOp, Result};
+use unisono::{Communicator, DType, Error, Kind, Operations, Place, RawBuffer, ReduceOp, Result, Stream};
 use unisono_core::Error as CoreError;
 
 use crate::support::doors::submit_raw;
@@ -47,6 +47,37 @@ fn counts_of_input_and_output_must_fit() {
         "all_gather on rank 1: count should be a multiple of 3, got 7. Nothing was written.",
         |communicator| communicator.all_gather(&mut [0u16; 7]),
     );
+}
+
+#[test]
+fn buffers_on_streams_of_their_own_need_a_stream_each() {
+    is_refused(
+        "all_reduce_multi on rank 1: number of streams should be 2, one for each buffer, got 1. Nothing was written.",
+        |communicator| {
+            let (mut a, mut b) = ([1i32], [2]);
+            let local = vec![(&mut a).into(), (&mut b).into()];
+            let result = communicator.on_each(&[Stream::host()]).all_reduce_multi(local, ReduceOp::Sum);
+            assert_eq!((a, b), ([1], [2]));
+            result
+        },
+    );
+    is_refused(
+        "all_gather on rank 1: operation should be one on several buffers (all_reduce_multi, broadcast_multi), got \
+         all_gather. Nothing was written.",
+        |communicator| communicator.on_each(&[Stream::host()]).all_gather(&mut [0u8; 3]),
+    );
+    on_threads(2, |communicator| {
+        let streams = [Stream::host(), Stream::host()];
+        let (mut a, mut b) = ([1i32, 2], [10, 20]);
+        let local = vec![(&mut a).into(), (&mut b).into()];
+        communicator.on_each(&streams).all_reduce_multi(local, ReduceOp::Sum).unwrap();
+        assert_eq!((a, b), ([22, 44], [22, 44]));
+        b = [communicator.rank() as i32; 2];
+        let local = vec![(&mut a).into(), (&mut b).into()];
+        communicator.on_each(&streams).broadcast_multi(local, 1, 1).unwrap();
+        assert_eq!((a, b), ([1, 1], [1, 1]));
+        communicator.destroy().unwrap();
+    });
 }
 
 #[test]

@@ -7,6 +7,8 @@ pub(crate) mod gpu;
 pub(crate) mod gpu_hangs;
 #[cfg(feature = "cuda")]
 pub(crate) mod gpu_matrix;
+#[cfg(feature = "cuda")]
+pub(crate) mod gpu_seats;
 pub(crate) mod intruders;
 pub(crate) mod kills;
 pub(crate) mod leftovers;

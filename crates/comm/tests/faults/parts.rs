@@ -73,6 +73,8 @@ impl Part {
             #[cfg(feature = "cuda")]
             "gpu survivor" => super::gpu::survive(self),
             #[cfg(feature = "cuda")]
+            "gpu seats" => super::gpu_seats::survive(self),
+            #[cfg(feature = "cuda")]
             "gpu hang" => super::gpu_hangs::hang(self),
             #[cfg(feature = "cuda")]
             "gpu orders" => super::gpu_hangs::opposite(self),

@@ -91,7 +91,7 @@ fn some_hello(rank: usize, world_size: usize) -> Hello {
         },
         pid: 4121,
         endpoint: [rank as u8; 16],
-        device: None,
+        devices: Vec::new(),
         options: vec![1, 2],
         options_text: "order=fixed".to_owned(),
     }
