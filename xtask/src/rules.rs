@@ -23,7 +23,6 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/examples/device_header.rs",
     // Describes device buffers to the library.
     "crates/comm/examples/gpu_call_cost.rs",
-    "crates/comm/examples/gpu_fused.rs",
     "crates/comm/examples/gpu_sweep.rs",
     // Device buffers, whose life the caller promises.
     "crates/comm/src/buffer.rs",

@@ -48,6 +48,31 @@ struct Group {
 
 __device__ __forceinline__ u32 in_group(u32 value, u32 lane) { return __shfl_sync(ALL_LANES, value, lane, GROUP_LANES); }
 
+// Eight f8e4m3, in two words, and back: what the element does one by one. The hardware rounds to nearest even and saturates too, and
+// what it writes for a NaN is one.
+__device__ __forceinline__ void encode(const f32 (&values)[LANE_ELEMENTS], u32 (&codes)[2]) {
+  codes[0] = codes[1] = 0;
+#if __CUDA_ARCH__ >= 890
+#pragma unroll
+  for (u32 i = 0; i < LANE_ELEMENTS; i += 2) codes[i / 4] |= u32(floats_to_fp8s(values[i], values[i + 1])) << (i % 4 * 8);
+#else
+#pragma unroll
+  for (u32 i = 0; i < LANE_ELEMENTS; i++) Element<F8E4M3>::write(codes, i, values[i]);
+#endif
+}
+
+__device__ __forceinline__ void decode(const u32 (&codes)[2], f32 (&values)[LANE_ELEMENTS]) {
+#pragma unroll
+  for (u32 i = 0; i < LANE_ELEMENTS; i += 2) {
+#if __CUDA_ARCH__ >= 890
+    const u32 halves = fp8s_to_halves(u16(codes[i / 4] >> (i % 4 * 8)));
+    values[i] = half_to_float(u16(halves)), values[i + 1] = half_to_float(u16(halves >> 16));
+#else
+    values[i] = Element<F8E4M3>::read(codes, i), values[i + 1] = Element<F8E4M3>::read(codes, i + 1);
+#endif
+  }
+}
+
 __device__ __forceinline__ bool is_finite(f32 value) { return fabsf(value) < __int_as_float(0x7f800000); }
 
 // All lanes of a warp: the packets of two groups. Lanes from 11 on have none.
@@ -61,12 +86,13 @@ __device__ __forceinline__ void quantise(const f32 (&values)[LANE_ELEMENTS], u32
   }
   // No quotient of nothing by nothing: the least is the least normal number.
   const f32 scale = fmaxf(__fdiv_rn(largest, 448.0f), __int_as_float(0x00800000));
-  u32 codes[2] = {0, 0};
+  f32 quotients[LANE_ELEMENTS];
 #pragma unroll
   for (u32 i = 0; i < LANE_ELEMENTS; i++) {
-    const f32 quotient = is_finite(values[i]) ? __fdiv_rn(values[i], scale) : __int_as_float(0x7fc00000);
-    Element<F8E4M3>::write(codes, i, quotient);
+    quotients[i] = is_finite(values[i]) ? __fdiv_rn(values[i], scale) : __int_as_float(0x7fc00000);
   }
+  u32 codes[2];
+  encode(quotients, codes);
   const u32 lane = threadIdx.x % GROUP_LANES, behind = GROUP_PACKETS + lane / 2;
   const u32 low = in_group(codes[0], behind), high = in_group(codes[1], behind);
   packet[0] = codes[0], packet[1] = codes[1];
@@ -80,8 +106,9 @@ __device__ __forceinline__ void dequantise(const u32 (&packet)[3], f32 (&values)
   const f32 scale = __uint_as_float(in_group(packet[2], GROUP_PACKETS - 1));
   const bool is_behind = lane >= GROUP_PACKETS;
   const u32 codes[2] = {is_behind ? low : packet[0], is_behind ? high : packet[1]};
+  decode(codes, values);
 #pragma unroll
-  for (u32 i = 0; i < LANE_ELEMENTS; i++) values[i] = Element<F8E4M3>::read(codes, i) * scale;
+  for (u32 i = 0; i < LANE_ELEMENTS; i++) values[i] = values[i] * scale;
 }
 
 // All lanes of a warp: the sums of what all ranks sent, in rank order, as packets.

@@ -2,7 +2,7 @@
 
 use unisono_core::Reducible;
 use unisono_core::element::f8e4m3;
-use unisono_core::fused::NormOutput;
+pub use unisono_core::fused::{NormOutput, RmsNorm, Row};
 use unisono_core::half::{bf16, f16};
 
 use crate::buffer::{Buf, BufMut};

@@ -183,19 +183,24 @@ fn many_rows_go_in_packets_or_behind_an_all_reduce() {
 
 #[test]
 fn epochs_that_wrap_and_pinned_host_memory_serve_rows_too() {
-    for_worlds(|ranks, devices| {
-        for form in [Form::OneShot, Form::TwoShot] {
-            for (epoch, has_access) in [(0x7fff_fffa, true), (0xffff_fffa, true), (0, false)] {
-                let world = World::new(ranks, devices, |builder| {
-                    prepared(builder).gpu_algorithm(form, 0).first_epoch(epoch).peer_access(has_access)
-                });
-                for tokens in 0..12 {
-                    check(&world, &Rows { tokens, hidden: 1024, ..BF16 }, 0);
-                }
-                world.end();
+    let devices = devices();
+    if devices.is_empty() {
+        return;
+    }
+    // One size of world: kernels for host memory are compiled for no other test of rows.
+    for form in [Form::OneShot, Form::TwoShot] {
+        for (epoch, has_access) in [(0x7fff_fffc, true), (0xffff_fffc, true), (0, false)] {
+            let world = World::new(3, &devices, |builder| {
+                let builder = builder.prepare_rms_norm::<bf16>().order(Order::Rank);
+                builder.gpu_algorithm(form, 0).first_epoch(epoch).peer_access(has_access)
+            });
+            // The fourth call is the one that wraps, and both halves are used before and behind it.
+            for tokens in 1..9 {
+                check(&world, &Rows { tokens, hidden: 1024, ..BF16 }, 0);
             }
+            world.end();
         }
-    });
+    }
 }
 
 /// A residual that goes from call to call, as through the layers of a model.
@@ -300,7 +305,7 @@ fn rows_end_when_patience_does_or_at_an_abort_and_the_device_is_in_order() {
 }
 
 #[test]
-fn rows_that_are_not_prepared_cannot_be_captured_and_windows_and_bad_scales_are_refused() {
+fn rows_that_are_not_prepared_cannot_be_captured_and_bad_scales_and_places_are_refused() {
     let Some(world) = pair(|builder| builder) else { return };
     let rows = Rows { output: NormOutput::Fp8, ..BF16 };
     let sides = Sides::new(&world, 0, &rows, &rows.given(0), 0);
