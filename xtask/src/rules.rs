@@ -13,6 +13,7 @@ const UNSAFE_CRATES: [&str; 6] =
 const UNSAFE_FILES: &[&str] = &[
     // Describes its own buffers to the library, as a binding does; opens NCCL, and calls it.
     "crates/cli/src/bench/gpu.rs",
+    "crates/cli/src/bench/gpu/rows.rs",
     "crates/cli/src/bench/nccl.rs",
     "crates/cli/src/bench/rank.rs",
     // Signals as a descriptor.
@@ -38,6 +39,7 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/src/collectives/engine.rs",
     "crates/comm/src/collectives/exchange.rs",
     "crates/comm/src/collectives/fused.rs",
+    "crates/comm/src/collectives/quantised.rs",
     "crates/comm/src/collectives/gather.rs",
     "crates/comm/src/collectives/multi.rs",
     "crates/comm/src/collectives/reduce_scatter.rs",
@@ -75,6 +77,7 @@ const UNSAFE_FILES: &[&str] = &[
     // Lends a window as a slice.
     "crates/comm/src/window.rs",
     // Submits calls as data.
+    "crates/comm/tests/collectives_threads/quantised.rs",
     "crates/comm/tests/collectives_threads/rows.rs",
     // Gives a closed window to a collective.
     "crates/comm/tests/collectives_threads/windows.rs",
@@ -95,6 +98,7 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/tests/golden.rs",
     // Device buffers of tests.
     "crates/comm/tests/gpu/derive.rs",
+    "crates/comm/tests/gpu/quantised.rs",
     "crates/comm/tests/gpu/fused.rs",
     "crates/comm/tests/gpu/group.rs",
     "crates/comm/tests/gpu/life.rs",
