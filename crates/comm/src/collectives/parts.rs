@@ -25,6 +25,10 @@ pub(crate) struct Uneven {
     /// All buffers of this rank, where it may have several.
     pub(super) locals: Vec<*mut u8>,
     /// Of a call on rows, where each of these lies in a window.
+    #[cfg_attr(
+        not(feature = "cuda"),
+        expect(dead_code, reason = "the host reaches them by their addresses")
+    )]
     pub(super) windows: Vec<Option<WindowPlace>>,
     /// Elements of our own part.
     pub(super) own: usize,
