@@ -18,19 +18,8 @@ type Build = (&'static [&'static str], &'static [(&'static str, &'static str)]);
 const BUILDS: [Build; 4] = [
     (&["build", "--release", "-p", "unisono-cli", "--bin", "unisono"], &[("unisono", "unisono")]),
     (
-        &[
-            "build",
-            "--release",
-            "-p",
-            "unisono",
-            "--example",
-            "gpu_fused",
-            "--example",
-            "gpu_call_cost",
-            "--example",
-            "device_header",
-        ],
-        &[("gpu_fused", "gpu_fused"), ("gpu_call_cost", "gpu_call_cost"), ("device_header", "device_header")],
+        &["build", "--release", "-p", "unisono", "--example", "gpu_call_cost", "--example", "device_header"],
+        &[("gpu_call_cost", "gpu_call_cost"), ("device_header", "device_header")],
     ),
     (&["test", "--release", "-p", "unisono", "--lib", "--no-run"], &[("unisono", "library")]),
     (

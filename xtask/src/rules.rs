@@ -13,6 +13,7 @@ const UNSAFE_CRATES: [&str; 6] =
 const UNSAFE_FILES: &[&str] = &[
     // Describes its own buffers to the library, as a binding does; opens NCCL, and calls it.
     "crates/cli/src/bench/gpu.rs",
+    "crates/cli/src/bench/gpu/rows.rs",
     "crates/cli/src/bench/nccl.rs",
     "crates/cli/src/bench/rank.rs",
     // Signals as a descriptor.
@@ -25,7 +26,6 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/examples/device_header.rs",
     // Describes device buffers to the library.
     "crates/comm/examples/gpu_call_cost.rs",
-    "crates/comm/examples/gpu_fused.rs",
     // Device buffers, whose life the caller promises.
     "crates/comm/src/buffer.rs",
     // The door for bindings to other languages.
@@ -40,6 +40,7 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/src/collectives/engine.rs",
     "crates/comm/src/collectives/exchange.rs",
     "crates/comm/src/collectives/fused.rs",
+    "crates/comm/src/collectives/quantised.rs",
     "crates/comm/src/collectives/gather.rs",
     "crates/comm/src/collectives/multi.rs",
     "crates/comm/src/collectives/reduce_scatter.rs",
@@ -78,6 +79,7 @@ const UNSAFE_FILES: &[&str] = &[
     // Lends a window as a slice.
     "crates/comm/src/window.rs",
     // Submits calls as data.
+    "crates/comm/tests/collectives_threads/quantised.rs",
     "crates/comm/tests/collectives_threads/rows.rs",
     // Gives a closed window to a collective.
     "crates/comm/tests/collectives_threads/windows.rs",
@@ -100,6 +102,7 @@ const UNSAFE_FILES: &[&str] = &[
     // Device buffers of tests.
     "crates/comm/tests/gpu/derive.rs",
     "crates/comm/tests/gpu/engine.rs",
+    "crates/comm/tests/gpu/quantised.rs",
     "crates/comm/tests/gpu/fused.rs",
     "crates/comm/tests/gpu/group.rs",
     "crates/comm/tests/gpu/life.rs",

@@ -8,12 +8,16 @@
 #define PARTS 2
 #define PARTS_OF_SUMS 3
 #define FUSED 8
+#define QUANTISED 9
 
 #include "bulk.cuh"
 #include "direct.cuh"
 #include "engine.cuh"
 #if PURPOSE == FUSED
 #include "fused.cuh"
+#endif
+#if PURPOSE == QUANTISED
+#include "quantised.cuh"
 #endif
 #include "ring.cuh"
 #include "two_shot.cuh"
@@ -80,6 +84,9 @@ ROW_KERNEL(rows_two_shot_of_all, rows_two_shot)
 extern "C" __global__ void __launch_bounds__(256, 4) rows_behind_all(const __grid_constant__ FusedArgs all) {
   rows_behind<CALL_DTYPE>(all);
 }
+#elif PURPOSE == QUANTISED
+KERNEL(all_reduce_quantised_one_shot, 512, false, (quantised_one_shot<CALL_DTYPE>))
+KERNEL(all_reduce_quantised_two_shot, 512, false, (quantised_two_shot<CALL_DTYPE>))
 #elif PURPOSE == PARTS
 // Bytes, whatever they mean.
 KERNEL(gather_one_shot, 512, false, (one_shot<GATHER, U8, SUM>))

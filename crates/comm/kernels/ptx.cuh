@@ -259,6 +259,21 @@ __device__ __forceinline__ u32 floats_to_halves(f32 low, f32 high) {
   return bits;
 }
 
+#if __CUDA_ARCH__ >= 890
+// Pairs of f8e4m3: exact, and to nearest even, saturating at ±448, a NaN as one.
+__device__ __forceinline__ u32 fp8s_to_halves(u16 codes) {
+  u32 halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(codes));
+  return halves;
+}
+
+__device__ __forceinline__ u16 floats_to_fp8s(f32 low, f32 high) {
+  u16 codes;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
+  return codes;
+}
+#endif
+
 __device__ __forceinline__ u32 floats_to_bf16s(f32 low, f32 high) {
   u32 bits;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));

@@ -221,7 +221,8 @@ impl Communicator {
         devices.map(unisono_cuda::Device::ordinal).collect()
     }
 
-    /// What a call on the GPU takes: of `kind`, with `bytes` per rank of elements of `size` bytes. `None` without a GPU.
+    /// What a call on the GPU takes: of `kind`, with `bytes` per rank of elements of `size` bytes. `None` without a GPU. Rows to be
+    /// normalised that take several kernels begin with an all-reduce, and this is its form.
     #[cfg(feature = "cuda")]
     pub fn gpu_choice(&self, kind: Kind, bytes: usize, size: usize) -> Option<unisono_core::device::Launch> {
         self.gpu.as_ref().map(|gpu| gpu.borrow().choice(kind, bytes, size))

@@ -1,8 +1,8 @@
-//! Fused operations: a collective and what inference engines do right after it, in one call.
+//! Fused operations: a collective and what inference engines do right after it, in one call. And which types can be quantised.
 
 use unisono_core::Reducible;
 use unisono_core::element::f8e4m3;
-use unisono_core::fused::NormOutput;
+pub use unisono_core::fused::{NormOutput, RmsNorm, Row};
 use unisono_core::half::{bf16, f16};
 
 use crate::buffer::{Buf, BufMut};
@@ -13,6 +13,13 @@ pub trait HalfFloat: Reducible {}
 
 impl HalfFloat for f16 {}
 impl HalfFloat for bf16 {}
+
+/// An element type whose sums can be quantised: [`f16`], [`bf16`] and [`f32`].
+pub trait Quantisable: Reducible {}
+
+impl Quantisable for f16 {}
+impl Quantisable for bf16 {}
+impl Quantisable for f32 {}
 
 /// An all-reduce of rows, the residual, and RMS normalisation: what stands between two layers of a transformer whose weights are
 /// spread over the ranks. Submitted by [`Operations::all_reduce_rms_norm`](crate::Operations::all_reduce_rms_norm).
@@ -27,7 +34,7 @@ impl HalfFloat for bf16 {}
 /// there, and the same as an all-reduce with a kernel of the rest behind it; but where an all-reduce goes in a ring (large messages,
 /// [`Order::Fixed`](crate::Order)), so does this.
 ///
-/// All buffers lie in the same kind of memory: of the host, or of the stream's GPU and in no window. Outputs overlap nothing else.
+/// All buffers lie in the same kind of memory: of the host, or of the stream's GPU, in windows or not. Outputs overlap nothing else.
 #[derive(Debug)]
 pub struct AllReduceRmsNorm<'b, T> {
     /// This rank's part of the sum: tokens × hidden.

@@ -69,7 +69,7 @@ pub use call::{Call, Counts, Kind};
 pub use communicator::Communicator;
 pub use error::{Error, Result};
 pub use explanation::{Choice, Explanation, OnGpus};
-pub use fused::{AllReduceRmsNorm, HalfFloat, Normalised};
+pub use fused::{AllReduceRmsNorm, HalfFloat, Normalised, Quantisable};
 #[cfg(feature = "cuda")]
 pub use gpu::{DeviceView, device_header};
 pub use group::{Group, Grouped, Promised, group};

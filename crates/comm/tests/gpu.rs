@@ -23,6 +23,10 @@ mod messages;
 mod numbers;
 #[path = "gpu/pinned.rs"]
 mod pinned;
+#[path = "gpu/quantised.rs"]
+mod quantised;
+#[path = "support/quantised.rs"]
+mod quantised_sums;
 #[path = "gpu/random.rs"]
 mod random;
 #[path = "gpu/recorder.rs"]

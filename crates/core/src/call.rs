@@ -96,6 +96,8 @@ pub enum Kind {
         /// Whether the new residual replaces the old one.
         is_in_place: bool,
     },
+    /// As [`Kind::AllReduce`] by sum, of elements that travel with 8 bits each.
+    AllReduceQuantised,
     /// A message to another rank. Not a collective: it has no epoch.
     Send {
         /// The rank that gets it.
@@ -156,6 +158,7 @@ impl Kind {
             Self::AllReduceMulti { .. } => "all_reduce_multi",
             Self::BroadcastMulti { .. } => "broadcast_multi",
             Self::AllReduceRmsNorm { .. } => "all_reduce_rms_norm",
+            Self::AllReduceQuantised => "all_reduce_quantised",
             Self::Send { .. } => "send",
             Self::Recv { .. } => "recv",
             Self::SendRecv { .. } => "send_recv",
@@ -199,6 +202,7 @@ impl Kind {
             Self::AllReduceMulti { .. } => 21,
             Self::BroadcastMulti { .. } => 22,
             Self::AllReduceRmsNorm { .. } => 40,
+            Self::AllReduceQuantised => 41,
         }
     }
 
@@ -368,6 +372,7 @@ impl CallHeader {
                     is_in_place: op & 0x80 != 0,
                 }
             }
+            41 => Kind::AllReduceQuantised,
             3 => Kind::Broadcast { root },
             4 => Kind::AllGather,
             5 => Kind::Destroy,

@@ -23,6 +23,7 @@ pub mod fused;
 pub mod hello;
 pub mod layout;
 pub mod member;
+pub mod quantised;
 pub mod rank_set;
 pub mod recorder;
 pub mod reduce_op;

@@ -8,8 +8,9 @@ use std::io::Write as _;
 use std::time::{Duration, Instant};
 
 use unisono::cuda::{self, Device, DeviceBuffer, Event, Graph, Stream as CudaStream};
+use unisono::half::{bf16, f16};
 use unisono::launch::Launch;
-use unisono::{Builder, Call, Communicator, Form, Kind, Operations, Place, RawBuffer, Stream, gpu};
+use unisono::{Builder, Call, Communicator, DType, Form, Kind, Operations, Place, RawBuffer, Stream, gpu};
 
 use super::gpu_record::{Gpus, NcclFacts, OnGpu};
 use super::nccl::{ID_BYTES, Library, Nccl};
@@ -20,6 +21,7 @@ use super::workload::Workload;
 use super::{Operation, Rival};
 use time::Times;
 
+mod rows;
 mod time;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -47,6 +49,9 @@ fn measure(workload: &Workload) -> Result<()> {
     if workload.reduces() {
         builder = builder.prepare(workload.dtype, workload.op)?;
     }
+    if workload.has_rows() {
+        builder = prepare_rows(builder, workload.dtype);
+    }
     let communicator = builder.build()?;
     let device = Device::new(ordinal)?;
     // For the whole time, so that no call has to look.
@@ -61,7 +66,13 @@ fn measure(workload: &Workload) -> Result<()> {
             tolerance = Some(Tolerance::new(&patterns, ranks, workload.dtype, workload.op)?);
         }
     }
-    let most = workload.sizes.iter().copied().max().unwrap_or(0);
+    let sizes = workload.sizes.iter().copied();
+    let row_bytes = workload.rows.hidden * workload.dtype.size();
+    let most = match workload.has_rows() {
+        true => workload.rows.tokens.iter().map(|tokens| tokens * row_bytes).max(),
+        false => sizes.max(),
+    };
+    let most = most.unwrap_or(0);
     let parts = workload.operations.iter().map(|operation| operation.parts(ranks));
     let (parts_in, parts_out) = parts.fold((1, 1), |most, parts| (most.0.max(parts.0), most.1.max(parts.1)));
     let rank = Rank {
@@ -84,6 +95,14 @@ fn measure(workload: &Workload) -> Result<()> {
         nccl.end()?;
     }
     Ok(rank.communicator.destroy()?)
+}
+
+/// With the kernels of rows of `dtype`.
+fn prepare_rows(builder: Builder, dtype: DType) -> Builder {
+    match dtype {
+        DType::F16 => builder.prepare_rms_norm::<f16>(),
+        _ => builder.prepare_rms_norm::<bf16>(),
+    }
 }
 
 /// Memory with the input of `rank`.
@@ -162,6 +181,12 @@ impl Rank<'_> {
             let sizes = &self.workload.sizes;
             if operation == Operation::Barrier { vec![0] } else { sizes.clone() }
         };
+        if self.workload.has_rows() {
+            let rank = self.communicator.rank();
+            Line::Ready { sizes: self.workload.rows.tokens.len() as u64 }.tell(rank);
+            Line::Gpus(self.gpus()?).tell(rank);
+            return self.measure_rows();
+        }
         let operations = &self.workload.operations;
         let all: usize = operations.iter().map(|operation| sizes(*operation).len()).sum();
         let rank = self.communicator.rank();

@@ -25,6 +25,7 @@ pub(crate) mod pattern;
 mod rank;
 mod record;
 mod report;
+mod rows;
 mod table;
 mod tolerance;
 mod workload;
@@ -45,6 +46,8 @@ pub(crate) enum Operation {
     Gather,
     Scatter,
     SendRecv,
+    /// On GPUs, and alone: by numbers of tokens
+    AllReduceRmsNorm,
     Barrier,
 }
 
@@ -59,17 +62,22 @@ impl Operation {
     /// Parts of the input and of the output. Sides that only the root has are there on every rank: the others leave them.
     pub(crate) const fn parts(self, ranks: usize) -> (usize, usize) {
         match self {
-            Self::AllReduce | Self::Broadcast | Self::Reduce | Self::SendRecv | Self::Barrier => (1, 1),
+            Self::AllReduce
+            | Self::AllReduceRmsNorm
+            | Self::Broadcast
+            | Self::Reduce
+            | Self::SendRecv
+            | Self::Barrier => (1, 1),
             Self::AllGather | Self::Gather => (1, ranks),
             Self::ReduceScatter | Self::Scatter => (ranks, 1),
             Self::AllToAll => (ranks, ranks),
         }
     }
 
-    /// The call; `None` for a barrier and for messages. The root is rank 0.
+    /// The call; `None` for a barrier, for messages, and for rows, which have more buffers. The root is rank 0.
     pub(crate) const fn kind(self, op: ReduceOp) -> Option<Kind> {
         Some(match self {
-            Self::Barrier | Self::SendRecv => return None,
+            Self::Barrier | Self::SendRecv | Self::AllReduceRmsNorm => return None,
             Self::AllReduce => Kind::AllReduce { op },
             Self::Broadcast => Kind::Broadcast { root: 0 },
             Self::AllGather => Kind::AllGather,
@@ -106,6 +114,7 @@ impl Operation {
             Self::Gather => "gather",
             Self::Scatter => "scatter",
             Self::SendRecv => "send_recv",
+            Self::AllReduceRmsNorm => "all_reduce_rms_norm",
             Self::Barrier => "barrier",
         }
     }
@@ -132,7 +141,8 @@ pub(crate) enum Rival {
     after_help = "Bytes are those of one part: what each rank contributes, or gets where it contributes a part to every rank. Times are those of back-to-back calls (batches of 1000 \
                   below 4 KiB): percentiles over batches of the slowest rank. algbw and busbw count as nccl-tests does. send_recv is a round trip between ranks 0 and 1, 2 and 3, and so on; on GPUs every rank sends to the next \
                   and receives from the previous one. \
-                  On GPUs calls are timed by events: eager, as they are submitted, and graph, captured in a CUDA graph; medians of the slowest rank."
+                  On GPUs calls are timed by events: eager, as they are submitted, and graph, captured in a CUDA graph; medians of the slowest rank. all_reduce_rms_norm is timed in graphs, beside the all-reduce alone and beside an all-reduce with \
+                  a kernel of the rest behind it; with --in-place the new residual replaces the old one."
 )]
 pub(crate) struct Arguments {
     /// Operations to measure; all_reduce, broadcast, all_gather and barrier if none is named
@@ -156,6 +166,20 @@ pub(crate) struct Arguments {
     /// Sizes in bytes per rank, separated by commas [for example 8,4KiB,64MiB]
     #[arg(long, value_delimiter = ',', value_name = "SIZES", value_parser = size)]
     sizes: Vec<usize>,
+    /// Rows of all_reduce_rms_norm, each so many, separated by commas
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "ROWS",
+        default_value = "1,2,4,8,16,32,64,128,256,1024,4096"
+    )]
+    tokens: Vec<usize>,
+    /// Elements of a row of all_reduce_rms_norm
+    #[arg(long, value_name = "ELEMENTS", default_value_t = 8192)]
+    hidden: usize,
+    /// What all_reduce_rms_norm writes
+    #[arg(long, value_name = "OUTPUT", default_value = "same")]
+    output: rows::Output,
     /// Put the buffers into windows, which peers read in place
     #[arg(long)]
     windows: bool,
@@ -216,6 +240,7 @@ pub(crate) fn execute(arguments: &Arguments, common: &Common) -> Result<u8, Fail
             Ok(Line::Gpus(gpus)) => report.set_gpus(gpus),
             Ok(Line::Size(measured)) => report.add(measured),
             Ok(Line::GpuSize(measured)) => report.add_gpu(*measured),
+            Ok(Line::Rows(measured)) => report.add_rows(measured),
             // Not ours: whatever a library of the rank printed.
             Err(_) => report.print(&line),
         }

@@ -183,7 +183,8 @@ impl Rank<'_> {
                 }
                 None => Ok(0),
             },
-            Operation::Barrier => Ok(0),
+            // Refused on the host before.
+            Operation::Barrier | Operation::AllReduceRmsNorm => Ok(0),
         }
     }
 

@@ -5,6 +5,7 @@ use std::io::Write as _;
 use serde::{Deserialize, Serialize};
 
 use super::gpu_record::{Gpus, OnGpu};
+use super::rows::OnRows;
 
 /// One measured size of one operation.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -40,6 +41,8 @@ pub(crate) enum Line {
     Size(Measured),
     /// The same on GPUs.
     GpuSize(Box<OnGpu>),
+    /// A number of rows on GPUs.
+    Rows(OnRows),
 }
 
 impl Line {
@@ -60,6 +63,7 @@ impl Line {
 pub(crate) enum Results {
     Host(Vec<Measured>),
     Gpu(Vec<OnGpu>),
+    Rows(Vec<OnRows>),
 }
 
 /// The whole run.

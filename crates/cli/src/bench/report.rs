@@ -7,8 +7,9 @@ use indicatif::ProgressBar;
 
 use super::gpu_record::{Gpus, OnGpu};
 use super::record::{Machine, Measured, Results, Run};
+use super::rows::OnRows;
 use super::workload::Workload;
-use super::{EXIT_WRONG, Place, gpu_table, table};
+use super::{EXIT_WRONG, Place, gpu_table, rows, table};
 use crate::output::progress_bar;
 use crate::{Common, Failure};
 
@@ -21,6 +22,7 @@ pub(super) struct Report<'a> {
     gpus: Option<Gpus>,
     results: Vec<Measured>,
     gpu_results: Vec<OnGpu>,
+    row_results: Vec<OnRows>,
 }
 
 impl<'a> Report<'a> {
@@ -35,6 +37,7 @@ impl<'a> Report<'a> {
             gpus: None,
             results: Vec::new(),
             gpu_results: Vec::new(),
+            row_results: Vec::new(),
         }
     }
 
@@ -71,6 +74,17 @@ impl<'a> Report<'a> {
         self.print(&gpu_table::row(&measured, has_rival));
         self.bar.inc(1);
         self.gpu_results.push(measured);
+    }
+
+    pub(super) fn add_rows(&mut self, measured: OnRows) {
+        if self.row_results.is_empty() {
+            let title = self.title("all_reduce_rms_norm");
+            let title = format!("{title} · rows of {} to {}", measured.hidden, measured.output);
+            self.print(&rows::heading(&title));
+        }
+        self.print(&rows::row(&measured));
+        self.bar.inc(1);
+        self.row_results.push(measured);
     }
 
     /// `all_reduce f32 sum · 2 processes · shared memory`.
@@ -114,10 +128,13 @@ impl<'a> Report<'a> {
         self.bar.finish_and_clear();
         let wrong = match self.workload.place {
             Place::Host => self.results.iter().filter(|measured| measured.wrong > 0).count(),
-            Place::Cuda => self.gpu_results.iter().filter(|measured| measured.is_wrong()).count(),
+            Place::Cuda => {
+                let sizes = self.gpu_results.iter().filter(|measured| measured.is_wrong()).count();
+                sizes + self.row_results.iter().filter(|measured| measured.wrong > 0).count()
+            }
         };
         if is_complete {
-            let sizes = self.results.len() + self.gpu_results.len();
+            let sizes = self.results.len() + self.gpu_results.len() + self.row_results.len();
             self.print(&format!("\n{}", table::footer(sizes, wrong)));
         }
         if wrong > 0 { EXIT_WRONG } else { 0 }
@@ -132,6 +149,7 @@ impl<'a> Report<'a> {
         };
         let results = match self.workload.place {
             Place::Host => Results::Host(self.results),
+            Place::Cuda if !self.row_results.is_empty() => Results::Rows(self.row_results),
             Place::Cuda => Results::Gpu(self.gpu_results),
         };
         let run = Run {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use unisono::{DType, ReduceOp, cuda};
 
+use super::rows::Output;
 use super::{Arguments, Operation, Place, Rival};
 use crate::Failure;
 
@@ -25,6 +26,8 @@ pub(super) struct Workload {
     pub(super) ranks: usize,
     pub(super) operations: Vec<Operation>,
     pub(super) sizes: Vec<usize>,
+    /// Of `all_reduce_rms_norm`.
+    pub(super) rows: Rows,
     pub(super) dtype: DType,
     pub(super) op: ReduceOp,
     pub(super) windows: bool,
@@ -32,6 +35,14 @@ pub(super) struct Workload {
     pub(super) synchronised: bool,
     pub(super) time_per_size: Duration,
     pub(super) least_batches: usize,
+}
+
+/// Which rows are normalised.
+#[derive(Debug)]
+pub(super) struct Rows {
+    pub(super) tokens: Vec<usize>,
+    pub(super) hidden: usize,
+    pub(super) output: Output,
 }
 
 impl Workload {
@@ -54,6 +65,11 @@ impl Workload {
             ranks: arguments.ranks.unwrap_or(if place == Place::Cuda { devices } else { 2 }),
             operations,
             sizes,
+            rows: Rows {
+                tokens: arguments.tokens.clone(),
+                hidden: arguments.hidden,
+                output: arguments.output,
+            },
             dtype: arguments.dtype.unwrap_or(usual),
             op: arguments.op,
             windows: arguments.windows,
@@ -82,6 +98,9 @@ impl Workload {
             unisono::reduce_op::check(self.dtype, self.op)
                 .map_err(|error| Failure::new(error.to_string()))?;
         }
+        if self.has_rows() {
+            self.check_rows()?;
+        }
         match self.place {
             Place::Cuda => self.check_gpus(),
             Place::Host if self.against.is_some() => {
@@ -91,10 +110,39 @@ impl Workload {
         }
     }
 
+    /// Whether rows are normalised, and nothing else is measured.
+    pub(super) fn has_rows(&self) -> bool {
+        self.operations.contains(&Operation::AllReduceRmsNorm)
+    }
+
+    fn check_rows(&self) -> Result<(), Failure> {
+        let name = Operation::AllReduceRmsNorm.name();
+        if self.place == Place::Host {
+            return Err(Failure::new(format!(
+                "{name} is measured on GPUs, and there are none, or --device host was asked for"
+            )));
+        }
+        if self.operations.len() > 1 || self.against.is_some() {
+            return Err(Failure::new(format!(
+                "{name} is measured by tokens and beside its own parts: name no other operation and no --against"
+            )));
+        }
+        if !matches!(self.dtype, DType::F16 | DType::BF16) {
+            return Err(Failure::new(format!("{name} takes f16 or bf16, not {}", self.dtype)));
+        }
+        let hidden = self.rows.hidden;
+        if !hidden.is_multiple_of(8) || !(8..=24_576).contains(&hidden) {
+            return Err(Failure::new(format!(
+                "--hidden takes a multiple of 8 from 8 to 24576, not {hidden}"
+            )));
+        }
+        Ok(())
+    }
+
     fn check_gpus(&self) -> Result<(), Failure> {
         let of_the_host = [
             (self.windows, "--windows"),
-            (self.in_place, "--in-place"),
+            (self.in_place && !self.has_rows(), "--in-place"),
             (self.synchronised, "--synchronised"),
         ];
         if let Some((_, option)) = of_the_host.iter().find(|(is_asked, _)| *is_asked) {

@@ -45,6 +45,12 @@ impl Builder {
         self
     }
 
+    /// The same for [`Operations::all_reduce_quantised`](crate::Operations::all_reduce_quantised) of `T`.
+    pub fn prepare_quantised<T: crate::fused::Quantisable>(mut self) -> Self {
+        self.extra.prepare.push(crate::gpu::kernels::Purpose::Quantised(T::DTYPE));
+        self
+    }
+
     /// Lets the GPU's epochs begin behind `epoch`: for tests of what happens when they wrap. The same on all ranks.
     #[doc(hidden)]
     pub const fn first_epoch(mut self, epoch: u32) -> Self {

@@ -3,6 +3,8 @@
 //! One call goes: check the buffers, take credit for the slot, publish it (with the first data), hear the peers it
 //! reads from, move on. The fast path of an 8-byte all-reduce is one published line, one polled line per peer and some
 //! tens of nanoseconds of bookkeeping: no lock, no allocation, no system call.
+//!
+//! Over 500 lines because one engine serves every kind of call, on the host and for GPUs.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,6 +20,7 @@ use super::flight::Flight;
 use super::fused::RowMemory;
 use super::messages::Messages;
 use super::plan::{FindWindow, Plan, Situation};
+use super::quantised::BlockMemory;
 use super::recorder::Recorder;
 use super::waiting::{Halt, On, Step};
 use super::windows::Windows;
@@ -103,6 +106,8 @@ pub(crate) struct Engine {
     pub(super) sizes: Vec<u64>,
     /// The row that is being normalised.
     pub(super) row: RowMemory,
+    /// The block that is quantised.
+    pub(super) quantised: BlockMemory,
 }
 
 // SAFETY: the raw pointers point into the engine's own boxes, into the shared mapping that `control` keeps, or are
@@ -150,6 +155,7 @@ impl Engine {
             scalars: Vec::with_capacity(world_size),
             sizes: Vec::new(),
             row: RowMemory::default(),
+            quantised: BlockMemory::default(),
         }
     }
 
@@ -284,6 +290,7 @@ impl Engine {
             Kind::AllToAllV => self.all_to_all_v(plan, at),
             Kind::AllReduceMulti { op } => self.all_reduce_multi(plan, op, at),
             Kind::AllReduceRmsNorm { .. } => self.all_reduce_rms_norm(plan, at),
+            Kind::AllReduceQuantised => self.all_reduce_quantised(plan, at),
             Kind::BroadcastMulti { root, .. } => self.broadcast_multi(plan, *root as usize, at),
             _ => self.barrier(at),
         }?;

@@ -11,9 +11,11 @@ use super::copy::copy;
 use super::engine::{Engine, State};
 use super::exchange::{Part, stage_source};
 use super::parts::Uneven;
+#[cfg(feature = "cuda")]
+use super::plan::WindowPlace;
 use super::plan::{Plan, Situation, argument, check_place};
 use super::waiting::Step;
-use crate::buffer::{Place, RawBuffer};
+use crate::buffer::RawBuffer;
 use crate::call::Call;
 use crate::error::Result;
 use crate::reduce::Reduction;
@@ -39,11 +41,17 @@ impl Plan {
 
 #[cfg(feature = "cuda")]
 impl Plan {
-    /// The all-reduce alone that a call on rows begins with, into `target`.
-    pub(crate) fn sum_of_rows(&self, target: *mut u8) -> Self {
+    /// The buffers of a call on rows, in their order, and where they lie in windows.
+    pub(crate) fn row_buffers(&self) -> impl Iterator<Item = (*mut u8, Option<WindowPlace>)> {
+        let windows = self.uneven.iter().flat_map(|uneven| uneven.windows.iter().copied());
+        self.locals().iter().copied().zip(windows)
+    }
+
+    /// The all-reduce alone that a call on rows begins with, from `source` into `target`, wherever they lie.
+    pub(crate) fn sum_of_rows(&self, source: *const u8, target: *mut u8) -> Self {
         let kind = Kind::AllReduce { op: ReduceOp::Sum };
         let header = CallHeader { kind, ..self.header };
-        let (source, dtype, count) = (self.source, self.dtype, self.count);
+        let (dtype, count) = (self.dtype, self.count);
         Self { header, source, target, dtype, count, ..Self::bare(kind) }
     }
 }
@@ -94,11 +102,9 @@ pub(super) fn plan_rows(call: &Call<'_>, situation: &Situation<'_>) -> Result<Pl
             return refuse(what, format!("{count} of {dtype}"), got);
         }
     }
+    let mut windows = Vec::with_capacity(number);
     for buffer in call.buffers() {
-        check_place(kind, buffer, situation)?;
-        if situation.device.is_some() && matches!(buffer.place, Place::Window { .. }) {
-            return refuse("memory", "outside of windows".to_owned(), buffer.place.to_string());
-        }
+        windows.push(check_place(kind, buffer, situation)?);
     }
     if let Some(scale) = scale.filter(|scale| situation.device.is_some() && !scale.ptr.is_multiple_of(4)) {
         return refuse("address of the scale", "a multiple of 4".to_owned(), scale.ptr.to_string());
@@ -118,7 +124,7 @@ pub(super) fn plan_rows(call: &Call<'_>, situation: &Situation<'_>) -> Result<Pl
         count: input.count,
         source: locals[0].cast_const(),
         target: locals[2],
-        uneven: Some(Box::new(Uneven { locals, own: input.count, ..Uneven::default() })),
+        uneven: Some(Box::new(Uneven { locals, windows, own: input.count, ..Uneven::default() })),
         ..Plan::bare(kind)
     })
 }

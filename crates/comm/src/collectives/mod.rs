@@ -30,6 +30,7 @@ mod messages;
 mod multi;
 mod parts;
 mod plan;
+mod quantised;
 mod recorder;
 mod reduce_scatter;
 mod transfer;

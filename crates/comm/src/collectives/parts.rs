@@ -3,7 +3,7 @@
 use unisono_core::call::{CallHeader, Kind, parts_hash};
 use unisono_core::select::Algorithm;
 
-use super::plan::{Plan, Situation, argument, check_place};
+use super::plan::{Plan, Situation, WindowPlace, argument, check_place};
 use crate::buffer::{Place, RawBuffer};
 use crate::call::{Call, Counts};
 use crate::error::Result;
@@ -24,6 +24,12 @@ pub(crate) struct Uneven {
     pub(super) target: Vec<Part>,
     /// All buffers of this rank, where it may have several.
     pub(super) locals: Vec<*mut u8>,
+    /// Of a call on rows, where each of these lies in a window.
+    #[cfg_attr(
+        not(feature = "cuda"),
+        expect(dead_code, reason = "the host reaches them by their addresses")
+    )]
+    pub(super) windows: Vec<Option<WindowPlace>>,
     /// Elements of our own part.
     pub(super) own: usize,
 }

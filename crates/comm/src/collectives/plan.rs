@@ -1,6 +1,7 @@
 //! From a call with its buffers to what the algorithms need: addresses, counts and the header, all checked.
 
 use unisono_core::call::{CallHeader, Kind};
+use unisono_core::quantised::is_quantised;
 use unisono_core::select::{Algorithm, Rules};
 use unisono_core::{DType, select};
 
@@ -115,6 +116,9 @@ impl Plan {
         }
         if let Some(op) = kind.op() {
             unisono_core::reduce_op::check(dtype, op)?;
+        }
+        if matches!(kind, Kind::AllReduceQuantised) && !is_quantised(dtype) {
+            return Err(argument(situation, *kind, "dtype", "f16, bf16 or f32", dtype));
         }
         // The side that is a single part tells the count; where both have parts for all, the ranks divide it.
         let (parts, told) = match sides {
@@ -241,7 +245,7 @@ impl Sides {
     fn new(kind: &Kind, rank: usize, world_size: usize) -> Option<Self> {
         let at_root = |parts| if kind.root() == Some(rank as u32) { parts } else { 0 };
         let (source, target) = match kind {
-            Kind::AllReduce { .. } | Kind::Broadcast { .. } => (1, 1),
+            Kind::AllReduce { .. } | Kind::AllReduceQuantised | Kind::Broadcast { .. } => (1, 1),
             Kind::AllGather => (1, world_size),
             Kind::Reduce { .. } => (1, at_root(1)),
             Kind::ReduceScatter { .. } => (world_size, 1),

@@ -1,8 +1,10 @@
 //! Rows on GPUs: an all-reduce with residual and norm in one kernel, or with one kernel for all that follows it. See
 //! `kernels/fused.cuh`.
 
+use smallvec::SmallVec;
+use unisono_core::ReduceOp;
 use unisono_core::call::{self, Kind};
-use unisono_core::device::select::TEAM_BLOCKS;
+use unisono_core::device::select::{Question, TEAM_BLOCKS};
 use unisono_core::device::{Form, Launch};
 use unisono_core::fused::NormOutput;
 use unisono_cuda::{Function, Grid, Stream};
@@ -10,7 +12,7 @@ use unisono_cuda::{Function, Grid, Stream};
 use super::args::{FusedArgs, HEADER_LAUNCH, Rows};
 use super::{Gpu, launch_word};
 use crate::collectives::Plan;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// The most blocks of the kernel behind an all-reduce: none waits, so these are as many as a device has at once.
 const BEHIND_BLOCKS: u32 = 1056;
@@ -23,25 +25,38 @@ impl Gpu {
             unreachable!("{} has no rows", plan.header.kind.name())
         };
         self.begin(plan, stream)?;
-        let sides = plan.row_sides();
+        let windows: SmallVec<[_; 6]> = plan.row_buffers().filter_map(|(_, window)| window).collect();
+        let mut is_captured = self.keep_if_captured([None; 2], stream)?;
+        for window in &windows {
+            is_captured |= self.keep_if_captured([Some(*window), None], stream)?;
+        }
+        // As our kernels call them, wherever they lie.
+        let rank = self.args.rank as usize;
+        let mut at = [0; 6];
+        for (at, (ptr, window)) in at.iter_mut().zip(plan.row_buffers()) {
+            *at = self.windows.address(rank, ptr as u64, window);
+        }
+        let [input, residual, residual_out, weight, to, scale] = at;
         let count = plan.count / hidden as usize;
+        let kind = u32::from(output.code());
         let rows = Rows {
-            residual: sides.residual as u64,
-            residual_out: sides.residual_out as u64,
-            weight: sides.weight as u64,
-            output: sides.output as u64,
-            scale: sides.scale as u64,
+            residual,
+            residual_out,
+            weight,
+            output: to,
+            scale,
             rows: count as u32,
             hidden,
             epsilon,
-            kind: u32::from(output.code()),
+            kind,
         };
-        let input = plan.source as u64;
         match self.rules.decide_rows(count, hidden as usize) {
             Some(launch) => self.launch_packets(plan, (input, rows), launch, stream)?,
             // The sum needs a place that is as large, and written anyhow.
-            None if output == NormOutput::Same => self.launch_behind(plan, rows, rows.output, stream)?,
-            None if !is_in_place => self.launch_behind(plan, rows, rows.residual_out, stream)?,
+            None if output == NormOutput::Same => {
+                self.launch_behind(plan, (input, rows), rows.output, stream)?
+            }
+            None if !is_in_place => self.launch_behind(plan, (input, rows), rows.residual_out, stream)?,
             None => {
                 let (most, launch) = self.rules.two_shot_rows(hidden as usize);
                 for first in (0..count).step_by(most) {
@@ -50,7 +65,16 @@ impl Gpu {
                 }
             }
         }
-        self.record_order(stream)
+        // What waits for one that the host touches waits for all of them.
+        let hosted = windows.into_iter().find(|window| self.windows.touched([Some(*window), None]).is_some());
+        self.conclude([hosted, None], stream, is_captured)
+    }
+
+    /// What a call on `bytes` of rows takes, or begins with: everything in one kernel, or the all-reduce.
+    pub(super) fn decide_rows(&self, (bytes, size): (usize, usize), hidden: usize) -> Launch {
+        let sum = Question { kind: Kind::AllReduce { op: ReduceOp::Sum }, bytes, size, is_reachable: false };
+        let rows = bytes / (hidden * size).max(1);
+        self.rules.decide_rows(rows, hidden.max(1)).unwrap_or_else(|| self.rules.decide(&sum))
     }
 
     /// All in one kernel.
@@ -79,8 +103,15 @@ impl Gpu {
     }
 
     /// The sum by a kernel of its own, to `sums`, and a second kernel for all else.
-    fn launch_behind(&mut self, plan: &Plan, rows: Rows, sums: u64, stream: &Stream) -> Result<()> {
-        let sum = plan.sum_of_rows(std::ptr::with_exposed_provenance_mut(sums as usize));
+    fn launch_behind(
+        &mut self,
+        plan: &Plan,
+        (input, rows): (u64, Rows),
+        sums: u64,
+        stream: &Stream,
+    ) -> Result<()> {
+        let at = |address: u64| std::ptr::with_exposed_provenance_mut(address as usize);
+        let sum = plan.sum_of_rows(at(input), at(sums));
         // Peers compare the whole call.
         self.launch(&sum, &plan.header.to_words(), stream)?;
         let mut args = self.args;
@@ -92,15 +123,6 @@ impl Gpu {
         };
         let launched = run(&kernels.behind, FusedArgs { args, rows }, grid, stream);
         launched.map_err(|error| self.refused(error))
-    }
-
-    /// The next call on another stream waits for what was put into this one.
-    fn record_order(&self, stream: &Stream) -> Result<()> {
-        let failed = |error| Error::Cuda { rank: self.args.rank as usize, error };
-        match &self.order {
-            Some(order) if !stream.is_capturing().map_err(failed)? => order.record(stream).map_err(failed),
-            _ => Ok(()),
-        }
     }
 }
 

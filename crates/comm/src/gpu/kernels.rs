@@ -2,6 +2,8 @@
 //!
 //! One source is compiled for each world size, link, and (dtype, reduction), and once more for what only moves bytes. What a
 //! process has loaded into a device serves all its communicators there.
+//!
+//! Over 500 lines because every kind of kernel is named, compiled and loaded in one way.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,7 +19,7 @@ use super::copy_engines::EngineFunctions;
 
 const MESSAGES: &str = include_str!("../../kernels/messages.cu");
 const COLLECTIVES: &str = include_str!("../../kernels/collectives.cu");
-const HEADERS: [(&str, &str); 16] = [
+const HEADERS: [(&str, &str); 17] = [
     ("ptx.cuh", include_str!("../../kernels/ptx.cuh")),
     ("element.cuh", include_str!("../../kernels/element.cuh")),
     ("call.cuh", include_str!("../../kernels/call.cuh")),
@@ -33,6 +35,7 @@ const HEADERS: [(&str, &str); 16] = [
     ("ring.cuh", include_str!("../../kernels/ring.cuh")),
     ("engine.cuh", include_str!("../../kernels/engine.cuh")),
     ("fused.cuh", include_str!("../../kernels/fused.cuh")),
+    ("quantised.cuh", include_str!("../../kernels/quantised.cuh")),
     ("messages.cuh", include_str!("../../kernels/messages.cuh")),
 ];
 
@@ -49,6 +52,8 @@ pub enum Purpose {
     ReduceParts(DType, u8),
     /// All-reduce of rows of this dtype, f16 or bf16, with residual and norm.
     Fused(DType),
+    /// Quantised all-reduce of this dtype, f16, bf16 or f32.
+    Quantised(DType),
     /// Messages from rank to rank, and parts of any size that only two ranks know of.
     Messages,
 }
@@ -85,6 +90,8 @@ impl Purpose {
             pairs.flat_map(|(dtype, op)| [Self::reduce(dtype, op), Self::reduce_parts(dtype, op)]);
         let fused = DType::ALL.into_iter().filter(|dtype| unisono_core::fused::is_normed(*dtype));
         let fused = fused.map(Self::Fused);
+        let quantised = DType::ALL.into_iter().filter(|dtype| unisono_core::quantised::is_quantised(*dtype));
+        let fused = fused.chain(quantised.map(Self::Quantised));
         [Self::Copies, Self::Parts, Self::Messages].into_iter().chain(fused).chain(reductions).collect()
     }
 
@@ -93,6 +100,7 @@ impl Purpose {
         match (kind, kind.op()) {
             (Kind::AllReduce { .. }, Some(op)) => Self::reduce(dtype, op),
             (Kind::AllReduceRmsNorm { .. }, _) => Self::Fused(dtype),
+            (Kind::AllReduceQuantised, _) => Self::Quantised(dtype),
             (_, Some(op)) => Self::reduce_parts(dtype, op),
             (Kind::Gather { .. } | Kind::Scatter { .. } | Kind::AllToAll | Kind::AllGatherV, None) => {
                 Self::Parts
@@ -109,18 +117,20 @@ impl Purpose {
             Self::Parts => 2,
             Self::ReduceParts(..) => 3,
             Self::Fused(_) => 8,
+            Self::Quantised(_) => 9,
             Self::Messages => 4,
         }
     }
 }
 
 impl std::fmt::Display for Purpose {
-    /// `copies`, `parts`, `f32 sum`, `f32 sum, parts` or `bf16 rows`.
+    /// `copies`, `parts`, `f32 sum`, `f32 sum, parts`, `bf16 rows` or `bf16 quantised`.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Copies => f.pad("copies"),
             Self::Parts => f.pad("parts"),
             Self::Fused(dtype) => f.pad(&format!("{dtype} rows")),
+            Self::Quantised(dtype) => f.pad(&format!("{dtype} quantised")),
             Self::Messages => f.pad("messages"),
             Self::Reduce(dtype, op) | Self::ReduceParts(dtype, op) => {
                 let op = ReduceOp::from_code(*op, 0.0).map_or("unknown", ReduceOp::name);
@@ -140,8 +150,10 @@ pub fn source(layout: &ArenaLayout, purpose: Purpose) -> Source {
         definitions.push(("CALL_DTYPE", format!("DType({})", dtype.code())));
         definitions.push(("CALL_OP", format!("Op({op})")));
     }
-    if let Purpose::Fused(dtype) = purpose {
+    if let Purpose::Fused(dtype) | Purpose::Quantised(dtype) = purpose {
         definitions.push(("CALL_DTYPE", format!("DType({})", dtype.code())));
+    }
+    if let Purpose::Fused(_) = purpose {
         definitions.push(("FUSED_ARGS_BYTES", size_of::<FusedArgs>().to_string()));
     }
     // Both sides see the same structures, or nothing compiles.
@@ -243,7 +255,7 @@ pub(crate) struct RowFunctions {
 }
 
 /// Every operation that has kernels.
-const OPERATIONS: [Kind; 10] = [
+const OPERATIONS: [Kind; 11] = [
     Kind::AllReduce { op: ReduceOp::Sum },
     Kind::Broadcast { root: 0 },
     Kind::AllGather,
@@ -254,6 +266,7 @@ const OPERATIONS: [Kind; 10] = [
     Kind::AllToAll,
     Kind::AllGatherV,
     Kind::ReduceScatterV { op: ReduceOp::Sum },
+    Kind::AllReduceQuantised,
 ];
 
 /// Where an operation stands among those.
@@ -270,6 +283,7 @@ const fn index(kind: Kind) -> Option<usize> {
         Kind::AllToAll => 7,
         Kind::AllGatherV => 8,
         Kind::ReduceScatterV { .. } => 9,
+        Kind::AllReduceQuantised => 10,
         _ => return None,
     })
 }
@@ -481,7 +495,7 @@ mod tests {
     #[test]
     fn every_pair_of_the_table_has_kernels_of_its_own() {
         let all = Purpose::all();
-        assert_eq!(all.len(), 3 + 2 + 2 * 113, "{}", all.len());
+        assert_eq!(all.len(), 3 + 2 + 3 + 2 * 113, "{}", all.len());
         assert_eq!(
             Purpose::USUAL.map(|purpose| purpose.to_string()).join(", "),
             "copies, parts, messages, f32 sum, f16 sum, bf16 sum, f32 sum, parts, f16 sum, parts, bf16 sum, parts"

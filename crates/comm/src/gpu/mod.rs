@@ -57,6 +57,7 @@ pub(crate) mod one_sided;
 mod origin;
 pub(crate) mod peers;
 pub(crate) mod pinned;
+mod quantised;
 mod recorder;
 pub(crate) mod seats;
 mod watch;
@@ -243,6 +244,7 @@ impl Gpu {
         match plan.header.kind {
             kind if messages::is_of_messages(kind) => self.launch_parts(plan, stream),
             Kind::AllReduceRmsNorm { .. } if plan.count > 0 => self.launch_rows(plan, stream),
+            Kind::AllReduceQuantised => self.launch_quantised(plan, stream),
             _ => self.launch(plan, &plan.header.to_words(), stream),
         }
     }
@@ -433,6 +435,9 @@ impl Gpu {
             let lanes = if matches!(kind, Kind::SendRecv { .. }) { 2 } else { 1 };
             let launch = self.rules.messages(lanes, bytes);
             return Launch { blocks: launch.blocks * lanes as u32, ..launch };
+        }
+        if let Kind::AllReduceRmsNorm { hidden, .. } = kind {
+            return self.decide_rows((bytes, size), hidden as usize);
         }
         self.rules.decide(&Question { kind, bytes, size, is_reachable: false })
     }

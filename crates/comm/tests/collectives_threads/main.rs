@@ -14,6 +14,7 @@ mod in_flight;
 mod messages;
 mod mismatches;
 mod observers;
+mod quantised;
 mod rows;
 mod uneven;
 mod windows;

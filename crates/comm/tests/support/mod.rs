@@ -11,6 +11,7 @@ pub(crate) mod data;
 pub(crate) mod doors;
 pub(crate) mod prepared;
 pub(crate) mod processes;
+pub(crate) mod quantised;
 pub(crate) mod random;
 pub(crate) mod rank;
 pub(crate) mod region;

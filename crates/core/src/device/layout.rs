@@ -13,6 +13,7 @@
 
 use crate::call;
 use crate::layout::Field;
+use crate::quantised::{GROUP, GROUP_BYTES};
 
 /// The most ranks whose GPUs share arenas.
 pub const MAX_RANKS: usize = 16;
@@ -76,6 +77,9 @@ pub const HEADER_SCALAR: usize = 5;
 const HEADER_BYTES: usize = 256;
 /// Bytes of data in a packet.
 pub const PACKET_DATA: usize = 12;
+/// Packets that a group of a quantised sum takes: all of their data.
+const GROUP_PACKETS: usize = GROUP_BYTES / PACKET_DATA;
+const _: () = assert!(GROUP_BYTES.is_multiple_of(PACKET_DATA));
 /// Tiles that a ring's sender may be ahead at least.
 pub const RING_SLOTS: usize = 3;
 /// Buffers of the pipeline in each half for each of two stages: tiles that a rank may be ahead at least.
@@ -287,6 +291,13 @@ impl ArenaLayout {
     /// The largest message that travels two-shot.
     pub const fn two_shot_capacity(&self, size: usize) -> usize {
         self.data_in(self.half_bytes() / (2 * self.ranks), size) * self.ranks
+    }
+
+    /// The same two of an all-reduce that is quantised: bytes of elements of `size`, in whole groups.
+    pub const fn quantised_capacity(&self, size: usize) -> [usize; 2] {
+        let group = self.packet_bytes() * GROUP_PACKETS;
+        let [one, two] = [self.half_bytes() / self.ranks, self.half_bytes() / (2 * self.ranks)];
+        [one / group * GROUP * size, two / group * GROUP * size * self.ranks]
     }
 
     /// What fits into a slot of so many bytes, in whole units.

@@ -12,6 +12,7 @@ use super::layout::{
 use super::table::{Table, WIDE_BLOCKS};
 use crate::call::Kind;
 use crate::fused::UNIT;
+use crate::quantised::{GROUP, GROUP_BYTES};
 use crate::reduce_op::ReduceOp;
 use crate::settings::Order;
 
@@ -41,8 +42,12 @@ impl Form {
     /// Whether there are kernels of this form for an operation.
     pub const fn serves(self, kind: Kind) -> bool {
         match self {
-            Self::OneShot | Self::Bulk => true,
-            Self::TwoShot => matches!(kind, Kind::AllReduce { .. } | Kind::Broadcast { .. }),
+            Self::OneShot => true,
+            // What is larger than packets have room for goes as several calls.
+            Self::Bulk => !matches!(kind, Kind::AllReduceQuantised),
+            Self::TwoShot => {
+                matches!(kind, Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::AllReduceQuantised)
+            }
             Self::Direct => {
                 matches!(kind, Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::AllGather)
             }
@@ -148,6 +153,9 @@ pub const TEAM_THREADS: u32 = 256;
 /// The most teams: as many blocks as move data elsewhere.
 const MOST_TEAMS: usize = 16;
 
+/// Threads that quantise a group together.
+const GROUP_THREADS: usize = 16;
+
 /// What the choice depends on.
 #[derive(Clone, Copy, Debug)]
 pub struct Question {
@@ -159,6 +167,21 @@ pub struct Question {
     pub size: usize,
     /// Whether all buffers lie where all ranks reach them.
     pub is_reachable: bool,
+}
+
+impl Question {
+    /// Bytes of one part on their way.
+    const fn travelling(&self) -> usize {
+        match self.kind {
+            Kind::AllReduceQuantised => self.groups(1) * GROUP_BYTES,
+            _ => self.bytes,
+        }
+    }
+
+    /// Groups of the largest of so many shards.
+    const fn groups(&self, shards: usize) -> usize {
+        self.bytes.div_ceil(GROUP * self.size).div_ceil(shards)
+    }
 }
 
 /// What holds for all calls of a communicator; equal on all ranks.
@@ -226,10 +249,14 @@ impl Rules {
             return false;
         }
         let layout = self.layout();
+        let [one_shot, two_shot] = match question.kind {
+            Kind::AllReduceQuantised => layout.quantised_capacity(question.size),
+            _ => [layout.one_shot_capacity(question.size), layout.two_shot_capacity(question.size)],
+        };
         match form {
             // Who is alone keeps everything where it is.
-            Form::OneShot => self.ranks == 1 || question.bytes <= layout.one_shot_capacity(question.size),
-            Form::TwoShot => self.ranks > 1 && question.bytes <= layout.two_shot_capacity(question.size),
+            Form::OneShot => self.ranks == 1 || question.bytes <= one_shot,
+            Form::TwoShot => self.ranks > 1 && question.bytes <= two_shot,
             Form::Bulk => self.ranks > 1,
             Form::Direct => self.ranks > 1 && question.is_reachable,
             Form::Ring => {
@@ -244,8 +271,13 @@ impl Rules {
         }
     }
 
-    /// The form and grid of a call that moves data.
+    /// The form and grid of a call that moves data; of a quantised all-reduce that takes several kernels, those of the first.
     pub fn decide(&self, question: &Question) -> Launch {
+        let most = match question.kind {
+            Kind::AllReduceQuantised => self.most_quantised(question.size),
+            _ => usize::MAX,
+        };
+        let question = &Question { bytes: question.bytes.min(most), ..*question };
         if let Some(wish) = self.forced
             && self.can(wish.form, question)
         {
@@ -255,10 +287,15 @@ impl Rules {
         let packets_to = row.one_shot_to.max(row.two_shot_to);
         let ring_from = if self.is_narrow() { row.narrow_ring_from } else { row.ring_from };
         let can = |form| self.can(form, question);
-        let form = match question.bytes {
+        let two_shot_to = match question.kind {
+            // There is nothing else.
+            Kind::AllReduceQuantised => usize::MAX,
+            _ => row.two_shot_to,
+        };
+        let form = match question.travelling() {
             bytes if bytes >= row.direct_from && can(Form::Direct) => Form::Direct,
             bytes if bytes <= row.one_shot_to && can(Form::OneShot) => Form::OneShot,
-            bytes if bytes <= row.two_shot_to && can(Form::TwoShot) => Form::TwoShot,
+            bytes if bytes <= two_shot_to && can(Form::TwoShot) => Form::TwoShot,
             // Packets are the quickest, and have no room.
             bytes if bytes <= packets_to && row.direct_from != usize::MAX && can(Form::Direct) => {
                 Form::Direct
@@ -269,6 +306,14 @@ impl Rules {
             _ => Form::Bulk,
         };
         self.grid(Wish { form, blocks: 0, tile: 0 }, question)
+    }
+
+    /// The most bytes of elements of `size` that one kernel of a quantised all-reduce takes, in whole groups.
+    pub const fn most_quantised(&self, size: usize) -> usize {
+        match self.ranks {
+            1 => usize::MAX - (usize::MAX % (GROUP * size)),
+            _ => self.layout().quantised_capacity(size)[1],
+        }
     }
 
     /// The form and grid of an all-reduce of rows of 16-bit elements with what follows it in one kernel; the grid is a multiple of
@@ -348,6 +393,7 @@ impl Rules {
         // Blocks of the pipeline that work on one channel together, and into how many shards they divide what a call has.
         let (team, shards) = match question.kind {
             Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::Reduce { .. } => (3, ranks),
+            Kind::AllReduceQuantised => (1, ranks),
             _ => (2, 1),
         };
         let shard = question.bytes.div_ceil(shards);
@@ -380,7 +426,12 @@ impl Rules {
         let threads = 512;
         match form {
             Form::OneShot | Form::TwoShot => {
-                let units = if form == Form::OneShot { question.bytes } else { shard }.div_ceil(12);
+                let units = match (question.kind, form) {
+                    (Kind::AllReduceQuantised, Form::OneShot) => question.groups(1) * GROUP_THREADS,
+                    (Kind::AllReduceQuantised, _) => question.groups(ranks) * GROUP_THREADS,
+                    (_, Form::OneShot) => question.bytes.div_ceil(PACKET_DATA),
+                    _ => shard.div_ceil(PACKET_DATA),
+                };
                 // One unit for each thread while that takes few blocks.
                 let threads = units.next_multiple_of(32).clamp(256, 512);
                 // Who is alone waits for nobody.
@@ -620,6 +671,43 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn quantised_sums_travel_in_packets_whatever_their_size() {
+        for ranks in [1, 2, 3, 5, 8, MAX_RANKS] {
+            for link in [Link::Device, Link::Host] {
+                let rules = Rules { link, ..rules(ranks) };
+                let packet = rules.layout().packet_bytes();
+                let half = rules.layout().definitions();
+                let half = half.split("#define HALF_BYTES ").nth(1).unwrap().split("ull").next().unwrap();
+                let half: usize = half.parse().unwrap();
+                for bytes in (0..40).map(|shift| (1usize << shift) + 4) {
+                    let question = Question { kind: Kind::AllReduceQuantised, size: 4, ..question(bytes) };
+                    let launch = rules.decide(&question);
+                    let part = bytes.min(rules.most_quantised(4));
+                    let groups = part.div_ceil(4 * GROUP);
+                    // What the kernels of these forms write.
+                    let written = match launch.form {
+                        _ if ranks == 1 => 0,
+                        Form::OneShot => ranks * groups * 11 * packet,
+                        Form::TwoShot => 2 * ranks * groups.div_ceil(ranks) * 11 * packet,
+                        other => panic!("{other} has no kernel"),
+                    };
+                    assert!(written <= half, "{question:?} {launch:?}: {written} of {half}");
+                    let room = (launch.blocks * launch.threads) as usize;
+                    assert!(launch.blocks >= 1 && launch.threads.is_multiple_of(32) && room >= 32);
+                }
+                assert!(rules.most_quantised(2).is_multiple_of(2 * GROUP) && rules.most_quantised(2) > 0);
+            }
+        }
+        let form = |rules: &Rules, bytes| {
+            rules.decide(&Question { kind: Kind::AllReduceQuantised, ..question(bytes) }).form
+        };
+        // 132 bytes travel for 256.
+        assert_eq!((form(&rules(8), 200 << 10), form(&rules(8), 300 << 10)), (Form::OneShot, Form::TwoShot));
+        let asked = Rules { forced: "two-shot".parse().ok(), ..rules(4) };
+        assert_eq!((form(&asked, 8), form(&rules(4), 8)), (Form::TwoShot, Form::OneShot));
     }
 
     #[test]

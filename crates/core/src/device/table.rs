@@ -148,7 +148,7 @@ impl Table {
 /// GPUs, is moved as a gather is.
 const fn index(kind: Kind) -> usize {
     match kind {
-        Kind::AllReduce { .. } => 0,
+        Kind::AllReduce { .. } | Kind::AllReduceQuantised => 0,
         Kind::Broadcast { .. } => 1,
         Kind::AllGather | Kind::AllGatherV => 2,
         Kind::Reduce { .. } => 3,

@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 
 mod reference;
 
+pub(crate) use reference::check_buffers;
 pub use reference::reference;
 
 /// How a reduction combines elements.
@@ -176,14 +177,14 @@ pub const fn is_supported(dtype: DType, op: ReduceOp) -> bool {
 /// Refuses a pair that does not exist, with the reductions that the dtype does have.
 #[inline]
 pub fn check(dtype: DType, op: ReduceOp) -> Result<()> {
-    if is_supported(dtype, op) { Ok(()) } else { Err(unsupported(dtype, op)) }
+    if is_supported(dtype, op) { Ok(()) } else { Err(unsupported(dtype, op.name())) }
 }
 
 #[cold]
-fn unsupported(dtype: DType, op: ReduceOp) -> Error {
+pub(crate) fn unsupported(dtype: DType, op: &'static str) -> Error {
     let names: Vec<_> =
         ReduceOp::ALL.into_iter().filter(|op| is_supported(dtype, *op)).map(ReduceOp::name).collect();
-    Error::Unsupported { op: op.name(), dtype, supported: names.join(", ") }
+    Error::Unsupported { op, dtype, supported: names.join(", ") }
 }
 
 #[cfg(test)]

@@ -56,7 +56,14 @@ pub fn reference(
     Ok(())
 }
 
-fn check_buffers(dtype: DType, op: ReduceOp, inputs: &[&[u8]], scalars: &[f64], output: &[u8]) -> Result<()> {
+/// Refuses buffers that do not fit together.
+pub(crate) fn check_buffers(
+    dtype: DType,
+    op: ReduceOp,
+    inputs: &[&[u8]],
+    scalars: &[f64],
+    output: &[u8],
+) -> Result<()> {
     let refuse = |what: String, expected: String, got: usize| {
         Err(Error::Reduction { op: op.name(), dtype, what, expected, got: got as u64 })
     };

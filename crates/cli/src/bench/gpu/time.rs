@@ -64,7 +64,7 @@ impl Rank<'_> {
     }
 
     /// Microseconds that the device takes for what `submit` puts into the stream.
-    fn between_events(&self, submit: impl FnOnce() -> Result<()>) -> Result<f64> {
+    pub(super) fn between_events(&self, submit: impl FnOnce() -> Result<()>) -> Result<f64> {
         let [start, end] = &self.events;
         self.communicator.barrier()?;
         start.record(&self.queue)?;
@@ -99,7 +99,7 @@ impl Rank<'_> {
     }
 
     /// The median over rounds of the slowest rank's times.
-    fn median(&self, mut times: Vec<f64>) -> Result<f64> {
+    pub(super) fn median(&self, mut times: Vec<f64>) -> Result<f64> {
         self.communicator.all_reduce(&mut times, ReduceOp::Max)?;
         times.sort_by(f64::total_cmp);
         Ok(times[times.len() / 2])
