@@ -218,7 +218,10 @@ fn tuning_on_gpus_is_refused_politely_where_there_is_none() {
         assert!(said.contains("--device cuda: no CUDA device: "), "{said}");
     }
     for (arguments, expected) in [
-        (&["--forms=bulb"][..], "expected one of one-shot, two-shot, bulk, direct, ring, and after colons"),
+        (
+            &["--forms=bulb"][..],
+            "expected one of one-shot, two-shot, bulk, direct, ring, engine, and after colons",
+        ),
         (&["--operations=barrier"], "expected one of all_reduce, broadcast, all_gather, reduce, "),
         (&["--forms=ring", "--sizes=3"], "expected a whole number of bf16 elements, of 2 bytes"),
         (&["--sizes=4KiB"], "--forms <FORMS>"),
