@@ -166,37 +166,9 @@ pub(crate) fn room_bytes(device: &Device, link: Link) -> u32 {
 #[derive(Debug)]
 pub(crate) struct Loaded {
     /// By operation and form.
-    functions: [[Option<Function>; Form::ALL.len()]; OPERATIONS.len()],
+    functions: [[Option<Function>; Form::ALL.len()]; Kind::EQUAL_PARTS.len()],
     barrier: Option<Function>,
     clock: Option<Function>,
-}
-
-/// Every operation that has kernels.
-const OPERATIONS: [Kind; 8] = [
-    Kind::AllReduce { op: ReduceOp::Sum },
-    Kind::Broadcast { root: 0 },
-    Kind::AllGather,
-    Kind::Reduce { op: ReduceOp::Sum, root: 0 },
-    Kind::ReduceScatter { op: ReduceOp::Sum },
-    Kind::Gather { root: 0 },
-    Kind::Scatter { root: 0 },
-    Kind::AllToAll,
-];
-
-/// Where an operation stands among those.
-#[inline]
-const fn index(kind: Kind) -> Option<usize> {
-    Some(match kind {
-        Kind::AllReduce { .. } => 0,
-        Kind::Broadcast { .. } => 1,
-        Kind::AllGather => 2,
-        Kind::Reduce { .. } => 3,
-        Kind::ReduceScatter { .. } => 4,
-        Kind::Gather { .. } => 5,
-        Kind::Scatter { .. } => 6,
-        Kind::AllToAll => 7,
-        _ => return None,
-    })
 }
 
 /// Whether the input has a part for each rank, and the output one of each.
@@ -210,16 +182,17 @@ pub(crate) const fn parts(kind: Kind) -> (bool, bool) {
 /// Whether calls of this kind run on GPUs.
 #[inline]
 pub(crate) const fn has_kernels(kind: Kind) -> bool {
-    matches!(kind, Kind::Barrier) || index(kind).is_some()
+    matches!(kind, Kind::Barrier) || kind.equal_parts_index().is_some()
 }
 
 impl Loaded {
     fn load(device: &Device, layout: &ArenaLayout, purpose: Purpose) -> Result<Self> {
         let cubin = Cache::of_user().cubin(&source(layout, purpose), architecture(device), Compiler::find)?;
         let module = Module::load(device, &cubin)?;
-        let mut functions: [[Option<Function>; Form::ALL.len()]; OPERATIONS.len()] = Default::default();
+        let mut functions: [[Option<Function>; Form::ALL.len()]; Kind::EQUAL_PARTS.len()] =
+            Default::default();
         let dtype = DType::U8;
-        for (kind, functions) in OPERATIONS.iter().zip(&mut functions) {
+        for (kind, functions) in Kind::EQUAL_PARTS.iter().zip(&mut functions) {
             if Purpose::of(*kind, dtype).code() != purpose.code() {
                 continue;
             }
@@ -243,7 +216,7 @@ impl Loaded {
     /// The kernel of a call that moves data.
     #[inline]
     pub(crate) fn function(&self, kind: Kind, form: Form) -> Option<&Function> {
-        self.functions[index(kind)?][form as usize].as_ref()
+        self.functions[kind.equal_parts_index()?][form as usize].as_ref()
     }
 
     /// The kernel that only exchanges headers.

@@ -348,16 +348,7 @@ mod tests {
                 let rules = Rules { link, bulk_copies, most_blocks, ..rules(ranks) };
                 let layout = rules.layout();
                 for shift in 0..36 {
-                    for kind in [
-                        Kind::AllReduce { op: ReduceOp::Sum },
-                        Kind::Broadcast { root: 0 },
-                        Kind::AllGather,
-                        Kind::Reduce { op: ReduceOp::Sum, root: 0 },
-                        Kind::ReduceScatter { op: ReduceOp::Sum },
-                        Kind::Gather { root: 0 },
-                        Kind::Scatter { root: 0 },
-                        Kind::AllToAll,
-                    ] {
+                    for kind in Kind::EQUAL_PARTS {
                         let question = Question { kind, ..question((1 << shift) + 1) };
                         let launch = rules.decide(&question);
                         assert!(rules.can(launch.form, &question), "{question:?}");
