@@ -138,6 +138,34 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// The collectives of equal parts; their reduction and their root do not matter.
+    pub const EQUAL_PARTS: [Self; 8] = [
+        Self::AllReduce { op: ReduceOp::Sum },
+        Self::Broadcast { root: 0 },
+        Self::AllGather,
+        Self::Reduce { op: ReduceOp::Sum, root: 0 },
+        Self::ReduceScatter { op: ReduceOp::Sum },
+        Self::Gather { root: 0 },
+        Self::Scatter { root: 0 },
+        Self::AllToAll,
+    ];
+
+    /// Where an operation stands in [`EQUAL_PARTS`](Self::EQUAL_PARTS); `None` if it is none of them.
+    #[inline]
+    pub const fn equal_parts_index(self) -> Option<usize> {
+        Some(match self {
+            Self::AllReduce { .. } => 0,
+            Self::Broadcast { .. } => 1,
+            Self::AllGather => 2,
+            Self::Reduce { .. } => 3,
+            Self::ReduceScatter { .. } => 4,
+            Self::Gather { .. } => 5,
+            Self::Scatter { .. } => 6,
+            Self::AllToAll => 7,
+            _ => return None,
+        })
+    }
+
     /// The field's name of the operation.
     pub const fn name(&self) -> &'static str {
         match self {

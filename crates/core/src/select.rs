@@ -6,7 +6,6 @@ use std::str::FromStr;
 use crate::call::Kind;
 use crate::error::{Error, Result};
 use crate::layout::INLINE_BYTES;
-use crate::reduce_op::ReduceOp;
 
 /// How a collective is carried out over shared memory.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -83,16 +82,7 @@ pub struct Thresholds {
 }
 
 /// The operations with a direct form (the reduction and the root do not matter).
-pub const DIRECT_FORMS: [Kind; 8] = [
-    Kind::AllReduce { op: ReduceOp::Sum },
-    Kind::Broadcast { root: 0 },
-    Kind::AllGather,
-    Kind::Reduce { op: ReduceOp::Sum, root: 0 },
-    Kind::ReduceScatter { op: ReduceOp::Sum },
-    Kind::Gather { root: 0 },
-    Kind::Scatter { root: 0 },
-    Kind::AllToAll,
-];
+pub const DIRECT_FORMS: [Kind; 8] = Kind::EQUAL_PARTS;
 
 /// Up to this much read per rank all-reduces are one-shot, measured with two ranks on two Zen 5 cores (`unisono bench
 /// all_reduce`).
@@ -131,19 +121,11 @@ impl Thresholds {
 
     /// From where on `kind` is direct, if all its buffers lie in windows; `None` if it has no direct form.
     pub const fn direct_from(&self, kind: Kind) -> Option<usize> {
-        let at = match kind {
-            Kind::AllReduce { .. } => 0,
-            Kind::Broadcast { .. } => 1,
-            Kind::AllGather => 2,
-            Kind::Reduce { .. } => 3,
-            Kind::ReduceScatter { .. } => 4,
-            Kind::Gather { .. } => 5,
-            Kind::Scatter { .. } => 6,
-            Kind::AllToAll => 7,
-            // Parts of any size, and several buffers of a rank, are staged, in windows or not.
-            _ => return None,
-        };
-        Some(self.direct_from[at])
+        // Parts of any size, and several buffers of a rank, are staged, in windows or not.
+        match kind.equal_parts_index() {
+            Some(at) => Some(self.direct_from[at]),
+            None => None,
+        }
     }
 }
 
@@ -227,6 +209,7 @@ pub fn decide(question: &Question, rules: &Rules) -> Decision {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::reduce_op::ReduceOp;
 
     const SUM: Question =
         Question { kind: Kind::AllReduce { op: ReduceOp::Sum }, bytes: 8, in_windows: false };

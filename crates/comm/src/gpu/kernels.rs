@@ -208,7 +208,7 @@ pub(crate) fn room_bytes(device: &Device, link: Link) -> u32 {
 #[derive(Debug)]
 pub(crate) struct Loaded {
     /// By operation and form.
-    functions: [[Option<Function>; Form::ALL.len()]; OPERATIONS.len()],
+    functions: [[Option<Function>; Form::ALL.len()]; OPERATIONS],
     rows: Option<RowFunctions>,
     /// Those of calls by copy engines behind the first.
     pub(super) engine: Option<EngineFunctions>,
@@ -254,38 +254,23 @@ pub(crate) struct RowFunctions {
     pub(crate) behind: Function,
 }
 
-/// Every operation that has kernels.
-const OPERATIONS: [Kind; 11] = [
-    Kind::AllReduce { op: ReduceOp::Sum },
-    Kind::Broadcast { root: 0 },
-    Kind::AllGather,
-    Kind::Reduce { op: ReduceOp::Sum, root: 0 },
-    Kind::ReduceScatter { op: ReduceOp::Sum },
-    Kind::Gather { root: 0 },
-    Kind::Scatter { root: 0 },
-    Kind::AllToAll,
-    Kind::AllGatherV,
-    Kind::ReduceScatterV { op: ReduceOp::Sum },
-    Kind::AllReduceQuantised,
-];
+/// The operations with kernels of several forms beside the collectives of equal parts.
+const OF_OTHER_PARTS: [Kind; 3] =
+    [Kind::AllGatherV, Kind::ReduceScatterV { op: ReduceOp::Sum }, Kind::AllReduceQuantised];
+
+/// How many operations have kernels of several forms.
+const OPERATIONS: usize = Kind::EQUAL_PARTS.len() + OF_OTHER_PARTS.len();
 
 /// Where an operation stands among those.
 #[inline]
 const fn index(kind: Kind) -> Option<usize> {
-    Some(match kind {
-        Kind::AllReduce { .. } => 0,
-        Kind::Broadcast { .. } => 1,
-        Kind::AllGather => 2,
-        Kind::Reduce { .. } => 3,
-        Kind::ReduceScatter { .. } => 4,
-        Kind::Gather { .. } => 5,
-        Kind::Scatter { .. } => 6,
-        Kind::AllToAll => 7,
-        Kind::AllGatherV => 8,
-        Kind::ReduceScatterV { .. } => 9,
-        Kind::AllReduceQuantised => 10,
-        _ => return None,
-    })
+    let other = match kind {
+        Kind::AllGatherV => 0,
+        Kind::ReduceScatterV { .. } => 1,
+        Kind::AllReduceQuantised => 2,
+        _ => return kind.equal_parts_index(),
+    };
+    Some(Kind::EQUAL_PARTS.len() + other)
 }
 
 /// Whether the input has a part for each rank, and the output one of each: of one size, or of any.
@@ -311,9 +296,9 @@ impl Loaded {
     fn load(device: &Device, layout: &ArenaLayout, purpose: Purpose) -> Result<Self> {
         let cubin = Cache::of_user().cubin(&source(layout, purpose), architecture(device), Compiler::find)?;
         let module = Module::load(device, &cubin)?;
-        let mut functions: [[Option<Function>; Form::ALL.len()]; OPERATIONS.len()] = Default::default();
+        let mut functions: [[Option<Function>; Form::ALL.len()]; OPERATIONS] = Default::default();
         let dtype = DType::U8;
-        for (kind, functions) in OPERATIONS.iter().zip(&mut functions) {
+        for (kind, functions) in Kind::EQUAL_PARTS.iter().chain(&OF_OTHER_PARTS).zip(&mut functions) {
             if Purpose::of(*kind, dtype).code() != purpose.code() {
                 continue;
             }

@@ -519,18 +519,8 @@ mod tests {
                 let rules = Rules { link, bulk_copies, most_blocks, ..rules(ranks) };
                 let layout = rules.layout();
                 for shift in 0..36 {
-                    for kind in [
-                        Kind::AllReduce { op: ReduceOp::Sum },
-                        Kind::Broadcast { root: 0 },
-                        Kind::AllGather,
-                        Kind::Reduce { op: ReduceOp::Sum, root: 0 },
-                        Kind::ReduceScatter { op: ReduceOp::Sum },
-                        Kind::Gather { root: 0 },
-                        Kind::Scatter { root: 0 },
-                        Kind::AllToAll,
-                        Kind::AllGatherV,
-                        Kind::ReduceScatterV { op: ReduceOp::Sum },
-                    ] {
+                    let more = [Kind::AllGatherV, Kind::ReduceScatterV { op: ReduceOp::Sum }];
+                    for kind in Kind::EQUAL_PARTS.into_iter().chain(more) {
                         let question = Question { kind, ..question((1 << shift) + 1) };
                         let launch = rules.decide(&question);
                         assert!(rules.can(launch.form, &question), "{question:?}");
