@@ -79,8 +79,10 @@ fn every_form_moves_and_reduces_every_kind_of_size() {
     for_worlds(|ranks, devices| {
         let mut forms: Vec<Option<(Form, u32)>> =
             Form::ALL.into_iter().filter(|form| *form != Form::Direct).map(|form| Some((form, 0))).collect();
-        // Few blocks move tiles by bulk copies where there are any, many by threads.
-        forms.extend([Some((Form::Ring, 5)), Some((Form::Ring, 90)), Some((Form::Bulk, 90)), None]);
+        // Few blocks move tiles by bulk copies where there are any, many by threads; 4 are fewer channels than there are ranks.
+        let with_blocks = [(Form::Ring, 5), (Form::Ring, 90), (Form::Bulk, 4), (Form::Bulk, 90)];
+        forms.extend(with_blocks.map(Some));
+        forms.push(None);
         for (turn, form) in forms.into_iter().enumerate() {
             let world = World::new(ranks, devices, |builder| match form {
                 Some((form, blocks)) => builder.gpu_algorithm(form, blocks),

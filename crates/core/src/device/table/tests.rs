@@ -163,7 +163,7 @@ fn without_a_tuning_file_grids_are_those_that_were_measured() {
         (wide(4), all_reduce, 4 << 20, (Form::Bulk, 63, 1024, 800, true)),
         (wide(4), all_reduce, 64 << 20, (Form::Ring, 128, 512, 4096, false)),
         (wide(4), Kind::AllGather, 2 << 20, (Form::Bulk, 64, 1024, 800, true)),
-        (wide(4), Kind::Scatter { root: 0 }, 1 << 20, (Form::Bulk, 120, 512, 1088, false)),
+        (wide(4), Kind::Scatter { root: 0 }, 1 << 20, (Form::Bulk, 120, 512, 4368, false)),
         (wide(4), Kind::Scatter { root: 0 }, 16 << 20, (Form::Bulk, 64, 1024, 800, true)),
         (wide(4), Kind::AllToAll, 128 << 20, (Form::Bulk, 64, 1024, 1600, true)),
         (by_threads(4), all_reduce, 4 << 20, (Form::Bulk, 120, 512, 1632, false)),
