@@ -88,7 +88,7 @@ pub use unisono_core::select::Algorithm;
 pub use unisono_core::settings::{Order, Require};
 pub use unisono_core::topology::{Link, Topology};
 pub use unisono_core::{
-    Complex, DType, Element, ReduceOp, Reducible, Secret, UniqueId, half, reduce_op, settings,
+    Complex, DType, Element, ReduceOp, Reducible, Secret, UniqueId, half, quantised, reduce_op, settings,
 };
 #[cfg(feature = "cuda")]
 pub use unisono_cuda as cuda;
