@@ -1,4 +1,6 @@
 //! The errors of the library. Each says what was expected, what came, and which rank.
+//!
+//! Over 500 lines because there is one list of them, each with what it tells.
 
 use std::time::Duration;
 

@@ -1,4 +1,6 @@
 //! The list of operations, once, for every way to submit them.
+//!
+//! Over 500 lines because each operation is documented, with an example, where it stands in that list.
 
 use unisono_core::{Element, ReduceOp, Reducible};
 

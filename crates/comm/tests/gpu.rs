@@ -7,6 +7,8 @@
 mod all_to_all_v;
 #[path = "support/gpu_case.rs"]
 mod case;
+#[path = "gpu/counted.rs"]
+mod counted;
 #[path = "gpu/derive.rs"]
 mod derive;
 #[path = "gpu/engine.rs"]

@@ -1,5 +1,7 @@
 //! Ranks with several devices, or one that counts several times: operations on a buffer of each, which must give the bits of a world
 //! in which every device is a rank. Ranks are threads here, which meet as processes do.
+//!
+//! Over 500 lines because all of it works with the same tools of a rank.
 
 use std::sync::Arc;
 use std::time::Duration;
