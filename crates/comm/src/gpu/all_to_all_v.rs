@@ -21,18 +21,24 @@ pub(crate) struct AllToAllFunctions {
 
 impl AllToAllFunctions {
     pub(super) fn load(module: &Module, room_bytes: u32) -> CudaResult<Self> {
-        let pair = |name: &str| -> CudaResult<[Function; 2]> {
+        let pair = |name: &str, room_bytes: u32| -> CudaResult<[Function; 2]> {
             let large = module.function(name)?;
             large.allow_shared(room_bytes)?;
             Ok([large, module.function(&format!("small_{name}"))?])
         };
-        Ok(Self { in_place: pair("in_place_of_all")?, counted: pair("counted_of_all")? })
+        let counted = pair("counted_of_all", counted_room(room_bytes))?;
+        Ok(Self { in_place: pair("in_place_of_all", room_bytes)?, counted })
     }
 
     /// The kernel of this form, any size or one-shot, for what goes into the place of what is sent.
     pub(super) fn in_place(&self, form: Form) -> &Function {
         &self.in_place[usize::from(form == Form::OneShot)]
     }
+}
+
+/// What is left of shared memory for tiles where each block lists its lane there, as `Messages`.
+const fn counted_room(room_bytes: u32) -> u32 {
+    room_bytes.saturating_sub(size_of::<Messages>() as u32)
 }
 
 impl Gpu {
@@ -77,12 +83,10 @@ impl Gpu {
             reserved: 0,
         };
         let function = &self.kernels.all_to_all_v().counted[usize::from(launch.form == Form::OneShot)];
-        // Each block lists its lane as `Messages`, in memory that it shares.
-        let room_bytes = self.room_bytes.saturating_sub(size_of::<Messages>() as u32);
         let grid = Grid {
             blocks: launch.blocks * lanes as u32 + 1,
             threads: launch.threads.max(256),
-            shared_bytes: if launch.by_copies { room_bytes } else { 0 },
+            shared_bytes: if launch.by_copies { counted_room(self.room_bytes) } else { 0 },
         };
         // SAFETY: the kernel takes `Counted`; what it names lives as long as this communicator, which waits for its kernels before it lets
         // go, and the buffers are valid until the stream has passed, as whoever made the call promised.
