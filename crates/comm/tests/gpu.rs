@@ -3,8 +3,12 @@
 #![cfg(feature = "cuda")]
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "seeds, and what is skipped, are said")]
 
+#[path = "gpu/all_to_all_v.rs"]
+mod all_to_all_v;
 #[path = "support/gpu_case.rs"]
 mod case;
+#[path = "gpu/counted.rs"]
+mod counted;
 #[path = "gpu/derive.rs"]
 mod derive;
 #[path = "gpu/engine.rs"]

@@ -40,6 +40,7 @@ use seats::Seat;
 use watch::Watch;
 use windows::Windows;
 
+mod all_to_all_v;
 pub(crate) mod arenas;
 pub(crate) mod args;
 pub(crate) mod attach;
@@ -245,6 +246,7 @@ impl Gpu {
             kind if messages::is_of_messages(kind) => self.launch_parts(plan, stream),
             Kind::AllReduceRmsNorm { .. } if plan.count > 0 => self.launch_rows(plan, stream),
             Kind::AllReduceQuantised => self.launch_quantised(plan, stream),
+            Kind::AllToAllCounted => self.launch_counted(plan, stream),
             _ => self.launch(plan, &plan.header.to_words(), stream),
         }
     }
