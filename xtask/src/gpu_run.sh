@@ -163,6 +163,9 @@ part_bench() {
         [ "$ranks" -ge "$count" ] || bench "bench-$ranks" "$ranks" all_reduce broadcast all_gather
     done
     TAIL=40 step rows 60 ./unisono bench all_reduce_rms_norm --device cuda -n "$count" "--json=$out/rows.json"
+    if python3 -c 'import torch' 2>/dev/null; then
+        TAIL=50 step torch-symmetric 90 python3 torch_symmetric.py --ranks "$count" --json "$out/torch-symmetric.json"
+    fi
     UNISONO_ORDER=rank TAIL=20 step rank-order 60 ./unisono bench all_reduce --device cuda -n "$count" --sizes 256MiB,1GiB \
         "--json=$out/rank-order.json"
     step call-cost 60 ./gpu_call_cost
