@@ -200,8 +200,14 @@ impl Gpu {
 
     /// From now on calls take the form that `rules` ask for, and the grids of their table. All ranks change between the same two
     /// calls.
-    pub(crate) const fn change_rules(&mut self, rules: &Rules) {
-        (self.rules.forced, self.rules.table) = (rules.forced, rules.table);
+    pub(crate) fn change_rules(&mut self, rules: &Rules) -> Result<()> {
+        let rules = Rules { forced: rules.forced, table: rules.table, ..self.rules };
+        let have = self.engines.as_ref().map_or(0, Engines::lanes);
+        if let Some(lanes) = rules.lanes().filter(|lanes| *lanes > have) {
+            self.engines = Some(Engines::new(&self.device, lanes).map_err(|error| self.refused(error))?);
+        }
+        self.rules = rules;
+        Ok(())
     }
 
     /// The same for people.
