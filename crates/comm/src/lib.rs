@@ -25,6 +25,7 @@
 //! # Ok::<(), unisono::Error>(())
 //! ```
 
+pub mod binding;
 pub mod buffer;
 pub mod builder;
 pub mod call;
