@@ -1,0 +1,109 @@
+"""What a call from Python costs above the same call from Rust: an all-reduce of an 8 KiB numpy array, between two processes.
+
+    pip install numpy && pip install .        # a release build of the package
+    python benches/python_call_cost.py [--bytes 8192] [--turns 7]
+
+Both are measured in turns, with each rank on a processor of its own. Rust is `unisono bench` (each call timed, p50 of the slower rank); in
+Python 100 calls in a row are timed together (p50 of the slower rank, the loop included). Before that, calls of a world of one rank, which
+wait for nobody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+import unisono
+
+COMMAND = [sys.executable, "-m", "unisono"]
+BATCH, BATCHES = 100, 300
+
+
+def of_python(bytes_: int) -> float:
+    """One turn of Python, under `unisono run`: microseconds of a call."""
+    arguments = [sys.executable, __file__, "--rank", "--bytes", str(bytes_)]
+    run = [*COMMAND, "run", "-n", "2", "--bind", "--", *arguments]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    line = next(line for line in done.stdout.splitlines() if "{" in line)
+    return json.loads(line[line.index("{") :])["p50"]
+
+
+def of_rust(bytes_: int) -> float:
+    """One turn of Rust, by `unisono bench`."""
+    with tempfile.NamedTemporaryFile() as file:
+        sizes = ["--sizes", str(bytes_), "--device", "host", f"--json={file.name}", "-q"]
+        subprocess.run([*COMMAND, "bench", "all_reduce", *sizes], check=True, stdout=subprocess.DEVNULL)
+        with open(file.name) as result:
+            return json.load(result)["results"][0]["p50_us"]
+
+
+def rank(bytes_: int) -> None:
+    """A rank of Python: each batch is timed on both ranks, and the slower one counts."""
+    with unisono.init() as world:
+        x = np.ones(bytes_ // 4, dtype=np.float32)
+        all_reduce, times = world.all_reduce, np.zeros(BATCHES)
+        for _ in range(20 * BATCH):
+            all_reduce(x)
+        for batch in range(BATCHES):
+            x.fill(1)
+            world.barrier()
+            begin = time.perf_counter_ns()
+            for _ in range(BATCH):
+                all_reduce(x)
+            times[batch] = (time.perf_counter_ns() - begin) / BATCH / 1e3
+        world.all_reduce(times, "max")
+        if world.rank == 0:
+            print(json.dumps({"p50": float(np.median(times))}))
+
+
+def alone(bytes_: int) -> dict[str, float]:
+    """Nanoseconds of calls that wait for nobody."""
+    world = unisono.Communicator.threads(1)[0]
+    x, out = np.ones(bytes_ // 4, dtype=np.float32), np.ones(bytes_ // 4, dtype=np.float32)
+    calls = {
+        "barrier": lambda: world.barrier(),
+        "all_reduce": lambda: world.all_reduce(x),
+        "all_reduce with out": lambda: world.all_reduce(x, out=out),
+        "an empty function": lambda: None,
+    }
+    times = {}
+    for name, call in calls.items():
+        measured = []
+        for _ in range(200):
+            begin = time.perf_counter_ns()
+            for _ in range(BATCH):
+                call()
+            measured.append((time.perf_counter_ns() - begin) / BATCH)
+        times[name] = statistics.median(measured)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bytes", type=int, default=8192)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank:
+        return rank(options.bytes)
+    for name, nanoseconds in alone(options.bytes).items():
+        print(f"alone: {name:22} {nanoseconds:8.0f} ns")
+    python, rust = [], []
+    for turn in range(options.turns):
+        python.append(of_python(options.bytes))
+        rust.append(of_rust(options.bytes))
+        print(f"turn {turn + 1}: Python {python[-1]:.2f} µs, Rust {rust[-1]:.2f} µs")
+    difference = statistics.median(python) - statistics.median(rust)
+    print(f"all_reduce of {options.bytes} bytes, 2 processes: Python {statistics.median(python):.2f} µs, "
+          f"Rust {statistics.median(rust):.2f} µs, {difference:.2f} µs above")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
