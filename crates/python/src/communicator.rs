@@ -231,7 +231,8 @@ impl Communicator {
     ///
     /// Options, all by name: ``timeout`` (seconds or timedelta, infinity for ever; default 600 s), ``init_timeout`` (30 s),
     /// ``liveness`` (3 s), ``warn_after`` (10 s), ``device`` or ``devices`` (numbers of GPUs in this process), ``order`` ("fixed" or
-    /// "rank"), ``require`` ("none", "auth" or "nvlink"), ``algorithm``, ``tune_file``, ``recorder``, ``multiprocessors``, ``job``,
+    /// "rank"), ``require`` ("none", "auth" or "nvlink"), ``algorithm``, ``tune_file``, ``recorder``, ``multiprocessors``, ``prepare``
+    /// (pairs of dtype and reduction whose kernels are loaded now, so that calls can be captured in graphs), ``job``,
     /// ``generation``, ``secret`` (32 bytes). What is not given is what ``UNISONO_*`` variables say.
     ///
     /// Raises ``LaunchNothingError`` and its like if no launcher says enough; ``InitTimeoutError``, which names the ranks that did not
@@ -328,6 +329,21 @@ impl Communicator {
     fn threads(_class: &Bound<'_, PyType>, py: Python<'_>, world_size: usize) -> PyResult<Vec<Self>> {
         start_logging();
         let ranks = unisono::Communicator::threads(world_size).map_err(|error| errors::raised(py, &error))?;
+        Ok(ranks.into_iter().map(Self::wrap).collect())
+    }
+
+    /// A world in this process with a rank on each of ``devices`` (numbers of GPUs), all driven by one thread: calls on GPUs are
+    /// enqueued and return; those on memory of the host go into a ``group()``. The communicators, by rank.
+    ///
+    /// Raises ``CudaError`` without a driver or such a device.
+    ///
+    /// >>> import unisono
+    /// >>> ranks = unisono.Communicator.local([0, 1])  # doctest: +SKIP
+    #[classmethod]
+    fn local(_class: &Bound<'_, PyType>, py: Python<'_>, devices: Vec<u32>) -> PyResult<Vec<Self>> {
+        start_logging();
+        let ranks = py.detach(|| unisono::Communicator::local(&devices));
+        let ranks = ranks.map_err(|error| errors::raised(py, &error))?;
         Ok(ranks.into_iter().map(Self::wrap).collect())
     }
 

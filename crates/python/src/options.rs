@@ -8,7 +8,7 @@ use pyo3::types::{PyDict, PyString};
 use unisono::settings::Settings;
 use unisono::{Builder, Communicator, ReduceOp, Secret};
 
-use crate::{errors, interrupt};
+use crate::{dtype, errors, interrupt};
 
 /// The reduction that `op` names: our names, torch's, or a member of torch's `ReduceOp`; none is a sum.
 ///
@@ -104,9 +104,23 @@ pub(crate) fn configure(mut builder: Builder, options: Option<&Bound<'_, PyDict>
             "algorithm" => builder.algorithm(settings("UNISONO_ALGORITHM")?.algorithm),
             "tune_file" => builder.tune_file(Some(&value.extract::<String>()?)),
             "recorder" => builder.recorder(value.extract()?),
+            "prepare" => prepare(builder, &value)?,
             "multiprocessors" => builder.multiprocessors(value.extract()?),
             _ => return Err(PyTypeError::new_err(format!("there is no option `{name}` of a communicator"))),
         };
+    }
+    Ok(builder)
+}
+
+/// Pairs of a dtype and a reduction, by name.
+fn prepare(mut builder: Builder, pairs: &Bound<'_, PyAny>) -> PyResult<Builder> {
+    let py = pairs.py();
+    let raised = |error: unisono::Error| errors::raised(py, &error);
+    for pair in pairs.try_iter()? {
+        let (name, op): (String, Bound<'_, PyAny>) = pair?.extract()?;
+        let unknown = || unisono::CoreError::UnknownName { kind: "dtype", got: name.clone() };
+        let dtype = dtype::of_name(&name).ok_or_else(|| raised(unknown().into()))?;
+        builder = builder.prepare(dtype, reduction(Some(&op))?).map_err(raised)?;
     }
     Ok(builder)
 }

@@ -17,7 +17,7 @@ try:
         rank.all_reduce(x)
 except unisono.errors.PeerDiedError as error:
     assert error.rank == 1 and error.survivors == [0, 2], vars(error)
-    assert error.call.startswith("all_reduce #"), error.call
+    assert error.call.startswith("all_reduce #") or error.call == "an earlier call", error.call
 rank = rank.shrink()
 print("went on", rank.rank, "of", rank.world_size, rank.all_reduce(np.ones(1)).tolist())
 rank.destroy()
