@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import array
 import ctypes
+import sys
+import types
 
 import ml_dtypes
 import numpy as np
@@ -165,6 +167,79 @@ def test_a_read_only_array_is_refused_as_a_target_only():
         return rank.all_reduce(frozen, out=np.zeros(2)).tolist(), bytes(data)
 
     assert unisono.on_threads(2, main) == [([2.0, 2.0], b"abc")] * 2
+
+
+class Tensor:
+    """What is asked of tensors of torch."""
+
+    is_sparse, is_cuda = False, False
+
+    def __init__(self, array, device=-1, packed=True, conjugate=False):
+        self.array, self.device, self.packed, self.conjugate = array, device, packed, conjugate
+        self.is_cpu, self.is_cuda = device == -1, device >= 0
+        self.dtype = DTYPES_OF_TORCH[str(array.dtype)]
+
+    def is_contiguous(self):
+        return self.packed
+
+    def is_conj(self):
+        return self.conjugate
+
+    def stride(self):
+        return (2,)
+
+    def get_device(self):
+        return self.device
+
+    def numel(self):
+        return self.array.size
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+
+class TorchDtype:
+    def __init__(self, name):
+        self.name = name
+
+    def __str__(self):
+        return f"torch.{self.name}"
+
+
+DTYPES_OF_TORCH = {name: TorchDtype(name) for name in ("float32", "bfloat16", "complex64", "int64", "float8_e5m2", "uint4")}
+
+
+def test_tensors_of_torch_go_by_their_own_methods(monkeypatch):
+    torch = types.ModuleType("torch")
+    torch.Tensor = Tensor
+    monkeypatch.setitem(sys.modules, "torch", torch)
+
+    def main(rank):
+        for dtype in ("float32", ml_dtypes.bfloat16, "complex64", "int64", ml_dtypes.float8_e5m2):
+            x = Tensor(np.array([1, 2, 3]).astype(dtype))
+            assert rank.all_reduce(x) is x
+            np.testing.assert_array_equal(x.array.astype(complex), [2, 4, 6])
+        array = np.ones(3, np.float32)
+        strange = Tensor(array)
+        strange.dtype = DTYPES_OF_TORCH["uint4"]
+        sparse, elsewhere = Tensor(array), Tensor(array)
+        sparse.is_sparse, elsewhere.is_cpu = True, False
+        for wrong, got in [
+            (Tensor(array, packed=False), "strides of (2,) elements"),
+            (Tensor(array.astype("complex64"), conjugate=True), "a conjugate that was not resolved"),
+            (strange, "torch.uint4"),
+            (sparse, "a sparse tensor"),
+            (elsewhere, "a tensor on -1"),
+        ]:
+            with pytest.raises(errors.ArgumentError) as caught:
+                rank.all_reduce(wrong)
+            assert got in caught.value.got
+        with pytest.raises(errors.PlaceError) as caught:
+            rank.all_reduce(Tensor(array, device=3))
+        assert (caught.value.expected, caught.value.got) == ("host memory", "cuda:3")
+        assert array.tolist() == [1.0] * 3
+
+    unisono.on_threads(2, main)
 
 
 def test_a_read_only_dlpack_tensor_is_refused_as_a_target(alone):

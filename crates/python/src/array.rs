@@ -122,7 +122,7 @@ impl Array {
         let Ok(view) = BufferView::new(object, false) else {
             return match object.getattr_opt(intern!(object.py(), "__array_interface__"))? {
                 Some(interface) => Self::described(&interface, Some(dtype), Place::Host, site),
-                None => Err(site.refuse_dtype(object.py(), dtype)),
+                None => Self::of_framework(object, site, None),
             };
         };
         if let Some(strides) = view.gaps() {
