@@ -7,6 +7,9 @@ import builtins
 import doctest
 import inspect
 import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,6 +45,17 @@ def test_everything_is_documented_and_its_examples_run(name, monkeypatch):
     output: list[str] = []
     failed, _ = doctest.DocTestRunner(optionflags=flags).run(test, out=output.append)
     assert failed == 0, "".join(output)
+
+
+def test_the_example_of_the_readme_runs(tmp_path):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
+    assert blocks
+    for block in blocks:
+        (tmp_path / "program.py").write_text(block + "assert (gradient == 0.5).all() and (everybody == 0.5).all()\n")
+        command = [sys.executable, "-m", "unisono", "run", "-n", "2", "--", sys.executable, "program.py"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def arguments(function: ast.FunctionDef) -> list[str]:
