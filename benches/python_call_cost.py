@@ -2,6 +2,7 @@
 
     pip install numpy && pip install .        # a release build of the package
     python benches/python_call_cost.py [--bytes 8192] [--turns 7]
+    python benches/python_call_cost.py --device cuda          # what a call costs the host, for tensors of torch
 
 Both are measured in turns, with each rank on a processor of its own, from one array to another: 20,000 calls, each timed, of which the slower
 rank's time counts; printed is their median. Rust is `unisono bench`. Before that, calls of a world of one rank, which wait for nobody.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -58,6 +60,32 @@ def rank(bytes_: int) -> None:
             print(json.dumps({"p50": float(np.median(times)) / 1e3}))
 
 
+def rank_on_gpu(bytes_: int) -> None:
+    """A rank on a GPU: host time of calls that are enqueued, on the current stream of torch."""
+    import torch
+
+    device = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+    torch.cuda.set_device(device)
+    with unisono.init(device=device) as world:
+        x = torch.ones(bytes_ // 4, device=f"cuda:{device}")
+        calls = {
+            "all_reduce": lambda: world.all_reduce(x),
+            "all_reduce, async_op": lambda: world.all_reduce(x, async_op=True),
+            "torch: x.add_(0)": lambda: x.add_(0),
+        }
+        for name, call in calls.items():
+            times = []
+            for _ in range(200):
+                torch.cuda.synchronize()
+                world.barrier()
+                begin = time.perf_counter_ns()
+                for _ in range(BATCH):
+                    call()
+                times.append((time.perf_counter_ns() - begin) / BATCH)
+            if world.rank == 0:
+                print(f"host time of {name:22} {statistics.median(times):8.0f} ns")
+
+
 def alone(bytes_: int) -> dict[str, float]:
     """Nanoseconds of calls that wait for nobody."""
     world = unisono.Communicator.threads(1)[0]
@@ -80,14 +108,18 @@ def alone(bytes_: int) -> dict[str, float]:
     return times
 
 
-def main() -> None:
+def main() -> object:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bytes", type=int, default=8192)
     parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--device", choices=["host", "cuda"], default="host")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank:
-        return rank(options.bytes)
+        return rank_on_gpu(options.bytes) if options.device == "cuda" else rank(options.bytes)
+    if options.device == "cuda":
+        arguments = [sys.executable, __file__, "--rank", "--device", "cuda", "--bytes", str(options.bytes)]
+        return subprocess.run([*COMMAND, "run", "-n", "2", "--bind", "--", *arguments], check=True)
     for name, nanoseconds in alone(options.bytes).items():
         print(f"alone: {name:22} {nanoseconds:8.0f} ns")
     python, rust = [], []

@@ -75,12 +75,24 @@ def test_a_rank_of_another_world_is_refused_with_both_named(tmp_path):
         process.join(60)
 
 
-def test_a_program_that_never_meets_is_ended_by_ctrl_c(tmp_path):
-    program = (
-        "import unisono, sys\n"
-        "print('ready', flush=True)\n"
-        f"unisono.Communicator.from_store(unisono.FileStore({str(tmp_path / 's')!r}), 0, 2, init_timeout=60)\n"
-    )
+ENDLESS = {
+    "nobody comes": "unisono.Communicator.from_store(unisono.MemoryStore(), 0, 2, init_timeout=60)",
+    "a key that never appears": "unisono.MemoryStore().get('key', timeout=60)",
+    "a signal that never comes": "unisono.Communicator.threads(1)[0].symmetric_memory(1).wait_signal(0, 1, timeout=60)",
+    "another thread has the communicator": (
+        "rank, other = unisono.Communicator.threads(2)\n"
+        "thread = threading.Thread(target=rank.barrier, daemon=True)\n"
+        "thread.start()\n"
+        "while rank.state()[1] is None: pass\n"
+        "rank.barrier()"
+    ),
+    "ranks that are threads": "unisono.on_threads(2, lambda rank: rank.recv(bytearray(1), 1 - rank.rank))",
+}
+
+
+@pytest.mark.parametrize("case", ENDLESS)
+def test_a_program_that_waits_is_ended_by_ctrl_c(case):
+    program = f"import threading, unisono\nprint('ready', flush=True)\n{ENDLESS[case]}\n"
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -84,7 +84,8 @@ def on_threads(world_size: int, main: Callable[[Communicator], T]) -> list[T]:
     rank. For trying things out, and for tests: no launcher is needed.
 
     A communicator that ``main`` does not destroy is dropped when it returns or raises; ranks that still need it notice. If ranks raise,
-    this raises what the lowest of them raised, where errors that are not of this package go first: they are the causes.
+    this raises what the lowest of them raised, where errors that are not of this package go first: they are the causes. Ctrl-C aborts the
+    world, and raises when all threads have ended.
 
     >>> import unisono
     >>> unisono.on_threads(3, lambda rank: 10 * rank.rank)
@@ -92,23 +93,28 @@ def on_threads(world_size: int, main: Callable[[Communicator], T]) -> list[T]:
     """
     results: dict[int, T] = {}
     failures: list[tuple[int, BaseException]] = []
-    communicators: list[Communicator | None] = list(Communicator.threads(world_size))
+    running = dict(enumerate(Communicator.threads(world_size)))
 
     def run(number: int) -> None:
-        communicator, communicators[number] = communicators[number], None
-        assert communicator is not None
         try:
-            results[number] = main(communicator)
+            results[number] = main(running[number])
         except BaseException as failure:
             failures.append((number, failure))
         finally:
-            del communicator
+            del running[number]
 
     threads = [threading.Thread(target=run, args=(number,), name=f"rank {number}") for number in range(world_size)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException as interrupt:
+        for communicator in list(running.values()):
+            communicator.abort(f"{type(interrupt).__name__} on the thread that runs the world")
+        for thread in threads:
+            thread.join()
+        raise
     if failures:
         causes = [failure for failure in failures if not isinstance(failure[1], UnisonoError)]
         raise min(causes or failures, key=lambda failure: failure[0])[1]

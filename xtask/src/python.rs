@@ -15,20 +15,38 @@ const REQUIREMENTS: &str = "python/tests/requirements.txt";
 
 /// Makes the environment and installs the package, if that is needed; then pytest, ready to be run.
 pub(crate) fn prepare(root: &Path) -> Result<Command, String> {
-    let place = root.join("target/python");
-    let python = environment(root, &place)?;
-    let wheels = place.join("wheels");
-    // Of an older version, perhaps.
-    empty(&wheels)?;
-    let build = ["-m", "maturin", "build", "--profile", "dev", "--out"];
-    succeed(Command::new(&python).current_dir(root).args(build).arg(&wheels))?;
-    let entries = fs::read_dir(&wheels).map_err(|error| format!("{}: {error}", wheels.display()))?;
-    let wheel = entries.flatten().map(|entry| entry.path()).next().ok_or("maturin left no wheel")?;
+    let (python, wheel) = build(root, "dev")?;
     let install = ["-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", "--no-index"];
     succeed(Command::new(&python).args(install).arg(&wheel))?;
     let mut tests = Command::new(&python);
     tests.current_dir(root).args(["-m", "pytest", "-q", "-p", "no:cacheprovider"]);
     Ok(tests)
+}
+
+/// Puts the package, built in release and unpacked, into `folder`, with what is run on machines that have GPUs.
+pub(crate) fn unpack(root: &Path, folder: &Path) -> Result<(), String> {
+    let (python, wheel) = build(root, "release")?;
+    succeed(Command::new(&python).args(["-m", "zipfile", "-e"]).arg(&wheel).arg(folder))?;
+    for program in ["python/tests/jobs/gpu.py", "benches/python_call_cost.py"] {
+        let from = root.join(program);
+        let to = from.file_name().map(|name| folder.join(name)).unwrap_or_default();
+        fs::copy(&from, to).map_err(|error| format!("{program}: {error}"))?;
+    }
+    Ok(())
+}
+
+/// The interpreter of the environment, and a wheel of the package of `profile`.
+fn build(root: &Path, profile: &str) -> Result<(PathBuf, PathBuf), String> {
+    let place = root.join("target/python");
+    let python = environment(root, &place)?;
+    let wheels = place.join("wheels").join(profile);
+    // Of an older version, perhaps.
+    empty(&wheels)?;
+    let build = ["-m", "maturin", "build", "--profile", profile, "--out"];
+    succeed(Command::new(&python).current_dir(root).args(build).arg(&wheels))?;
+    let entries = fs::read_dir(&wheels).map_err(|error| format!("{}: {error}", wheels.display()))?;
+    let wheel = entries.flatten().map(|entry| entry.path()).next().ok_or("maturin left no wheel")?;
+    Ok((python, wheel))
 }
 
 /// The interpreter of the environment below `place`, which is made if it is not there, or is of other requirements.

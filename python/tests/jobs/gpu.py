@@ -1,4 +1,4 @@
-"""A rank on each GPU, with tensors of torch: streams, works, graphs, symmetric memory, and what is refused."""
+"""A rank on each GPU (or two on one), with tensors of torch: streams, works, graphs, symmetric memory, and what is refused."""
 
 import gc
 import os
@@ -7,11 +7,12 @@ import torch
 
 import unisono
 
-me = int(os.environ["LOCAL_RANK"])
-rank = unisono.init(device=me, timeout=60)
-n, here = rank.world_size, torch.device("cuda", me)
+count = torch.cuda.device_count()
+ordinal = int(os.environ["LOCAL_RANK"]) % count
+here, other = torch.device("cuda", ordinal), torch.device("cuda", (ordinal + 1) % count)
 torch.cuda.set_device(here)
-other = here if torch.cuda.device_count() == 1 else torch.device("cuda", (me + 1) % torch.cuda.device_count())
+rank = unisono.init(device=ordinal, timeout=60)
+me, n = rank.rank, rank.world_size
 
 # On the current stream, in place, for several types.
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.float8_e4m3fn):
