@@ -7,7 +7,7 @@ use std::time::Duration;
 use pyo3::prelude::*;
 use unisono::{Call, Counts, Error, Kind, Operations, Place, RawBuffer};
 
-use crate::array::{Array, Guard, Site};
+use crate::array::{Array, Guard, Site, StreamOf};
 use crate::communicator::{Communicator, Failure, Inner};
 use crate::kept::{self, Held};
 use crate::work::Work;
@@ -56,9 +56,26 @@ pub(crate) struct Request {
     pub(crate) buffers: Vec<RawBuffer>,
     pub(crate) parts: Vec<Parts>,
     pub(crate) way: Way,
+    /// Streams in which the arrays are still being made, besides that of the call.
+    pub(crate) after: Vec<u64>,
 }
 
 impl Request {
+    /// The stream of the call, which waits for those in which its arrays are made.
+    pub(crate) fn stream(&self, inner: &mut Inner) -> Result<Arc<unisono::Stream>, Error> {
+        let Way::Stream(handle, ordinal) = self.way else { return Ok(Arc::new(unisono::Stream::host())) };
+        let stream = inner.stream(handle, ordinal)?;
+        for other in &self.after {
+            let other = inner.stream(*other, ordinal)?;
+            if let (Some(stream), Some(other)) = (stream.as_cuda(), other.as_cuda()) {
+                let ordered = kept::event_behind(other)
+                    .and_then(|event| event.map_or(Ok(()), |event| stream.wait(&event)));
+                ordered.map_err(|error| Error::Cuda { rank: inner.communicator.rank(), error })?;
+            }
+        }
+        Ok(stream)
+    }
+
     /// The call itself.
     ///
     /// # Safety
@@ -119,7 +136,12 @@ impl Communicator {
         let patience =
             manner.timeout.map(|time| options::patience(time, kind.name(), me.rank)).transpose()?;
         let buffers = arrays.iter().map(|array| array.memory).collect();
-        let request = Request { kind, buffers, parts, way };
+        let elsewhere = |array: &Array| match (array.stream, way) {
+            (StreamOf::Named(stream), Way::Stream(handle, _)) if stream != handle => Some(stream),
+            _ => None,
+        };
+        let after = arrays.iter().filter_map(elsewhere).collect();
+        let request = Request { kind, buffers, parts, way, after };
         let objects = sides.iter().filter_map(|side| side.object).map(|object| object.clone().unbind());
         let guards =
             arrays.into_iter().map(|array| array.guard).chain(std::iter::repeat_with(|| Guard::None));
@@ -262,10 +284,10 @@ impl Communicator {
                 done.map_err(failed)?;
                 Ok(result.clone().unbind())
             }
-            Way::Stream(handle, ordinal) => {
+            Way::Stream(_, ordinal) => {
                 let enqueued = py.detach(|| {
                     let mut inner = self.lock()?;
-                    let stream = inner.stream(handle, ordinal)?;
+                    let stream = request.stream(&mut inner)?;
                     with_patience(&inner.communicator, patience, |one| {
                         // SAFETY: what holds the memory is kept until the stream has passed the call.
                         one.on(&stream).submit(unsafe { request.call() })

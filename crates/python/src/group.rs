@@ -105,10 +105,7 @@ fn post(py: Python<'_>, calls: Vec<Collected>) -> PyResult<()> {
                 .iter_mut()
                 .find(|(communicator, _)| std::ptr::eq(*communicator, call.communicator.get()));
             let Some((_, inner)) = inner else { return Err(Failure::Closed) };
-            streams.push(match call.request.way {
-                Way::Host => Arc::new(Stream::host()),
-                Way::Stream(handle, ordinal) => inner.stream(handle, ordinal)?,
-            });
+            streams.push(call.request.stream(inner)?);
         }
         unisono::group(|group| {
             for (call, stream) in calls.iter().zip(&streams) {
