@@ -118,7 +118,18 @@ def test_an_operation_in_flight_keeps_its_array():
     unisono.on_threads(2, main)
 
 
+class Described:
+    """An array that describes itself, rightly or not."""
+
+    def __init__(self, **interface):
+        self.__array_interface__ = {"typestr": "<f4", "shape": (2,), "data": (4096, False), **interface}
+
+
 REFUSED = {
+    "a negative shape": (lambda: Described(shape=(-3,)), "of a shape that memory can have", "[-3]"),
+    "a shape beyond memory": (lambda: Described(shape=(2**40, 2**40)), "of a shape that memory can have", "[1099511627776, "),
+    "other strides than dimensions": (lambda: Described(strides=(4, 4)), "contiguous", "strides of [4, 4] bytes"),
+    "another typestr": (lambda: Described(typestr="<V3"), "of one of the types", "<V3"),
     "gaps": (lambda: np.zeros((4, 4))[:, ::2], "contiguous (in the order of C)", "strides of [32, 16] bytes"),
     "order of Fortran": (lambda: np.asfortranarray(np.zeros((2, 3))), "contiguous", "strides of [8, 16] bytes"),
     "dates": (lambda: np.zeros(2, dtype="datetime64[s]"), "of one of the types", "datetime64[s]"),

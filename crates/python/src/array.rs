@@ -11,7 +11,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString, PyTuple};
 use unisono::{DType, Place, RawBuffer};
 
-use crate::buffer::{BufferView, is_packed};
+use crate::buffer::{self, BufferView, is_packed};
 use crate::dlpack::{self, Taken};
 use crate::{dtype, errors};
 
@@ -65,6 +65,10 @@ impl Site {
             format!("of one of the types {names}, in this machine's byte order"),
             format!("{got}"),
         )
+    }
+
+    fn refuse_shape(self, py: Python<'_>, shape: &[isize]) -> PyErr {
+        self.refuse(py, "of a shape that memory can have", format!("{shape:?}"))
     }
 
     fn refuse_gaps(self, py: Python<'_>, got: impl std::fmt::Display) -> PyErr {
@@ -155,10 +159,13 @@ impl Array {
             let dtype = facts.dtype.map_err(|(code, bits, lanes)| {
                 site.refuse_dtype(py, format_args!("DLPack's type {code} of {bits} bits and {lanes} lanes"))
             })?;
-            if !facts.is_packed {
+            let Some(count) = buffer::count(&facts.shape, dtype.size()) else {
+                return Err(site.refuse_shape(py, &facts.shape));
+            };
+            if count > 0 && !facts.is_packed {
                 return Err(site.refuse_gaps(py, "an array with gaps"));
             }
-            let memory = RawBuffer { ptr: facts.address, count: facts.count, dtype, place };
+            let memory = RawBuffer { ptr: facts.address, count, dtype, place };
             let guard = Guard::Tensor(taken);
             return Ok(Self { memory, is_readonly: facts.is_readonly, stream: StreamOf::Unknown, guard });
         }
@@ -189,10 +196,14 @@ impl Array {
         };
         let shape: Vec<isize> = need(intern!(py, "shape"))?.extract()?;
         let (ptr, is_readonly): (u64, bool) = need(intern!(py, "data"))?.extract()?;
-        let count = shape.iter().product::<isize>().cast_unsigned();
+        let Some(count) = buffer::count(&shape, dtype.size()) else {
+            return Err(site.refuse_shape(py, &shape));
+        };
         if let Some(strides) = item(intern!(py, "strides"))? {
             let strides: Vec<isize> = strides.extract()?;
-            if count > 0 && !is_packed(&shape, &strides, dtype.size().cast_signed()) {
+            if strides.len() != shape.len()
+                || count > 0 && !is_packed(&shape, &strides, dtype.size().cast_signed())
+            {
                 return Err(site.refuse_gaps(py, format_args!("strides of {strides:?} bytes")));
             }
         }

@@ -141,7 +141,15 @@ pub(crate) fn is_packed(shape: &[isize], strides: &[isize], item: isize) -> bool
         if *size != 1 && *stride != expected {
             return false;
         }
-        expected *= size;
+        expected = expected.wrapping_mul(*size);
     }
     true
+}
+
+/// Elements of an array of `shape`, each of so many bytes; `None` if no memory has so many.
+pub(crate) fn count(shape: &[isize], item_bytes: usize) -> Option<usize> {
+    let sizes = shape.iter().map(|size| usize::try_from(*size).ok());
+    let count = sizes.into_iter().try_fold(1usize, |count, size| count.checked_mul(size?))?;
+    let bytes = count.checked_mul(item_bytes)?;
+    isize::try_from(bytes).is_ok().then_some(count)
 }

@@ -77,7 +77,7 @@ pub(crate) struct Facts {
     /// `None` for types that we do not know: code, bits and lanes.
     pub(crate) dtype: Result<DType, (u8, u8, u16)>,
     pub(crate) address: u64,
-    pub(crate) count: usize,
+    pub(crate) shape: Vec<isize>,
     pub(crate) is_packed: bool,
     pub(crate) is_readonly: bool,
 }
@@ -147,8 +147,7 @@ fn facts(tensor: &Tensor, is_readonly: bool) -> Facts {
             .collect()
     };
     let (shape, strides) = (numbers(tensor.shape), numbers(tensor.strides));
-    let count = shape.iter().product::<isize>().cast_unsigned();
-    let is_packed = count == 0 || strides.is_empty() || crate::buffer::is_packed(&shape, &strides, 1);
+    let is_packed = strides.is_empty() || crate::buffer::is_packed(&shape, &strides, 1);
     let place = match tensor.device_type {
         CPU | CUDA_HOST => Some(Place::Host),
         CUDA | CUDA_MANAGED => Some(Place::Cuda { ordinal: tensor.device_id.cast_unsigned() }),
@@ -159,8 +158,8 @@ fn facts(tensor: &Tensor, is_readonly: bool) -> Facts {
         place,
         device: (tensor.device_type, tensor.device_id),
         dtype: dtype.ok_or((tensor.code, tensor.bits, tensor.lanes)),
-        address: tensor.data.expose_provenance() as u64 + tensor.byte_offset,
-        count,
+        address: (tensor.data.expose_provenance() as u64).wrapping_add(tensor.byte_offset),
+        shape,
         is_packed,
         is_readonly,
     }
