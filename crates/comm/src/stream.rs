@@ -104,7 +104,7 @@ impl<'c> OnEach<'c> {
 
 impl Communicator {
     /// The operations on several buffers ([`Operations::all_reduce_multi`] and [`Operations::broadcast_multi`]), for a rank with
-    /// several GPUs ([`Builder::devices`]): buffer j lies on device j of this rank, and its part of the call runs in the order of
+    /// several GPUs ([`Builder::devices`](crate::Builder::devices)): buffer j lies on device j of this rank, and its part of the call runs in the order of
     /// `streams[j]`, which is a stream of that device. All other operations are refused.
     ///
     /// One call is a kernel in each stream, and these wait for each other: nothing has to be ordered between the streams, but nothing

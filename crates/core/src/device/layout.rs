@@ -216,7 +216,7 @@ impl ArenaLayout {
         Field { offset: self.flags_at() + self.message_stage() * STAGE_BYTES, bytes: 2 * STAGE_BYTES }
     }
 
-    /// A 64-bit word for each rank, [`CREDIT_STRIDE`] apart: packets of ours that it has taken.
+    /// A 64-bit word for each rank, `CREDIT_STRIDE` apart: packets of ours that it has taken.
     pub const fn credits(&self) -> Field {
         let flags = self.message_flags();
         let offset = (flags.offset + flags.bytes).next_multiple_of(PAGE);
