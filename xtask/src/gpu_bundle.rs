@@ -12,7 +12,8 @@ use cargo_metadata::Message;
 use crate::python;
 
 const FOLDER: &str = "gpu-bundle";
-const SCRIPT: &str = "xtask/src/gpu_run.sh";
+/// What runs them, and measures PyTorch beside them.
+const SCRIPTS: [&str; 2] = ["xtask/src/gpu_run.sh", "benches/peers/torch_symmetric.py"];
 /// What can be carried to such a machine, with room for the rest of the tree.
 const MAX_BYTES: u64 = 48 << 20;
 /// Arguments of cargo, and the programs that come of them: as cargo calls them, and as the bundle does.
@@ -83,7 +84,11 @@ fn make(root: &Path) -> Result<u64, String> {
             }
         }
     }
-    fs::copy(root.join(SCRIPT), folder.join("gpu_run.sh")).map_err(failed)?;
+    for script in SCRIPTS {
+        let from = root.join(script);
+        let name = from.file_name().unwrap_or_default();
+        fs::copy(&from, folder.join(name)).map_err(failed)?;
+    }
     python::unpack(root, &folder.join("python"))?;
     let mut bytes = 0;
     for entry in fs::read_dir(&folder).map_err(failed)? {
@@ -151,7 +156,7 @@ mod tests {
     #[test]
     fn the_script_is_one_that_bash_understands() {
         let root = crate::root();
-        let status = Command::new("bash").arg("-n").arg(root.join(SCRIPT)).status().unwrap();
+        let status = Command::new("bash").arg("-n").arg(root.join(SCRIPTS[0])).status().unwrap();
         assert!(status.success());
     }
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tests and measures on a machine with GPUs, from a bundle that `cargo xtask gpu-bundle` made; no Rust is needed there.
 #
-#   gpu_run.sh [correct] [python] [sanitizer] [kill] [hang] [bench] [tune] [kernels]
+#   gpu_run.sh [prepare] [correct] [python] [sanitizer] [kill] [hang] [bench] [tune] [kernels]
 #
 # Without arguments all parts but the last two (the last compiles kernels and needs no GPU), within LIMIT_S seconds (480). Results go to $OUT, or to ./out, with all that was said in logs.tgz,
 # and the ends of it to the terminal. The last table has the exit code of every step; the script fails if one is not 0.
@@ -17,12 +17,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")" || exit 2
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
 
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(correct python kill hang bench sanitizer)
+[ ${#parts[@]} -gt 0 ] || parts=(prepare correct python kill hang bench sanitizer)
 for part in "${parts[@]}"; do
     case $part in
-        correct | python | sanitizer | kill | hang | bench | tune | kernels) ;;
+        prepare | correct | python | sanitizer | kill | hang | bench | tune | kernels) ;;
         *)
-            echo "expected correct, python, sanitizer, kill, hang, bench, tune or kernels, got: $part" >&2
+            echo "expected prepare, correct, python, sanitizer, kill, hang, bench, tune or kernels, got: $part" >&2
             exit 2
             ;;
     esac
@@ -60,16 +60,17 @@ tests() { # PROGRAM [FILTER]: the names of its tests
     "./$1" --list --format terse ${2:+"$2"} 2>/dev/null | sed -n 's/: test$//p'
 }
 
-run_tests() { # PROGRAM PREFIX SECONDS [FILTER]
+# A process for each module of tests, and for each test that is in none: to start costs a second.
+run_modules() { # PROGRAM PREFIX SECONDS [FILTER]
     local all name
-    all=$(tests "$1" "${4:-}")
+    all=$(tests "$1" "${4:-}" | sed 's/::.*/::/' | sort -u)
     if [ -z "$all" ]; then
         echo "== $2: no test of ./$1 is called so${4:+: $4}"
         note "$2" 1 0
         return
     fi
     for name in $all; do
-        step "$2-${name//:/_}" "$3" "./$1" --exact "$name" --nocapture
+        TAIL=30 step "$2-${name//:/}" "$3" "./$1" "$name" --test-threads 1 --nocapture
     done
 }
 
@@ -101,15 +102,23 @@ if [ "$count" -eq 0 ]; then
 fi
 nvidia-smi topo -m >"$logs/topology.txt" 2>&1
 
+# Kernels that tests and benchmarks need, on all processors at once; otherwise each would compile its own when it comes to them.
+part_prepare() {
+    step prepare 120 ./unisono kernels build --quiet --all --ranks 3
+    step prepare-worlds 120 ./unisono kernels build --quiet --ranks "1,2,5,$count"
+    step prepare-host 120 ./unisono kernels build --quiet --ranks "2,$count" --link host
+}
+
 part_correct() {
-    run_tests gpu correct 150
-    run_tests faults_processes pinned 90 pinned::
-    run_tests faults_processes registration 90 gpu_registration::
-    run_tests faults_processes one-sided 90 gpu_one_sided::
+    run_modules gpu correct 150
+    run_modules faults_processes faults 90 pinned::
+    run_modules faults_processes faults 120 gpu_registration
+    run_modules faults_processes faults 120 gpu_one_sided
     step device-header-threads 60 ./device_header "$((count < 2 ? 2 : count))" 10000
     step device-header-processes 60 ./unisono run -n "$((count < 2 ? 2 : count))" -- ./device_header - "$((count < 2 ? 50 : 10000))"
-    run_tests faults_processes matrix 120 gpu_matrix::
-    run_tests library library 60 gpu::
+    run_modules faults_processes faults 120 gpu_matrix
+    run_modules faults_processes faults 120 gpu_seats
+    TAIL=40 step library 90 ./library gpu:: --test-threads 1
 }
 
 # Tensors of torch on all GPUs, and what a call of Python costs the host.
@@ -125,19 +134,19 @@ part_python() {
 }
 
 part_kernels() {
-    UNISONO_TEST_REQUIRE_NVRTC=1 run_tests kernels kernels 150
+    UNISONO_TEST_REQUIRE_NVRTC=1 run_modules kernels kernels 300
 }
 
 part_kill() {
-    run_tests faults_processes kill 200 gpu_kill
+    run_modules faults_processes kill 200 gpu_kill
 }
 
 # A call that hangs, told of from outside as `unisono why` does.
 part_hang() {
-    run_tests faults_processes hang 120 gpu_hang
+    run_modules faults_processes hang 120 gpu_hang
 }
 
-operations="all_reduce broadcast all_gather reduce reduce_scatter gather scatter all_to_all barrier"
+operations="all_reduce broadcast all_gather reduce reduce_scatter gather scatter all_to_all send_recv barrier"
 
 # Ranks of one process would wait for each other: the sanitizer runs one kernel of a process at a time.
 part_sanitizer() {
@@ -165,6 +174,10 @@ part_bench() {
     for ranks in 2 4; do
         [ "$ranks" -ge "$count" ] || bench "bench-$ranks" "$ranks" all_reduce broadcast all_gather
     done
+    TAIL=40 step rows 60 ./unisono bench all_reduce_rms_norm --device cuda -n "$count" "--json=$out/rows.json"
+    if python3 -c 'import torch' 2>/dev/null; then
+        TAIL=50 step torch-symmetric 90 python3 torch_symmetric.py --ranks "$count" --json "$out/torch-symmetric.json"
+    fi
     UNISONO_ORDER=rank TAIL=20 step rank-order 60 ./unisono bench all_reduce --device cuda -n "$count" --sizes 256MiB,1GiB \
         "--json=$out/rank-order.json"
     step call-cost 60 ./gpu_call_cost

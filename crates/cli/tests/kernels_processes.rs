@@ -33,10 +33,10 @@ fn kernels_are_built_once_and_listed() {
     let table = text(&first.stdout);
     assert_eq!(
         table.lines().filter(|line| line.starts_with("sm_90    device     2  ")).count(),
-        9,
+        10,
         "{table}"
     );
-    assert!(table.contains("\n9 sets: 9 compiled in "), "{table}");
+    assert!(table.contains("\n10 sets: 10 compiled in "), "{table}");
     let second: Value = serde_json::from_slice(&build("--json").stdout).unwrap();
     let sets = second["sets"].as_array().unwrap();
     let purposes: Vec<&str> = sets.iter().map(|set| set["purpose"].as_str().unwrap()).collect();
@@ -46,6 +46,7 @@ fn kernels_are_built_once_and_listed() {
             "copies",
             "parts",
             "messages",
+            "all-to-all",
             "f32 sum",
             "f16 sum",
             "bf16 sum",
@@ -59,7 +60,10 @@ fn kernels_are_built_once_and_listed() {
         assert!((16..=255).contains(&set["registers"].as_u64().unwrap()), "{set}");
     }
     let listed: Value = serde_json::from_slice(&kernels(folder.path(), &["list", "--json"]).stdout).unwrap();
-    assert_eq!((listed["entries"].as_u64(), listed["compilers"][0]["entries"].as_u64()), (Some(9), Some(9)));
+    assert_eq!(
+        (listed["entries"].as_u64(), listed["compilers"][0]["entries"].as_u64()),
+        (Some(10), Some(10))
+    );
 }
 
 #[test]

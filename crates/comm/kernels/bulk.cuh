@@ -13,6 +13,10 @@
 // to the root only. A reduce-scatter ends with step 2, which keeps the sums. What only moves parts has steps 1 and 3: so
 // two blocks for each channel and all buffers. Parts may have sizes of their own: then each pair of ranks moves, and tells of, the
 // tiles that its part has.
+//
+// Where another part goes to each rank, channels are dealt to as many lanes as there are ranks: in lane l, ranks a and b with
+// a + b = l (modulo the ranks) give each other their parts, and who is alone in it keeps its own. So all that a block has under way goes to
+// one rank, and whoever is slow delays nobody else.
 
 #pragma once
 
@@ -31,19 +35,24 @@ struct Tiles {
   u64 vectors;  // of a shard or part
   u32 channel;
   u32 channels;
-  u32 buffers;  // for each source
+  u32 turn, turns;  // ours, of those channels that share the tiles
+  u32 sources;      // that have buffers of their own in our channel
+  u32 buffers;      // for each source
   u32 rounds;
 
-  __device__ __forceinline__ Tiles(const Args& args, const Entry& entry, u64 vectors, u32 team, u32 uses)
+  __device__ __forceinline__ Tiles(const Args& args, const Entry& entry, u64 vectors, u32 team, u32 uses, u32 lanes = 1)
       : args(args), epoch(entry.epoch), bytes(args.bytes), vectors(vectors) {
     channel = blockIdx.x / team;
     channels = workers() / team;
-    buffers = u32(SCRATCH_HALF_BYTES / RANKS / uses / (u64(channels) * args.tile * 16));
-    const u64 step = u64(channels) * args.tile, first = u64(channel) * args.tile;
-    rounds = first < vectors ? u32((vectors - first + step - 1) / step) : 0;
+    turn = channel / lanes;
+    turns = channels < lanes ? 1 : channels / lanes;
+    sources = lanes == 1 || channels < lanes ? RANKS : 1;
+    buffers = u32(SCRATCH_HALF_BYTES / sources / uses / (u64(channels) * args.tile * 16));
+    const u64 step = u64(turns) * args.tile, first = u64(turn) * args.tile;
+    rounds = turn < turns && first < vectors ? u32((vectors - first + step - 1) / step) : 0;
   }
 
-  __device__ __forceinline__ u64 begin(u32 t) const { return (u64(t) * channels + channel) * args.tile; }
+  __device__ __forceinline__ u64 begin(u32 t) const { return (u64(t) * turns + turn) * args.tile; }
   __device__ __forceinline__ u32 tiles() const { return rounds; }
   __device__ __forceinline__ u32 count(u32 t) const {
     u64 rest = vectors - begin(t);
@@ -52,7 +61,7 @@ struct Tiles {
 
   // Where rank `at` keeps what rank `from` gives it for tile t, among the buffers of use `use`.
   __device__ __forceinline__ Side in_scratch(u32 at, u32 use, u32 t, u32 from) const {
-    u64 buffer = (u64(use) * buffers + t % buffers) * RANKS + from;
+    u64 buffer = (u64(use) * buffers + t % buffers) * sources + from % sources;
     Side side;
     side.at = args.arenas[at] + SCRATCH_AT + half_of(epoch) * SCRATCH_HALF_BYTES +
               (buffer * channels + channel) * args.tile * 16;
@@ -206,32 +215,60 @@ struct Give : Tiles {
   }
 };
 
-// or another part goes to each. Input and output k are those of rank k.
+// or another part goes to each: this block's goes to `peer`.
 template <int KIND>
 struct Send : Tiles {
-  static constexpr u32 INPUTS = RANKS, OUTPUTS = RANKS;
+  static constexpr u32 INPUTS = 1, OUTPUTS = 1;
   static constexpr bool IS_SPREAD = true, FOLDS = false;
   bool is_wide;
+  u32 peer;
 
-  __device__ __forceinline__ u32 tiles() const { return KIND == SCATTER && args.rank != args.root ? 0 : Tiles::tiles(); }
+  __device__ __forceinline__ u32 tiles() const {
+    const bool is_there = peer == args.rank && args.is_same;
+    return is_there || (KIND == SCATTER && args.rank != args.root) ? 0 : Tiles::tiles();
+  }
   __device__ __forceinline__ bool needs_threads() const { return !is_wide; }
-  __device__ __forceinline__ Side input(u32 t, u32 k) const { return in_source<KIND>(k, t); }
-  __device__ __forceinline__ Side output(u32 t, u32 k) const {
-    Side side;
-    if (k == args.rank) {
-      if (!args.is_same) side = in_target<KIND>(k, t);
-      // Whoever receives into the same buffer waits until we have read it.
-      side.tell = {k, PUSHED, t};
-      return side;
-    }
-    side = in_scratch(k, 0, t, args.rank);
-    side.wait = before(k, COPIED, t);
-    side.tell = {k, PUSHED, t};
+  __device__ __forceinline__ Side input(u32 t, u32) const {
+    Side side = in_source<KIND>(peer, t);
+    // Whoever receives into the same buffer waits until we have read it.
+    if (KIND == ALL_TO_ALL && args.is_same) side.tell = {args.rank, PUSHED, t};
+    return side;
+  }
+  __device__ __forceinline__ Side output(u32 t, u32) const {
+    if (peer == args.rank) return in_target<KIND>(peer, t);
+    Side side = in_scratch(peer, 0, t, args.rank);
+    side.wait = before(peer, COPIED, t);
+    side.tell = {peer, PUSHED, t};
     return side;
   }
 };
 
-// What comes of the others goes to the output.
+// What comes from `peer` goes to the output.
+template <int KIND>
+struct Receive : Tiles {
+  static constexpr u32 INPUTS = 1, OUTPUTS = 1;
+  static constexpr bool IS_SPREAD = true, FOLDS = false;
+  bool is_wide;
+  u32 peer;
+
+  __device__ __forceinline__ u32 tiles() const {
+    return peer == args.rank || (KIND == SCATTER && peer != args.root) ? 0 : Tiles::tiles();
+  }
+  __device__ __forceinline__ bool needs_threads() const { return !is_wide; }
+  __device__ __forceinline__ Side input(u32 t, u32) const {
+    Side side = in_scratch(args.rank, 0, t, peer);
+    side.wait = {peer, PUSHED, t};
+    side.tell = {peer, COPIED, t};
+    return side;
+  }
+  __device__ __forceinline__ Side output(u32 t, u32) const {
+    Side side = in_target<KIND>(peer, t);
+    if (KIND == ALL_TO_ALL && args.is_same) side.wait = {args.rank, PUSHED, t};
+    return side;
+  }
+};
+
+// Where everybody gives one part, what comes of the others goes to the output.
 template <int KIND>
 struct Take : Tiles {
   static constexpr u32 INPUTS = PEERS, OUTPUTS = PEERS;
@@ -239,8 +276,7 @@ struct Take : Tiles {
   bool is_wide;
 
   __device__ __forceinline__ u32 tiles() const {
-    const bool is_root = args.rank == args.root;
-    return (KIND == GATHER && !is_root) || (KIND == SCATTER && is_root) ? 0 : Tiles::tiles();
+    return KIND == GATHER && args.rank != args.root ? 0 : Tiles::tiles();
   }
   __device__ __forceinline__ bool needs_threads() const { return !is_wide; }
   __device__ __forceinline__ Side input(u32 t, u32 k) const {
@@ -256,11 +292,21 @@ struct Take : Tiles {
     const u32 from = peer_behind(args.rank, k + 1);
     Side side;
     if (!Flow<KIND>::flows(args, from, args.rank)) return side;
-    side = in_target<KIND>(from, t);
-    if (KIND == ALL_TO_ALL && args.is_same) side.wait = {args.rank, PUSHED, t};
-    return side;
+    return in_target<KIND>(from, t);
   }
 };
+
+// All threads of a block: its lanes, one after the other where there are more than channels. All ranks take them in the same order.
+template <int KIND>
+__device__ __forceinline__ bool run_lanes(const Args& args, const Entry& entry, const Tiles& tiles, bool is_wide) {
+  for (u32 lane = tiles.channel % RANKS; lane < RANKS; lane += tiles.channels) {
+    const u32 peer = (lane + RANKS - args.rank) % RANKS;
+    const bool went = blockIdx.x % 2 == 1 ? run(args, entry, Receive<KIND>{tiles, is_wide, peer})
+                                          : run(args, entry, Send<KIND>{tiles, is_wide, peer});
+    if (!went) return false;
+  }
+  return true;
+}
 
 template <int KIND, int DTYPE, int OP>
 __device__ __forceinline__ bool bulk(const Args& args, const Entry& entry) {
@@ -272,11 +318,12 @@ __device__ __forceinline__ bool bulk(const Args& args, const Entry& entry) {
   const u64 vectors = lines(HAS_PARTS ? args.bytes : (args.bytes + RANKS - 1) / RANKS);
   // Of what is ours alone. Tiles lie in the same places whatever is counted.
   const u64 own = F::IS_UNEVEN ? lines(F::bytes(args, me, me)) : vectors;
-  if constexpr (HAS_PARTS && !F::FOLDS) {
+  if constexpr (F::HAS_PARTS_IN && !F::FOLDS) {
+    return run_lanes<KIND>(args, entry, Tiles(args, entry, vectors, 2, 1, RANKS), is_wide);
+  } else if constexpr (HAS_PARTS && !F::FOLDS) {
     const Tiles tiles(args, entry, blockIdx.x % 2 == 1 ? vectors : own, 2, 1);
     if (blockIdx.x % 2 == 1) return run(args, entry, Take<KIND>{tiles, is_wide});
-    if constexpr (F::HAS_PARTS_IN) return run(args, entry, Send<KIND>{tiles, is_wide});
-    else return run(args, entry, Give<KIND>{tiles, is_wide});
+    return run(args, entry, Give<KIND>{tiles, is_wide});
   } else {
     constexpr u32 STEPS = F::FOLDS_PARTS ? 2 : 3;
     const Tiles tiles(args, entry, F::IS_UNEVEN && blockIdx.x % STEPS == 1 ? own : vectors, STEPS, STEPS - 1);

@@ -278,12 +278,9 @@ struct Stretch {
   }
 };
 
-// All threads of a block: one channel of a large message. False if one must leave.
+// All threads of a block, before the tiles of a message: begins another era where it is time. False if one must leave.
 template <bool IS_SENT>
-__device__ __noinline__ bool move_channel(const Args& args, Entry entry, const Message& message, Track* track, u32 channel) {
-  auto& counts = track->channels[channel];
-  u32 before = counts.rounds;
-  entry.epoch = counts.era;
+__device__ __forceinline__ bool begin_era(const Args& args, Entry& entry, const Message& message, u32 channel, u32& before) {
   if (before >= ERA_ROUNDS) {
     // The slots are free before rounds are counted anew. The receiver has nothing to wait for: no flag of the new era came before.
     bool is_free = true;
@@ -294,6 +291,16 @@ __device__ __noinline__ bool move_channel(const Args& args, Entry entry, const M
     before = 0;
     entry.epoch++;
   }
+  return true;
+}
+
+// All threads of a block: one channel of a large message. False if one must leave.
+template <bool IS_SENT>
+__device__ __noinline__ bool move_channel(const Args& args, Entry entry, const Message& message, Track* track, u32 channel) {
+  auto& counts = track->channels[channel];
+  u32 before = counts.rounds;
+  entry.epoch = counts.era;
+  if (!begin_era<IS_SENT>(args, entry, message, channel, before)) return false;
   const Stretch<IS_SENT> stretch(args, message, channel, before);
   if (!run(args, entry, stretch)) return false;
   // All threads have read both, and passed barriers since.

@@ -64,7 +64,9 @@ impl<'b> Call<'b> {
     /// A call from raw descriptions: the door for bindings to other languages.
     ///
     /// The buffers are, in order: the input and the output, or one that is both; of messages the input, the output, or both; of
-    /// the operations on several buffers all of them; `barrier` has none. Where parts have sizes of their own, `counts` holds
+    /// the operations on several buffers all of them; of an all-to-all with counts in memory input, output, send counts, receive counts
+    /// and, if there are any, send offsets; of one on rows input, residual, new residual, weight, output and, if there is one, scale;
+    /// `barrier` has none. Where parts have sizes of their own, `counts` holds
     /// those of the side that has a part for every rank; of both, the input's first.
     ///
     /// # Safety

@@ -12,6 +12,8 @@ pub(crate) enum Cause {
     Died { rank: u32, who: String, how: String },
     /// Two ranks made different calls.
     Mismatch { left: String, right: String },
+    /// A part whose size lies in memory of the operation has no room.
+    Counts { during: String, from: u32, to: u32, needed: u64, room: u64, is_input: bool },
     /// Live ranks did not make the call in time.
     TimedOut { rank: u32, call: String, waited_ms: u64, missing: Vec<String> },
     /// Somebody called `Observer::abort`.
@@ -51,6 +53,14 @@ impl Cause {
         match self {
             Self::Died { rank, who, how } => Self::Died { rank: *rank, who: cut(who), how: cut(how) },
             Self::Mismatch { left, right } => Self::Mismatch { left: cut(left), right: cut(right) },
+            Self::Counts { during, from, to, needed, room, is_input } => Self::Counts {
+                during: cut(during),
+                from: *from,
+                to: *to,
+                needed: *needed,
+                room: *room,
+                is_input: *is_input,
+            },
             Self::TimedOut { rank, call, waited_ms, missing } => Self::TimedOut {
                 rank: *rank,
                 call: cut(call),
@@ -77,6 +87,9 @@ impl Cause {
                 Error::PeerDied { rank, who, during, how, survivors }
             }
             Self::Mismatch { left, right } => Error::Mismatch { left, right },
+            Self::Counts { during, from, to, needed, room, is_input } => {
+                Error::Counts { during, from: from as usize, to: to as usize, needed, room, is_input }
+            }
             Self::TimedOut { rank, call, waited_ms, missing } => {
                 Error::Timeout { rank: rank as usize, call, waited_ms, missing }
             }

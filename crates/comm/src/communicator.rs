@@ -237,12 +237,13 @@ impl Communicator {
 
     /// From now on calls on the GPU take the form that `rules` ask for, and the grids of their table: for tuning, which so measures
     /// several in one communicator. All ranks change between the same two calls.
+    ///
+    /// # Errors
+    /// [`crate::Error::Cuda`] if there is no stream for copy engines that these rules ask for; then nothing has changed.
     #[doc(hidden)]
     #[cfg(feature = "cuda")]
-    pub fn change_gpu_rules(&mut self, rules: &unisono_core::device::select::Rules) {
-        if let Some(gpu) = &self.gpu {
-            gpu.borrow_mut().change_rules(rules);
-        }
+    pub fn change_gpu_rules(&mut self, rules: &unisono_core::device::select::Rules) -> Result<()> {
+        self.gpu.as_ref().map_or(Ok(()), |gpu| gpu.borrow_mut().change_rules(rules))
     }
 
     /// How the GPUs of this world reach each other; `None` without GPUs.

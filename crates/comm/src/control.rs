@@ -289,6 +289,13 @@ impl Control {
         Some(Cause::from_words(&words).unwrap_or_else(unreadable))
     }
 
+    /// What the memory says of its job.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn label(&self) -> Option<JobLabel> {
+        let words: Vec<u64> = self.words_of(self.layout.job()).iter().map(Word::load_relaxed).collect();
+        JobLabel::from_words(&words).ok()
+    }
+
     /// Where the page lies that the GPU of this rank writes.
     #[cfg(feature = "cuda")]
     pub(crate) fn gpu_field(&self) -> Field {
@@ -319,7 +326,8 @@ impl Control {
         let fetch = |field: Field| -> Result<Vec<u64>> {
             Ok(self.words_of(field).iter().map(Word::load_relaxed).collect())
         };
-        GpuView::read(&self.layout.rank(rank), clock, &fetch).ok()?.1
+        let fields = self.layout.rank(rank);
+        GpuView::read((fields.gpu, fields.gpu_records), clock, &fetch).ok()?.1
     }
 
     fn record(&self, rank: usize) -> &[impl Word<u64>] {

@@ -1,4 +1,6 @@
 //! The errors of the library. Each says what was expected, what came, and which rank.
+//!
+//! Over 500 lines because there is one list of them, each with what it tells.
 
 use std::time::Duration;
 
@@ -82,6 +84,27 @@ pub enum Error {
         left: String,
         /// The call it met.
         right: String,
+    },
+    /// Counts in memory of an operation name a part that has no room: in the input that it should come from, or in the output that it
+    /// should go to. Nothing was written there. The communicator has failed on all ranks.
+    #[error(
+        "{during}: the part from rank {from} to rank {to} needs {needed} elements of the {} of rank {}, which has {room}",
+        if *is_input { "input" } else { "output" },
+        if *is_input { from } else { to }
+    )]
+    Counts {
+        /// What the rank that found it was doing.
+        during: String,
+        /// The rank whose counts these are.
+        from: usize,
+        /// The rank that the part is for.
+        to: usize,
+        /// Where the part ends in the input, or how large it is in the output, in elements.
+        needed: u64,
+        /// The elements of that input, or those that the output has for each rank.
+        room: u64,
+        /// Whether it is the input that is too short.
+        is_input: bool,
     },
     /// A rank's process is gone, stopped or silent. The communicator has failed on all ranks.
     #[error("{who} died during {during}: {how}.{}", can_shrink(survivors))]

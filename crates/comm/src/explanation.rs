@@ -130,7 +130,7 @@ impl fmt::Display for Choice {
         let size = format_size(self.bytes as u64);
         let size = match self.kind {
             // Only sender and receiver know the size of a part.
-            Kind::AllToAllV => String::new(),
+            Kind::AllToAllV | Kind::AllToAllCounted => String::new(),
             kind if kind.is_uneven() => format!(" of {size} in all"),
             _ => format!(" of {size} per rank"),
         };

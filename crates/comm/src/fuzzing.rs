@@ -32,6 +32,7 @@ pub fn cause_seeds() -> Vec<Vec<u8>> {
     let causes = [
         Cause::Died { rank: 1, who: text(), how: "its socket closed".to_owned() },
         Cause::Mismatch { left: text(), right: text() },
+        Cause::Counts { during: text(), from: 0, to: 1, needed: u64::MAX, room: 4, is_input: true },
         Cause::TimedOut { rank: 0, call: text(), waited_ms: 1 << 40, missing: vec![text(), text()] },
         Cause::Aborted { rank: u32::MAX, reason: "é".repeat(40) },
         Cause::Dropped { rank: 3 },

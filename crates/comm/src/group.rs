@@ -77,7 +77,9 @@ impl<'b> Operations<'b> for Grouped<'_, 'b> {
 /// several communicators, even several ranks of one world; collectives of one communicator keep their order.
 ///
 /// On streams of GPUs operations are enqueued when the group ends, on every communicator the collectives first, and then its
-/// messages: one kernel carries out all of them (at most 128, on one stream), with all peers and in both directions at once.
+/// messages: one kernel carries out all of them (at most 128, on one stream), with all peers and in both directions at once. Operations
+/// on several buffers are not taken there ([`Error::Argument`](crate::Error::Argument)): they have a stream for each device, and
+/// [`Communicator::on_each`] enqueues all of their parts together anyhow.
 ///
 /// Windows ([`Grouped::window`], [`Grouped::close`]; with GPUs `Grouped::register` too), communicators made of others
 /// ([`Grouped::split`], [`Grouped::duplicate`]) and the end ([`Group::destroy`]) are collective as well, and block: here all

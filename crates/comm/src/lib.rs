@@ -34,6 +34,7 @@ mod collectives;
 pub mod communicator;
 mod control;
 mod copies;
+mod counted;
 mod derive;
 pub mod error;
 pub mod explanation;
@@ -68,6 +69,7 @@ pub use buffer::{Buf, BufMut, Place, RawBuffer};
 pub use builder::Builder;
 pub use call::{Call, Counts, Kind};
 pub use communicator::Communicator;
+pub use counted::{AllToAllCounted, Count};
 pub use error::{Error, Result};
 pub use explanation::{Choice, Explanation, OnGpus};
 pub use fused::{AllReduceRmsNorm, HalfFloat, Normalised, Quantisable};
@@ -87,8 +89,8 @@ pub use unisono_core::select::Algorithm;
 pub use unisono_core::settings::{Order, Require};
 pub use unisono_core::topology::{Link, Topology};
 pub use unisono_core::{
-    Complex, DType, Element, Error as CoreError, ReduceOp, Reducible, Secret, UniqueId, half, reduce_op,
-    settings,
+    Complex, DType, Element, Error as CoreError, ReduceOp, Reducible, Secret, UniqueId, half, quantised,
+    reduce_op, settings,
 };
 #[cfg(feature = "cuda")]
 pub use unisono_cuda as cuda;

@@ -1,9 +1,12 @@
 //! The list of operations, once, for every way to submit them.
+//!
+//! Over 500 lines because each operation is documented, with an example, where it stands in that list.
 
 use unisono_core::{Element, ReduceOp, Reducible};
 
 use crate::buffer::{Buf, BufMut};
 use crate::call::{Call, Counts, Kind};
+use crate::counted::{AllToAllCounted, Count};
 use crate::error::Result;
 use crate::fused::{AllReduceRmsNorm, HalfFloat, Quantisable};
 
@@ -295,7 +298,7 @@ pub trait Operations<'b> {
 
     /// As [`Operations::all_to_all_into`], with parts of any size: `out` tells what of `src` goes to each rank, `into` what comes
     /// from each and where it lies in `dst`. What rank a sends to b must be what b expects of a; only these two need to know.
-    /// `src` and `dst` may be the same memory if `out` and `into` are equal; not on GPUs.
+    /// `src` and `dst` may be the same memory if `out` and `into` are equal.
     ///
     /// ```
     /// # use unisono::{Communicator, Operations};
@@ -324,6 +327,43 @@ pub trait Operations<'b> {
     ) -> Result<Self::Done> {
         let call = Call::new(Kind::AllToAllV, [src.into().raw(), dst.into().raw()]);
         self.submit(call.with_counts(&[out.into(), into.into()]))
+    }
+
+    /// As [`Operations::all_to_all_v`], with counts in memory of the operation, that of its GPU if it has one: see [`AllToAllCounted`].
+    /// Each rank knows what it sends, and is told what it received.
+    ///
+    /// ```
+    /// # use unisono::{AllToAllCounted, Communicator, Operations};
+    /// # let ranks = Communicator::threads(2)?;
+    /// # let ranks: Vec<_> = ranks.into_iter().map(|rank| std::thread::spawn(move || {
+    /// // Rank 0 keeps one number and sends two; rank 1 sends one and keeps none. Each has room for three from each.
+    /// let send_counts = [[1u32, 2], [1, 0]][rank.rank()];
+    /// let input: Vec<i64> = (0..3).map(|i| 10 * rank.rank() as i64 + i).collect();
+    /// let (mut output, mut recv_counts) = ([-1; 6], [0; 2]);
+    /// rank.all_to_all_counted(AllToAllCounted {
+    ///     input: (&input).into(),
+    ///     send_counts: (&send_counts).into(),
+    ///     send_offsets: None,
+    ///     output: (&mut output).into(),
+    ///     recv_counts: (&mut recv_counts).into(),
+    /// })?;
+    /// assert_eq!(recv_counts, [[1, 1], [2, 0]][rank.rank()]);
+    /// assert_eq!(output, [[0, -1, -1, 10, -1, -1], [1, 2, -1, -1, -1, -1]][rank.rank()]);
+    /// # rank.destroy() })).collect();
+    /// # for rank in ranks { rank.join().unwrap()?; }
+    /// # Ok::<(), unisono::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`crate::Error::Argument`] if buffers do not fit or overlap, and on the host if a part lies outside of the input;
+    /// [`crate::Error::Counts`], naming both ranks, if a part is more than the receiver has room for, and on a GPU, as told by
+    /// [`Communicator::check`](crate::Communicator::check), if it lies outside of the input: then nothing was written there, and the
+    /// communicator has failed on all ranks; [`crate::Error::Mismatch`] if the ranks differ; those of a failed communicator.
+    fn all_to_all_counted<T: Element, C: Count>(
+        &self,
+        call: AllToAllCounted<'b, T, C>,
+    ) -> Result<Self::Done> {
+        self.submit(call.into_call())
     }
 
     /// Sums rows over all ranks, adds the residual, and normalises: see [`AllReduceRmsNorm`], which names the buffers, and what is

@@ -3,7 +3,8 @@
 //! Every communicator keeps the last calls of its ranks in its shared memory. [`find`] finds the communicators of other
 //! processes of this user, or of some of them; [`Recording::snapshot`] reads one, while it hangs or after its ranks died;
 //! [`why`] says in plain English who waits for whom. Nothing of the job has to answer: it may be stopped. Only what GPUs did lies in
-//! their own memory: a thread of each rank fetches it on request, while kernels hang, too.
+//! their own memory: a thread of each rank fetches it on request, while kernels hang, too. What the devices of ranks that have several do in
+//! calls on a buffer of each is told by device ([`RankView::devices`]).
 //!
 //! ```
 //! use unisono::{Communicator, Operations, recorder};
@@ -23,10 +24,10 @@ use std::time::Duration;
 
 pub use unisono_core::call::CallHeader;
 use unisono_core::layout::{ControlLayout, Field};
-use unisono_core::recorder::{Clock, Clocks, JobLabel};
+use unisono_core::recorder::{Clock, Clocks, DeviceLabel, JobLabel};
 pub use unisono_core::recorder::{
     End, Failure, GpuCall, GpuMessage, GpuView, GpuWait, GpuWork, MessageHeader, Presence, Process, RankView,
-    Reading, Record, Snapshot, Standing, Waits, WaitsOn, ranks_phrase, time_phrase, why,
+    Reading, Record, SeatView, Snapshot, Standing, Waits, WaitsOn, ranks_phrase, time_phrase, why,
 };
 use unisono_node::ForeignMemory;
 use unisono_node::identity::ProcessStatus;
@@ -50,6 +51,8 @@ const CALIBRATION: Duration = Duration::from_millis(20);
 pub struct Recording {
     memory: ForeignMemory,
     label: JobLabel,
+    /// The memory of each device of ranks that have several.
+    devices: Vec<(DeviceLabel, ForeignMemory)>,
 }
 
 /// What a search came to.
@@ -70,12 +73,23 @@ pub struct Found {
 pub fn find(pids: Option<&[u32]>) -> Result<Found> {
     let search = inspect::search(pids)?;
     let mut found = Found { denied: search.denied, ..Found::default() };
+    let mut devices = Vec::new();
     for memory in search.memories {
         match read_label(&memory) {
             // Windows are such memory, too, and have no label.
-            None => {}
-            Some(Ok(label)) => found.recordings.push(Recording { memory, label }),
+            None => devices.extend(read_device_label(&memory).map(|label| (label, memory))),
+            Some(Ok(label)) => found.recordings.push(Recording { memory, label, devices: Vec::new() }),
             Some(Err(error)) => found.foreign.push(error.to_string()),
+        }
+    }
+    devices.sort_by_key(|(label, _)| label.seat);
+    for (label, memory) in devices {
+        // Whoever made the one holds the other.
+        let is_its = |recording: &&mut Recording| {
+            recording.label == label.job && memory.holders().iter().any(|pid| recording.pids().contains(pid))
+        };
+        if let Some(recording) = found.recordings.iter_mut().find(is_its) {
+            recording.devices.push((label, memory));
         }
     }
     found.recordings.sort_by_key(|recording| (recording.label.created, recording.memory.identity()));
@@ -92,6 +106,13 @@ fn read_label(memory: &ForeignMemory) -> Option<unisono_core::Result<JobLabel>> 
     let field = ControlLayout::new(1).job();
     let words = memory.words(field.offset, field.bytes / 8).ok()?;
     JobLabel::is_one(&words).then(|| JobLabel::from_words(&words))
+}
+
+/// `None` for memory that is no device's.
+fn read_device_label(memory: &ForeignMemory) -> Option<DeviceLabel> {
+    let field = DeviceLabel::FIELD;
+    let words = memory.words(field.offset, field.bytes / 8).ok()?;
+    DeviceLabel::from_words(&words).filter(|_| memory.bytes() >= DeviceLabel::RECORDS.end())
 }
 
 impl Recording {
@@ -124,22 +145,36 @@ impl Recording {
     /// read.
     pub fn snapshot(&self) -> Result<Snapshot> {
         let first = self.glance()?;
-        let can_answer = |rank: &&RankView| {
-            let serves = rank.gpu.as_ref().is_some_and(|gpu| gpu.reading == Reading::Earlier);
-            serves && rank.process == Process::Running
-        };
         let layout = ControlLayout::new(first.ranks.len());
-        let asked: Vec<usize> = first.ranks.iter().filter(can_answer).map(|rank| rank.rank).collect();
+        let serves = |gpu: &Option<GpuView>| gpu.as_ref().is_some_and(|gpu| gpu.reading == Reading::Earlier);
+        let (mut asked, mut pages) = (Vec::new(), Vec::new());
+        for rank in first.ranks.iter().filter(|rank| rank.process == Process::Running) {
+            if serves(&rank.gpu) {
+                asked.push((rank.rank, None));
+                pages.push(ForeignPage { memory: &self.memory, field: layout.rank(rank.rank).gpu });
+            }
+            for device in rank.devices.iter().filter(|device| serves(&device.gpu)) {
+                let known = self.devices.iter().find(|(label, _)| label.seat == device.seat);
+                asked.extend(known.map(|_| (rank.rank, Some(device.seat))));
+                pages.extend(known.map(|(_, memory)| ForeignPage { memory, field: DeviceLabel::REPORT }));
+            }
+        }
         if asked.is_empty() {
             return Ok(first);
         }
-        let page = |rank: &usize| ForeignPage { memory: &self.memory, field: layout.rank(*rank).gpu };
-        let answered = ask::ask(&asked.iter().map(page).collect::<Vec<_>>());
+        let answered = ask::ask(&pages);
         let mut snapshot = self.glance()?;
-        for (rank, has_answered) in asked.into_iter().zip(answered) {
-            match snapshot.ranks.get_mut(rank).and_then(|rank| rank.gpu.as_mut()) {
-                Some(gpu) if has_answered && gpu.reading == Reading::Earlier => gpu.reading = Reading::Now,
-                _ => {}
+        for ((rank, seat), has_answered) in asked.into_iter().zip(answered) {
+            let Some(rank) = snapshot.ranks.get_mut(rank) else { continue };
+            let view = match seat {
+                None => rank.gpu.as_mut(),
+                Some(seat) => {
+                    let device = rank.devices.iter_mut().find(|device| device.seat == seat);
+                    device.and_then(|device| device.gpu.as_mut())
+                }
+            };
+            if let Some(view) = view.filter(|view| has_answered && view.reading == Reading::Earlier) {
+                view.reading = Reading::Now;
             }
         }
         Ok(snapshot)
@@ -154,6 +189,15 @@ impl Recording {
         let fetch =
             |field: Field| -> Result<Vec<u64>> { Ok(self.memory.words(field.offset, field.bytes / 8)?) };
         let mut snapshot = Snapshot::read(self.memory.bytes(), &clocks, fetch, explain)?;
+        for (label, memory) in &self.devices {
+            let fetch =
+                |field: Field| -> Result<Vec<u64>> { Ok(memory.words(field.offset, field.bytes / 8)?) };
+            let places = (DeviceLabel::REPORT, DeviceLabel::RECORDS);
+            let (waits, gpu) = GpuView::read(places, clocks.of(label.ticks), &fetch)?;
+            if let Some(rank) = snapshot.ranks.get_mut(label.rank) {
+                rank.devices.push(SeatView { seat: label.seat, ordinal: label.ordinal, waits, gpu });
+            }
+        }
         for rank in &mut snapshot.ranks {
             (rank.pid, rank.process) = self.process_of(rank);
         }

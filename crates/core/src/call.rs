@@ -73,6 +73,8 @@ pub enum Kind {
     },
     /// As [`Kind::AllToAll`], with parts of any size, each known to the two ranks that it concerns.
     AllToAllV,
+    /// As [`Kind::AllToAllV`], with sizes that lie in memory of the operation: each is known to the sender alone.
+    AllToAllCounted,
     /// As [`Kind::AllReduce`], of several buffers of each rank.
     AllReduceMulti {
         /// How elements are combined.
@@ -183,6 +185,7 @@ impl Kind {
             Self::GatherV { .. } => "gather_v",
             Self::ScatterV { .. } => "scatter_v",
             Self::AllToAllV => "all_to_all_v",
+            Self::AllToAllCounted => "all_to_all_counted",
             Self::AllReduceMulti { .. } => "all_reduce_multi",
             Self::BroadcastMulti { .. } => "broadcast_multi",
             Self::AllReduceRmsNorm { .. } => "all_reduce_rms_norm",
@@ -231,6 +234,7 @@ impl Kind {
             Self::BroadcastMulti { .. } => 22,
             Self::AllReduceRmsNorm { .. } => 40,
             Self::AllReduceQuantised => 41,
+            Self::AllToAllCounted => 42,
         }
     }
 
@@ -250,6 +254,7 @@ impl Kind {
                 | Self::GatherV { .. }
                 | Self::ScatterV { .. }
                 | Self::AllToAllV
+                | Self::AllToAllCounted
         )
     }
 
@@ -401,6 +406,7 @@ impl CallHeader {
                 }
             }
             41 => Kind::AllReduceQuantised,
+            42 => Kind::AllToAllCounted,
             3 => Kind::Broadcast { root },
             4 => Kind::AllGather,
             5 => Kind::Destroy,

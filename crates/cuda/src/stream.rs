@@ -97,10 +97,8 @@ impl Stream {
     /// # Errors
     /// What the driver refuses.
     pub fn relax_capture(&self) -> Result<()> {
-        let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        // SAFETY: the mode is ours, and belongs to this thread.
-        let result = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) };
-        check("cuThreadExchangeStreamCaptureMode", self.device.ordinal(), result)
+        exchange_capture_mode(&self.device, sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)?;
+        Ok(())
     }
 
     /// Does `f`, in which this thread may ask the driver for what is done without ending a capture of another one.
@@ -136,7 +134,12 @@ impl Stream {
         // SAFETY: the stream lives, and the answer is ours.
         let result = unsafe { sys::cuStreamEndCapture(self.raw, &raw mut graph) };
         check("cuStreamEndCapture", self.device.ordinal(), result)?;
-        Graph::new(&self.device, graph, self.raw)
+        // This thread may be capturing other streams, which forbids what makes a graph ready.
+        let relaxed = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        let before = exchange_capture_mode(&self.device, relaxed)?;
+        let graph = Graph::new(&self.device, graph, self.raw);
+        exchange_capture_mode(&self.device, before)?;
+        graph
     }
 
     /// Work that comes later waits for `event`.
@@ -358,4 +361,15 @@ impl Drop for RawEvent {
             let _ = unsafe { sys::cuEventDestroy_v2(self.raw) };
         }
     }
+}
+
+/// Sets what captures forbid this thread, and gives what they forbade before.
+fn exchange_capture_mode(
+    device: &Device,
+    mut mode: sys::CUstreamCaptureMode,
+) -> Result<sys::CUstreamCaptureMode> {
+    // SAFETY: the mode is ours, and belongs to this thread.
+    let result = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) };
+    check("cuThreadExchangeStreamCaptureMode", device.ordinal(), result)?;
+    Ok(mode)
 }

@@ -52,6 +52,13 @@ fn measure(workload: &Workload) -> Result<()> {
     if workload.has_rows() {
         builder = prepare_rows(builder, workload.dtype);
     }
+    if workload.quantises() {
+        builder = match workload.dtype {
+            DType::F16 => builder.prepare_quantised::<f16>(),
+            DType::F32 => builder.prepare_quantised::<f32>(),
+            _ => builder.prepare_quantised::<bf16>(),
+        };
+    }
     let communicator = builder.build()?;
     let device = Device::new(ordinal)?;
     // For the whole time, so that no call has to look.
@@ -59,7 +66,10 @@ fn measure(workload: &Workload) -> Result<()> {
     let queue = CudaStream::new(&device)?;
     let ranks = communicator.world_size();
     let patterns = Patterns::new(workload.dtype, ranks, 11);
-    let (mut reduced, mut tolerance) = (Vec::new(), None);
+    let (mut reduced, mut tolerance, mut quantised) = (Vec::new(), None, Vec::new());
+    if workload.quantises() {
+        quantised = patterns.quantised(workload.dtype, 0, usize::MAX)?;
+    }
     if workload.reduces() {
         reduced = patterns.reduced(workload.dtype, workload.op)?;
         if depends_on_order(workload.dtype, workload.op) {
@@ -88,6 +98,7 @@ fn measure(workload: &Workload) -> Result<()> {
         queue,
         patterns,
         reduced,
+        quantised,
         tolerance,
     };
     rank.measure_all()?;
@@ -146,6 +157,8 @@ struct Rank<'a> {
     /// A period of the reduction of all inputs, and how far other orders may be from it.
     reduced: Vec<u8>,
     tolerance: Option<Tolerance>,
+    /// What whole groups of the quantised sum give, until they repeat.
+    quantised: Vec<u8>,
 }
 
 /// Whose call it is.
@@ -156,6 +169,7 @@ enum Whose {
 }
 
 /// What is called.
+#[derive(Clone, Copy)]
 struct Job {
     operation: Operation,
     /// A part.
@@ -166,9 +180,10 @@ struct Job {
     calls: usize,
 }
 
-/// One library's part in the measurement of a size.
+/// One part in the measurement of a size: that of a library, or of an operation to compare with.
 struct Contender {
     whose: Whose,
+    job: Job,
     graph: Graph,
     is_exact: bool,
     wrong: u64,
@@ -234,13 +249,17 @@ impl Rank<'_> {
         let lacks = self.nccl.as_ref().filter(|_| !is_ring);
         let lacks = lacks.and_then(|nccl| nccl.lacks(kind, self.workload.dtype));
         let mut contenders = vec![self.contender(Whose::Ours, &job)?];
+        let is_quantised = operation == Operation::AllReduceQuantised;
+        if is_quantised {
+            contenders.push(self.contender(Whose::Ours, &self.job(Operation::AllReduce, bytes))?);
+        }
         if self.nccl.is_some() && lacks.is_none() {
             contenders.push(self.contender(Whose::Nccl, &job)?);
         }
-        let rounds = self.measure_rounds(&job, &mut contenders)?;
+        let rounds = self.measure_rounds(&mut contenders)?;
         let mut sides = Vec::new();
         for contender in contenders {
-            sides.push(self.side(&job, contender)?);
+            sides.push(self.side(contender)?);
         }
         let mut sides = sides.into_iter();
         let Some(ours) = sides.next() else { unreachable!("ours is always measured") };
@@ -258,6 +277,7 @@ impl Rank<'_> {
             rounds: rounds as u64,
             batch: job.calls as u64,
             ours,
+            plain: if is_quantised { sides.next() } else { None },
             nccl: sides.next(),
             nccl_lacks: lacks,
         })
@@ -292,7 +312,7 @@ impl Rank<'_> {
             wrong += self.wrong(job, is_exact)?;
         }
         self.settle()?;
-        Ok(Contender { whose, graph, is_exact, wrong, times: Times::default() })
+        Ok(Contender { whose, job: *job, graph, is_exact, wrong, times: Times::default() })
     }
 
     /// Whether the result has the bits of the reference: what is not rounded, and our own sums but for the ring's order.
@@ -375,7 +395,8 @@ impl Rank<'_> {
             Operation::Reduce | Operation::Gather if rank != 0 => return Ok(0),
             _ => {}
         }
-        let count = job.bytes / self.workload.dtype.size();
+        let (dtype, is_quantised) = (self.workload.dtype, job.operation == Operation::AllReduceQuantised);
+        let count = job.bytes / dtype.size();
         let mut got = vec![0; PIECE_BYTES.min(job.bytes)];
         let mut wrong = 0;
         for part in 0..job.parts.1 {
@@ -383,8 +404,11 @@ impl Rank<'_> {
             for at in (0..job.bytes).step_by(PIECE_BYTES) {
                 let piece = &mut got[..PIECE_BYTES.min(job.bytes - at)];
                 self.target.read(part * job.bytes + at, piece)?;
-                let first = begin + at / self.workload.dtype.size();
+                let first = begin + at / dtype.size();
                 wrong += match &self.tolerance {
+                    _ if is_quantised => {
+                        self.patterns.wrong_quantised(dtype, (&self.quantised, first), piece)?
+                    }
                     Some(tolerance) if !is_exact => tolerance.wrong_from(first, piece),
                     _ => self.patterns.wrong_from(expected, first, piece),
                 };

@@ -50,6 +50,8 @@ pub(crate) struct OnGpu {
     pub(crate) rounds: u64,
     pub(crate) batch: u64,
     pub(crate) ours: Side,
+    /// The plain all-reduce, beside a quantised one.
+    pub(crate) plain: Option<Side>,
     pub(crate) nccl: Option<Side>,
     /// Why there are no figures of NCCL though they were asked for.
     pub(crate) nccl_lacks: Option<String>,
@@ -76,11 +78,16 @@ pub(crate) struct Side {
 impl OnGpu {
     /// Whether any element was wrong.
     pub(crate) fn is_wrong(&self) -> bool {
-        self.ours.wrong > 0 || self.nccl.as_ref().is_some_and(|nccl| nccl.wrong > 0)
+        self.ours.wrong > 0 || self.rival().is_some_and(|rival| rival.wrong > 0)
     }
 
-    /// How much longer NCCL's graph takes than ours.
+    /// What was measured in turns with ours.
+    pub(crate) fn rival(&self) -> Option<&Side> {
+        self.plain.as_ref().or(self.nccl.as_ref())
+    }
+
+    /// How much longer the graph of that takes than ours.
     pub(crate) fn ratio(&self) -> Option<f64> {
-        self.nccl.as_ref().map(|nccl| nccl.graph_us / self.ours.graph_us)
+        self.rival().map(|rival| rival.graph_us / self.ours.graph_us)
     }
 }

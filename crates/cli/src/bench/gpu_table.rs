@@ -1,4 +1,4 @@
-//! The table of a run on GPUs: ours alone, or with NCCL beside it.
+//! The table of a run on GPUs: ours alone, or with NCCL beside it, or, of a quantised sum, with the plain one.
 
 use unisono::settings::format_size;
 
@@ -34,19 +34,19 @@ pub(super) fn opening(gpus: &Gpus) -> String {
     opening
 }
 
-/// The title of an operation, and the names of the columns.
-pub(super) fn heading(title: &str, has_rival: bool) -> String {
-    let columns = if has_rival {
+/// The title of an operation, and the names of the columns; `rival` is measured beside it.
+pub(super) fn heading(title: &str, rival: Option<&str>) -> String {
+    let columns = if let Some(rival) = rival {
         format!(
-            "{:>10} {:>10} {:>10} {:>10} {:>10} {:>6} {:>9} {:>9}  {:<14} {:>3} {:>9}  {}",
+            "{:>10} {:>10} {:>10} {:>11} {:>11} {:>6} {:>9} {:>9}  {:<14} {:>3} {:>9}  {}",
             "bytes",
             "eager",
             "graph",
-            "NCCL eager",
-            "NCCL graph",
+            format!("{rival} eager"),
+            format!("{rival} graph"),
             "ratio",
             "busbw",
-            "NCCL",
+            rival,
             "form × blocks",
             "SMs",
             "submit",
@@ -75,22 +75,23 @@ pub(super) fn row(measured: &OnGpu, has_rival: bool) -> String {
             "{bytes:>10} {eager:>10} {graph:>10} {algbw:>9} {busbw:>9}  {grid:<14} {on:>3} {submit:>9}  {ok}"
         );
     }
-    let rival = |figure: fn(&Side) -> String| measured.nccl.as_ref().map_or_else(none, figure);
-    let (nccl_eager, nccl_graph) = (rival(|nccl| time(nccl.eager_us)), rival(|nccl| time(nccl.graph_us)));
+    let rival = |figure: fn(&Side) -> String| measured.rival().map_or_else(none, figure);
+    let (its_eager, its_graph) = (rival(|side| time(side.eager_us)), rival(|side| time(side.graph_us)));
     let ratio = measured.ratio().map_or_else(none, |ratio| format!("{ratio:.2}"));
-    let (busbw, nccl_busbw) = (bandwidth(ours.busbw), rival(|nccl| bandwidth(nccl.busbw)));
+    let (busbw, its_busbw) = (bandwidth(ours.busbw), rival(|side| bandwidth(side.busbw)));
     format!(
-        "{bytes:>10} {eager:>10} {graph:>10} {nccl_eager:>10} {nccl_graph:>10} {ratio:>6} {busbw:>9} \
-         {nccl_busbw:>9}  {grid:<14} {on:>3} {submit:>9}  {ok}"
+        "{bytes:>10} {eager:>10} {graph:>10} {its_eager:>11} {its_graph:>11} {ratio:>6} {busbw:>9} \
+         {its_busbw:>9}  {grid:<14} {on:>3} {submit:>9}  {ok}"
     )
 }
 
 /// `ok` where all bits are right, `near` where sums are within the rounding errors of their order.
 fn ok(measured: &OnGpu) -> String {
     let wrong = |who: &str, side: &Side| format!("{WRONG}{} WRONG{who}{WRONG:#}", side.wrong);
-    match &measured.nccl {
+    let whose = if measured.plain.is_some() { " in the plain sum" } else { " in NCCL" };
+    match measured.rival() {
         _ if measured.ours.wrong > 0 => wrong("", &measured.ours),
-        Some(nccl) if nccl.wrong > 0 => wrong(" in NCCL", nccl),
+        Some(rival) if rival.wrong > 0 => wrong(whose, rival),
         _ if measured.ours.is_exact => "ok".to_owned(),
         _ => "near".to_owned(),
     }
@@ -125,6 +126,7 @@ mod tests {
             rounds: 5,
             batch: 100,
             ours: side(6.0),
+            plain: None,
             nccl,
             nccl_lacks: None,
         }
@@ -137,11 +139,15 @@ mod tests {
     #[test]
     fn columns_stand_below_their_names() {
         for (has_rival, nccl) in [(false, None), (true, None), (true, Some(side(9.0)))] {
-            let heading = plain(&heading("x", has_rival));
+            let heading = plain(&heading("x", has_rival.then_some("NCCL")));
             let columns = heading.lines().nth(1).unwrap();
             let row = plain(&row(&measured(nccl), has_rival));
             assert_eq!(columns.chars().count(), row.chars().count(), "{columns}\n{row}");
         }
+        let quantised = OnGpu { plain: Some(side(12.0)), ..measured(None) };
+        let columns = plain(&heading("x", Some("plain"))).lines().nth(1).unwrap().chars().count();
+        let beside = plain(&row(&quantised, true));
+        assert!(beside.contains(" 2.00 ") && beside.chars().count() == columns, "{beside}");
         let row = plain(&row(&measured(Some(side(9.0))), true));
         assert!(row.contains(" 1.50 ") && row.contains("one-shot × 11    6 "), "{row}");
     }
@@ -151,6 +157,8 @@ mod tests {
         let mut row_of = measured(Some(Side { wrong: 3, ..side(9.0) }));
         assert!(plain(&row(&row_of, true)).ends_with("3 WRONG in NCCL"));
         assert!(row_of.is_wrong());
+        let quantised = OnGpu { plain: Some(Side { wrong: 4, ..side(9.0) }), ..measured(None) };
+        assert!(plain(&row(&quantised, true)).ends_with("4 WRONG in the plain sum"));
         row_of.ours.wrong = 2;
         assert!(plain(&row(&row_of, true)).ends_with("2 WRONG"));
     }

@@ -46,6 +46,8 @@ pub(crate) enum Operation {
     Gather,
     Scatter,
     SendRecv,
+    /// Of f16, bf16 or f32, of which 8 bits for each element travel; on GPUs beside the plain all-reduce
+    AllReduceQuantised,
     /// On GPUs, and alone: by numbers of tokens
     AllReduceRmsNorm,
     Barrier,
@@ -63,6 +65,7 @@ impl Operation {
     pub(crate) const fn parts(self, ranks: usize) -> (usize, usize) {
         match self {
             Self::AllReduce
+            | Self::AllReduceQuantised
             | Self::AllReduceRmsNorm
             | Self::Broadcast
             | Self::Reduce
@@ -79,6 +82,7 @@ impl Operation {
         Some(match self {
             Self::Barrier | Self::SendRecv | Self::AllReduceRmsNorm => return None,
             Self::AllReduce => Kind::AllReduce { op },
+            Self::AllReduceQuantised => Kind::AllReduceQuantised,
             Self::Broadcast => Kind::Broadcast { root: 0 },
             Self::AllGather => Kind::AllGather,
             Self::ReduceScatter => Kind::ReduceScatter { op },
@@ -89,7 +93,7 @@ impl Operation {
         })
     }
 
-    /// GB/s as nccl-tests counts: of the operation, and over the bus. A message is sent there and back on the host; on GPUs ([`gpu`])
+    /// GB/s as nccl-tests counts: of the operation, and over the bus, in elements as they are before they are quantised. A message is sent there and back on the host; on GPUs ([`gpu`])
     /// each rank sends one on.
     pub(crate) fn bandwidth(self, ranks: usize, bytes: usize, us: f64) -> (f64, f64) {
         let ranks = ranks as f64;
@@ -97,7 +101,7 @@ impl Operation {
         match self {
             Self::Barrier => (0.0, 0.0),
             Self::SendRecv => (2.0 * per_rank, 2.0 * per_rank),
-            Self::AllReduce => (per_rank, per_rank * 2.0 * (ranks - 1.0) / ranks),
+            Self::AllReduce | Self::AllReduceQuantised => (per_rank, per_rank * 2.0 * (ranks - 1.0) / ranks),
             Self::Broadcast | Self::Reduce => (per_rank, per_rank),
             _ => (per_rank * ranks, per_rank * (ranks - 1.0)),
         }
@@ -114,6 +118,7 @@ impl Operation {
             Self::Gather => "gather",
             Self::Scatter => "scatter",
             Self::SendRecv => "send_recv",
+            Self::AllReduceQuantised => "all_reduce_quantised",
             Self::AllReduceRmsNorm => "all_reduce_rms_norm",
             Self::Barrier => "barrier",
         }
@@ -142,7 +147,7 @@ pub(crate) enum Rival {
                   below 4 KiB): percentiles over batches of the slowest rank. algbw and busbw count as nccl-tests does. send_recv is a round trip between ranks 0 and 1, 2 and 3, and so on; on GPUs every rank sends to the next \
                   and receives from the previous one. \
                   On GPUs calls are timed by events: eager, as they are submitted, and graph, captured in a CUDA graph; medians of the slowest rank. all_reduce_rms_norm is timed in graphs, beside the all-reduce alone and beside an all-reduce with \
-                  a kernel of the rest behind it; with --in-place the new residual replaces the old one."
+                  a kernel of the rest behind it; with --in-place the new residual replaces the old one. all_reduce_quantised takes turns with the plain all-reduce of the same elements, and both are verified."
 )]
 pub(crate) struct Arguments {
     /// Operations to measure; all_reduce, broadcast, all_gather and barrier if none is named

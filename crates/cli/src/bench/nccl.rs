@@ -345,6 +345,9 @@ impl Nccl {
 /// What NCCL has nothing for, as a sentence; `None` if it has the call. `kind` is none for a barrier.
 fn lacks(kind: Option<Kind>, dtype: DType) -> Option<String> {
     let Some(kind) = kind else { return Some("NCCL has no barrier".to_owned()) };
+    if matches!(kind, Kind::AllReduceQuantised) {
+        return Some("NCCL has no quantised all-reduce".to_owned());
+    }
     match kind.op() {
         Some(op) if dtype_code(dtype).is_none() || op_code(op).is_none() => {
             Some(format!("NCCL has no {} of {dtype} by {op}", kind.name()))

@@ -1,7 +1,7 @@
 //! Inputs whose results are known: each rank's elements repeat with a prime period, so the expected result is computed
 //! once for a period, by the scalar reference, and every element of every size is compared with it.
 
-use unisono::{DType, ReduceOp, half, reduce_op};
+use unisono::{DType, ReduceOp, half, quantised, reduce_op};
 
 use super::Operation;
 
@@ -63,6 +63,41 @@ impl Patterns {
         Ok(output)
     }
 
+    /// What the quantised sum of all inputs gives for `count` elements from element `first` on, where a group begins; from the first one on
+    /// up to so many that groups begin as before, if there are more.
+    pub(crate) fn quantised(
+        &self,
+        dtype: DType,
+        first: usize,
+        count: usize,
+    ) -> Result<Vec<u8>, unisono::Error> {
+        let count = count.min(PERIOD * quantised::GROUP);
+        let input = |period: &Vec<u8>| -> Vec<u8> {
+            let begin = first % PERIOD * self.size;
+            period.iter().cycle().skip(begin).take(count * self.size).copied().collect()
+        };
+        let inputs: Vec<Vec<u8>> = self.inputs.iter().map(input).collect();
+        let views: Vec<&[u8]> = inputs.iter().map(Vec::as_slice).collect();
+        let mut output = vec![0; count * self.size];
+        quantised::reference(dtype, &views, &mut output)?;
+        Ok(output)
+    }
+
+    /// Elements of `got` that are not those of the quantised sum from element `first` on, where a group begins, to its end, or that of
+    /// another group. `whole` has what whole groups give, from the first one on, as many as `got` ends with, or all.
+    pub(crate) fn wrong_quantised(
+        &self,
+        dtype: DType,
+        (whole, first): (&[u8], usize),
+        got: &[u8],
+    ) -> Result<u64, unisono::Error> {
+        let count = got.len() / self.size;
+        let rest = count % quantised::GROUP;
+        let (groups, last) = got.split_at((count - rest) * self.size);
+        let expected = self.quantised(dtype, first + count - rest, rest)?;
+        Ok(self.wrong_from(whole, first, groups) + self.wrong_from(&expected, 0, last))
+    }
+
     /// A period of the input of `rank`.
     pub(crate) fn input(&self, rank: usize) -> &[u8] {
         &self.inputs[rank]
@@ -73,13 +108,14 @@ impl Patterns {
         self.wrong_from(expected, 0, got)
     }
 
-    /// The same where `got` starts at element `first` of what repeats.
+    /// The same where `got` starts at element `first` of what repeats, which is not empty if `got` is not.
     pub(crate) fn wrong_from(&self, expected: &[u8], first: usize, got: &[u8]) -> u64 {
         let differing = |expected: &[u8], got: &[u8]| {
             let pairs = expected.chunks(self.size).zip(got.chunks(self.size));
             pairs.filter(|(expected, got)| expected != got).count() as u64
         };
-        let (mut at, mut rest, mut wrong) = (first % PERIOD * self.size, got, 0);
+        let period = (expected.len() / self.size).max(1);
+        let (mut at, mut rest, mut wrong) = (first % period * self.size, got, 0);
         while !rest.is_empty() {
             let (now, later) = rest.split_at(rest.len().min(expected.len() - at));
             let expected = &expected[at..at + now.len()];
@@ -150,6 +186,34 @@ mod tests {
         }
         got.rotate_left(4);
         assert!(patterns.wrong(&expected, &got) > 10_000);
+    }
+
+    #[test]
+    fn quantised_sums_repeat_where_groups_do_and_the_last_group_is_on_its_own() {
+        let dtype = DType::BF16;
+        let patterns = Patterns::new(dtype, 2, 9);
+        let whole = patterns.quantised(dtype, 0, usize::MAX).unwrap();
+        assert_eq!(whole.len(), PERIOD * quantised::GROUP * 2);
+        // Longer than all of it, and with a short group.
+        let count = PERIOD * quantised::GROUP + 3 * quantised::GROUP + 5;
+        let inputs: Vec<Vec<u8>> = (0..2)
+            .map(|rank| {
+                let mut input = vec![0; count * 2];
+                patterns.fill(rank, &mut input);
+                input
+            })
+            .collect();
+        let mut got = vec![0; count * 2];
+        quantised::reference(dtype, &[&inputs[0], &inputs[1]], &mut got).unwrap();
+        assert_eq!(patterns.wrong_quantised(dtype, (&whole, 0), &got), Ok(0));
+        let first = 1000 * quantised::GROUP;
+        assert_eq!(patterns.wrong_quantised(dtype, (&whole, first), &got[first * 2..]), Ok(0));
+        for at in [0, count - 1, count - 6] {
+            got[2 * at] ^= 1;
+        }
+        assert_eq!(patterns.wrong_quantised(dtype, (&whole, 0), &got), Ok(3));
+        let plain = patterns.reduced(dtype, ReduceOp::Sum).unwrap();
+        assert!(patterns.wrong(&plain, &got) > 100_000);
     }
 
     #[test]

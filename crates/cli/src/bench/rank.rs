@@ -164,6 +164,11 @@ impl Rank<'_> {
             Operation::AllReduce | Operation::Reduce => Ok(self
                 .patterns
                 .wrong(&self.patterns.reduced(self.workload.dtype, self.workload.op)?, target)),
+            Operation::AllReduceQuantised => {
+                let dtype = self.workload.dtype;
+                let whole = self.patterns.quantised(dtype, 0, count)?;
+                self.patterns.wrong_quantised(dtype, (&whole, 0), target)
+            }
             Operation::ReduceScatter => {
                 let expected = self.patterns.reduced(self.workload.dtype, self.workload.op)?;
                 let mine = if self.workload.in_place {

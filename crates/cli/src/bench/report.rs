@@ -62,16 +62,17 @@ impl<'a> Report<'a> {
     }
 
     pub(super) fn add_gpu(&mut self, measured: OnGpu) {
-        let has_rival = self.workload.against.is_some();
+        let against = self.workload.against.map(|_| "NCCL");
+        let rival = if measured.plain.is_some() { Some("plain") } else { against };
         if self.gpu_results.last().is_none_or(|last| last.operation != measured.operation) {
             let blank = if self.gpu_results.is_empty() { "" } else { "\n" };
-            let heading = gpu_table::heading(&self.title(&measured.operation), has_rival);
+            let heading = gpu_table::heading(&self.title(&measured.operation), rival);
             self.print(&format!("{blank}{heading}"));
             if let Some(reason) = &measured.nccl_lacks {
                 self.print(reason);
             }
         }
-        self.print(&gpu_table::row(&measured, has_rival));
+        self.print(&gpu_table::row(&measured, rival.is_some()));
         self.bar.inc(1);
         self.gpu_results.push(measured);
     }

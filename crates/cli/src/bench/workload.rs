@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use unisono::{DType, ReduceOp, cuda};
+use unisono::{DType, ReduceOp, cuda, quantised};
 
 use super::rows::Output;
 use super::{Arguments, Operation, Place, Rival};
@@ -98,6 +98,9 @@ impl Workload {
             unisono::reduce_op::check(self.dtype, self.op)
                 .map_err(|error| Failure::new(error.to_string()))?;
         }
+        if self.quantises() {
+            self.check_quantised()?;
+        }
         if self.has_rows() {
             self.check_rows()?;
         }
@@ -113,6 +116,22 @@ impl Workload {
     /// Whether rows are normalised, and nothing else is measured.
     pub(super) fn has_rows(&self) -> bool {
         self.operations.contains(&Operation::AllReduceRmsNorm)
+    }
+
+    /// Whether a sum is quantised.
+    pub(super) fn quantises(&self) -> bool {
+        self.operations.contains(&Operation::AllReduceQuantised)
+    }
+
+    fn check_quantised(&self) -> Result<(), Failure> {
+        let name = Operation::AllReduceQuantised.name();
+        if !quantised::is_quantised(self.dtype) {
+            return Err(Failure::new(format!("{name} takes f16, bf16 or f32, not {}", self.dtype)));
+        }
+        if self.op != ReduceOp::Sum {
+            return Err(Failure::new(format!("{name} sums: --op {} is for other operations", self.op)));
+        }
+        Ok(())
     }
 
     fn check_rows(&self) -> Result<(), Failure> {
@@ -157,9 +176,9 @@ impl Workload {
         Ok(())
     }
 
-    /// Whether anything is reduced.
+    /// Whether anything is reduced; beside a quantised sum the plain one is.
     pub(super) fn reduces(&self) -> bool {
-        self.operations.iter().any(|operation| operation.reduces())
+        self.quantises() || self.operations.iter().any(|operation| operation.reduces())
     }
 }
 

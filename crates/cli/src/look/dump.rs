@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 use serde::Serialize;
-use unisono::recorder::{End, GpuCall, Reading, Record, Snapshot};
+use unisono::recorder::{End, GpuCall, Reading, Record, SeatView, Snapshot};
 
 use super::state::{self, Call, Head, RankState};
 use super::top::bytes;
@@ -51,6 +51,16 @@ struct Rank {
     gpu_calls: Vec<Call>,
     /// The latest from each rank and to each.
     gpu_messages: Vec<Call>,
+    /// Where the rank has several, what each does in calls on a buffer of each.
+    devices: Vec<Device>,
+}
+
+#[derive(Debug, Serialize)]
+struct Device {
+    ordinal: u32,
+    reading: Option<&'static str>,
+    /// Oldest first; counted apart from those of the rank.
+    calls: Vec<Call>,
 }
 
 impl<'s> Job<'s> {
@@ -69,9 +79,18 @@ impl<'s> Job<'s> {
                 gpu_reading: state::reading(view.gpu.as_ref()),
                 gpu_calls: on_gpu.map(Call::on_gpu).collect(),
                 gpu_messages: messages.map(Call::of_message).collect(),
+                devices: view.devices.iter().map(Device::new).collect(),
             }
         });
         Self { head: Head::new(snapshot), ranks: ranks.collect() }
+    }
+}
+
+impl Device {
+    fn new(view: &SeatView) -> Self {
+        let calls = view.gpu.iter().flat_map(|gpu| &gpu.calls);
+        let reading = state::reading(view.gpu.as_ref());
+        Self { ordinal: view.ordinal, reading, calls: calls.map(Call::on_gpu).collect() }
     }
 }
 
@@ -103,8 +122,13 @@ fn table(snapshot: &Snapshot) -> String {
     ));
     for rank in &snapshot.ranks {
         lines.extend(rank.records.iter().map(|record| row((rank.rank, snapshot.ranks.len()), record)));
+        for device in &rank.devices {
+            let place = format!("cuda:{}", device.ordinal);
+            let calls = device.gpu.iter().flat_map(|gpu| &gpu.calls);
+            lines.extend(calls.map(|call| gpu_row(rank.rank, &place, call)));
+        }
         let Some(gpu) = &rank.gpu else { continue };
-        lines.extend(gpu.calls.iter().map(|call| gpu_row(rank.rank, call)));
+        lines.extend(gpu.calls.iter().map(|call| gpu_row(rank.rank, "GPU", call)));
         lines.extend(gpu.messages.iter().map(|message| message_row(rank.rank, &Call::of_message(message))));
         if gpu.reading == Reading::Earlier {
             lines.push(format!("{:>4} did not answer: its calls on the GPU are not those of now", rank.rank));
@@ -129,10 +153,10 @@ fn row((rank, world_size): (usize, usize), record: &Record) -> String {
     )
 }
 
-fn gpu_row(rank: usize, call: &GpuCall) -> String {
+fn gpu_row(rank: usize, place: &str, call: &GpuCall) -> String {
     let waits = if call.is_open() && call.met.is_none() { " waits for other ranks" } else { "" };
     format!(
-        "{rank:>4} {:>14} {:>12} {:>10}  {:<9} GPU: {call}{waits}",
+        "{rank:>4} {:>14} {:>12} {:>10}  {:<9} {place}: {call}{waits}",
         format!("{:.6} s", call.begun.as_secs_f64()),
         call.took().map_or_else(|| "goes on".to_owned(), time),
         bytes(call.bytes()),

@@ -29,6 +29,7 @@ fn snapshot(reading: Reading, calls: Vec<GpuCall>, gpu_waits: Option<GpuWait>) -
         is_recording: true,
         records: Vec::new(),
         gpu_waits,
+        devices: Vec::new(),
         gpu: Some(GpuView { reading, calls, messages: Vec::new() }),
     };
     Snapshot {

@@ -144,7 +144,7 @@ impl World {
         for rules in choices {
             let is_direct = rules.forced.is_some_and(|wish| wish.form == Form::Direct);
             let job = Job { operation, kind, bytes, is_direct };
-            self.ranks.iter_mut().for_each(|rank| rank.change_gpu_rules(rules));
+            self.ranks.iter_mut().try_for_each(|rank| rank.change_gpu_rules(rules))?;
             let captured = self.capture(&job, calls)?;
             self.verify(&job, &captured).map_err(|error| {
                 let form = rules.forced.map_or("any form", |wish| wish.form.name());

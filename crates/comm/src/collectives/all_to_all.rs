@@ -48,11 +48,13 @@ impl Engine {
         let stage_pieces = self.stage_pieces(plan, blocks);
         let stage = |block, chunk| stage_pieces(block - before, chunk);
         let all = before..before + blocks.number;
+        let is_told = before > 0;
         self.exchange(at, all, Part::ALL, stage, |engine, block, chunk| {
             let mine = chunk + engine.rank * engine.piece_stride();
             for rank in 0..engine.world_size {
                 let part = plan.target_part(rank);
-                let (at, bytes) = blocks.bytes_of(block - before, part.count);
+                let count = if is_told { engine.size_from(rank) } else { part.count };
+                let (at, bytes) = blocks.bytes_of(block - before, count);
                 // SAFETY: every peer announced this block and keeps it until we have consumed the step; the target has a
                 // part for every rank, and is equal to or disjoint from our source.
                 unsafe {
@@ -67,7 +69,7 @@ impl Engine {
     }
 
     /// The first block holds what each rank sends to each other: all learn the largest part, from which the number of blocks
-    /// follows, and compare what they are sent with what they expect. Returns the number of steps.
+    /// follows, and compare what they are sent with what they expect, or have room for. Returns the number of steps.
     pub(super) fn all_to_all_v(&mut self, plan: &Plan, at: &mut State) -> Step<u64> {
         let ranks = 0..self.world_size;
         if !at.knows_sizes {
@@ -92,21 +94,42 @@ impl Engine {
         }
         let most = self.sizes.iter().copied().max().unwrap_or(0);
         let blocks = Blocks::of(most as usize, self.piece_stride() / plan.dtype.size(), plan.dtype);
-        self.swap_pieces(plan, &blocks, at, 1)
+        let steps = self.swap_pieces(plan, &blocks, at, 1)?;
+        plan.tell_counts((0..self.world_size).map(|rank| self.size_from(rank) as u64));
+        Ok(steps)
     }
 
-    /// What every rank sends to us is what we expect of it, and no part is larger than memory.
+    /// Elements that `rank` sends to us, once it has told.
+    fn size_from(&self, rank: usize) -> usize {
+        self.sizes[rank * self.world_size + self.rank] as usize
+    }
+
+    /// What every rank sends to us is what we expect of it, or has room, and no part is larger than memory.
     fn compare_sizes(&self, plan: &Plan) -> Result<()> {
         for (rank, row) in self.sizes.chunks(self.world_size).enumerate() {
             let (sent, expected) = (row[self.rank], plan.target_part(rank).count as u64);
             let is_sound = row.iter().all(|count| *count <= (isize::MAX as u64) / plan.dtype.size() as u64);
-            if sent != expected || !is_sound {
-                let (call, me) = (self.call_name(), self.rank);
-                return Err(self.abort_with(Cause::Mismatch {
+            let is_counted = plan.numbers().is_some();
+            let fits = if is_counted { sent <= expected } else { sent == expected };
+            if fits && is_sound {
+                continue;
+            }
+            let (call, me) = (self.call_name(), self.rank);
+            let cause = match is_counted {
+                true => Cause::Counts {
+                    during: call,
+                    from: rank as u32,
+                    to: me as u32,
+                    needed: sent,
+                    room: expected,
+                    is_input: false,
+                },
+                false => Cause::Mismatch {
                     left: format!("{call} on rank {me} ({}, {expected} from rank {rank})", plan.dtype),
                     right: format!("{call} on rank {rank} ({}, {sent} to rank {me})", plan.dtype),
-                }));
-            }
+                },
+            };
+            return Err(self.abort_with(cause));
         }
         Ok(())
     }

@@ -293,7 +293,7 @@ impl Engine {
             Kind::Gather { root } | Kind::GatherV { root } => self.gather(plan, *root as usize, at),
             Kind::Scatter { root } | Kind::ScatterV { root } => self.scatter(plan, *root as usize, at),
             Kind::AllToAll => self.all_to_all(plan, at),
-            Kind::AllToAllV => self.all_to_all_v(plan, at),
+            Kind::AllToAllV | Kind::AllToAllCounted => self.all_to_all_v(plan, at),
             Kind::AllReduceMulti { op } => self.all_reduce_multi(plan, op, at),
             Kind::AllReduceRmsNorm { .. } => self.all_reduce_rms_norm(plan, at),
             Kind::AllReduceQuantised => self.all_reduce_quantised(plan, at),

@@ -41,8 +41,8 @@ impl Plan {
 
 #[cfg(feature = "cuda")]
 impl Plan {
-    /// The buffers of a call on rows, in their order, and where they lie in windows.
-    pub(crate) fn row_buffers(&self) -> impl Iterator<Item = (*mut u8, Option<WindowPlace>)> {
+    /// The buffers of a call on rows, or with counts in memory, in their order, and where they lie in windows.
+    pub(crate) fn buffers(&self) -> impl Iterator<Item = (*mut u8, Option<WindowPlace>)> {
         let windows = self.uneven.iter().flat_map(|uneven| uneven.windows.iter().copied());
         self.locals().iter().copied().zip(windows)
     }

@@ -19,6 +19,7 @@ mod blocks;
 mod broadcast;
 mod channel;
 mod copy;
+mod counted;
 mod damage;
 mod disagreement;
 mod engine;

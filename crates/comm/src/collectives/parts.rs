@@ -1,5 +1,6 @@
 //! Calls whose parts are of any size, or that have several buffers on each rank: what is particular about them, checked.
 
+use unisono_core::DType;
 use unisono_core::call::{CallHeader, Kind, parts_hash};
 use unisono_core::select::Algorithm;
 
@@ -24,14 +25,16 @@ pub(crate) struct Uneven {
     pub(super) target: Vec<Part>,
     /// All buffers of this rank, where it may have several.
     pub(super) locals: Vec<*mut u8>,
-    /// Of a call on rows, where each of these lies in a window.
+    /// Of a call on rows, or with counts in memory, where each of these lies in a window.
     #[cfg_attr(
         not(feature = "cuda"),
         expect(dead_code, reason = "the host reaches them by their addresses")
     )]
     pub(super) windows: Vec<Option<WindowPlace>>,
-    /// Elements of our own part.
+    /// Elements of our own part; of a call with counts in memory, of our output's share for each rank.
     pub(super) own: usize,
+    /// The type of counts that lie in memory.
+    pub(super) numbers: Option<DType>,
 }
 
 impl Plan {

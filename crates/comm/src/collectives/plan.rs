@@ -5,6 +5,7 @@ use unisono_core::quantised::is_quantised;
 use unisono_core::select::{Algorithm, Rules};
 use unisono_core::{DType, select};
 
+use super::counted::plan_counted;
 use super::fused::plan_rows;
 use super::parts::{Uneven, plan_multi, plan_uneven};
 use crate::buffer::{Place, RawBuffer};
@@ -25,7 +26,7 @@ pub(crate) struct Plan {
     pub(crate) header: CallHeader,
     pub(crate) dtype: DType,
     /// Elements of one part: what each rank contributes, or gets where it contributes a part to every rank; of the largest
-    /// one, where they differ.
+    /// one, where they differ; all of our input, where counts lie in memory.
     pub(crate) count: usize,
     /// Our input.
     pub(crate) source: *const u8,
@@ -74,6 +75,9 @@ impl Plan {
         {
             let expected = format!("below {}", situation.world_size);
             return Err(argument(situation, *kind, "root", expected, root));
+        }
+        if matches!(kind, Kind::AllToAllCounted) {
+            return plan_counted(call, situation);
         }
         if kind.is_uneven() {
             return plan_uneven(call, situation);

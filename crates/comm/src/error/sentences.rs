@@ -62,6 +62,14 @@ sentences! {
         right: "broadcast #812 on rank 0 (bf16, 4096, root 0)".into(),
     } => "all_reduce #812 on rank 2 (bf16, 4096, sum) met broadcast #812 on rank 0 (bf16, 4096, root 0). All ranks must \
           make the same calls in the same order.";
+    Counts: Error::Counts {
+        during: "all_to_all_counted #812".into(),
+        from: 1,
+        to: 3,
+        needed: 300,
+        room: 256,
+        is_input: false,
+    } => "all_to_all_counted #812: the part from rank 1 to rank 3 needs 300 elements of the output of rank 3, which has 256";
     PeerDied: Error::PeerDied {
         rank: 3,
         who: WHO.into(),

@@ -114,11 +114,40 @@ pub(crate) struct Messages {
     pub(crate) first: u32,
 }
 
+/// The argument of kernels of an all-to-all whose counts lie in memory of the device, by value. Of [`Args::sources`] and
+/// [`Args::targets`] ours are there. The other side is `kernels/all_to_all_v.cuh`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Counted {
+    pub(crate) call: Args,
+    /// Lists with a number for each rank: elements for it, where they begin (0: parts follow each other), and elements from it.
+    pub(crate) counts: u64,
+    pub(crate) offsets: u64,
+    pub(crate) told: u64,
+    /// Elements of our input, and those of our output that each rank may fill.
+    pub(crate) most_in: u64,
+    pub(crate) most_out: u64,
+    /// Bytes of an element.
+    pub(crate) size: u32,
+    /// Blocks of each lane.
+    pub(crate) blocks: u16,
+    /// By its code.
+    pub(crate) dtype: u8,
+    /// The code of the collective.
+    pub(crate) kind: u8,
+    /// Whether numbers have 64 bits.
+    pub(crate) is_wide: u32,
+    pub(crate) reserved: u32,
+}
+
 const REASON: usize = 0;
 const PEER: usize = 1;
 const EPOCH: usize = 2;
 const WHAT: usize = 3;
+const ROOM: usize = 3;
+const NEEDED: usize = 4;
 const WAITED_NS: usize = 5;
+const IS_INPUT: usize = 5;
 /// The word in which a kernel tells one more than the rank whose message it has found.
 pub(crate) const FOUND: usize = 7;
 const MINE: usize = 8;
@@ -134,6 +163,8 @@ pub(crate) enum Report {
     TimedOut { peer: usize, work: GpuWork, waited_ms: u64 },
     /// The peer sent another message.
     OtherMessage { peer: usize, expected: MessageHeader, got: MessageHeader },
+    /// A part, from the peer or (where our input is too short) for it, has no room.
+    Counts { peer: usize, epoch: u32, needed: u64, room: u64, is_input: bool },
     /// Another kernel of this communicator was running.
     Concurrent,
     /// The communicator failed while they waited. Not every cause alone says that a call has not been done: one who left may have
@@ -184,6 +215,13 @@ impl Report {
                 Self::OtherMessage { peer, expected: header(MINE), got: header(MINE + HEADER_SPAN) }
             }
             6 => Self::Aborted,
+            7 => Self::Counts {
+                peer,
+                epoch,
+                needed: word(NEEDED),
+                room: word(ROOM),
+                is_input: word(IS_INPUT) != 0,
+            },
             _ => Self::Unreadable,
         }
     }

@@ -43,6 +43,10 @@ impl Engines {
         let lane = |_| Ok(Lane { stream: Stream::new(device)?, copied: Event::new(device, false)? });
         Ok(Self { lanes: (0..lanes).map(lane).collect::<Result<_>>()?, passed: Event::new(device, false)? })
     }
+
+    pub(super) fn lanes(&self) -> usize {
+        self.lanes.len()
+    }
 }
 
 /// The kernels of a call behind its first.

@@ -25,7 +25,7 @@ impl Gpu {
             unreachable!("{} has no rows", plan.header.kind.name())
         };
         self.begin(plan, stream)?;
-        let windows: SmallVec<[_; 6]> = plan.row_buffers().filter_map(|(_, window)| window).collect();
+        let windows: SmallVec<[_; 6]> = plan.buffers().filter_map(|(_, window)| window).collect();
         let mut is_captured = self.keep_if_captured([None; 2], stream)?;
         for window in &windows {
             is_captured |= self.keep_if_captured([Some(*window), None], stream)?;
@@ -33,7 +33,7 @@ impl Gpu {
         // As our kernels call them, wherever they lie.
         let rank = self.args.rank as usize;
         let mut at = [0; 6];
-        for (at, (ptr, window)) in at.iter_mut().zip(plan.row_buffers()) {
+        for (at, (ptr, window)) in at.iter_mut().zip(plan.buffers()) {
             *at = self.windows.address(rank, ptr as u64, window);
         }
         let [input, residual, residual_out, weight, to, scale] = at;

@@ -14,12 +14,14 @@ use unisono_core::device::{ArenaLayout, Form, Link};
 use unisono_core::{DType, ReduceOp};
 use unisono_cuda::{Architecture, Cache, Compiler, Device, Function, Module, Result, Source};
 
-use super::args::{Args, FusedArgs, Messages, StepArgs, UnevenArgs};
+use super::all_to_all_v::AllToAllFunctions;
+use super::args::{Args, Counted, FusedArgs, Messages, StepArgs, UnevenArgs};
 use super::copy_engines::EngineFunctions;
 
+const ALL_TO_ALL_V: &str = include_str!("../../kernels/all_to_all_v.cu");
 const MESSAGES: &str = include_str!("../../kernels/messages.cu");
 const COLLECTIVES: &str = include_str!("../../kernels/collectives.cu");
-const HEADERS: [(&str, &str); 17] = [
+const HEADERS: [(&str, &str); 18] = [
     ("ptx.cuh", include_str!("../../kernels/ptx.cuh")),
     ("element.cuh", include_str!("../../kernels/element.cuh")),
     ("call.cuh", include_str!("../../kernels/call.cuh")),
@@ -37,6 +39,7 @@ const HEADERS: [(&str, &str); 17] = [
     ("fused.cuh", include_str!("../../kernels/fused.cuh")),
     ("quantised.cuh", include_str!("../../kernels/quantised.cuh")),
     ("messages.cuh", include_str!("../../kernels/messages.cuh")),
+    ("all_to_all_v.cuh", include_str!("../../kernels/all_to_all_v.cuh")),
 ];
 
 /// What a set of kernels is compiled for.
@@ -56,6 +59,8 @@ pub enum Purpose {
     Quantised(DType),
     /// Messages from rank to rank, and parts of any size that only two ranks know of.
     Messages,
+    /// All-to-alls of parts of any size in place, or with counts in memory of the device.
+    AllToAllV,
 }
 
 impl Purpose {
@@ -69,11 +74,12 @@ impl Purpose {
         Self::ReduceParts(dtype, op.code())
     }
 
-    /// What every communicator on a GPU loads when it is made: copies, parts, messages, and sums of f32, f16 and bf16.
-    pub const USUAL: [Self; 9] = [
+    /// What every communicator on a GPU loads when it is made: copies, parts, messages, all-to-alls, and sums of f32, f16 and bf16.
+    pub const USUAL: [Self; 10] = [
         Self::Copies,
         Self::Parts,
         Self::Messages,
+        Self::AllToAllV,
         Self::reduce(DType::F32, ReduceOp::Sum),
         Self::reduce(DType::F16, ReduceOp::Sum),
         Self::reduce(DType::BF16, ReduceOp::Sum),
@@ -92,7 +98,8 @@ impl Purpose {
         let fused = fused.map(Self::Fused);
         let quantised = DType::ALL.into_iter().filter(|dtype| unisono_core::quantised::is_quantised(*dtype));
         let fused = fused.chain(quantised.map(Self::Quantised));
-        [Self::Copies, Self::Parts, Self::Messages].into_iter().chain(fused).chain(reductions).collect()
+        let moved = [Self::Copies, Self::Parts, Self::Messages, Self::AllToAllV];
+        moved.into_iter().chain(fused).chain(reductions).collect()
     }
 
     /// That of a call.
@@ -119,12 +126,13 @@ impl Purpose {
             Self::Fused(_) => 8,
             Self::Quantised(_) => 9,
             Self::Messages => 4,
+            Self::AllToAllV => 5,
         }
     }
 }
 
 impl std::fmt::Display for Purpose {
-    /// `copies`, `parts`, `f32 sum`, `f32 sum, parts`, `bf16 rows` or `bf16 quantised`.
+    /// `copies`, `parts`, `messages`, `all-to-all`, `f32 sum`, `f32 sum, parts`, `bf16 rows` or `bf16 quantised`.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Copies => f.pad("copies"),
@@ -132,6 +140,7 @@ impl std::fmt::Display for Purpose {
             Self::Fused(dtype) => f.pad(&format!("{dtype} rows")),
             Self::Quantised(dtype) => f.pad(&format!("{dtype} quantised")),
             Self::Messages => f.pad("messages"),
+            Self::AllToAllV => f.pad("all-to-all"),
             Self::Reduce(dtype, op) | Self::ReduceParts(dtype, op) => {
                 let op = ReduceOp::from_code(*op, 0.0).map_or("unknown", ReduceOp::name);
                 let parts = if matches!(self, Self::ReduceParts(..)) { ", parts" } else { "" };
@@ -161,8 +170,12 @@ pub fn source(layout: &ArenaLayout, purpose: Purpose) -> Source {
     definitions.push(("UNEVEN_ARGS_BYTES", size_of::<UnevenArgs>().to_string()));
     definitions.push(("STEP_ARGS_BYTES", size_of::<StepArgs>().to_string()));
     definitions.push(("MESSAGES_BYTES", size_of::<Messages>().to_string()));
+    if purpose == Purpose::AllToAllV {
+        definitions.push(("COUNTED_BYTES", size_of::<Counted>().to_string()));
+    }
     let (name, text) = match purpose {
         Purpose::Messages => ("messages.cu", MESSAGES),
+        Purpose::AllToAllV => ("all_to_all_v.cu", ALL_TO_ALL_V),
         _ => ("collectives.cu", COLLECTIVES),
     };
     Source { name, text, headers, definitions }
@@ -171,7 +184,9 @@ pub fn source(layout: &ArenaLayout, purpose: Purpose) -> Source {
 /// What tells these kernels from those of another version: SHA-256 over names and texts of all files, as hexadecimal digits.
 pub fn sources_hash() -> String {
     let mut hash = Sha256::new();
-    for (name, text) in [("collectives.cu", COLLECTIVES), ("messages.cu", MESSAGES)].iter().chain(&HEADERS) {
+    let kernels =
+        [("collectives.cu", COLLECTIVES), ("messages.cu", MESSAGES), ("all_to_all_v.cu", ALL_TO_ALL_V)];
+    for (name, text) in kernels.iter().chain(&HEADERS) {
         for part in [name, text] {
             // With their lengths, so that nothing can move from one to the next.
             hash.update((part.len() as u64).to_le_bytes());
@@ -215,6 +230,7 @@ pub(crate) struct Loaded {
     barrier: Option<Function>,
     clock: Option<Function>,
     messages: Option<OfMessages>,
+    all_to_all_v: Option<AllToAllFunctions>,
 }
 
 /// The kernels of messages.
@@ -287,7 +303,7 @@ pub(crate) const fn parts(kind: Kind) -> (bool, bool) {
 /// Whether calls of this kind run on GPUs.
 #[inline]
 pub(crate) const fn has_kernels(kind: Kind) -> bool {
-    matches!(kind, Kind::Barrier | Kind::AllReduceRmsNorm { .. })
+    matches!(kind, Kind::Barrier | Kind::AllReduceRmsNorm { .. } | Kind::AllToAllCounted)
         || index(kind).is_some()
         || super::messages::is_of_messages(kind)
 }
@@ -333,7 +349,10 @@ impl Loaded {
             Purpose::Messages => Some(OfMessages::load(&module, room_bytes(device, layout.link()))?),
             _ => None,
         };
-        Ok(Self { functions, rows, engine, barrier, clock, messages })
+        let all_to_all_v = (purpose == Purpose::AllToAllV)
+            .then(|| AllToAllFunctions::load(&module, room_bytes(device, layout.link())))
+            .transpose()?;
+        Ok(Self { functions, rows, engine, barrier, clock, messages, all_to_all_v })
     }
 
     /// The kernel of a call that moves data.
@@ -436,6 +455,13 @@ impl Kernels {
         of
     }
 
+    /// Those of all-to-alls in place, or with counts in memory of the device.
+    pub(crate) fn all_to_all_v(&self) -> &AllToAllFunctions {
+        let of = self.loaded.get(&Purpose::AllToAllV).and_then(|loaded| loaded.all_to_all_v.as_ref());
+        let Some(of) = of else { unreachable!("every world of ranks loads what is usual") };
+        of
+    }
+
     /// Those that move bytes.
     pub(crate) fn copies(&self) -> &Loaded {
         &self.copies
@@ -480,10 +506,10 @@ mod tests {
     #[test]
     fn every_pair_of_the_table_has_kernels_of_its_own() {
         let all = Purpose::all();
-        assert_eq!(all.len(), 3 + 2 + 3 + 2 * 113, "{}", all.len());
+        assert_eq!(all.len(), 4 + 2 + 3 + 2 * 113, "{}", all.len());
         assert_eq!(
             Purpose::USUAL.map(|purpose| purpose.to_string()).join(", "),
-            "copies, parts, messages, f32 sum, f16 sum, bf16 sum, f32 sum, parts, f16 sum, parts, bf16 sum, parts"
+            "copies, parts, messages, all-to-all, f32 sum, f16 sum, bf16 sum, f32 sum, parts, f16 sum, parts, bf16 sum, parts"
         );
         let layout = ArenaLayout::new(4, Link::Device);
         let bf16 = source(&layout, Purpose::reduce(DType::BF16, ReduceOp::Sum));

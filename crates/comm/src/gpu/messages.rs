@@ -29,6 +29,16 @@ pub(super) const fn is_of_messages(kind: Kind) -> bool {
     matches!(kind, Kind::GatherV { .. } | Kind::ScatterV { .. } | Kind::AllToAllV)
 }
 
+/// What lanes are made of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Made {
+    Messages,
+    /// Those of a collective.
+    Parts,
+    /// Those of an all-to-all that overwrites what it sends.
+    InPlace,
+}
+
 /// What one kernel carries out, lane after lane.
 #[derive(Debug)]
 pub(super) struct Lanes {
@@ -53,12 +63,14 @@ impl Lanes {
         Self { messages, number: 0, lanes: 0, most_bytes: 0, next: 0 }
     }
 
-    /// Takes `list`, of which those of one lane need not follow each other. What stays on `rank` is sent and received by it.
-    fn fill(&mut self, list: &mut [Message], (rank, ranks): (usize, usize)) {
+    /// Takes `list`, of which those of one lane need not follow each other. What stays on `rank` is sent and received by it. In place, both
+    /// directions of a pair are one lane.
+    fn fill(&mut self, list: &mut [Message], (rank, ranks): (usize, usize), is_in_place: bool) {
         let distance = |message: &Message| (usize::from(message.peer) + ranks - rank) % ranks;
         // Every rank begins with another peer. The sort keeps the order of what is equal.
         let lane = |message: &Message| match distance(message) {
             0 => (0, 0),
+            distance if is_in_place => (distance, 0),
             distance => (distance, message.is_sent),
         };
         list.sort_by_key(lane);
@@ -126,8 +138,8 @@ impl Gpu {
             is_sent: u8::from(message.is_sent),
         };
         let mut list: SmallVec<[Message; 2]> = messages.iter().map(entry).collect();
-        self.lanes.fill(&mut list, (rank, ranks));
-        self.launch_lanes(messages.iter().filter_map(|message| message.window), false, stream)
+        self.lanes.fill(&mut list, (rank, ranks), false);
+        self.launch_lanes(messages.iter().filter_map(|message| message.window), Made::Messages, stream)
     }
 
     /// Refuses collectives that have no kernels, or not for these parts.
@@ -151,11 +163,6 @@ impl Gpu {
         {
             let expected = format!("{} elements, as it is sent", sent.count);
             return argument("part that stays on this rank", &expected, &received.count.to_string());
-        }
-        let is_in_place = plan.source == plan.target.cast_const() && self.rules.ranks > 1;
-        let moves = |peer| plan.between(rank, peer).0.is_some_and(|part| part.count > 0);
-        if matches!(kind, Kind::AllToAllV) && is_in_place && (0..self.rules.ranks).any(moves) {
-            return argument("memory of the output", "disjoint from the input, on a GPU", "the input itself");
         }
         Ok(())
     }
@@ -182,7 +189,11 @@ impl Gpu {
                 }));
             }
         }
-        self.lanes.fill(&mut list, (rank, ranks));
+        // What comes takes the place of what goes.
+        let is_swapped =
+            |peer| matches!(plan.between(rank, peer), (Some(sent), Some(received)) if sent == received);
+        let is_in_place = plan.source == plan.target.cast_const() && (0..ranks).all(is_swapped);
+        self.lanes.fill(&mut list, (rank, ranks), is_in_place);
         let args = &mut self.args;
         args.header[..call::HEADER_WORDS].copy_from_slice(&words);
         // Grids are each rank's own.
@@ -190,14 +201,15 @@ impl Gpu {
         args.bytes = self.lanes.most_bytes as u64;
         args.root = kind.root().unwrap_or(0);
         let windows = [plan.source_window, plan.target_window];
-        self.launch_lanes(windows.into_iter().flatten(), true, stream)
+        let made = if is_in_place { Made::InPlace } else { Made::Parts };
+        self.launch_lanes(windows.into_iter().flatten(), made, stream)
     }
 
     /// Launches what the lanes hold, whose buffers lie in `windows` or not.
     fn launch_lanes(
         &mut self,
         windows: impl Iterator<Item = WindowPlace>,
-        is_collective: bool,
+        made: Made,
         stream: &Stream,
     ) -> Result<()> {
         self.order_after_latest(stream)?;
@@ -214,8 +226,11 @@ impl Gpu {
         let messages = &mut self.lanes.messages;
         messages.call = self.args;
         messages.blocks = launch.blocks as u16;
-        let kernels = self.kernels.messages();
-        let function = kernels.of(launch.form, is_collective);
+        let is_collective = made != Made::Messages;
+        let function = match made {
+            Made::InPlace => self.kernels.all_to_all_v().in_place(launch.form),
+            Made::Messages | Made::Parts => self.kernels.messages().of(launch.form, is_collective),
+        };
         let blocks = launch.blocks * self.lanes.lanes as u32 + u32::from(is_collective);
         let shared_bytes = if launch.by_copies { self.room_bytes } else { 0 };
         // The block that exchanges headers has a warp for each of some peers.
@@ -302,12 +317,19 @@ mod tests {
             message(3, 1, 90),
             message(0, 1, 6),
         ];
-        lanes.fill(&mut list, (2, 4));
+        lanes.fill(&mut list, (2, 4), false);
         let got: Vec<_> = list.iter().map(|message| (message.peer, message.is_sent, message.bytes)).collect();
         let expected = [(2, 1, 7), (2, 0, 7), (3, 0, 1), (3, 1, 90), (0, 1, 5), (0, 1, 4), (0, 1, 6)];
         assert_eq!(got, expected);
         assert_eq!((lanes.number, lanes.lanes, lanes.most_bytes), (7, 4, 90));
         assert_eq!(lanes.messages.begins[..5], [0, 2, 3, 4, 7]);
+        // In place, what goes stands before what comes.
+        let parts = |peer| [message(peer, 1, 5), message(peer, 0, 5)];
+        let mut list: Vec<_> = (0..3).flat_map(parts).collect();
+        lanes.fill(&mut list, (1, 3), true);
+        let got: Vec<_> = list.iter().map(|message| (message.peer, message.is_sent)).collect();
+        assert_eq!(got, [(1, 1), (1, 0), (2, 1), (2, 0), (0, 1), (0, 0)]);
+        assert_eq!((lanes.lanes, &lanes.messages.begins[..4]), (3, &[0, 2, 4, 6][..]));
     }
 
     #[test]

@@ -40,6 +40,7 @@ use seats::Seat;
 use watch::Watch;
 use windows::Windows;
 
+mod all_to_all_v;
 pub(crate) mod arenas;
 pub(crate) mod args;
 pub(crate) mod attach;
@@ -199,8 +200,14 @@ impl Gpu {
 
     /// From now on calls take the form that `rules` ask for, and the grids of their table. All ranks change between the same two
     /// calls.
-    pub(crate) const fn change_rules(&mut self, rules: &Rules) {
-        (self.rules.forced, self.rules.table) = (rules.forced, rules.table);
+    pub(crate) fn change_rules(&mut self, rules: &Rules) -> Result<()> {
+        let rules = Rules { forced: rules.forced, table: rules.table, ..self.rules };
+        let have = self.engines.as_ref().map_or(0, Engines::lanes);
+        if let Some(lanes) = rules.lanes().filter(|lanes| *lanes > have) {
+            self.engines = Some(Engines::new(&self.device, lanes).map_err(|error| self.refused(error))?);
+        }
+        self.rules = rules;
+        Ok(())
     }
 
     /// From now on kernels wait so long at most for ranks that live.
@@ -251,6 +258,7 @@ impl Gpu {
             kind if messages::is_of_messages(kind) => self.launch_parts(plan, stream),
             Kind::AllReduceRmsNorm { .. } if plan.count > 0 => self.launch_rows(plan, stream),
             Kind::AllReduceQuantised => self.launch_quantised(plan, stream),
+            Kind::AllToAllCounted => self.launch_counted(plan, stream),
             _ => self.launch(plan, &plan.header.to_words(), stream),
         }
     }

@@ -15,10 +15,11 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 use unisono_core::call::Kind;
 use unisono_core::device::Launch;
-use unisono_core::layout::{Field, PAGE};
+use unisono_core::layout::Field;
+use unisono_core::recorder::{DeviceLabel, TickSource};
 use unisono_cuda::Stream;
 use unisono_node::SharedMemory;
-use unisono_sync::Word;
+use unisono_sync::{Ticks, Word};
 
 use super::Gpu;
 use crate::buffer::Place;
@@ -93,11 +94,25 @@ impl Seat {
         Self { number, all, seats: None, memory: control.memory().clone(), page, records, control }
     }
 
-    /// Our seat `number` in the world of all devices. Nobody else reads what its kernels report, so it has memory of its own for that.
+    /// Our seat `number` in the world of all devices. No other rank reads what its kernels report, so it has memory of its own for that,
+    /// which tells readers of the flight recorder whose it is.
     pub(crate) fn of_device(control: Arc<Control>, seats: Arc<Seats>, number: usize) -> Result<Self> {
-        let page = Field { offset: 0, bytes: PAGE };
-        let memory = Arc::new(SharedMemory::create(PAGE)?);
-        Ok(Self { number, all: seats.number(), seats: Some(seats), memory, page, records: None, control })
+        let (page, records) = (DeviceLabel::REPORT, DeviceLabel::RECORDS);
+        let memory = Arc::new(SharedMemory::create(records.end())?);
+        if let Some(job) = control.label() {
+            let ticks = match Ticks::here() {
+                Ticks::Counter => TickSource::Counter,
+                Ticks::Clock => TickSource::Clock,
+            };
+            let (rank, ordinal) = (control.member().0, seats.ordinals[number]);
+            let words = DeviceLabel { job, rank, seat: number, ordinal, ticks }.to_words();
+            let label = words_in(&memory, DeviceLabel::FIELD);
+            // SYNC: what a label says is visible before its first word.
+            label.iter().zip(&words).skip(1).for_each(|(to, word)| to.store_relaxed(*word));
+            label[0].store_release(words[0]);
+        }
+        let records = Some(records);
+        Ok(Self { number, all: seats.number(), seats: Some(seats), memory, page, records, control })
     }
 
     /// The rank that has it.

@@ -4,7 +4,7 @@
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use unisono_core::call::CallHeader;
+use unisono_core::call::{CallHeader, Kind};
 use unisono_cuda::{Device, Stream};
 
 use super::args::Report;
@@ -140,6 +140,12 @@ pub(crate) fn cause_of(report: Report, seat: &Seat) -> Cause {
             left: format!("{} from {peer} on rank {rank} ({})", expected.name("recv"), expected),
             right: format!("{} to {rank} on rank {peer} ({})", got.name("send"), got),
         },
+        Report::Counts { peer, epoch, needed, room, is_input } => {
+            let peer = seat.rank_of(peer.min(seat.all - 1));
+            let (from, to) = if is_input { (rank, peer) } else { (peer, rank) };
+            let during = format!("{} #{epoch}", Kind::AllToAllCounted.name());
+            Cause::Counts { during, from: from as u32, to: to as u32, needed, room, is_input }
+        }
         Report::Concurrent => {
             Cause::Aborted { rank: rank as u32, reason: Error::ConcurrentUse { rank }.to_string() }
         }

@@ -5,14 +5,15 @@ use std::sync::Arc;
 use unisono_core::call::{CallHeader, Kind};
 use unisono_core::device::layout::{
     RECORDER_KEPT, RECORDER_SERVES, REPORT_ANSWER, REPORT_CLOCKS, REPORT_RECORDER, REPORT_REQUEST,
-    STATE_BYTES, STATE_EXPECTED_AT,
+    REPORT_WAITING, STATE_BYTES, STATE_EXPECTED_AT,
 };
 use unisono_core::layout::ControlLayout;
 use unisono_sync::{Flag, Ticks, Word};
 
 use super::*;
 use crate::communicator::Communicator;
-use crate::control::Control;
+use crate::control::{Control, words_in};
+use crate::gpu::seats::{Seat, Seats};
 
 /// Answers for rank 0 until it `is_over`: its GPU has been in barrier #1 since it was first asked.
 fn answer(control: &Control, is_over: &Flag) {
@@ -33,6 +34,58 @@ fn answer(control: &Control, is_over: &Flag) {
         }
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+#[test]
+fn what_a_device_of_several_does_is_read_from_memory_of_its_own() {
+    let ranks = Communicator::threads(2).unwrap();
+    let seats = Arc::new(Seats::new([&[0, 6][..], &[7]]));
+    let made: Vec<Seat> = [0, 1]
+        .map(|seat| Seat::of_device(ranks[0].control.clone(), seats.clone(), seat).unwrap())
+        .into_iter()
+        .chain([Seat::of_device(ranks[1].control.clone(), seats.clone(), 2).unwrap()])
+        .collect();
+    // The second one is in its first call, and waits for the third, which has made none.
+    let header =
+        CallHeader { parts: 2, ..CallHeader::bare(Kind::AllReduceMulti { op: crate::ReduceOp::Sum }) };
+    let header = CallHeader { dtype: Some(crate::DType::F32), count: 5, ..header }.to_words();
+    for seat in &made {
+        let page = seat.page();
+        page[REPORT_CLOCKS[0]].store_relaxed(1000);
+        page[REPORT_CLOCKS[1]].store_relaxed(Ticks::here().now());
+        page[REPORT_RECORDER].store_release(RECORDER_KEPT);
+    }
+    let copy = words_in(&made[1].memory, made[1].records.unwrap());
+    copy[0].store_relaxed(1);
+    copy[STATE_EXPECTED_AT / 8].store_relaxed(1 << (STATE_EXPECTED_AT % 8 * 8));
+    let record = [1 << 32, 1000, header[0], header[1], 1 << 32, header[4], 0, 0];
+    copy[STATE_BYTES / 8 + record.len()..]
+        .iter()
+        .zip(record)
+        .for_each(|(word, value)| word.store_relaxed(value));
+    made[1].page()[REPORT_WAITING].store_relaxed(1 << 32 | 3);
+    std::thread::sleep(Duration::from_millis(600));
+    let found = find(Some(&[std::process::id()])).unwrap();
+    let snapshots: Vec<Snapshot> =
+        found.recordings.iter().map(|recording| recording.snapshot().unwrap()).collect();
+    let is_ours = |snapshot: &&Snapshot| snapshot.ranks.iter().any(|rank| !rank.devices.is_empty());
+    let ours: Vec<&Snapshot> = snapshots.iter().filter(is_ours).collect();
+    assert_eq!(ours.len(), 1);
+    let devices = |rank: usize| -> Vec<(usize, u32, usize)> {
+        let views = ours[0].ranks[rank].devices.iter();
+        views.map(|view| (view.seat, view.ordinal, view.gpu.as_ref().unwrap().calls.len())).collect()
+    };
+    assert_eq!((devices(0), devices(1)), (vec![(0, 0, 0), (1, 6, 1)], vec![(2, 7, 0)]));
+    assert_eq!(ours[0].ranks[0].devices[1].waits, Some(GpuWait { work: GpuWork::Call(1), peer: 2 }));
+    let text = why(ours[0]);
+    assert!(
+        text.contains(
+            "Device cuda:6 of rank 0 has been in all_reduce_multi #1 (f32, 5, sum, 2 buffers) for "
+        ),
+        "{text}"
+    );
+    let others = "Devices cuda:0 of rank 0 and cuda:7 of rank 1 have not begun it, nor any call before.";
+    assert!(text.contains(others), "{text}");
 }
 
 #[test]

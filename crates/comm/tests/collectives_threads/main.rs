@@ -8,6 +8,7 @@ mod support;
 
 mod arguments;
 mod binding;
+mod counted;
 mod departures;
 mod determinism;
 mod groups;

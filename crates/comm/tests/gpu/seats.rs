@@ -1,5 +1,7 @@
 //! Ranks with several devices, or one that counts several times: operations on a buffer of each, which must give the bits of a world
 //! in which every device is a rank. Ranks are threads here, which meet as processes do.
+//!
+//! Over 500 lines because all of it works with the same tools of a rank.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,7 +10,7 @@ use unisono::cuda::{Device, DeviceBuffer, Event, Stream as CudaStream};
 use unisono::store::MemoryStore;
 use unisono::{
     BufMut, Builder, Call, Communicator, DType, Error, Kind, Operations, Place, RawBuffer, ReduceOp, Result,
-    Stream,
+    Stream, group, recorder,
 };
 use unisono_core::device::Form;
 
@@ -314,6 +316,8 @@ fn what_does_not_fit_the_devices_is_refused_before_anything_happens() {
         assert!(matches!(&refused, Err(Error::Argument { what: "root buffer", .. })), "{refused:?}");
         let single = communicator.on(&tools.streams[0]).submit(call(tools));
         argument(single, "streams", "one of each device, through on_each()", "one");
+        let grouped = group(|group| group.on(&communicator, &tools.streams[0]).submit(call(tools)));
+        argument(grouped, "streams", "one of each device, through on_each()", "one");
         argument(
             on().barrier(),
             "operation",
@@ -408,6 +412,18 @@ fn who_does_not_come_is_named_with_its_device() {
         if tools.rank == 0 {
             let kind = Kind::AllReduceMulti { op: ReduceOp::Max };
             communicator.on_each(&tools.streams).submit(tools.call(kind, DType::I32, 100)).unwrap();
+            // Told with the devices, while it waits.
+            std::thread::sleep(Duration::from_millis(1000));
+            let found = recorder::find(Some(&[std::process::id()])).unwrap();
+            let ours = found.recordings.iter().map(|recording| recorder::why(&recording.snapshot().unwrap()));
+            let ours: Vec<String> = ours.collect();
+            let waits = format!(
+                "Devices cuda:0 of rank 0 and cuda:{last} of rank 0 have been in all_reduce_multi #8 (i32, 100, max, 2 buffers) for "
+            );
+            let tells = |text: &String| {
+                text.contains(&waits) && text.contains(" of rank 1 ") && text.contains(" not begun it: ")
+            };
+            assert!(ours.iter().any(tells), "{ours:#?}");
             tools.wait();
         } else {
             // Until the other has given up.

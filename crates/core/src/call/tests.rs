@@ -23,6 +23,7 @@ fn sample() -> Vec<CallHeader> {
                 Kind::GatherV { root: 1 },
                 Kind::ScatterV { root: 1 },
                 Kind::AllToAllV,
+                Kind::AllToAllCounted,
                 Kind::AllReduceQuantised,
                 Kind::AllReduceMulti { op: ReduceOp::Prod },
                 Kind::BroadcastMulti { root: 1, buffer: 0 },

@@ -372,7 +372,8 @@ mod tests {
         for link in [Link::Device, Link::Host] {
             for ranks in 1..=MAX_RANKS {
                 let layout = ArenaLayout::new(ranks, link);
-                assert!(layout.packet_bytes() * HEADER_PACKETS <= HEADER_BYTES);
+                // And one that tells how large a part is.
+                assert!(layout.packet_bytes() * (HEADER_PACKETS + 1) <= HEADER_BYTES);
                 assert!(layout.flags_at() >= 2 * ranks * HEADER_BYTES);
                 assert!(layout.packets_at() >= layout.flags_at() + layout.flags_bytes());
                 assert!(layout.scratch_at() >= layout.gates_at() + MAX_RANKS * 8);

@@ -444,11 +444,14 @@ impl Rules {
             Form::Bulk => {
                 let goes_by_copies = self.bulk_copies && question.bytes > row.threads_to;
                 let usual = if goes_by_copies { row.bulk_blocks } else { row.thread_blocks };
-                let usual = usual.min(team * shard.div_ceil(16 * threads));
+                // Channels of a scatter and of an all-to-all serve one peer each.
+                let lanes =
+                    if matches!(question.kind, Kind::Scatter { .. } | Kind::AllToAll) { ranks } else { 1 };
+                let usual = usual.min(team * lanes * shard.div_ceil(16 * threads));
                 let most = if goes_by_copies { whole } else { fits(usual) };
                 let channels = (blocks(usual, most) / team).max(1);
                 let blocks = channels * team;
-                let due = shard.div_ceil(16).div_ceil(channels);
+                let due = shard.div_ceil(16).div_ceil((channels / lanes).max(1));
                 // By copies, some rounds at least, so that the steps overlap.
                 let tile = match by_copies(blocks) {
                     false => due,
@@ -457,7 +460,9 @@ impl Rules {
                     }
                     true => due.div_ceil(2).min(row.bulk_tile),
                 };
-                tiled(blocks, tile, layout.area_bytes() / 16 / channels)
+                // Those of one peer have the room of all.
+                let sources = if channels < lanes { 1 } else { lanes };
+                tiled(blocks, tile, sources * layout.area_bytes() / 16 / channels)
             }
             Form::Ring => {
                 let blocks = blocks(row.ring_blocks, fits(row.ring_blocks));
@@ -537,7 +542,10 @@ mod tests {
                         match launch.form {
                             Form::Bulk => {
                                 assert!(launch.tile.is_multiple_of(8) && launch.tile > 0);
-                                assert!(tiles / team <= layout.area_bytes());
+                                let serves_one = matches!(kind, Kind::Scatter { .. } | Kind::AllToAll)
+                                    && launch.blocks as usize / team >= ranks;
+                                let sources = if serves_one { ranks } else { 1 };
+                                assert!(tiles / team <= sources * layout.area_bytes());
                             }
                             Form::Ring => {
                                 assert!(launch.tile.is_multiple_of(8) && launch.tile > 0);

@@ -22,7 +22,7 @@ use crate::device::layout::{
     RECORD_WORDS, RECORDER_BYTES, RECORDER_KEPT, RECORDS, REPORT_CLOCKS, REPORT_RECORDER, REPORT_WAITING,
     STATE_BYTES, STATE_EXPECTED_AT, STATE_LEFT_AT,
 };
-use crate::layout::{Field, RankFields};
+use crate::layout::Field;
 
 /// One call on the GPU of one rank.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -92,18 +92,18 @@ impl GpuWait {
 }
 
 impl GpuView {
-    /// What the memory of the rank with these `fields` tells of its GPU: for whom it waits, and its calls, if it works on one. `fetch`
-    /// copies the words of a field; `clock` is the rank's.
+    /// What a memory tells of a GPU, whose kernels report into `page` and whose recorder is copied to `records`: for whom it waits, and its
+    /// calls, if there is one. `fetch` copies the words of a field; `clock` is the rank's.
     ///
     /// # Errors
     /// Those of `fetch`.
     pub fn read<E>(
-        fields: &RankFields,
+        (page, records): (Field, Field),
         clock: &Clock,
         fetch: &impl Fn(Field) -> Result<Vec<u64>, E>,
     ) -> Result<(Option<GpuWait>, Option<Self>), E> {
         let [device_ns, ticks] = REPORT_CLOCKS;
-        let page = fetch(Field { bytes: 8 * (ticks + 1), ..fields.gpu })?;
+        let page = fetch(Field { bytes: 8 * (ticks + 1), ..page })?;
         let word = |at: usize| page.get(at).copied().unwrap_or(0);
         let waits = GpuWait::from_word(word(REPORT_WAITING));
         let reading = match word(REPORT_RECORDER) {
@@ -112,7 +112,7 @@ impl GpuView {
             _ => Reading::Earlier,
         };
         let moment = Moment { device_ns: word(device_ns), ticks: word(ticks) };
-        let copy = fetch(Field { bytes: RECORDER_BYTES, ..fields.gpu_records })?;
+        let copy = fetch(Field { bytes: RECORDER_BYTES, ..records })?;
         let calls = GpuCall::of_copy(&copy, moment, clock);
         Ok((waits, Some(Self { reading, calls, messages: GpuMessage::of_words(&copy, moment, clock) })))
     }

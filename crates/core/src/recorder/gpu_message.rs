@@ -69,9 +69,10 @@ impl MessageHeader {
 
     /// The collective that it is a part of, or `itself`.
     pub fn name(&self, itself: &'static str) -> &'static str {
-        let kinds = [Kind::GatherV { root: 0 }, Kind::ScatterV { root: 0 }, Kind::AllToAllV];
+        let uneven = [Kind::AllToAllV, Kind::AllToAllCounted];
+        let kinds = [Kind::GatherV { root: 0 }, Kind::ScatterV { root: 0 }].into_iter().chain(uneven);
         let code = |kind: &Kind| CallHeader::bare(*kind).to_words()[0] as u8;
-        kinds.iter().find(|kind| code(kind) == self.kind).map_or(itself, Kind::name)
+        kinds.filter(|kind| code(kind) == self.kind).map(|kind| kind.name()).next().unwrap_or(itself)
     }
 }
 

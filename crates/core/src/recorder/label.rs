@@ -1,7 +1,8 @@
 //! What the shared memory says of itself: which job, and who its ranks are.
 
+use crate::device::layout::RECORDER_BYTES;
 use crate::error::{Error, Result};
-use crate::layout::{ControlLayout, IDENTITY_WORDS, JOB_WORDS, LAYOUT_VERSION};
+use crate::layout::{ControlLayout, Field, IDENTITY_WORDS, JOB_WORDS, LAYOUT_VERSION, PAGE};
 
 /// First word of a control memory: `unisonoC` in the order of its bytes.
 const MAGIC: u64 = u64::from_le_bytes(*b"unisonoC");
@@ -75,6 +76,57 @@ impl JobLabel {
             created: words[4],
             job: read_name(&words[JOB_NAME_AT..HOST_NAME_AT]),
             host: read_name(&words[HOST_NAME_AT..]),
+        })
+    }
+}
+
+/// First word of the memory of a device: `unisonoD` in the order of its bytes.
+const DEVICE_MAGIC: u64 = u64::from_le_bytes(*b"unisonoD");
+/// Words before the label of the job: magic, rank, seat, ordinal, source of ticks.
+const DEVICE_JOB_AT: usize = 5;
+
+/// Whose memory it is in which one of several devices of a rank reports: a page with these words, one that its kernels write, and its
+/// flight recorder as it was when it was last asked for.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DeviceLabel {
+    /// The job, as the control memory of its communicator tells it.
+    pub job: JobLabel,
+    /// The rank that has the device.
+    pub rank: usize,
+    /// Its number among the devices of all ranks, rank after rank.
+    pub seat: usize,
+    /// Its number in the process of the rank.
+    pub ordinal: u32,
+    /// Where the rank takes its ticks from.
+    pub ticks: TickSource,
+}
+
+impl DeviceLabel {
+    /// Where the label lies.
+    pub const FIELD: Field = Field { offset: 0, bytes: (DEVICE_JOB_AT + JOB_WORDS) * 8 };
+    /// The page that kernels write.
+    pub const REPORT: Field = Field { offset: PAGE, bytes: PAGE };
+    /// The flight recorder.
+    pub const RECORDS: Field = Field { offset: 2 * PAGE, bytes: RECORDER_BYTES.next_multiple_of(PAGE) };
+
+    /// The words; the first one, which makes the others valid, is to be written last.
+    pub fn to_words(&self) -> Vec<u64> {
+        let ticks = u64::from(self.ticks == TickSource::Clock);
+        let own = [DEVICE_MAGIC, self.rank as u64, self.seat as u64, u64::from(self.ordinal), ticks];
+        own.into_iter().chain(self.job.to_words()).collect()
+    }
+
+    /// Reads a label; `None` if it is none of this version.
+    pub fn from_words(words: &[u64]) -> Option<Self> {
+        let (&[magic, rank, seat, ordinal, ticks], job) = words.split_first_chunk()?;
+        let job = JobLabel::from_words(job).ok().filter(|_| magic == DEVICE_MAGIC)?;
+        let rank = usize::try_from(rank).ok().filter(|rank| *rank < job.ranks)?;
+        Some(Self {
+            job,
+            rank,
+            seat: usize::try_from(seat).ok()?,
+            ordinal: u32::try_from(ordinal).ok()?,
+            ticks: if ticks == 1 { TickSource::Clock } else { TickSource::Counter },
         })
     }
 }
@@ -214,6 +266,22 @@ mod tests {
         assert_eq!(refused(2, 0), "malformed control memory: expected a possible number of ranks, got 0");
         assert!(refused(2, u64::MAX).ends_with("got 18446744073709551615"));
         assert!(JobLabel::from_words(&[MAGIC]).is_err());
+    }
+
+    #[test]
+    fn labels_of_devices_round_trip_and_are_none_of_a_job() {
+        let device =
+            DeviceLabel { job: label("run-1"), rank: 3, seat: 5, ordinal: 1, ticks: TickSource::Clock };
+        let words = device.to_words();
+        assert_eq!(DeviceLabel::from_words(&words), Some(device));
+        assert!(words.len() * 8 == DeviceLabel::FIELD.bytes && words.len() * 8 <= PAGE);
+        assert!(!JobLabel::is_one(&words[ControlLayout::new(1).job().offset / 8..]));
+        for (at, value) in [(0, 5), (1, 4), (6, 9)] {
+            let mut words = words.clone();
+            words[at] = value;
+            assert_eq!(DeviceLabel::from_words(&words), None);
+        }
+        assert_eq!(DeviceLabel::from_words(&label("run-1").to_words()), None);
     }
 
     #[test]

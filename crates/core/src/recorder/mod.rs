@@ -25,9 +25,9 @@ mod words;
 
 pub use gpu::{GpuCall, GpuView, GpuWait, Moment, Reading};
 pub use gpu_message::{GpuMessage, GpuWork, MessageHeader};
-pub use label::{JobLabel, Presence, RankLabel, TickSource};
+pub use label::{DeviceLabel, JobLabel, Presence, RankLabel, TickSource};
 pub use record::{Clock, ENDED, End, Record, WAITS, Waits, WaitsOn};
-pub use snapshot::{Clocks, Failure, Process, RankView, Snapshot};
+pub use snapshot::{Clocks, Failure, Process, RankView, SeatView, Snapshot};
 pub use standing::Standing;
 pub use why::why;
 pub use words::{ranks_phrase, time_phrase};

@@ -32,6 +32,7 @@ fn every_collective_round_trips() {
         Kind::GatherV { root: 2 },
         Kind::ScatterV { root: 2 },
         Kind::AllToAllV,
+        Kind::AllToAllCounted,
         Kind::AllReduceQuantised,
         Kind::AllReduceMulti { op },
         Kind::BroadcastMulti { root: 1, buffer: 2 },

@@ -52,6 +52,21 @@ pub struct RankView {
     /// The calls on its GPU, if it works on one. What lies in the memory is as of the last time that somebody asked; whoever asks
     /// for this snapshot says so in [`GpuView::reading`].
     pub gpu: Option<GpuView>,
+    /// Its devices, if it has several, by seat. They lie in memory of their own: whoever reads that fills this in.
+    pub devices: Vec<SeatView>,
+}
+
+/// What can be seen of one of several devices of a rank: the parts that it takes in calls on a buffer of each.
+#[derive(Clone, PartialEq, Debug)]
+pub struct SeatView {
+    /// Its number among the devices of all ranks, rank after rank.
+    pub seat: usize,
+    /// Its number in the process of the rank.
+    pub ordinal: u32,
+    /// For whom a kernel has waited for half a second or longer: a seat.
+    pub waits: Option<GpuWait>,
+    /// Its calls, which are counted apart from those of the rank.
+    pub gpu: Option<GpuView>,
 }
 
 /// A communicator at one moment.
@@ -81,7 +96,8 @@ pub struct Clocks {
 }
 
 impl Clocks {
-    const fn of(&self, source: TickSource) -> &Clock {
+    /// That of this source.
+    pub const fn of(&self, source: TickSource) -> &Clock {
         match source {
             TickSource::Counter => &self.counter,
             TickSource::Clock => &self.monotonic,
@@ -130,7 +146,8 @@ impl Snapshot {
                     Record::of_ring(&fetch(fields.records)?, &fetch(fields.records)?, clocks.of(label.ticks))
                 }
             };
-            let (gpu_waits, gpu) = GpuView::read(&fields, clocks.of(label.ticks), &fetch)?;
+            let on_gpu = (fields.gpu, fields.gpu_records);
+            let (gpu_waits, gpu) = GpuView::read(on_gpu, clocks.of(label.ticks), &fetch)?;
             ranks.push(RankView {
                 rank,
                 pid: label.pid,
@@ -141,6 +158,7 @@ impl Snapshot {
                 records,
                 gpu_waits,
                 gpu,
+                devices: Vec::new(),
             });
         }
         let abort = fetch(Field { offset: layout.abort().offset, bytes: 8 })?;

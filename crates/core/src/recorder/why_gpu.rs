@@ -5,18 +5,76 @@
 
 use std::time::Duration;
 
-use super::gpu::{GpuCall, GpuView, Reading};
+use super::gpu::{GpuCall, GpuView, GpuWait, Reading};
 use super::gpu_message::GpuWork;
 use super::label::Presence;
-use super::snapshot::{Process, RankView, Snapshot};
+use super::snapshot::{Process, RankView, SeatView, Snapshot};
 use super::why::RECENT;
 use super::words::{Said, ranks_phrase, rough};
 
 /// A call that goes on for so long is worth a word.
 const LONG: Duration = Duration::from_millis(500);
 
+/// How GPUs are called.
+struct Names<'n> {
+    /// At the beginning of a sentence.
+    all: &'n dyn Fn(&[usize]) -> String,
+    /// One that another one waits for.
+    other: &'n dyn Fn(usize) -> String,
+}
+
 /// The sentences, and whether any GPU waits.
 pub(super) fn gpus(snapshot: &Snapshot) -> (Vec<String>, bool) {
+    let all = |ranks: &[usize]| match ranks {
+        [rank] => format!("The GPU of rank {rank}"),
+        ranks => format!("The GPUs of {}", ranks_phrase(ranks)),
+    };
+    let names = Names { all: &all, other: &|rank| format!("that of rank {rank}") };
+    let (mut sentences, mut does_wait) = said(snapshot, &names);
+    // Devices of ranks that have several are in calls of their own: the same is said of them.
+    let (devices, places) = devices(snapshot);
+    if !places.is_empty() {
+        let all = |seats: &[usize]| {
+            let places: Vec<&str> = seats.iter().map(|seat| places[*seat].as_str()).collect();
+            match &*places {
+                [others @ .., last] if !others.is_empty() => {
+                    format!("Devices {} and {last}", others.join(", "))
+                }
+                places => format!("Device {}", places.concat()),
+            }
+        };
+        let (more, do_wait) = said(&devices, &Names { all: &all, other: &|seat| places[seat].clone() });
+        sentences.extend(more);
+        does_wait |= do_wait;
+    }
+    (sentences, does_wait)
+}
+
+/// The devices of ranks that have several, as if each were a rank, and how they are called: `cuda:1 of rank 0`.
+fn devices(snapshot: &Snapshot) -> (Snapshot, Vec<String>) {
+    let all = snapshot.ranks.iter().flat_map(|rank| rank.devices.iter().map(move |device| (rank, device)));
+    let mut all: Vec<_> = all.collect();
+    all.sort_by_key(|(_, device)| device.seat);
+    let place = |seat: usize| all.iter().position(|(_, device)| device.seat == seat);
+    let as_rank = |(at, (rank, device)): (usize, &(&RankView, &SeatView))| RankView {
+        rank: at,
+        // One that is not there waits for nobody that has a name.
+        gpu_waits: device.waits.and_then(|wait| Some(GpuWait { peer: place(wait.peer)?, ..wait })),
+        gpu: device.gpu.clone(),
+        records: Vec::new(),
+        devices: Vec::new(),
+        ..(*rank).clone()
+    };
+    let ranks = all.iter().enumerate().map(as_rank).collect();
+    let places = all.iter().map(|(rank, device)| format!("cuda:{} of rank {}", device.ordinal, rank.rank));
+    let places = places.collect();
+    let Snapshot { job, host, failure, .. } = snapshot;
+    let (job, host, failure) = (job.clone(), host.clone(), failure.clone());
+    (Snapshot { job, host, failure, ranks, generation: snapshot.generation, age: snapshot.age }, places)
+}
+
+/// The same of the GPUs that these are called by, each by its rank.
+fn said(snapshot: &Snapshot, names: &Names<'_>) -> (Vec<String>, bool) {
     let mut groups = Groups::default();
     let front = front(snapshot);
     match front {
@@ -24,14 +82,17 @@ pub(super) fn gpus(snapshot: &Snapshot) -> (Vec<String>, bool) {
         Some(front) => around(snapshot, front, &mut groups),
         None => busy(snapshot, &mut groups),
     }
-    let mut sentences = groups.sentences();
+    let mut sentences = groups.sentences(names);
     let before = sentences.len();
     for rank in snapshot.ranks.iter().filter(|rank| lives(rank)) {
         match rank.gpu_waits.map(|wait| (wait.work, wait.peer)) {
-            Some((GpuWork::Call(call), peer)) if latest(rank).is_none() => sentences.push(format!(
-                "The GPU of rank {} waits in its call #{call} for that of rank {peer}, which has not made it.",
-                rank.rank
-            )),
+            Some((GpuWork::Call(call), peer)) if latest(rank).is_none() => {
+                sentences.push(format!(
+                    "{} waits in its call #{call} for {}, which has not made it.",
+                    (names.all)(&[rank.rank]),
+                    (names.other)(peer)
+                ));
+            }
             None | Some((GpuWork::Call(_), _)) => {}
             Some((work, peer)) => sentences.push(message(snapshot, rank, work, peer)),
         }
@@ -169,10 +230,9 @@ impl Groups {
         }
     }
 
-    fn sentences(&self) -> Vec<String> {
-        let sentence = |(ranks, said): &(Vec<usize>, Said)| match ranks.as_slice() {
-            [rank] => format!("The GPU of rank {rank} {}.", said.one),
-            ranks => format!("The GPUs of {} {}.", ranks_phrase(ranks), said.many),
+    fn sentences(&self, names: &Names<'_>) -> Vec<String> {
+        let sentence = |(ranks, said): &(Vec<usize>, Said)| {
+            format!("{} {}.", (names.all)(ranks), if ranks.len() == 1 { &said.one } else { &said.many })
         };
         self.0.iter().map(sentence).collect()
     }

@@ -46,6 +46,41 @@ fn a_gpu_that_waits_is_told_of_with_the_rank_that_it_waits_for() {
 }
 
 #[test]
+fn devices_of_ranks_that_have_several_are_told_of_by_rank_and_number() {
+    let header = CallHeader { parts: 2, ..call(5, 4, false).header };
+    let header = CallHeader { kind: Kind::AllReduceMulti { op: crate::reduce_op::ReduceOp::Sum }, ..header };
+    let (inside, before) = (GpuCall { header, ..call(5, 4, false) }, call(4, 9, true));
+    let mut all = on_gpus(&[Some(call(1, 30, true)), Some(call(1, 30, true))]);
+    for (rank, calls) in [[inside, inside], [inside, before]].into_iter().enumerate() {
+        let device = |(at, call): (usize, GpuCall)| SeatView {
+            seat: 2 * rank + at,
+            ordinal: at as u32 + 6,
+            waits: call.is_open().then_some(GpuWait { work: GpuWork::Call(5), peer: 3 }),
+            gpu: Some(GpuView { reading: Reading::Now, calls: vec![call], messages: Vec::new() }),
+        };
+        all.ranks[rank].devices = calls.into_iter().enumerate().map(device).collect();
+    }
+    let (sentences, does_wait) = gpus(&all);
+    assert!(does_wait);
+    assert_eq!(
+        sentences.join(" "),
+        "Devices cuda:6 of rank 0, cuda:7 of rank 0 and cuda:6 of rank 1 have been in all_reduce_multi #5 (f32, 4096, sum, \
+         2 buffers) for 4 s. Device cuda:7 of rank 1 has not begun it: its last call was all_reduce #4 (f32, 4096, sum), \
+         done 8 s ago."
+    );
+    // Of what was not read, only for whom it waits is known.
+    for device in all.ranks.iter_mut().flat_map(|rank| &mut rank.devices) {
+        device.gpu = None;
+    }
+    all.ranks[0].devices[1].waits = None;
+    all.ranks[1].devices[0].waits = None;
+    assert_eq!(
+        told(&all),
+        "Device cuda:6 of rank 0 waits in its call #5 for cuda:7 of rank 1, which has not made it."
+    );
+}
+
+#[test]
 fn the_call_that_gpus_hang_in_is_named_and_who_has_not_begun_it() {
     let inside = Some(call(812, 12, false));
     let mut all = on_gpus(&[inside, inside, Some(call(811, 14, true)), inside]);

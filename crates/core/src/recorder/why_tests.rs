@@ -47,6 +47,7 @@ pub(in super::super) fn snapshot(ranks: Vec<Vec<Record>>) -> Snapshot {
         is_recording: true,
         records,
         gpu_waits: None,
+        devices: Vec::new(),
         gpu: None,
     };
     Snapshot {

@@ -243,6 +243,7 @@ pub(super) fn call_header_seeds() -> Vec<Vec<u8>> {
         Kind::AllGatherV,
         Kind::BroadcastMulti { root: 0, buffer: 2 },
         Kind::AllToAllV,
+        Kind::AllToAllCounted,
         Kind::AllReduceRmsNorm { hidden: 8, epsilon: 1e-5, output: NormOutput::Fp8, is_in_place: true },
     ];
     let header =

@@ -5,7 +5,7 @@ use std::time::Instant;
 use unisono::{Operations, ReduceOp};
 
 use super::super::gpu_record::Side;
-use super::{Contender, Job, Operation, Rank, Result};
+use super::{Contender, Operation, Rank, Result};
 
 /// Up to here, the host's time to submit a call is told.
 const SUBMIT_TO: usize = 64 << 10;
@@ -21,19 +21,19 @@ pub(super) struct Times {
 
 impl Rank<'_> {
     /// Measures as many rounds as there is time for, and answers their number.
-    pub(super) fn measure_rounds(&self, job: &Job, contenders: &mut [Contender]) -> Result<usize> {
-        let rounds = self.rounds(job, contenders)?;
+    pub(super) fn measure_rounds(&self, contenders: &mut [Contender]) -> Result<usize> {
+        let rounds = self.rounds(contenders)?;
         for _ in 0..rounds {
-            self.round(job, contenders)?;
+            self.round(contenders)?;
         }
         Ok(rounds)
     }
 
     /// How many rounds fit into the time per size: measured on two, which warm up, and agreed by all ranks.
-    fn rounds(&self, job: &Job, contenders: &mut [Contender]) -> Result<usize> {
-        self.round(job, contenders)?;
+    fn rounds(&self, contenders: &mut [Contender]) -> Result<usize> {
+        self.round(contenders)?;
         let start = Instant::now();
-        self.round(job, contenders)?;
+        self.round(contenders)?;
         let mut slowest = [start.elapsed().as_secs_f64()];
         self.communicator.all_reduce(&mut slowest, ReduceOp::Max)?;
         contenders.iter_mut().for_each(|contender| contender.times = Times::default());
@@ -41,14 +41,14 @@ impl Rank<'_> {
         Ok((rounds as usize).clamp(self.workload.least_batches, MOST_ROUNDS))
     }
 
-    fn round(&self, job: &Job, contenders: &mut [Contender]) -> Result<()> {
-        let calls = job.calls as f64;
+    fn round(&self, contenders: &mut [Contender]) -> Result<()> {
         for contender in contenders.iter_mut() {
+            let calls = contender.job.calls as f64;
             let mut submitted = 0.0;
             let us = self.between_events(|| {
                 let start = Instant::now();
-                for _ in 0..job.calls {
-                    self.call(contender.whose, job)?;
+                for _ in 0..contender.job.calls {
+                    self.call(contender.whose, &contender.job)?;
                 }
                 submitted = start.elapsed().as_secs_f64() * 1e6;
                 Ok(())
@@ -58,7 +58,7 @@ impl Rank<'_> {
         }
         for contender in contenders.iter_mut() {
             let us = self.between_events(|| Ok(contender.graph.launch(&self.queue)?))?;
-            contender.times.graphed.push(us / calls);
+            contender.times.graphed.push(us / contender.job.calls as f64);
         }
         Ok(())
     }
@@ -75,7 +75,8 @@ impl Rank<'_> {
     }
 
     /// The figures of all ranks.
-    pub(super) fn side(&self, job: &Job, contender: Contender) -> Result<Side> {
+    pub(super) fn side(&self, contender: Contender) -> Result<Side> {
+        let job = contender.job;
         let eager_us = self.median(contender.times.eager)?;
         let graph_us = self.median(contender.times.graphed)?;
         let submit_us = self.median(contender.times.submitted)?;

@@ -101,8 +101,9 @@ fn borders(kind: Kind, ranks: usize) -> (usize, usize, Option<usize>) {
         Kind::Reduce { .. } => {
             (ONE_SHOT_OF_PARTS[at], 0, Some(if ranks <= 4 { 2_097_152 } else { 4_194_304 }))
         }
-        Kind::ReduceScatter { .. } => (262_144, 0, Some(REDUCE_SCATTER_RING[at])),
-        _ => (262_144, 0, None),
+        Kind::ReduceScatter { .. } => (ONE_SHOT_OF_PARTS[at], 0, Some(REDUCE_SCATTER_RING[at])),
+        Kind::Scatter { .. } => (ONE_SHOT_OF_PARTS[at].min(524_288), 0, None),
+        _ => (ONE_SHOT_OF_PARTS[at], 0, None),
     }
 }
 
@@ -163,9 +164,9 @@ fn without_a_tuning_file_grids_are_those_that_were_measured() {
         (wide(4), all_reduce, 4 << 20, (Form::Bulk, 63, 1024, 800, true)),
         (wide(4), all_reduce, 64 << 20, (Form::Ring, 128, 512, 4096, false)),
         (wide(4), Kind::AllGather, 2 << 20, (Form::Bulk, 64, 1024, 800, true)),
-        (wide(4), Kind::Scatter { root: 0 }, 1 << 20, (Form::Bulk, 120, 512, 1088, false)),
-        (wide(4), Kind::Scatter { root: 0 }, 16 << 20, (Form::Bulk, 64, 1024, 800, true)),
-        (wide(4), Kind::AllToAll, 128 << 20, (Form::Bulk, 64, 1024, 1600, true)),
+        (wide(4), Kind::Scatter { root: 0 }, 1 << 20, (Form::Bulk, 128, 512, 4096, false)),
+        (wide(4), Kind::Scatter { root: 0 }, 16 << 20, (Form::Bulk, 64, 1024, 3200, true)),
+        (wide(4), Kind::AllToAll, 128 << 20, (Form::Bulk, 64, 1024, 3200, true)),
         (by_threads(4), all_reduce, 4 << 20, (Form::Bulk, 120, 512, 1632, false)),
         (by_threads(4), all_reduce, 64 << 20, (Form::Ring, 128, 512, 4096, false)),
         (narrow(4), all_reduce, 64 << 20, (Form::Bulk, 24, 1024, 1600, true)),
