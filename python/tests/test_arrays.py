@@ -311,6 +311,19 @@ def test_arrays_of_other_devices_are_refused_by_name(alone):
         alone.all_reduce(OnGpu())
 
 
+def test_a_counted_part_that_has_no_room_names_both_ranks():
+    def main(rank):
+        send = np.array([1, 3] if rank.rank == 0 else [1, 1], dtype=np.uint32)
+        out, receive = np.full(4, -1.0), np.zeros(2, dtype=np.int32)
+        with pytest.raises(errors.CountsError) as caught:
+            rank.all_to_all_counted(np.ones(4), out, send_counts=send, receive_counts=receive)
+            rank.barrier()
+        error = caught.value
+        return error.source, error.to, error.got, error.expected, error.is_input
+
+    assert unisono.on_threads(2, main) == [(0, 1, 3, 2, False)] * 2
+
+
 def test_other_shapes_across_ranks_name_both_calls():
     def main(rank):
         with pytest.raises(errors.MismatchError) as caught:

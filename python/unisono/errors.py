@@ -43,6 +43,14 @@ class MismatchError(UnisonoError):
     """Two ranks made different calls: `expected` is that of the rank that noticed, `got` the one it met. The communicator has failed."""
 
 
+class CountsError(UnisonoError):
+    """A part is larger than the input has (`is_input`) or than the receiver has room for: of rank `source`, for rank `to`."""
+
+    source: int
+    to: int
+    is_input: bool
+
+
 class PeerDiedError(UnisonoError):
     """A rank's process is gone, stopped or silent; `rank` says which. The `survivors` can go on with `shrink()`."""
 

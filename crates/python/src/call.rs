@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pyo3::prelude::*;
-use unisono::{Call, Counts, Error, Kind, Operations, Place, RawBuffer};
+use unisono::{Call, Counts, DType, Error, Kind, Operations, Place, RawBuffer};
 
 use crate::array::{Array, Guard, Site, StreamOf};
 use crate::communicator::{Communicator, Failure, Inner};
@@ -135,7 +135,17 @@ impl Communicator {
         let way = me.way(py, kind, &arrays, given)?;
         let patience =
             manner.timeout.map(|time| options::patience(time, kind.name(), me.rank)).transpose()?;
-        let buffers = arrays.iter().map(|array| array.memory).collect();
+        let mut buffers: Vec<_> = arrays.iter().map(|array| array.memory).collect();
+        if matches!(kind, Kind::AllToAllCounted) {
+            // Of its lists, which follow input and output, frameworks have signed ones; none is negative.
+            for list in buffers.iter_mut().skip(2) {
+                list.dtype = match list.dtype {
+                    DType::I32 => DType::U32,
+                    DType::I64 => DType::U64,
+                    dtype => dtype,
+                };
+            }
+        }
         let elsewhere = |array: &Array| match (array.stream, way) {
             (StreamOf::Named(stream), Way::Stream(handle, _)) if stream != handle => Some(stream),
             _ => None,

@@ -13,6 +13,7 @@ use unisono::Error;
 /// The value of an attribute.
 pub(crate) enum Value {
     Number(u64),
+    Flag(bool),
     Text(String),
     Numbers(Vec<usize>),
     Texts(Vec<String>),
@@ -23,6 +24,7 @@ impl Value {
     fn into_python(self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         match self {
             Self::Number(value) => value.into_py_any(py),
+            Self::Flag(value) => value.into_py_any(py),
             Self::Text(value) => value.into_py_any(py),
             Self::Numbers(value) => value.into_py_any(py),
             Self::Texts(value) => value.into_py_any(py),
@@ -45,6 +47,7 @@ values! {
     usize => |value| Self::Number(*value as u64),
     u64 => |value| Self::Number(*value),
     u32 => |value| Self::Number(u64::from(*value)),
+    bool => |value| Self::Flag(*value),
     &'static str => |value| Self::Text((*value).to_owned()),
     String => |value| Self::Text(value.clone()),
     Vec<usize> => |value| Self::Numbers(value.clone()),
@@ -90,6 +93,7 @@ table! {
     NotPrepared { call, rank, what, why }
     ConcurrentUse { rank }
     Mismatch { left as expected, right as got }
+    Counts { during as call, from as source, to, needed as got, room as expected, is_input }
     PeerDied { rank, who, during as call, how, survivors }
     GivenUp { rank, during as call, how }
     PeerLeft { rank, during as call }

@@ -365,6 +365,46 @@ impl Communicator {
         Self::perform_with(this, Kind::AllToAllV, &[source(x), target(out)], parts, out, &manner)
     }
 
+    /// As ``all_to_all_v``, with counts that lie in arrays, on the GPU if the data does: each rank knows what it sends, and is told what it
+    /// received, in the order of the stream. ``send_counts`` are elements for each rank, ``send_offsets`` where their parts begin in ``x``
+    /// (default: one after the other); ``receive_counts`` are written. Each rank fills an equal share of ``out`` at most; what comes from
+    /// rank r lies at the beginning of share r. Lists are of uint32, uint64, int32 or int64, with an element for each rank. Returns
+    /// ``out``, or a ``Work``.
+    ///
+    /// Raises ``CountsError``, naming both ranks, if a part is more than the receiver has room for.
+    ///
+    /// >>> import numpy as np, unisono
+    /// >>> def main(rank):
+    /// ...     send = np.array([[1, 2], [1, 0]][rank.rank])
+    /// ...     x, out, receive = np.arange(3) + 10 * rank.rank, np.full(6, -1), np.zeros(2, dtype=int)
+    /// ...     rank.all_to_all_counted(x, out, send_counts=send, receive_counts=receive)
+    /// ...     return receive.tolist(), out.tolist()
+    /// >>> unisono.on_threads(2, main)
+    /// [([1, 1], [0, -1, -1, 10, -1, -1]), ([2, 0], [1, 2, -1, -1, -1, -1])]
+    #[pyo3(signature = (x, out, *, send_counts, receive_counts, send_offsets=None, stream=None, async_op=false, timeout=None))]
+    fn all_to_all_counted<'py>(
+        this: &Bound<'py, Self>,
+        x: &Bound<'py, PyAny>,
+        out: &Bound<'py, PyAny>,
+        send_counts: &Bound<'py, PyAny>,
+        receive_counts: &Bound<'py, PyAny>,
+        send_offsets: Maybe<'_, 'py>,
+        stream: Maybe<'_, 'py>,
+        async_op: bool,
+        timeout: Maybe<'_, 'py>,
+    ) -> PyResult<Py<PyAny>> {
+        let side = |what, object, is_target| Side { what, object: Some(object), is_target };
+        let mut sides = vec![
+            source(x),
+            target(out),
+            side("send_counts", send_counts, false),
+            side("receive_counts", receive_counts, true),
+        ];
+        sides.extend(send_offsets.map(|offsets| side("send_offsets", offsets, false)));
+        let manner = Manner { stream, is_async: async_op, timeout };
+        Self::perform_with(this, Kind::AllToAllCounted, &sides, Vec::new(), out, &manner)
+    }
+
     /// As ``all_reduce`` by sum, with 8 bits for each element on the way (f8e4m3 and a scale for each 128 elements): faster between GPUs,
     /// and rounded. Of float16, bfloat16 and float32. All ranks get the same bits.
     ///
