@@ -8,13 +8,13 @@ use unisono_core::half::{bf16, f16};
 use crate::buffer::{Buf, BufMut};
 use crate::call::{Call, Kind};
 
-/// An element type of rows that are normalised: [`f16`](struct@f16) and [`bf16`].
+/// An element type of rows that are normalised: [`struct@f16`] and [`bf16`].
 pub trait HalfFloat: Reducible {}
 
 impl HalfFloat for f16 {}
 impl HalfFloat for bf16 {}
 
-/// An element type whose sums can be quantised: [`f16`](struct@f16), [`bf16`] and [`f32`].
+/// An element type whose sums can be quantised: [`struct@f16`], [`bf16`] and [`f32`].
 pub trait Quantisable: Reducible {}
 
 impl Quantisable for f16 {}

@@ -2,8 +2,8 @@
 //!
 //! Each form is timed with a few grids, at sizes where it could be the best. First come the grids: of each form the number of blocks
 //! that loses least over all sizes, where that is worth a change. With these, forms are compared two by two, from the largest size to
-//! the smallest: ring against pipeline, two-shot against the better of these, one-shot against what is best behind it, and direct
-//! against all of them. Borders stand where [`border`](super::border) finds them.
+//! the smallest: ring against pipeline, two-shot against the better of these, copy engines against it too, one-shot against what is
+//! best behind it, and direct against all of them. Borders stand where [`border`](super::border) finds them.
 
 use std::collections::BTreeMap;
 
@@ -26,6 +26,7 @@ const NARROW_BLOCKS: usize = 24;
 /// From where on forms with tiles are timed.
 const TILES_FROM: usize = 128 << 10;
 const RING_FROM: usize = 512 << 10;
+const ENGINE_FROM: usize = 32 << 20;
 /// What fewer or more blocks must gain at each size, on average, as a part of the time.
 const WORTH_OTHER_BLOCKS: f64 = 0.02;
 /// Bytes of an element.
@@ -92,6 +93,9 @@ pub(super) fn candidates(rules: &Rules, kind: Kind, bytes: usize) -> Vec<Rules> 
     if bytes >= RING_FROM {
         add(Form::Ring, |row| &mut row.ring_blocks, &RING_BLOCKS, *row);
         add(Form::Ring, |row| &mut row.ring_blocks, &[NARROW_BLOCKS], *row);
+    }
+    if bytes >= ENGINE_FROM {
+        rows.push((Form::Engine, *row));
     }
     let mut chosen: Vec<(Launch, Rules)> = Vec::new();
     for (form, row) in rows {
@@ -179,6 +183,11 @@ impl Times {
             self.choose_rings(&mut row, &mut borders);
         }
         self.choose_packets(&mut row, &mut borders);
+        if Form::Engine.serves(self.kind) {
+            let points =
+                self.points(|bytes| Some((self.tiled(bytes, &row)?, self.us(bytes, Form::Engine, &row)?)));
+            row.engine_from = self.from("copy engines from", &points, row.engine_from, &mut borders);
+        }
         if Form::Direct.serves(self.kind) {
             let points =
                 self.points(|bytes| Some((self.staged(bytes, &row)?, self.us(bytes, Form::Direct, &row)?)));

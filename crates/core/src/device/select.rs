@@ -221,26 +221,15 @@ impl Rules {
 
     /// Copies that are under way at once where copy engines move data; none if they never do.
     pub fn lanes(&self) -> Option<usize> {
-        /// While one moves, a second stands ready, and a third tells its neighbours.
-        const USUAL: usize = 3;
+        /// Two had the largest chunks and were the fastest on two and four GPUs; one waits for itself.
+        const USUAL: usize = 2;
         let wish = self.forced.filter(|wish| wish.form == Form::Engine);
         let has_engines = self.ranks > 1 && self.link == Link::Device && self.crowd == 1;
-        (has_engines && (wish.is_some() || (self.engines && !self.is_narrow()))).then(|| match wish {
+        let are_usual = self.engines && !self.is_narrow() && self.table.has_engines();
+        (has_engines && (wish.is_some() || are_usual)).then(|| match wish {
             Some(Wish { blocks: 1.., .. }) => (wish.map_or(0, |wish| wish.blocks) as usize).min(MOST_LANES),
             _ => USUAL,
         })
-    }
-
-    /// From how many bytes of a part on copy engines move them.
-    ///
-    /// Thought, and still to be measured with `unisono tune`: they move 392 GB/s where a ring of blocks moves 360, and lose some 40 µs at
-    /// begin and end; of a broadcast, three chunks of 4 MiB more for each rank that passes it on.
-    fn engine_from(&self, kind: Kind) -> usize {
-        const GAINED: usize = 192 << 20;
-        match kind {
-            Kind::AllGather => GAINED / self.ranks.saturating_sub(1).max(1),
-            _ => GAINED + self.ranks.saturating_sub(2) * (160 << 20),
-        }
     }
 
     /// Whether `form` can serve the call.
@@ -300,7 +289,7 @@ impl Rules {
             bytes if bytes <= packets_to && row.direct_from != usize::MAX && can(Form::Direct) => {
                 Form::Direct
             }
-            bytes if bytes >= self.engine_from(question.kind) && can(Form::Engine) => Form::Engine,
+            bytes if bytes >= row.engine_from && can(Form::Engine) => Form::Engine,
             bytes if bytes >= ring_from && can(Form::Ring) => Form::Ring,
             _ if self.ranks == 1 => Form::OneShot,
             _ => Form::Bulk,
@@ -474,10 +463,9 @@ impl Rules {
             }
             Form::Engine => {
                 let lanes = self.lanes().unwrap_or(1);
-                // A rank passes a chunk of a broadcast on when it has all of it, and the last one waits for that many times.
-                let usual = if question.kind == Kind::AllGather { 8 << 20 } else { 4 << 20 };
-                let most = if wish.tile == 0 { usual / 16 } else { wish.tile as usize };
-                let most = most.min(slot_bytes(&layout, lanes) / 16);
+                // As large as there is room for: each costs the same.
+                let asked = if wish.tile == 0 { usize::MAX } else { wish.tile as usize };
+                let most = asked.min(slot_bytes(&layout, lanes) / 16);
                 let vectors = question.bytes.div_ceil(16);
                 // As many in each lane, of one size, in whole lines of 128 bytes.
                 let chunks = vectors.div_ceil(most).next_multiple_of(lanes).max(1);
@@ -612,29 +600,37 @@ mod tests {
             rules.decide(&Question { kind, bytes, size: 2, is_reachable: false }).form
         };
         let (all, root) = (Kind::AllGather, Kind::Broadcast { root: 1 });
-        for (ranks, gathered, sent) in [(2, 192, 192), (4, 64, 512), (8, 28, 1152)] {
-            for (kind, mib) in [(all, gathered), (root, sent)] {
-                assert_eq!(form(rules(ranks), kind, mib << 20), Form::Engine, "{ranks} {kind:?}");
-                assert_eq!(form(rules(ranks), kind, (mib - 1) << 20), Form::Ring, "{ranks} {kind:?}");
+        // Nobody has measured them to win anywhere yet; a table may say so.
+        assert_eq!((form(rules(4), all, 4 << 30), rules(4).lanes()), (Form::Ring, None));
+        let told = |rules: Rules| {
+            let mut rules = rules;
+            for kind in [all, root] {
+                rules.table.row_mut(kind).engine_from = 64 << 20;
             }
+            rules
+        };
+        for kind in [all, root] {
+            assert_eq!(form(told(rules(4)), kind, 64 << 20), Form::Engine, "{kind:?}");
+            assert_eq!(form(told(rules(4)), kind, (64 << 20) - 1), Form::Ring, "{kind:?}");
         }
+        assert_eq!(told(rules(4)).lanes(), Some(2));
         let forced = "engine".parse().ok();
         for barred in [
             Rules { crowd: 2, ..rules(4) },
             Rules { link: Link::Host, ..rules(4) },
             Rules { ranks: 1, ..rules(4) },
         ] {
-            assert_ne!(form(barred, all, 1 << 30), Form::Engine);
+            assert_ne!(form(told(barred), all, 1 << 30), Form::Engine);
             assert_ne!(form(Rules { forced, ..barred }, all, 1 << 30), Form::Engine);
             assert_eq!(Rules { forced, ..barred }.lanes(), None);
         }
         // Where a thread drives several ranks, or communicators share a device, they serve whom asks for them.
         for shy in [Rules { engines: false, ..rules(4) }, Rules { most_blocks: 24, ..rules(4) }] {
-            assert_eq!((form(shy, all, 1 << 30), shy.lanes()), (Form::Ring, None));
+            assert_eq!((form(told(shy), all, 1 << 30), told(shy).lanes()), (Form::Ring, None));
             assert_eq!(form(Rules { forced, ..shy }, all, 1), Form::Engine);
         }
         for (text, lanes, chunk) in
-            [("engine", 3, 8 << 20), ("engine:2:64", 2, 1024), ("engine:99", 8, 3 << 20)]
+            [("engine", 2, 12 << 20), ("engine:2:64", 2, 1024), ("engine:99", 8, 3 << 20)]
         {
             let asked = Rules { forced: text.parse().ok(), ..rules(4) };
             let launch = asked.decide(&Question { kind: all, bytes: 96 << 20, size: 2, is_reachable: false });

@@ -33,6 +33,8 @@ pub struct Row {
     pub ring_from: usize,
     /// The same where the communicator may have few blocks.
     pub narrow_ring_from: usize,
+    /// Copy engines from here on, where they may serve calls that nobody asked it for.
+    pub engine_from: usize,
     /// The most blocks of one-shot and two-shot.
     pub packet_blocks: usize,
     /// The most blocks of direct.
@@ -63,12 +65,13 @@ enum Values {
 type Field = (&'static str, Values, fn(&mut Row) -> &mut usize);
 
 /// Name, values and place of each field, in the order of text.
-const FIELDS: [Field; 13] = [
+const FIELDS: [Field; 14] = [
     ("one_shot_to", Values::Bytes, |row| &mut row.one_shot_to),
     ("two_shot_to", Values::Bytes, |row| &mut row.two_shot_to),
     ("direct_from", Values::Bytes, |row| &mut row.direct_from),
     ("ring_from", Values::Bytes, |row| &mut row.ring_from),
     ("narrow_ring_from", Values::Bytes, |row| &mut row.narrow_ring_from),
+    ("engine_from", Values::Bytes, |row| &mut row.engine_from),
     ("packet_blocks", Values::UpTo(WIDE_BLOCKS), |row| &mut row.packet_blocks),
     ("direct_blocks", Values::UpTo(WIDE_BLOCKS), |row| &mut row.direct_blocks),
     ("threads_to", Values::Bytes, |row| &mut row.threads_to),
@@ -86,6 +89,7 @@ impl Row {
         direct_from: 0,
         ring_from: 0,
         narrow_ring_from: 0,
+        engine_from: 0,
         packet_blocks: 0,
         direct_blocks: 0,
         threads_to: 0,
@@ -125,6 +129,11 @@ impl Table {
     /// The same, to be changed.
     pub const fn row_mut(&mut self, kind: Kind) -> &mut Row {
         &mut self.rows[index(kind)]
+    }
+
+    /// Whether copy engines move anything.
+    pub fn has_engines(&self) -> bool {
+        self.rows.iter().any(|row| row.engine_from != usize::MAX)
     }
 
     /// Its lines, as they stand in files.

@@ -191,6 +191,7 @@ fn a_table_decides() {
         direct_from: 64 << 20,
         ring_from: 32 << 20,
         narrow_ring_from: usize::MAX,
+        engine_from: usize::MAX,
         packet_blocks: 5,
         direct_blocks: 7,
         threads_to: 2 << 20,
