@@ -25,6 +25,7 @@
 //! # Ok::<(), unisono::Error>(())
 //! ```
 
+pub mod binding;
 pub mod buffer;
 pub mod builder;
 pub mod call;
@@ -88,10 +89,12 @@ pub use unisono_core::select::Algorithm;
 pub use unisono_core::settings::{Order, Require};
 pub use unisono_core::topology::{Link, Topology};
 pub use unisono_core::{
-    Complex, DType, Element, ReduceOp, Reducible, Secret, UniqueId, half, quantised, reduce_op, settings,
+    Complex, DType, Element, Error as CoreError, ReduceOp, Reducible, Secret, UniqueId, half, quantised,
+    reduce_op, settings,
 };
 #[cfg(feature = "cuda")]
 pub use unisono_cuda as cuda;
+pub use unisono_node::Error as NodeError;
 pub use unisono_sync::Deadline;
 pub use window::{Closing, Memory, Window};
 
