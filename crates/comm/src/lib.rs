@@ -34,6 +34,7 @@ pub mod communicator;
 mod control;
 mod copies;
 mod derive;
+pub mod ep;
 pub mod error;
 pub mod explanation;
 pub mod fused;

@@ -77,7 +77,7 @@ fn travel(values: &[f32; GROUP]) -> [f32; GROUP] {
     })
 }
 
-fn read(dtype: DType, element: &[u8]) -> f32 {
+pub(crate) fn read(dtype: DType, element: &[u8]) -> f32 {
     match *element {
         [a, b, c, d] => f32::from_le_bytes([a, b, c, d]),
         [a, b] if dtype == DType::F16 => f16::from_le_bytes([a, b]).to_f32(),
@@ -86,7 +86,7 @@ fn read(dtype: DType, element: &[u8]) -> f32 {
     }
 }
 
-fn write(dtype: DType, value: f32, element: &mut [u8]) {
+pub(crate) fn write(dtype: DType, value: f32, element: &mut [u8]) {
     match (dtype, value.is_nan()) {
         (DType::F16, false) => element.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
         (DType::F16, true) => element.copy_from_slice(&0x7e00u16.to_le_bytes()),
