@@ -1,6 +1,8 @@
 //! Random cases of expert-parallel calls, and a naive reference: every rank draws every rank's input from (seed, case, rank), and computes
 //! one element at a time what has to come.
 
+use std::time::Duration;
+
 use unisono::ep::Settings;
 use unisono::half::{bf16, f16};
 use unisono::{DType, f8e4m3};
@@ -31,6 +33,20 @@ pub(crate) struct Case {
     pub(crate) scales: usize,
     /// Tokens of each rank.
     pub(crate) tokens: Vec<usize>,
+    drawn: Drawn,
+}
+
+/// What each rank's tokens select, and by which weight.
+#[derive(Clone, Default)]
+struct Drawn {
+    selections: Vec<Vec<i64>>,
+    weights: Vec<Vec<f32>>,
+}
+
+impl std::fmt::Debug for Drawn {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("as drawn")
+    }
 }
 
 /// A buffer's settings, equal on all ranks.
@@ -51,6 +67,8 @@ pub(crate) fn settings(seed: u64, number: u64, ranks: usize) -> (Settings, Vec<u
         dtype: random.pick(&[DType::BF16, DType::F16, DType::F32]),
         low_latency: random.once_in(2),
         masking: random.once_in(2),
+        // Comparing takes its time, and ranks take turns on few processors.
+        deadline: Duration::from_secs(60),
         ..Settings::new(hidden, experts)
     };
     (settings, owners)
@@ -66,7 +84,7 @@ impl Case {
         let most = ((40_000 * scale().min(64) / settings.hidden / ranks).clamp(1, 8192)).max(3);
         let tokens = (0..ranks).map(|_| if random.once_in(4) { 0 } else { random.count(most) }).collect();
         let most_scales = settings.hidden / 8;
-        Self {
+        let case = Self {
             seed,
             number,
             top_k: random.count(settings.top_k),
@@ -75,7 +93,17 @@ impl Case {
             tokens,
             owners,
             settings,
-        }
+            drawn: Drawn::default(),
+        };
+        case.with_tokens(true)
+    }
+
+    fn with_tokens(mut self, may_repeat: bool) -> Self {
+        self.drawn = Drawn {
+            selections: (0..self.ranks()).map(|rank| self.draw_selections(rank, may_repeat)).collect(),
+            weights: (0..self.ranks()).map(|rank| self.draw_weights(rank)).collect(),
+        };
+        self
     }
 
     /// The same in low-latency mode: no more tokens than the capacity, and a dtype that can be cast.
@@ -85,7 +113,7 @@ impl Case {
         if self.dtype == DType::F8E4M3 {
             self.dtype = self.settings.dtype;
         }
-        self
+        self.with_tokens(false)
     }
 
     pub(crate) fn ranks(&self) -> usize {
@@ -113,7 +141,15 @@ impl Case {
     }
 
     /// The top-k indices of `rank`.
-    pub(crate) fn selections(&self, rank: usize, may_repeat: bool) -> Vec<i64> {
+    pub(crate) fn selections(&self, rank: usize) -> &[i64] {
+        &self.drawn.selections[rank]
+    }
+
+    pub(crate) fn weights(&self, rank: usize) -> &[f32] {
+        &self.drawn.weights[rank]
+    }
+
+    fn draw_selections(&self, rank: usize, may_repeat: bool) -> Vec<i64> {
         let mut random = Random::of(&[self.seed, self.number, 80, rank as u64]);
         let (experts, manner) = (self.owners.len(), self.random(1).below(4));
         let mut all = Vec::new();
@@ -133,7 +169,7 @@ impl Case {
         all
     }
 
-    pub(crate) fn weights(&self, rank: usize) -> Vec<f32> {
+    fn draw_weights(&self, rank: usize) -> Vec<f32> {
         let mut random = Random::of(&[self.seed, self.number, 81, rank as u64]);
         let next = |_| (random.next() >> 40) as f32 / (1 << 23) as f32 - 1.0;
         (0..self.tokens[rank] * self.top_k).map(next).collect()

@@ -56,9 +56,9 @@ pub(crate) fn run(buffer: &mut Buffer, communicator: &Communicator, cases: [&Cas
 fn dispatch(buffer: &mut Buffer, case: &Case, rank: usize) -> Result<unisono::ep::SentDispatch> {
     let x: Vec<u8> =
         (0..case.tokens[rank]).flat_map(|t| case.row(Of::Token, (rank, t, 0), case.dtype)).collect();
-    let selections = case.selections(rank, false);
+    let selections = case.selections(rank);
     typed!(case.dtype, x, |x| {
-        let mut call = LowLatencyDispatch::new(&x, &selections, case.top_k);
+        let mut call = LowLatencyDispatch::new(&x, selections, case.top_k);
         if let Some(kind) = cast(case) {
             call = call.cast(kind);
         }
@@ -70,7 +70,7 @@ fn dispatch(buffer: &mut Buffer, case: &Case, rank: usize) -> Result<unisono::ep
 fn origins(case: &Case, expert: usize) -> Vec<(usize, usize)> {
     let mut rows = Vec::new();
     for source in 0..case.ranks() {
-        for (token, row) in case.selections(source, false).chunks(case.top_k).enumerate() {
+        for (token, row) in case.selections(source).chunks(case.top_k).enumerate() {
             if row.contains(&(expert as i64)) {
                 rows.push((source, token));
             }
@@ -171,7 +171,7 @@ fn combine(
     rank: usize,
     dispatched: &LowLatencyDispatched,
 ) -> Result<unisono::ep::SentCombine> {
-    let (selections, weights) = (case.selections(rank, false), case.weights(rank));
+    let (selections, weights) = (case.selections(rank), case.weights(rank));
     let (experts, block) = (case.experts_of(rank), case.ranks() * case.settings.capacity);
     let row_bytes = case.settings.hidden * case.dtype.size();
     // What lies behind the rows that came must not matter.
@@ -187,9 +187,9 @@ fn combine(
         let handle = &dispatched.handle;
         let mut call = if in_buffer {
             buffer.combine_buffer(case.dtype)?.as_mut_slice()?.copy_from_slice(&x);
-            LowLatencyCombine::of_buffer(&selections, &weights, handle)
+            LowLatencyCombine::of_buffer(selections, weights, handle)
         } else {
-            LowLatencyCombine::new(&x, &selections, &weights, handle)
+            LowLatencyCombine::new(&x, selections, weights, handle)
         };
         if is_quantised(case) {
             call = call.quantised();
@@ -199,8 +199,7 @@ fn combine(
 }
 
 fn check_combined(case: &Case, rank: usize, got: &LowLatencyCombined) {
-    let (selections, weights, hidden) =
-        (case.selections(rank, false), case.weights(rank), case.settings.hidden);
+    let (selections, weights, hidden) = (case.selections(rank), case.weights(rank), case.settings.hidden);
     let mut expected = Vec::new();
     for (token, row) in selections.chunks(case.top_k).enumerate() {
         let of_rank = |owner: usize| -> Option<Vec<f32>> {

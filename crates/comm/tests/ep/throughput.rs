@@ -50,7 +50,7 @@ fn flat<T: Copy>(elements: &[T], bytes: impl Fn(T) -> Vec<u8>) -> Vec<u8> {
 /// Runs the case on `buffer`, and compares.
 pub(crate) fn run(buffer: &mut Buffer, communicator: &Communicator, case: &Case) -> Result<()> {
     let (rank, mut random) = (communicator.rank(), case.random(2));
-    let selections = case.selections(rank, true);
+    let selections = case.selections(rank);
     let (with_top_k, with_weights) = (!random.once_in(4), random.once_in(2));
     let with_layout = !with_top_k || random.once_in(3);
     let worst = random.once_in(3).then(|| case.tokens.iter().sum::<usize>() + random.below(5));
@@ -60,15 +60,15 @@ pub(crate) fn run(buffer: &mut Buffer, communicator: &Communicator, case: &Case)
         (0..case.tokens[rank]).flat_map(|t| case.row(Of::Token, (rank, t, 0), case.dtype)).collect();
     let scales = scales(case, rank, by_columns);
     let weights = case.weights(rank);
-    let layout = with_layout.then(|| buffer.layout(&selections, case.top_k)).transpose()?;
+    let layout = with_layout.then(|| buffer.layout(selections, case.top_k)).transpose()?;
     let sent = typed!(case.dtype, x, |x| {
         let scales = &scales;
         let tokens = tokens(case, &x, scales, (rank, by_columns));
         let mut dispatch = Dispatch::new(tokens).expert_alignment(alignment);
         if with_top_k {
-            dispatch = dispatch.top_k(&selections, case.top_k);
+            dispatch = dispatch.top_k(selections, case.top_k);
             if with_weights {
-                dispatch = dispatch.weights(&weights);
+                dispatch = dispatch.weights(weights);
             }
         }
         if let Some(layout) = &layout {
@@ -138,7 +138,7 @@ fn tokens<'b, T: unisono::Element>(
 /// The (source, token) of each row that comes to `rank`.
 pub(crate) fn origins(case: &Case, rank: usize) -> Vec<(usize, usize)> {
     let of = |source: usize| {
-        let selections = case.selections(source, true);
+        let selections = case.selections(source);
         let goes = move |token: &usize| case.goes_to(&selections[token * case.top_k..][..case.top_k], rank);
         (0..case.tokens[source]).filter(goes).map(move |token| (source, token)).collect::<Vec<_>>()
     };
@@ -161,7 +161,7 @@ fn check_dispatched(case: &Case, rank: usize, sent: &Dispatched, options: &Optio
     }
     let (mut indices, mut weights) = (Vec::new(), Vec::new());
     for (source, token) in &rows {
-        let (of_source, of_weights) = (case.selections(*source, true), case.weights(*source));
+        let (of_source, of_weights) = (case.selections(*source), case.weights(*source));
         for at in token * case.top_k..(token + 1) * case.top_k {
             let expert = of_source[at];
             let is_ours = expert >= 0 && case.owners[expert as usize] == rank;
@@ -176,8 +176,8 @@ fn check_dispatched(case: &Case, rank: usize, sent: &Dispatched, options: &Optio
     let got = sent.topk_weights.as_ref().map(|tensor| tensor.as_slice::<f32>().unwrap());
     assert_eq!(got, (options.with_top_k && options.with_weights).then_some(&weights[..]), "{case:?}");
     let selected = |expert: &usize| {
-        let all = (0..case.ranks()).flat_map(|source| case.selections(source, true));
-        all.filter(|selection| *selection == *expert as i64).count().next_multiple_of(options.alignment)
+        let all = (0..case.ranks()).flat_map(|source| case.selections(source));
+        all.filter(|selection| **selection == *expert as i64).count().next_multiple_of(options.alignment)
     };
     let counts: Vec<usize> = if options.worst.is_some() {
         Vec::new()
@@ -201,7 +201,7 @@ fn check_handle(case: &Case, rank: usize, sent: &Dispatched, rows: &[(usize, usi
         }
     }
     assert_eq!(handle.rank_prefix().as_slice::<i32>().unwrap(), prefix);
-    let selections = case.selections(rank, true);
+    let selections = case.selections(rank);
     let sent_to = handle.is_token_in_rank();
     for (token, row) in sent_to.as_slice::<Bool8>().unwrap().chunks(ranks).enumerate() {
         for (to, is_sent) in row.iter().enumerate() {
@@ -255,7 +255,7 @@ fn combine(
         }
         buffer.combine(&combine)?
     })));
-    let (selections, hidden) = (case.selections(rank, true), case.settings.hidden);
+    let (selections, hidden) = (case.selections(rank), case.settings.hidden);
     let (mut expected, mut expected_weights) = (Vec::new(), Vec::new());
     for token in 0..case.tokens[rank] {
         let row = &selections[token * case.top_k..][..case.top_k];
@@ -277,7 +277,13 @@ fn combine(
         }
     }
     assert_eq!(combined.x.shape(), [case.tokens[rank], hidden]);
-    assert!(bytes(&combined.x) == expected, "{case:?}: combined on rank {rank}");
+    let got = bytes(&combined.x);
+    let wrong = got.iter().zip(&expected).position(|(got, expected)| got != expected);
+    let at = wrong.map(|at| (at, &got[at & !1..][..2], &expected[at & !1..][..2]));
+    assert!(
+        wrong.is_none(),
+        "{case:?}: combined on rank {rank}: {at:?}, {per_token} per token, {biases} biases"
+    );
     let got = combined.topk_weights.as_ref().map(|tensor| tensor.as_slice::<f32>().unwrap());
     assert_eq!(got, with_weights.then_some(&expected_weights[..]), "{case:?}");
     Ok(())
