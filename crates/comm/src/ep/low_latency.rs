@@ -38,7 +38,7 @@ impl<'b> LowLatencyDispatch<'b> {
         Self { x: x.into(), topk_idx: topk_idx.into().into(), top_k, cast: None, stream: None }
     }
 
-    /// Casts rows to f8e4m3 on their way, with a scale for each 128 elements ([`unisono_core::ep::cast`] says how). [`ScaleKind::Ue8m0`] needs a
+    /// Casts rows to f8e4m3 on their way, with a scale for each 128 elements ([`reference::cast`](super::reference::cast) says how). [`ScaleKind::Ue8m0`] needs a
     /// hidden size that is a multiple of 512.
     pub const fn cast(mut self, scales: ScaleKind) -> Self {
         self.cast = Some(scales);

@@ -37,7 +37,7 @@
 //! [`Error::Argument`] before anything is sent, and the buffer still works; but the others wait for this rank then, up to the deadline.
 //!
 //! # Numbers
-//! Sums are made in f32, in the order of ranks, and rounded once. Equal input gives equal bits on every backend ([`unisono_core::ep`] holds the
+//! Sums are made in f32, in the order of ranks, and rounded once. Equal input gives equal bits on every backend ([`reference`] holds the
 //! arithmetic).
 //!
 //! # Failures
@@ -61,6 +61,8 @@ mod words;
 
 use std::sync::Arc;
 
+/// The arithmetic and the order of expert parallelism, as pure functions: what every backend is compared with.
+pub use unisono_core::ep as reference;
 pub use unisono_core::ep::cast::ScaleKind;
 use unisono_core::ep::{ArenaLayout, Placement, Routing};
 

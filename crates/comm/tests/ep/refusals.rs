@@ -4,10 +4,9 @@ use unisono::ep::{
     Buffer, Combine, Dispatch, LowLatencyCombine, LowLatencyDispatch, RowScales, ScaleKind, Settings, Tokens,
 };
 use unisono::half::bf16;
-use unisono::{Communicator, DType, Error, Operations, Result};
+use unisono::{Buf, Communicator, DType, Error, Operations, Result};
 
 use super::support::threads::on_threads;
-use super::throughput::on_a_device;
 
 const HIDDEN: usize = 16;
 
@@ -16,6 +15,12 @@ fn buffer(rank: &Communicator, low_latency: bool) -> Buffer {
     let mut buffer = Buffer::new(rank, settings).unwrap();
     buffer.exchange(rank).unwrap();
     buffer
+}
+
+/// Raw memory of a device, which no buffer of the host takes.
+fn on_a_device(count: usize) -> Buf<'static, bf16> {
+    // SAFETY: the call that it is given to refuses it before it is touched.
+    unsafe { Buf::cuda(0x1000, count, 3) }
 }
 
 /// `what: expected, got` of a refusal.

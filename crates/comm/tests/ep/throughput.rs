@@ -2,7 +2,7 @@
 
 use unisono::ep::{Buffer, Combine, Dispatch, Dispatched, RowScales, Tokens};
 use unisono::half::{bf16, f16};
-use unisono::{Bool8, Buf, Communicator, DType, RawBuffer, Result, f8e4m3};
+use unisono::{Bool8, Communicator, DType, Result, f8e4m3};
 
 use super::case::{Case, Of, narrow, sum, widen};
 
@@ -287,13 +287,4 @@ fn combine(
     let got = combined.topk_weights.as_ref().map(|tensor| tensor.as_slice::<f32>().unwrap());
     assert_eq!(got, with_weights.then_some(&expected_weights[..]), "{case:?}");
     Ok(())
-}
-
-/// Raw memory of a device, which no buffer of the host takes.
-pub(crate) fn on_a_device(count: usize) -> Buf<'static, bf16> {
-    // SAFETY: the call that it is given to refuses it before it is touched.
-    let buffer: Buf<'static, bf16> = unsafe { Buf::cuda(0x1000, count, 3) };
-    let RawBuffer { count: kept, .. } = buffer.raw();
-    assert_eq!(kept, count);
-    buffer
 }
