@@ -86,7 +86,7 @@ pub(crate) fn read(dtype: DType, element: &[u8]) -> f32 {
     }
 }
 
-pub(crate) fn write(dtype: DType, value: f32, element: &mut [u8]) {
+fn write(dtype: DType, value: f32, element: &mut [u8]) {
     match (dtype, value.is_nan()) {
         (DType::F16, false) => element.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
         (DType::F16, true) => element.copy_from_slice(&0x7e00u16.to_le_bytes()),

@@ -8,8 +8,11 @@ mod case;
 mod departures;
 mod life;
 mod low_latency;
+#[path = "../../examples/moe_training.rs"]
+mod moe_training;
 mod refusals;
 mod throughput;
+mod training;
 mod world;
 
 use support::random;

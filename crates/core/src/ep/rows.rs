@@ -6,7 +6,7 @@
 use half::{bf16, f16};
 
 use crate::dtype::DType;
-use crate::quantised::{read, write};
+use crate::quantised::read;
 
 /// Whether rows of this type can be summed: bf16, f16 and f32.
 pub const fn is_summed(dtype: DType) -> bool {
@@ -51,9 +51,7 @@ impl RowSum {
     /// Adds values.
     pub fn add_values(&mut self, values: &[f32]) {
         let is_first = std::mem::replace(&mut self.is_empty, false);
-        for (sum, value) in self.values.iter_mut().zip(values) {
-            *sum = if is_first { *value } else { *sum + value };
-        }
+        accumulate(&mut self.values, is_first, values, |value| *value);
     }
 
     /// The sum so far.
@@ -66,34 +64,52 @@ impl RowSum {
     /// # Panics
     /// As [`RowSum::add`].
     pub fn write(&self, dtype: DType, row: &mut [u8]) {
-        assert!(is_summed(dtype), "sums of {dtype}");
-        for (element, value) in row.chunks_exact_mut(dtype.size()).zip(&self.values) {
-            write(dtype, *value, element);
+        let canonical = |value: f32| if value.is_nan() { f32::from_bits(0x7fc0_0000) } else { value };
+        let sums = self.values.iter().map(|value| canonical(*value));
+        match dtype {
+            DType::BF16 => {
+                let row = row.as_chunks_mut().0.iter_mut();
+                row.zip(sums).for_each(|(element, value)| *element = bf16::from_f32(value).to_le_bytes());
+            }
+            DType::F16 => {
+                let row = row.as_chunks_mut().0.iter_mut();
+                row.zip(sums).for_each(|(element, value)| *element = f16::from_f32(value).to_le_bytes());
+            }
+            DType::F32 => {
+                let row = row.as_chunks_mut().0.iter_mut();
+                row.zip(sums).for_each(|(element, value)| *element = value.to_le_bytes());
+            }
+            _ => unreachable!("sums of {dtype}"),
         }
     }
 
     fn merge(&mut self, dtype: DType, row: &[u8], term: impl Fn(f32) -> f32) {
         let is_first = std::mem::replace(&mut self.is_empty, false);
-        let add = |(sum, value): (&mut f32, f32)| {
-            let value = term(value);
-            *sum = if is_first { value } else { *sum + value };
-        };
-        let sums = self.values.iter_mut();
         match dtype {
+            // A signalling NaN stays one here. The sum, or the term, makes it quiet, and it is written as the canonical one.
             DType::BF16 => {
-                let row = row.as_chunks().0.iter().map(|bytes| bf16::from_le_bytes(*bytes).to_f32());
-                sums.zip(row).for_each(add);
+                let widen = |bytes: &[u8; 2]| f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
+                accumulate(&mut self.values, is_first, row.as_chunks().0, |bytes| term(widen(bytes)));
             }
             DType::F16 => {
-                let row = row.as_chunks().0.iter().map(|bytes| f16::from_le_bytes(*bytes).to_f32());
-                sums.zip(row).for_each(add);
+                let widen = |bytes: &[u8; 2]| f16::from_le_bytes(*bytes).to_f32();
+                accumulate(&mut self.values, is_first, row.as_chunks().0, |bytes| term(widen(bytes)));
             }
             DType::F32 => {
-                let row = row.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
-                sums.zip(row).for_each(add);
+                let widen = |bytes: &[u8; 4]| f32::from_le_bytes(*bytes);
+                accumulate(&mut self.values, is_first, row.as_chunks().0, |bytes| term(widen(bytes)));
             }
             _ => unreachable!("sums of {dtype}"),
         }
+    }
+}
+
+/// Adds `value` of each of `elements` to its sum, or begins the sum with it. Two loops, so that each becomes SIMD code.
+fn accumulate<E>(sums: &mut [f32], is_first: bool, elements: &[E], value: impl Fn(&E) -> f32) {
+    if is_first {
+        sums.iter_mut().zip(elements).for_each(|(sum, element)| *sum = value(element));
+    } else {
+        sums.iter_mut().zip(elements).for_each(|(sum, element)| *sum += value(element));
     }
 }
 
