@@ -10,7 +10,7 @@
 
 #![allow(clippy::print_stdout, dead_code)] // a program that people run; a test trains, too
 
-use unisono::ep::{Buffer, Combine, Dispatch, Dispatched, Settings};
+use unisono::ep::{Buffer, CachedDispatch, Combine, Dispatch, Dispatched, Settings};
 use unisono::{Communicator, DType, Error, Operations, ReduceOp, Result};
 
 const HIDDEN: usize = 16;
@@ -107,7 +107,7 @@ fn one_step(communicator: &Communicator, buffer: &mut Buffer, model: &mut Model,
     let gradients: Vec<f32> = errors.iter().map(|error| error * 2.0 / TOKENS as f32).collect();
 
     // Backward: the gradients go the way of the tokens; what the experts make of them comes back.
-    let (arrived, _) = buffer.dispatch_cached(&gradients, &sent.handle)?;
+    let (arrived, _) = buffer.dispatch_cached(&CachedDispatch::new(&gradients, &sent.handle))?;
     let (of_tokens, of_weights) = learn(model, &sent, arrived.as_slice::<f32>()?)?;
     let combine = Combine::new(&of_tokens, &sent.handle).weights(&of_weights);
     let combined = buffer.combine(&combine)?;

@@ -1,4 +1,6 @@
 //! The errors of the library. Each says what was expected, what came, and which rank.
+//!
+//! Over 500 lines because it is one list, and every field says what it is.
 
 use std::time::Duration;
 

@@ -20,7 +20,7 @@ use unisono_sync::{
     Watch, wait,
 };
 
-use super::tensor::{bytes_of, bytes_of_mut};
+use super::tensor::{Tensor, bytes_of, bytes_of_mut};
 use super::words::CallWords;
 use crate::cause::Cause;
 use crate::communicator::Communicator;
@@ -64,7 +64,15 @@ pub(super) struct Gathered {
     pub(super) present: u64,
     pub(super) calls: Vec<CallWords>,
     /// How long each rank was waited for.
-    pub(super) waited: Vec<Duration>,
+    waited: Vec<Duration>,
+}
+
+impl Gathered {
+    /// i64 `[ranks]`: how long each rank was waited for, in nanoseconds.
+    pub(super) fn waited(&self) -> Tensor {
+        let waited: Vec<i64> = self.waited.iter().map(|waited| waited.as_nanos() as i64).collect();
+        Tensor::of(&waited, &[waited.len()])
+    }
 }
 
 /// This rank's side of the arena.

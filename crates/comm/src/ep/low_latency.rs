@@ -3,7 +3,6 @@
 //! One round. Each rank stages its tokens once, cast if asked for, with their top-k indices; receivers copy a row for each selection of theirs.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use unisono_core::DType;
 use unisono_core::ep::cast::{BLOCK, PACKED, ScaleKind, blocks, cast_row, pack};
@@ -59,10 +58,10 @@ pub struct LowLatencyDispatched {
     pub x: Tensor,
     /// The scales, if cast: f32 `[L, blocks, M]`, or with [`ScaleKind::Ue8m0`] i32 `[L, blocks / 4, M]`. The tokens are the last dimension.
     pub scales: Option<Tensor>,
-    /// Rows that came for each expert of this rank.
-    pub counts: Vec<usize>,
-    /// How long each rank was waited for.
-    pub waited: Vec<Duration>,
+    /// i32 `[L]`: rows that came for each expert of this rank.
+    pub counts: Tensor,
+    /// i64 `[ranks]`: how long each rank was waited for, in nanoseconds.
+    pub waited: Tensor,
     /// For combine.
     pub handle: LowLatencyHandle,
 }
@@ -292,7 +291,9 @@ impl Buffer {
             source_tokens,
             ranges,
         }));
-        Ok(LowLatencyDispatched { x, scales, counts, waited: gathered.waited, handle })
+        let counts: Vec<i32> = counts.iter().map(|count| *count as i32).collect();
+        let counts = Tensor::of(&counts, &[experts]);
+        Ok(LowLatencyDispatched { x, scales, counts, waited: gathered.waited(), handle })
     }
 }
 

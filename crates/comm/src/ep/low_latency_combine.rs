@@ -69,8 +69,8 @@ impl<'b> LowLatencyCombine<'b> {
 pub struct LowLatencyCombined {
     /// `[tokens, hidden]`, of the type that was combined.
     pub x: Tensor,
-    /// How long each rank was waited for.
-    pub waited: Vec<std::time::Duration>,
+    /// i64 `[ranks]`: how long each rank was waited for, in nanoseconds.
+    pub waited: Tensor,
 }
 
 /// A low-latency combine that was sent and not yet received: [`Buffer::receive_combine`] takes it.
@@ -259,7 +259,7 @@ impl Buffer {
             sum.write(words.dtype, &mut x.bytes_mut()[token * row_bytes..][..row_bytes]);
         }
         arena.finish(*round, &during)?;
-        Ok(LowLatencyCombined { x, waited: gathered.waited })
+        Ok(LowLatencyCombined { x, waited: gathered.waited() })
     }
 }
 

@@ -51,6 +51,7 @@
 
 mod arena;
 mod arguments;
+mod incoming;
 mod low_latency;
 mod low_latency_combine;
 mod settings;
@@ -77,7 +78,7 @@ pub use low_latency::{LowLatencyDispatch, LowLatencyDispatched, LowLatencyHandle
 pub use low_latency_combine::{LowLatencyCombine, LowLatencyCombined, SentCombine};
 pub use settings::Settings;
 pub use tensor::{Input, Tensor};
-pub use throughput::{Dispatch, Dispatched, Handle};
+pub use throughput::{CachedDispatch, Dispatch, Dispatched, Handle};
 pub use throughput_combine::{Combine, Combined};
 
 /// Moves tokens to experts and results back. One thread uses it at a time.

@@ -8,9 +8,10 @@ use std::sync::Arc;
 use unisono_core::DType;
 use unisono_core::ep::{Routing, source_prefix};
 
-use super::arena::{Arena, Gathered, Lane, Round};
+use super::arena::{Arena, Lane, Round};
 use super::arguments::{Rows, Tokens, indices};
-use super::tensor::{Input, Tensor, bytes_of, bytes_of_mut};
+use super::incoming::{Incoming, Told, read_counts, receive};
+use super::tensor::{Input, Tensor, bytes_of};
 use super::words::{CallWords, Operation};
 use super::{Buffer, Layout};
 use crate::buffer::Buf;
@@ -67,11 +68,32 @@ impl<'b> Dispatch<'b> {
         self
     }
 
-    /// Outputs have `rows` rows, however many come: [`Dispatched::tokens_per_expert`] is empty, and rows behind the last have index −1, weight
-    /// 0 and unspecified elements.
+    /// Outputs have `rows` rows, however many come, and so have those of everything that the handle is used for: nobody has to wait until the
+    /// number is known. [`Dispatched::tokens_per_expert`] is empty, and rows behind the last have index −1, weight 0 and unspecified elements.
     pub const fn worst_tokens(mut self, rows: usize) -> Self {
         self.worst_tokens = Some(rows);
         self
+    }
+
+    /// In the order of `stream`: the host's, until there are GPUs.
+    pub const fn on(mut self, stream: &'b Stream) -> Self {
+        self.stream = Some(stream);
+        self
+    }
+}
+
+/// Other tokens that go the way of an earlier dispatch.
+#[derive(Clone, Debug)]
+pub struct CachedDispatch<'b> {
+    tokens: Tokens<'b>,
+    handle: &'b Handle,
+    stream: Option<&'b Stream>,
+}
+
+impl<'b> CachedDispatch<'b> {
+    /// `x` as in [`Dispatch::new`], as many tokens as the dispatch of `handle` had.
+    pub fn new(x: impl Into<Tokens<'b>>, handle: &'b Handle) -> Self {
+        Self { tokens: x.into(), handle, stream: None }
     }
 
     /// In the order of `stream`: the host's, until there are GPUs.
@@ -111,7 +133,7 @@ pub(super) struct Routes {
     pub(super) routing: Arc<Routing>,
     /// The row at which the rows of each source begin, and behind the last.
     pub(super) starts: Vec<usize>,
-    /// The index of each row's token at its source.
+    /// The index of each row's token at its source, −1 behind the last.
     pub(super) source_tokens: Vec<i32>,
     prefix: Vec<i32>,
     pub(super) top_k: usize,
@@ -126,7 +148,7 @@ impl Handle {
         Tensor::of(&self.0.prefix, &[ranks, ranks])
     }
 
-    /// i32 `[N]`: the index of each row's token at its source.
+    /// i32 `[N]`: the index of each row's token at its source, −1 behind the last one.
     pub fn source_tokens(&self) -> Tensor {
         Tensor::of(&self.0.source_tokens, &[self.0.source_tokens.len()])
     }
@@ -136,7 +158,7 @@ impl Handle {
         super::is_token_in_rank(&self.0.routing.destinations, self.0.starts.len() - 1)
     }
 
-    /// Rows that came: N.
+    /// Rows of what was dispatched: N, as many as came, or as [`Dispatch::worst_tokens`] said.
     pub fn rows(&self) -> usize {
         self.0.source_tokens.len()
     }
@@ -153,19 +175,6 @@ struct Outgoing<'a> {
     routing: &'a Routing,
     selections: Option<&'a [i64]>,
     weights: Option<&'a [u8]>,
-}
-
-/// What has come so far.
-struct Incoming {
-    x: Tensor,
-    scales: Option<Tensor>,
-    indices: Option<Tensor>,
-    weights: Option<Tensor>,
-    source_tokens: Vec<i32>,
-    /// Where the rows of each source begin, and behind the last.
-    starts: Vec<usize>,
-    /// The next row of each source.
-    next: Vec<usize>,
 }
 
 impl Buffer {
@@ -224,33 +233,23 @@ impl Buffer {
         let outgoing = Outgoing { rows, routing: &routing, selections: selections.as_deref(), weights };
         self.calls += 1;
         let moved = self.send_and_receive(&words, &outgoing, None);
-        let (incoming, told) = self.remember(moved)?;
-        let most_tokens = told.most_tokens;
-        let mut tokens_per_expert = told.tokens_per_expert;
-        let routes = Routes {
-            call: self.calls,
-            routing,
-            starts: incoming.starts,
-            source_tokens: incoming.source_tokens,
-            prefix: source_prefix(&told.counts),
-            top_k,
-            most_tokens,
-        };
-        let handle = Handle(Arc::new(routes));
-        let Incoming { mut x, mut scales, indices: mut topk_idx, weights: mut topk_weights, .. } = incoming;
+        let (mut incoming, mut told) = self.remember(moved)?;
         if let Some(rows) = dispatch.worst_tokens {
-            let came = handle.rows();
+            let came = incoming.source_tokens.len();
             if came > rows {
                 let expected = format!("at least {came}, as many as came");
                 return Err(self.refuse(call, "worst_tokens", expected, rows));
             }
-            let tensors = [Some(&mut x), scales.as_mut(), topk_idx.as_mut(), topk_weights.as_mut()];
-            tensors.into_iter().flatten().for_each(|tensor| tensor.extend_rows(rows));
-            if let Some(topk_idx) = &mut topk_idx {
-                topk_idx.as_mut_slice::<i64>()?[came * top_k..].fill(-1);
-            }
-            tokens_per_expert.clear();
+            incoming.extend(rows)?;
+            told.tokens_per_expert.clear();
         }
+        let Incoming { x, scales, indices: topk_idx, weights: topk_weights, starts, source_tokens, .. } =
+            incoming;
+        let (prefix, most_tokens) = (source_prefix(&told.counts), told.most_tokens);
+        let call = self.calls;
+        let routes = Routes { call, routing, starts, source_tokens, prefix, top_k, most_tokens };
+        let handle = Handle(Arc::new(routes));
+        let tokens_per_expert = told.tokens_per_expert;
         let align = |count: usize| count.next_multiple_of(dispatch.alignment);
         let tokens_per_expert = tokens_per_expert.into_iter().map(align).collect();
         Ok(Dispatched { x, scales, topk_idx, topk_weights, tokens_per_expert, handle })
@@ -261,14 +260,10 @@ impl Buffer {
     ///
     /// # Errors
     /// As [`Buffer::dispatch`]; [`crate::Error::Argument`] if there are more or fewer tokens than the handle has.
-    pub fn dispatch_cached<'b>(
-        &mut self,
-        x: impl Into<Tokens<'b>>,
-        handle: &Handle,
-    ) -> Result<(Tensor, Option<Tensor>)> {
-        let call = "dispatch_cached";
-        self.ready(call, None)?;
-        let rows = self.rows(call, &x.into())?;
+    pub fn dispatch_cached(&mut self, dispatch: &CachedDispatch<'_>) -> Result<(Tensor, Option<Tensor>)> {
+        let (call, handle) = ("dispatch_cached", dispatch.handle);
+        self.ready(call, dispatch.stream)?;
+        let rows = self.rows(call, &dispatch.tokens)?;
         self.check_handle(call, handle, handle.tokens(), ("tokens", rows.count))?;
         let mut words = CallWords::new(Operation::DispatchCached, self.calls + 1, rows.dtype);
         (words.scales, words.tokens, words.handle) = (rows.scales(), rows.count, handle.0.call);
@@ -410,148 +405,6 @@ fn stage(arena: &Arena, round: Round, words: &CallWords, outgoing: &Outgoing<'_>
         if let Some(weights) = weights {
             let row = &weights[token * top_k * 4..][..top_k * 4];
             arena.write(fields.weights.offset + at * top_k * 4, row);
-        }
-    }
-}
-
-/// Copies the rows for us that `source` staged: `count` tokens from `first` on.
-fn receive(
-    arena: &Arena,
-    round: Round,
-    incoming: &mut Incoming,
-    (source, first, count, rank): (usize, usize, usize, usize),
-    words: &CallWords,
-    during: &str,
-) -> Result<()> {
-    let (layout, fields) = (arena.layout(), &arena.layout().data[round.half]);
-    let (top_k, scale_bytes) = (words.top_k, words.scales.0 * 4);
-    let mut destinations = vec![0u64; count];
-    arena.read(source, fields.destinations.offset, bytes_of_mut(&mut destinations));
-    for at in (0..count).filter(|at| destinations[*at] >> rank & 1 == 1) {
-        let row = incoming.next[source];
-        if row == incoming.starts[source + 1] {
-            return Err(arena.damaged(source, "it sends more tokens than it counted", during));
-        }
-        incoming.next[source] += 1;
-        let take = |tensor: &mut Tensor, field: usize| {
-            let bytes = tensor.row_bytes();
-            let target = &mut tensor.bytes_mut()[row * bytes..][..bytes];
-            arena.read(source, field, target);
-        };
-        take(&mut incoming.x, fields.rows.offset + at * layout.row_stride);
-        if let Some(scales) = &mut incoming.scales {
-            take(scales, fields.scales.offset + at * scale_bytes);
-        }
-        if let Some(indices) = &mut incoming.indices {
-            take(indices, fields.indices.offset + at * top_k * 8);
-        }
-        if let Some(weights) = &mut incoming.weights {
-            take(weights, fields.weights.offset + at * top_k * 4);
-        }
-        incoming.source_tokens[row] = (first + at) as i32;
-    }
-    Ok(())
-}
-
-/// What ranks told in the first round.
-#[derive(Default)]
-struct Told {
-    /// Tokens from each rank to each; none of ranks that are masked.
-    counts: Vec<Vec<u32>>,
-    /// Selections of each expert, by source.
-    experts: Vec<Vec<u32>>,
-    most_tokens: usize,
-    tokens_per_expert: Vec<usize>,
-}
-
-fn read_counts(
-    arena: &Arena,
-    round: Round,
-    gathered: &Gathered,
-    experts: usize,
-    during: &str,
-) -> Result<Told> {
-    let (ranks, fields) = (gathered.calls.len(), &arena.layout().data[round.half]);
-    let mut told = Told::default();
-    for source in 0..ranks {
-        let mut counts = vec![0u32; ranks + experts];
-        let tokens = gathered.calls[source].tokens;
-        if gathered.present >> source & 1 == 1 {
-            arena.read(source, fields.counts.offset, bytes_of_mut(&mut counts));
-            let is_possible = |count: &u32| *count as usize <= tokens;
-            if tokens > unisono_core::ep::MAX_TOKENS || !counts[..ranks].iter().all(is_possible) {
-                return Err(arena.damaged(source, "its counts of tokens cannot be", during));
-            }
-            told.most_tokens = told.most_tokens.max(tokens);
-        }
-        told.experts.push(counts.split_off(ranks));
-        told.counts.push(counts);
-    }
-    Ok(told)
-}
-
-impl Told {
-    /// Takes out the rows of sources that did not take part to the end. Of a cached dispatch, whose layout is known, they become zeros.
-    fn keep(&mut self, present: u64, incoming: &mut Incoming, is_cached: bool, words: &CallWords) {
-        let ranks = incoming.next.len();
-        for source in (0..ranks).rev().filter(|source| present >> source & 1 == 0) {
-            let (start, end) = (incoming.starts[source], incoming.starts[source + 1]);
-            if is_cached {
-                let row = incoming.x.row_bytes();
-                incoming.x.bytes_mut()[start * row..end * row].fill(0);
-                if let Some(scales) = &mut incoming.scales {
-                    let row = words.scales.0 * 4;
-                    scales.bytes_mut()[start * row..end * row].fill(0);
-                }
-                continue;
-            }
-            self.counts[source].fill(0);
-            self.experts[source].fill(0);
-            let tensors = [
-                Some(&mut incoming.x),
-                incoming.scales.as_mut(),
-                incoming.indices.as_mut(),
-                incoming.weights.as_mut(),
-            ];
-            tensors.into_iter().flatten().for_each(|tensor| tensor.remove_rows(start, end));
-            incoming.source_tokens.drain(start..end);
-            incoming.starts[source + 1..].iter_mut().for_each(|at| *at -= end - start);
-        }
-    }
-
-    /// Selections of the experts `mine`.
-    fn count_experts(&mut self, mine: &[usize]) {
-        let sum = |expert: &usize| self.experts.iter().map(|of| of[*expert] as usize).sum();
-        self.tokens_per_expert = mine.iter().map(sum).collect();
-    }
-}
-
-impl Incoming {
-    fn new(
-        words: &CallWords,
-        row_bytes: usize,
-        (rank, told, known): (usize, &Told, Option<&Routes>),
-    ) -> Self {
-        let starts = match known {
-            Some(known) => known.starts.clone(),
-            None => {
-                let mut starts = vec![0];
-                for counts in &told.counts {
-                    starts.push(starts[starts.len() - 1] + counts[rank] as usize);
-                }
-                starts
-            }
-        };
-        let rows = starts[starts.len() - 1];
-        let tensor = |dtype, columns: usize| Tensor::zeros(dtype, &[rows, columns]);
-        Self {
-            x: tensor(words.dtype, row_bytes / words.dtype.size()),
-            scales: (words.scales.0 > 0).then(|| tensor(words.scales.1, words.scales.0)),
-            indices: (words.top_k > 0).then(|| tensor(DType::I64, words.top_k)),
-            weights: words.has_weights.then(|| tensor(DType::F32, words.top_k)),
-            source_tokens: vec![0; rows],
-            next: starts[..starts.len() - 1].to_vec(),
-            starts,
         }
     }
 }

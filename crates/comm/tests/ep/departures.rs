@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use unisono::ep::{Buffer, Combine, Dispatch, LowLatencyCombine, LowLatencyDispatch, Settings};
+use unisono::ep::{
+    Buffer, CachedDispatch, Combine, Dispatch, LowLatencyCombine, LowLatencyDispatch, Settings,
+};
 use unisono::half::bf16;
 use unisono::{Communicator, Error, Operations, Result};
 
@@ -37,7 +39,7 @@ fn quick_step(buffer: &mut Buffer, ranks: usize) -> Result<(f32, usize)> {
     let weights = vec![0.5f32; ranks];
     let combined =
         buffer.low_latency_combine(&LowLatencyCombine::new(&sent.x, &all, &weights, &sent.handle))?;
-    Ok((combined.x.as_slice::<bf16>()?[0].to_f32(), sent.counts[0]))
+    Ok((combined.x.as_slice::<bf16>()?[0].to_f32(), sent.counts.as_slice::<i32>()?[0] as usize))
 }
 
 #[test]
@@ -163,7 +165,7 @@ fn a_cached_dispatch_keeps_its_shape_when_a_source_is_gone() {
         if rank.rank() == 1 {
             return;
         }
-        let (again, _) = buffer.dispatch_cached(&x, &sent.handle).unwrap();
+        let (again, _) = buffer.dispatch_cached(&CachedDispatch::new(&x, &sent.handle)).unwrap();
         let expected: Vec<bf16> =
             (0..3 * HIDDEN).map(|at| if at / HIDDEN == 1 { bf16::ZERO } else { bf16::ONE }).collect();
         assert_eq!(again.as_slice::<bf16>().unwrap(), expected);

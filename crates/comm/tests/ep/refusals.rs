@@ -1,7 +1,8 @@
 //! What is refused before anything is sent, after which the buffer still works; and ranks that make different calls.
 
 use unisono::ep::{
-    Buffer, Combine, Dispatch, LowLatencyCombine, LowLatencyDispatch, RowScales, ScaleKind, Settings, Tokens,
+    Buffer, CachedDispatch, Combine, Dispatch, LowLatencyCombine, LowLatencyDispatch, RowScales, ScaleKind,
+    Settings, Tokens,
 };
 use unisono::half::bf16;
 use unisono::{Buf, Communicator, DType, Error, Operations, Result};
@@ -88,7 +89,7 @@ fn throughput_calls_refuse_what_does_not_fit() {
         let device = Dispatch::new(on_a_device(2 * HIDDEN)).layout(&layout);
         assert_eq!(no(&device), "host memory, cuda:3");
         let mut no = |combine: &Combine<'_>| complaint(buffer.combine(combine));
-        let rows = vec![bf16::ONE; 4 * HIDDEN];
+        let rows = [bf16::ONE; 4 * HIDDEN];
         let came = sent.handle.rows();
         assert_eq!(
             no(&Combine::new(&rows[..(came - 1) * HIDDEN], &sent.handle)),
@@ -102,7 +103,7 @@ fn throughput_calls_refuse_what_does_not_fit() {
         let codes = vec![unisono::f8e4m3(0); came * HIDDEN];
         assert_eq!(no(&Combine::new(&codes, &sent.handle)), "dtype: bf16, f16 or f32, f8e4m3");
         assert_eq!(
-            complaint(buffer.dispatch_cached(&x[..HIDDEN], &sent.handle)),
+            complaint(buffer.dispatch_cached(&CachedDispatch::new(&x[..HIDDEN], &sent.handle))),
             "tokens: 2, as the handle has, 1"
         );
         assert_eq!(complaint(buffer.mask_rank(1)), "settings: masking, none");
@@ -155,7 +156,7 @@ fn low_latency_calls_refuse_what_does_not_fit() {
             "low-latency calls: none that is sent and not received, 2"
         );
         let first = buffer.receive_dispatch(first).unwrap();
-        assert_eq!(first.counts, [2, 2]);
+        assert_eq!(first.counts.as_slice::<i32>().unwrap(), [2, 2]);
         let second = buffer.receive_dispatch(second).unwrap();
         let handle = &second.handle;
         let mut no = |call: &LowLatencyCombine<'_>| complaint(buffer.low_latency_combine(call));
@@ -193,10 +194,9 @@ fn halves_are_received_in_the_order_in_which_they_were_sent() {
             complaint(buffer.receive_dispatch(second)),
             "call: the first of this buffer that is not received, another one"
         );
-        assert_eq!(
-            buffer.receive_dispatch(first).unwrap().counts,
-            if rank.rank() == 0 { [2, 0] } else { [0, 0] }
-        );
+        let first = buffer.receive_dispatch(first).unwrap();
+        let expected = if rank.rank() == 0 { [2, 0] } else { [0, 0] };
+        assert_eq!(first.counts.as_slice::<i32>().unwrap(), expected);
         rank.barrier().unwrap();
         drop(buffer);
         rank.destroy().unwrap();
@@ -245,7 +245,7 @@ fn ranks_that_make_different_calls_are_told_both() {
         let x = vec![bf16::ONE; HIDDEN];
         let dispatch = Dispatch::new(&x).top_k(&[0i64], 1);
         let handles = [buffer.dispatch(&dispatch)?.handle, buffer.dispatch(&dispatch)?.handle];
-        buffer.dispatch_cached(&x, &handles[rank.rank()]).map(drop)
+        buffer.dispatch_cached(&CachedDispatch::new(&x, &handles[rank.rank()])).map(drop)
     });
     assert!(
         told.iter().all(|told| told.contains("handle of #1") && told.contains("handle of #2")),

@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use unisono::ep::reference::{RowSum, cast::uncast_row};
 use unisono::ep::{
-    Buffer, Combine, Dispatch, Input, LowLatencyCombine, LowLatencyDispatch, LowLatencyDispatched, RowScales,
-    ScaleKind, Settings, Tensor, Tokens as Sent,
+    Buffer, CachedDispatch, Combine, Dispatch, Input, LowLatencyCombine, LowLatencyDispatch,
+    LowLatencyDispatched, RowScales, ScaleKind, Settings, Tensor, Tokens as Sent,
 };
 use unisono::half::{bf16, f16};
 use unisono::{Communicator, DType, Operations, ReduceOp, f8e4m3};
@@ -142,11 +142,11 @@ impl<'a> Rank<'a> {
             buffer.dispatch(&Dispatch::new(x.input()).top_k(&mine, top_k)).map(drop)
         })?;
         self.dispatch_fp8(&mine, &origins, left)?;
-        let (again, _) = self.buffer.dispatch_cached(x.input(), &sent.handle)?;
+        let (again, _) = self.buffer.dispatch_cached(&CachedDispatch::new(x.input(), &sent.handle))?;
         let cached = moved(wrong(&bytes(&again)?, &expected, dtype.size()));
         let cached = Moved { row_bytes: (row, row), ..cached };
         self.measure("dispatch_cached", &cached, |buffer| {
-            buffer.dispatch_cached(x.input(), &sent.handle).map(drop)
+            buffer.dispatch_cached(&CachedDispatch::new(x.input(), &sent.handle)).map(drop)
         })?;
         let combined = self.buffer.combine(&Combine::new(&sent.x, &sent.handle))?;
         let mut expected = vec![0; self.x.len()];
@@ -244,10 +244,9 @@ impl<'a> Rank<'a> {
             sum.clear();
             for to in (0..ranks).filter(|to| self.goes_to(rank, token, *to)) {
                 part.clear();
-                for at in token * top_k..(token + 1) * top_k {
-                    if self.tokens.owner(self.selections[rank][at], ranks) == to {
-                        part.add_weighted(dtype, &self.x[token * row..][..row], weights[at]);
-                    }
+                let selected = self.selections[rank].iter().zip(weights).skip(token * top_k).take(top_k);
+                for (_, weight) in selected.filter(|(expert, _)| self.tokens.owner(**expert, ranks) == to) {
+                    part.add_weighted(dtype, &self.x[token * row..][..row], *weight);
                 }
                 part.write(dtype, &mut rounded);
                 sum.add(dtype, &rounded);
@@ -261,6 +260,7 @@ impl<'a> Rank<'a> {
     fn check_blocks(&self, sent: &LowLatencyDispatched) -> Result<(usize, u64)> {
         let (hidden, block) = (self.tokens.hidden, sent.x.shape()[1]);
         let (got, mut rows, mut wrong_elements) = (bytes(&sent.x)?, 0, 0);
+        let counts = sent.counts.as_slice::<i32>()?;
         let scales = match &sent.scales {
             Some(scales) => scales.as_slice::<f32>()?,
             None => &[],
@@ -268,7 +268,7 @@ impl<'a> Rank<'a> {
         let columns = hidden.div_ceil(128);
         let mut values = vec![0.0; hidden];
         for (expert, origins) in self.block_origins().into_iter().enumerate() {
-            wrong_elements += sent.counts[expert].abs_diff(origins.len()) as u64;
+            wrong_elements += (counts[expert] as usize).abs_diff(origins.len()) as u64;
             rows += origins.len();
             for (at, (source, token)) in origins.into_iter().enumerate() {
                 let (codes, expected) = self.tokens.cast(&self.tokens.row(source, token));
