@@ -36,6 +36,7 @@ mod control;
 mod copies;
 mod counted;
 mod derive;
+pub mod ep;
 pub mod error;
 pub mod explanation;
 pub mod fused;
