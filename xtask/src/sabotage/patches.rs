@@ -238,7 +238,7 @@ pub(super) const PATCHES: &[Patch] = &[
         file: "crates/comm/src/ep/throughput_combine.rs",
         line: "for (peer, at) in at.iter_mut().enumerate().filter(|(peer, _)| ranks >> peer & 1 == 1) {",
         instead: "for (peer, at) in at.iter_mut().enumerate().rev().filter(|(peer, _)| ranks >> peer & 1 == 1) {",
-        test: comm(EP, "eight_ranks"),
+        test: comm(EP, "order::results_are_added_from_the_first_rank_to_the_last"),
     },
     Patch {
         name: "tokens are staged where others still read",

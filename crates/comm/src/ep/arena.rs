@@ -159,12 +159,12 @@ impl Arena {
     }
 
     /// Ok, or why no call can be made: a fork, another generation, a failure.
-    pub(super) fn check(&self, during: &str) -> Result<()> {
+    pub(super) fn check(&self, call: &str) -> Result<()> {
         self.control.check_process()?;
         if let Some(error) = self.control.outdated(self.id) {
             return Err(error);
         }
-        self.check_failures(during)
+        self.check_failures(&format!("{call} of an ep::Buffer"))
     }
 
     /// Begins the next round: waits until its half is free to be written.

@@ -81,7 +81,9 @@ impl Case {
         let dtypes = [DType::BF16, DType::F16, DType::F32, DType::F8E4M3];
         let fits: Vec<DType> =
             dtypes.into_iter().filter(|dtype| dtype.size() <= settings.dtype.size()).collect();
-        let most = ((40_000 * scale().min(64) / settings.hidden / ranks).clamp(1, 8192)).max(3);
+        // Most are small, so that there are many; campaigns meet large ones, too.
+        let elements = if scale() > 1 && random.once_in(16) { 2_000_000 } else { 40_000 };
+        let most = (elements / settings.hidden / ranks).clamp(3, 8192);
         let tokens = (0..ranks).map(|_| if random.once_in(4) { 0 } else { random.count(most) }).collect();
         let most_scales = settings.hidden / 8;
         let case = Self {

@@ -10,6 +10,7 @@ mod life;
 mod low_latency;
 #[path = "../../examples/moe_training.rs"]
 mod moe_training;
+mod order;
 mod overtaking;
 mod refusals;
 mod throughput;
