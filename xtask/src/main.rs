@@ -4,6 +4,7 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program that reports to the terminal")]
 
 mod arrows;
+mod book;
 mod count;
 mod faults;
 mod fuzz;

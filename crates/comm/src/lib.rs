@@ -103,3 +103,24 @@ pub use window::{Closing, Memory, Window};
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]
 mod readme {}
+
+/// The examples of the book, as doc tests: pages that have some.
+#[cfg(doctest)]
+mod book {
+    #[doc = include_str!("../../../docs/src/coming-from.md")]
+    mod coming_from {}
+    #[doc = include_str!("../../../docs/src/concepts.md")]
+    mod concepts {}
+    #[doc = include_str!("../../../docs/src/failures.md")]
+    mod failures {}
+    #[doc = include_str!("../../../docs/src/gpus.md")]
+    mod gpus {}
+    #[doc = include_str!("../../../docs/src/install.md")]
+    mod install {}
+    #[doc = include_str!("../../../docs/src/launchers.md")]
+    mod launchers {}
+    #[doc = include_str!("../../../docs/src/tour.md")]
+    mod tour {}
+    #[doc = include_str!("../../../docs/src/tuning.md")]
+    mod tuning {}
+}

@@ -1,7 +1,7 @@
 //! Faults of whole processes: ranks that are killed, stopped, late, of another start or of another opinion.
 //!
 //! The test starts its own program again for every rank; the environment tells it which part to play. Each test says
-//! which promise of `docs/reliability.md` it holds up. The default run takes seconds; `UNISONO_TEST_SCALE=20` repeats
+//! which promise of `docs/src/reliability.md` it holds up. The default run takes seconds; `UNISONO_TEST_SCALE=20` repeats
 //! the repeatable ones twenty times as often (`cargo xtask faults --scale 20`).
 #![expect(
     clippy::print_stdout,
