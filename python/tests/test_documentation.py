@@ -17,7 +17,12 @@ import pytest
 import unisono
 from unisono import _native, errors
 
-CLASSES = [value for value in vars(unisono).values() if inspect.isclass(value) and value.__module__ == "unisono"]
+CLASSES = [
+    value
+    for module in (unisono, unisono.ep)
+    for value in vars(module).values()
+    if inspect.isclass(value) and value.__module__ == module.__name__
+]
 FUNCTIONS = [unisono.group, unisono.init, unisono.on_threads]
 STUBS = ast.parse((Path(unisono.__file__).parent / "_native.pyi").read_text())
 

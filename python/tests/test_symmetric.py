@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
 import time
 
 import ml_dtypes
@@ -113,3 +115,45 @@ def test_ranks_that_ask_for_other_memory_are_told():
             rank.symmetric_memory(3, "float32" if rank.rank else "float64")
 
     unisono.on_threads(2, main)
+
+
+def test_a_framework_may_end_a_tensor_without_the_interpreter():
+    address = ctypes.pythonapi.PyCapsule_GetPointer
+    address.restype, address.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    rename = ctypes.pythonapi.PyCapsule_SetName
+    rename.argtypes = [ctypes.py_object, ctypes.c_char_p]
+
+    def take(view):
+        """The tensor of a view, and its deleter, which ctypes calls without the interpreter, as torch does."""
+        capsule = view.__dlpack__()
+        tensor = address(capsule, b"dltensor")
+        rename(capsule, USED)
+        deleter = ctypes.cast(tensor, ctypes.POINTER(ctypes.c_void_p))[7]  # behind six words of the tensor and its context
+        return lambda: ctypes.CFUNCTYPE(None, ctypes.c_void_p)(deleter)(tensor)
+
+    class Array:
+        """An array that ends a tensor when it dies itself."""
+
+        def __init__(self, inner, end):
+            self.__array_interface__, self.inner, self.end = inner.__array_interface__, inner, end
+
+        def __del__(self):
+            self.end()
+
+    with unisono.Communicator.threads(1)[0] as rank:
+        view = rank.symmetric_memory(4).local
+        count = sys.getrefcount(view)
+        end = take(view)
+        assert sys.getrefcount(view) == count + 1
+        end()
+        assert sys.getrefcount(view) == count
+        work = rank.all_reduce(Array(np.ones(2), take(view)), async_op=True)
+        work.wait()
+        rank.barrier()
+        assert sys.getrefcount(view) == count + 1
+        del work  # what holds the array is of this package, which has the interpreter then
+        rank.barrier()
+        assert sys.getrefcount(view) == count
+
+
+USED = b"used_dltensor"  # capsules keep the address

@@ -6,7 +6,8 @@
         gradient = np.full(1000, rank.rank, dtype=np.float32)
         rank.all_reduce(gradient, "avg")            # in place, the same bits on every rank
 
-Everything hangs on `Communicator`. Exceptions are in `unisono.errors`, all below `UnisonoError`.
+Everything hangs on `Communicator`. `unisono.ep` moves the tokens of mixtures of experts. Exceptions are in `unisono.errors`, all below
+`UnisonoError`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from . import errors
+from . import ep, errors
 from ._native import (
     Communicator,
     FileStore,
@@ -58,6 +59,7 @@ __all__ = [
     "View",
     "Work",
     "__version__",
+    "ep",
     "errors",
     "group",
     "init",

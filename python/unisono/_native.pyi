@@ -360,6 +360,179 @@ class View:
     def __dlpack_device__(self) -> tuple[int, int]: ...
     def numpy(self) -> Any: ...
 
+class BufferOptions(TypedDict, total=False):
+    """The settings of an ``ep.Buffer`` that have defaults."""
+
+    placement: Sequence[int] | None
+    capacity: int
+    top_k: int
+    dtype: Any
+    low_latency: bool
+    masking: bool
+    deadline: Time
+
+Cast: TypeAlias = Literal["float32", "power_of_two", "ue8m0"]
+"""How rows are cast to 8 bits."""
+
+@final
+class Buffer:
+    def __new__(
+        cls, communicator: Communicator, hidden: int, experts: int, **options: Unpack[BufferOptions]
+    ) -> Self: ...
+    @staticmethod
+    def bytes(world_size: int, hidden: int, experts: int, **options: Unpack[BufferOptions]) -> int: ...
+    def exchange(self) -> None: ...
+    def close(self) -> None: ...
+    @property
+    def is_available(self) -> bool: ...
+    @property
+    def local_experts(self) -> list[int]: ...
+    @property
+    def masked(self) -> list[int]: ...
+    def mask_rank(self, rank: int) -> None: ...
+    def layout(self, topk_idx: Array, *, stream: Stream | None = None) -> Layout: ...
+    def layout_of_ranks(
+        self, is_token_in_rank: Array, tokens_per_expert: Array, *, stream: Stream | None = None
+    ) -> Layout: ...
+    def combine_buffer(self, dtype: Any = None) -> View: ...
+    def dispatch(
+        self,
+        x: Array,
+        topk_idx: Array | None = None,
+        *,
+        topk_weights: Array | None = None,
+        scales: Array | None = None,
+        layout: Layout | None = None,
+        expert_alignment: int = 1,
+        worst_tokens: int | None = None,
+        stream: Stream | None = None,
+    ) -> Dispatched: ...
+    def dispatch_cached(
+        self, x: A, handle: Handle, *, scales: Array | None = None, stream: Stream | None = None
+    ) -> tuple[A, Array | None]: ...
+    def combine(
+        self,
+        x: Array,
+        handle: Handle,
+        *,
+        topk_weights: Array | None = None,
+        bias: Array | tuple[Array, Array] | None = None,
+        stream: Stream | None = None,
+    ) -> Combined: ...
+    def low_latency_dispatch(
+        self, x: Array, topk_idx: Array, *, cast: Cast | None = None, stream: Stream | None = None
+    ) -> LowLatencyDispatched: ...
+    def low_latency_dispatch_send(
+        self, x: Array, topk_idx: Array, *, cast: Cast | None = None, stream: Stream | None = None
+    ) -> SentDispatch: ...
+    def low_latency_combine(
+        self,
+        x: Array | None,
+        topk_idx: Array,
+        topk_weights: Array,
+        handle: LowLatencyHandle,
+        *,
+        quantised: bool = False,
+        stream: Stream | None = None,
+    ) -> LowLatencyCombined: ...
+    def low_latency_combine_send(
+        self,
+        x: Array | None,
+        topk_idx: Array,
+        topk_weights: Array,
+        handle: LowLatencyHandle,
+        *,
+        quantised: bool = False,
+        stream: Stream | None = None,
+    ) -> SentCombine: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _value: BaseException | None,
+        _traceback: TracebackType | None,
+        /,
+    ) -> None: ...
+
+@final
+class Layout:
+    @property
+    def tokens_per_rank(self) -> Any: ...
+    @property
+    def tokens_per_expert(self) -> Any: ...
+    @property
+    def is_token_in_rank(self) -> Any: ...
+
+@final
+class Dispatched:
+    @property
+    def x(self) -> Any: ...
+    @property
+    def scales(self) -> Any | None: ...
+    @property
+    def topk_idx(self) -> Any | None: ...
+    @property
+    def topk_weights(self) -> Any | None: ...
+    @property
+    def tokens_per_expert(self) -> list[int]: ...
+    @property
+    def handle(self) -> Handle: ...
+
+@final
+class Handle:
+    @property
+    def rank_prefix(self) -> Any: ...
+    @property
+    def source_tokens(self) -> Any: ...
+    @property
+    def is_token_in_rank(self) -> Any: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+
+@final
+class Combined:
+    @property
+    def x(self) -> Any: ...
+    @property
+    def topk_weights(self) -> Any | None: ...
+
+@final
+class LowLatencyDispatched:
+    @property
+    def x(self) -> Any: ...
+    @property
+    def scales(self) -> Any | None: ...
+    @property
+    def counts(self) -> Any: ...
+    @property
+    def waited(self) -> Any: ...
+    @property
+    def handle(self) -> LowLatencyHandle: ...
+
+@final
+class LowLatencyHandle:
+    @property
+    def source_tokens(self) -> Any: ...
+    @property
+    def layout_range(self) -> Any: ...
+
+@final
+class LowLatencyCombined:
+    @property
+    def x(self) -> Any: ...
+    @property
+    def waited(self) -> Any: ...
+
+@final
+class SentDispatch:
+    def receive(self) -> LowLatencyDispatched: ...
+
+@final
+class SentCombine:
+    def receive(self) -> LowLatencyCombined: ...
+
 class Store:
     def set(self, key: str, value: Value, *, timeout: Time | None = None) -> None: ...
     def get(self, key: str, *, timeout: Time | None = None) -> bytes: ...

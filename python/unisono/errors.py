@@ -96,6 +96,16 @@ class DamagedMemoryError(UnisonoError):
     word: str
 
 
+class BufferStateError(UnisonoError):
+    """A call of an `ep.Buffer` that is not open for it: before the exchange, after the end, or a second exchange. Nothing was sent."""
+
+
+class BufferSettingsError(UnisonoError, ValueError):
+    """Ranks gave other settings for one `ep.Buffer`; `rank` is one of those that differ from most."""
+
+    what: str
+
+
 class PoisonedError(UnisonoError):
     """Memory whose communicator failed while peers could touch it."""
 

@@ -99,6 +99,16 @@ impl<T: Element> Buf<'_, T> {
     }
 }
 
+impl<T: Element> Buf<'_, T> {
+    /// What `raw` describes, as an input; `None` if it is of another type. For bindings to other languages.
+    ///
+    /// # Safety
+    /// As [`Call::from_raw`](crate::Call::from_raw).
+    pub unsafe fn from_raw(raw: RawBuffer) -> Option<Self> {
+        (raw.dtype == T::DTYPE).then_some(Self::new(raw))
+    }
+}
+
 impl<T: Element> BufMut<'_, T> {
     /// `count` elements at address `ptr` of device `ordinal` of this process, as an output, or input and output.
     ///

@@ -259,7 +259,7 @@ fn type_name(object: &Bound<'_, PyAny>) -> String {
 }
 
 /// Whether it is a tensor of torch, or of a class derived from it.
-fn is_torch_tensor(object: &Bound<'_, PyAny>) -> PyResult<bool> {
+pub(crate) fn is_torch_tensor(object: &Bound<'_, PyAny>) -> PyResult<bool> {
     let py = object.py();
     let Some(torch) = imported(py, intern!(py, "torch"))? else { return Ok(false) };
     match torch.getattr_opt(intern!(py, "Tensor"))? {

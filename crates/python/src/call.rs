@@ -64,16 +64,7 @@ impl Request {
     /// The stream of the call, which waits for those in which its arrays are made.
     pub(crate) fn stream(&self, inner: &mut Inner) -> Result<Arc<unisono::Stream>, Error> {
         let Way::Stream(handle, ordinal) = self.way else { return Ok(Arc::new(unisono::Stream::host())) };
-        let stream = inner.stream(handle, ordinal)?;
-        for other in &self.after {
-            let other = inner.stream(*other, ordinal)?;
-            if let (Some(stream), Some(other)) = (stream.as_cuda(), other.as_cuda()) {
-                let ordered = kept::event_behind(other)
-                    .and_then(|event| event.map_or(Ok(()), |event| stream.wait(&event)));
-                ordered.map_err(|error| Error::Cuda { rank: inner.communicator.rank(), error })?;
-            }
-        }
-        Ok(stream)
+        inner.stream_after(handle, ordinal, &self.after)
     }
 
     /// The call itself.
@@ -132,7 +123,7 @@ impl Communicator {
         let given =
             manner.stream.map(|given| stream::handle(given, me.site(kind.name(), "stream"))).transpose()?;
         let arrays = me.arrays(py, kind, sides, given)?;
-        let way = me.way(py, kind, &arrays, given)?;
+        let way = me.way(py, kind.name(), on_device(&arrays), given)?;
         let patience =
             manner.timeout.map(|time| options::patience(time, kind.name(), me.rank)).transpose()?;
         let mut buffers: Vec<_> = arrays.iter().map(|array| array.memory).collect();
@@ -219,15 +210,17 @@ impl Communicator {
         Ok(filled.collect())
     }
 
-    /// Where a call on these arrays goes.
-    fn way(&self, py: Python<'_>, kind: Kind, arrays: &[Array], given: Option<u64>) -> PyResult<Way> {
-        let on_device = arrays.iter().find_map(|array| match array.memory.place {
-            Place::Cuda { ordinal } => Some((ordinal, array.stream)),
-            _ => None,
-        });
+    /// Where a call goes whose arrays lie on this device (`None`: on the host), with the stream that was given.
+    pub(crate) fn way(
+        &self,
+        py: Python<'_>,
+        call: &'static str,
+        on_device: Option<(u32, StreamOf)>,
+        given: Option<u64>,
+    ) -> PyResult<Way> {
         match (on_device, given, self.devices.as_slice()) {
             (Some((ordinal, of)), given, _) => {
-                self.check_device(py, kind, ordinal)?;
+                self.check_device(py, call, ordinal)?;
                 let handle = given.map_or_else(|| stream::current(py, of, ordinal), Ok)?;
                 Ok(Way::Stream(handle, ordinal))
             }
@@ -238,13 +231,13 @@ impl Communicator {
     }
 
     /// Refuses memory of a device that this communicator does not work on.
-    fn check_device(&self, py: Python<'_>, kind: Kind, ordinal: u32) -> PyResult<()> {
+    fn check_device(&self, py: Python<'_>, call: &'static str, ordinal: u32) -> PyResult<()> {
         if self.devices.contains(&ordinal) {
             return Ok(());
         }
         let ours: Vec<String> = self.devices.iter().map(|ordinal| format!("cuda:{ordinal}")).collect();
         let expected = if ours.is_empty() { "host memory".to_owned() } else { ours.join(", ") };
-        let (call, got) = (kind.name(), Place::Cuda { ordinal }.to_string());
+        let got = Place::Cuda { ordinal }.to_string();
         Err(errors::raised(py, &Error::Place { call, rank: self.rank, expected, got }))
     }
 
@@ -346,7 +339,7 @@ impl Communicator {
         let given =
             manner.stream.map(|given| stream::handle(given, me.site(kind.name(), "stream"))).transpose()?;
         let array = me.array(kind, (what, object, true), given)?;
-        let way = me.way(py, kind, std::slice::from_ref(&array), given)?;
+        let way = me.way(py, kind.name(), on_device(std::slice::from_ref(&array)), given)?;
         let patience =
             manner.timeout.map(|time| options::patience(time, kind.name(), me.rank)).transpose()?;
         let memory = array.memory;
@@ -384,7 +377,7 @@ impl Communicator {
         let mut handles = Vec::new();
         for (at, array) in arrays.iter().enumerate() {
             let Place::Cuda { ordinal } = array.memory.place else { continue };
-            me.check_device(py, kind, ordinal)?;
+            me.check_device(py, kind.name(), ordinal)?;
             let handle = match streams.as_ref().map(|streams| streams.get(at)) {
                 None => stream::current(py, array.stream, ordinal)?,
                 Some(Some(given)) => stream::handle(given, site)?,
@@ -417,12 +410,23 @@ impl Communicator {
     }
 }
 
+/// The device of the first array that lies on one, and whose stream that array is in.
+fn on_device(arrays: &[Array]) -> Option<(u32, StreamOf)> {
+    arrays.iter().find_map(|array| match array.memory.place {
+        Place::Cuda { ordinal } => Some((ordinal, array.stream)),
+        _ => None,
+    })
+}
+
 /// Whether nothing was begun.
-const fn is_refusal(failure: &Failure) -> bool {
-    use Error::{Argument, Core, NotPrepared, Place};
+pub(crate) const fn is_refusal(failure: &Failure) -> bool {
+    use Error::{Argument, BufferState, Core, NotPrepared, Place};
     match failure {
         Failure::Library(error) => {
-            matches!(error, Argument { .. } | Core(_) | NotPrepared { .. } | Place { .. })
+            matches!(
+                error,
+                Argument { .. } | BufferState { .. } | Core(_) | NotPrepared { .. } | Place { .. }
+            )
         }
         Failure::Python(_) | Failure::Closed => true,
     }

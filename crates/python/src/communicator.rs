@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyType};
 use unisono::{Builder, Error, Observer, Stream};
 
-use crate::kept::InFlight;
+use crate::kept::{self, InFlight};
 use crate::store::{Store, UniqueId};
 use crate::{errors, interrupt, options, torch_store};
 
@@ -84,7 +84,32 @@ impl From<Error> for Failure {
     }
 }
 
+impl From<PyErr> for Failure {
+    fn from(error: PyErr) -> Self {
+        Self::Python(error)
+    }
+}
+
 impl Inner {
+    /// The stream with this handle on this device, which waits for the streams `after` there.
+    pub(crate) fn stream_after(
+        &mut self,
+        handle: u64,
+        ordinal: u32,
+        after: &[u64],
+    ) -> Result<Arc<Stream>, Error> {
+        let stream = self.stream(handle, ordinal)?;
+        for other in after {
+            let other = self.stream(*other, ordinal)?;
+            if let (Some(stream), Some(other)) = (stream.as_cuda(), other.as_cuda()) {
+                let ordered = kept::event_behind(other)
+                    .and_then(|event| event.map_or(Ok(()), |event| stream.wait(&event)));
+                ordered.map_err(|error| Error::Cuda { rank: self.communicator.rank(), error })?;
+            }
+        }
+        Ok(stream)
+    }
+
     /// The stream with this handle on this device.
     pub(crate) fn stream(&mut self, handle: u64, ordinal: u32) -> Result<Arc<Stream>, Error> {
         if let Some((_, stream)) = self.streams.iter().find(|(key, _)| *key == (handle, ordinal)) {
@@ -128,25 +153,7 @@ impl Communicator {
 
     #[inline]
     fn lock_option(&self) -> Result<MutexGuard<'_, Option<Inner>>, Failure> {
-        match self.inner.try_lock() {
-            Some(guard) => Ok(guard),
-            None => self.lock_slowly(),
-        }
-    }
-
-    #[cold]
-    fn lock_slowly(&self) -> Result<MutexGuard<'_, Option<Inner>>, Failure> {
-        if interrupt::is_handling() {
-            return Err(Failure::Python(pyo3::exceptions::PyRuntimeError::new_err(
-                "a signal handler called a communicator that its own thread may be waiting in; it can abort() it, or raise",
-            )));
-        }
-        loop {
-            if let Some(guard) = self.inner.try_lock_for(interrupt::LOOK) {
-                return Ok(guard);
-            }
-            interrupt::look().map_err(Failure::Python)?;
-        }
+        Ok(interrupt::lock(&self.inner)?)
     }
 
     /// Whether another thread uses the communicator, or else what `f` says of it.

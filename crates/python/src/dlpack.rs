@@ -200,7 +200,7 @@ pub(crate) const fn device(place: Place) -> (i32, i32) {
 
 /// What keeps memory that was given, with the numbers that its tensor points to.
 struct Given {
-    _owner: Py<PyAny>,
+    owner: Py<PyAny>,
     shape: Vec<i64>,
     strides: Vec<i64>,
 }
@@ -218,7 +218,7 @@ pub(crate) fn give<'py>(
     for at in (1..shape.len()).rev() {
         strides[at - 1] = strides[at] * shape[at].max(1);
     }
-    let mut given = Box::new(Given { _owner: owner.unbind(), shape, strides });
+    let mut given = Box::new(Given { owner: owner.unbind(), shape, strides });
     let (code, bits) = dtype::dlpack(memory.dtype);
     let (device_type, device_id) = device(memory.place);
     let tensor = Tensor {
@@ -264,15 +264,32 @@ unsafe extern "C" fn end_of_capsule(capsule: *mut ffi::PyObject) {
 unsafe extern "C" fn end_old(managed: *mut Managed) {
     // SAFETY: both boxes were made by `give`, and this is called once.
     unsafe {
-        drop(Box::from_raw((*managed).context.cast::<Given>()));
+        let given = Box::from_raw((*managed).context.cast::<Given>());
         drop(Box::from_raw(managed));
+        let_go(given);
     }
 }
 
 unsafe extern "C" fn end_versioned(managed: *mut ManagedVersioned) {
     // SAFETY: as above.
     unsafe {
-        drop(Box::from_raw((*managed).context.cast::<Given>()));
+        let given = Box::from_raw((*managed).context.cast::<Given>());
         drop(Box::from_raw(managed));
+        let_go(given);
+    }
+}
+
+/// Lets go of the owner. Frameworks call deleters without the interpreter, also from within a drop of ours that believes to have it (torch
+/// gives it away before it frees a tensor); so it is taken here by the call that looks at what is so.
+fn let_go(given: Box<Given>) {
+    let owner = given.owner.into_ptr();
+    // SAFETY: while Python lives, a thread may take the interpreter in this way at any depth, and the owner's count is ours to give back. After its
+    // end nothing is left to be told.
+    unsafe {
+        if ffi::Py_IsInitialized() != 0 {
+            let state = ffi::PyGILState_Ensure();
+            ffi::Py_DECREF(owner);
+            ffi::PyGILState_Release(state);
+        }
     }
 }

@@ -103,6 +103,8 @@ table! {
     DamagedMemory { rank, during as call, who, word }
     Argument { call, rank, what, expected, got }
     Place { call, rank, expected, got }
+    BufferState { call, rank, expected, got }
+    BufferSettings { what, rank, expected, got }
     Poisoned { id, cause }
     Generation { window, generation }
     Signal { rank, slot, expected, got, waited }

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Duration;
 
+use parking_lot::{Mutex, MutexGuard};
+use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 
 /// How often somebody who waits looks for signals.
@@ -34,8 +36,35 @@ pub(crate) fn take() -> Option<PyErr> {
 }
 
 /// Whether this thread is in a handler that was called from within a wait: then it must not wait for what it holds itself.
-pub(crate) fn is_handling() -> bool {
+fn is_handling() -> bool {
     IS_HANDLING.get()
+}
+
+/// Locks what one thread uses at a time, perhaps for long. Called without the interpreter; signals are handled meanwhile.
+///
+/// # Errors
+/// What a handler raised; `RuntimeError` in a handler that would wait for its own thread.
+#[inline]
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> PyResult<MutexGuard<'_, T>> {
+    match mutex.try_lock() {
+        Some(guard) => Ok(guard),
+        None => lock_slowly(mutex),
+    }
+}
+
+#[cold]
+fn lock_slowly<T>(mutex: &Mutex<T>) -> PyResult<MutexGuard<'_, T>> {
+    if is_handling() {
+        return Err(PyRuntimeError::new_err(
+            "a signal handler called a communicator that its own thread may be waiting in; it can abort() it, or raise",
+        ));
+    }
+    loop {
+        if let Some(guard) = mutex.try_lock_for(LOOK) {
+            return Ok(guard);
+        }
+        look()?;
+    }
 }
 
 /// Lets Python handle signals that came meanwhile. Python does so on the main thread alone; elsewhere the interpreter is not even asked
@@ -73,7 +102,7 @@ pub(crate) fn on_a_thread<R: Send + 'static>(
                 Ok(result) => return Ok(result),
                 Err(mpsc::RecvTimeoutError::Timeout) => look()?,
                 Err(mpsc::RecvTimeoutError::Disconnected) => {
-                    return Err(pyo3::exceptions::PyRuntimeError::new_err(
+                    return Err(PyRuntimeError::new_err(
                         "a thread of unisono ended without a result: this is a bug",
                     ));
                 }

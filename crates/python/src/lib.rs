@@ -12,6 +12,7 @@ mod call;
 mod communicator;
 mod dlpack;
 mod dtype;
+mod ep;
 mod errors;
 mod group;
 mod interrupt;
@@ -36,6 +37,11 @@ mod _native {
 
     #[pymodule_export]
     use crate::communicator::Communicator;
+    #[pymodule_export]
+    use crate::ep::{
+        Buffer, Combined, Dispatched, Handle, Layout, LowLatencyCombined, LowLatencyDispatched,
+        LowLatencyHandle, SentCombine, SentDispatch,
+    };
     #[pymodule_export]
     use crate::group::{Group, group};
     #[pymodule_export]

@@ -132,8 +132,7 @@ impl Communicator {
             |what, expected: &str, got: String| errors::argument(py, call, me.rank, what, expected, got);
         let dimensions: Vec<usize> = shape.extract().map(|size| vec![size]).or_else(|_| shape.extract())?;
         let Some(dtype) = dtype::of_name(&dtype.0) else {
-            let names = DType::ALL.map(dtype::common_name).join(", ");
-            return Err(refuse("dtype", &format!("one of {names}"), dtype.0));
+            return Err(unknown_dtype(py, call, me.rank, dtype.0));
         };
         let sizes = dimensions.iter().try_fold(1usize, |count, size| count.checked_mul(*size));
         let Some(count) = sizes.filter(|count| count.checked_mul(dtype.size()).is_some()) else {
@@ -157,6 +156,20 @@ impl Communicator {
         let communicator = this.clone().unbind();
         Ok(SymmetricMemory { communicator, memory: RwLock::new(Some(made)), dtype, dimensions, place })
     }
+}
+
+/// The type that `object` names: a name, or a dtype of a framework.
+///
+/// # Errors
+/// `ArgumentError` if there is no such type.
+pub(crate) fn dtype_of(object: &Bound<'_, PyAny>, call: &'static str, rank: usize) -> PyResult<DType> {
+    let name = dtype_name(object)?.0;
+    dtype::of_name(&name).ok_or_else(|| unknown_dtype(object.py(), call, rank, name))
+}
+
+fn unknown_dtype(py: Python<'_>, call: &'static str, rank: usize, name: String) -> PyErr {
+    let names = DType::ALL.map(dtype::common_name).join(", ");
+    errors::argument(py, call, rank, "dtype", format!("one of {names}"), name)
 }
 
 /// A name, with what frameworks put around it taken off.

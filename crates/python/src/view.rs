@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use pyo3::exceptions::PyBufferError;
+use pyo3::exceptions::{PyBufferError, PyImportError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
@@ -43,7 +43,7 @@ impl View {
     /// The name of its elements' type, as numpy and ml_dtypes call it.
     #[getter]
     fn dtype(&self) -> &'static str {
-        dtype::common_name(self.memory.dtype)
+        self.dtype_name()
     }
 
     /// The address of its first element.
@@ -89,8 +89,9 @@ impl View {
         dlpack::device(self.memory.place)
     }
 
-    /// An array of numpy over this memory, which must lie on the host. Types that numpy does not have are those of ml_dtypes.
-    fn numpy<'py>(this: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+    /// An array of numpy over this memory, which must lie on the host. Types that numpy does not have are those of ml_dtypes, or,
+    /// without that package, unsigned integers of the same size.
+    pub(crate) fn numpy<'py>(this: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         let (py, me) = (this.py(), this.get());
         if me.memory.place != Place::Host {
             return Err(PyBufferError::new_err(format!("the memory lies in {}", me.memory.place)));
@@ -99,10 +100,12 @@ impl View {
         if dtype::typestr(me.memory.dtype).is_some() {
             return numpy.call_method1("asarray", (this,));
         }
-        let words = RawBuffer { dtype: words_like(me.memory.dtype), ..me.memory };
-        let words = Self { memory: words, dimensions: me.dimensions.clone(), mapping: me.mapping.clone() };
-        let named = py.import("ml_dtypes")?.getattr(me.dtype())?;
-        numpy.call_method1("asarray", (words,))?.call_method1("view", (named,))
+        let words = numpy.call_method1("asarray", (me.words(),))?;
+        match py.import("ml_dtypes") {
+            Ok(named) => words.call_method1("view", (named.getattr(me.dtype())?,)),
+            Err(missing) if missing.is_instance_of::<PyImportError>(py) => Ok(words),
+            Err(error) => Err(error),
+        }
     }
 
     fn __repr__(&self) -> String {
@@ -111,6 +114,16 @@ impl View {
 }
 
 impl View {
+    pub(crate) const fn dtype_name(&self) -> &'static str {
+        dtype::common_name(self.memory.dtype)
+    }
+
+    /// The same memory as unsigned integers, for who does not know the type.
+    pub(crate) fn words(&self) -> Self {
+        let memory = RawBuffer { dtype: words_like(self.memory.dtype), ..self.memory };
+        Self { memory, dimensions: self.dimensions.clone(), mapping: self.mapping.clone() }
+    }
+
     fn interface<'py>(&self, py: Python<'py>, of_cuda: bool) -> PyResult<Bound<'py, PyDict>> {
         let is_on_device = matches!(self.memory.place, Place::Cuda { .. });
         let typestr = dtype::typestr(self.memory.dtype).filter(|_| is_on_device == of_cuda);

@@ -483,6 +483,11 @@ impl Engine {
         self.interrupt = Some(interrupt);
     }
 
+    /// What waits that last ask.
+    pub(crate) fn interrupt(&self) -> Option<Interrupt> {
+        self.interrupt.clone()
+    }
+
     /// How it waits.
     pub(crate) const fn policy(&self) -> WaitPolicy {
         self.policy

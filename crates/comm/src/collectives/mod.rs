@@ -38,7 +38,7 @@ mod transfer;
 mod waiting;
 mod windows;
 
-pub(crate) use engine::{Engine, EngineConfig};
+pub(crate) use engine::{Engine, EngineConfig, Interrupt};
 pub(crate) use flight::{Prepared, Ticket};
 #[cfg(feature = "cuda")]
 pub(crate) use messages::OnDevice;

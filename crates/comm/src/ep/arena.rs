@@ -23,6 +23,7 @@ use unisono_sync::{
 use super::tensor::{Tensor, bytes_of, bytes_of_mut};
 use super::words::CallWords;
 use crate::cause::Cause;
+use crate::collectives::Interrupt;
 use crate::communicator::Communicator;
 use crate::control::Control;
 use crate::error::{Error, Result};
@@ -75,6 +76,15 @@ impl Gathered {
     }
 }
 
+/// Asked by waits that last, as those of the communicator are.
+struct Asked(Option<Interrupt>);
+
+impl std::fmt::Debug for Asked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Asked").field(&self.0.is_some()).finish()
+    }
+}
+
 /// This rank's side of the arena.
 #[derive(Debug)]
 pub(super) struct Arena {
@@ -86,6 +96,7 @@ pub(super) struct Arena {
     layout: ArenaLayout,
     policy: WaitPolicy,
     budget: SpinBudget,
+    asked: Asked,
     masking: bool,
     deadline: Duration,
     rank: usize,
@@ -113,6 +124,7 @@ impl Arena {
         let id = window.id();
         let memory = window.into_symmetric(communicator)?;
         let policy = communicator.engine().policy();
+        let interrupt = communicator.engine().interrupt();
         Ok(Self {
             control: communicator.control.clone(),
             neighbours: communicator.neighbours.clone(),
@@ -121,6 +133,7 @@ impl Arena {
             layout,
             policy,
             budget: SpinBudget::new(&policy),
+            asked: Asked(interrupt),
             masking,
             deadline,
             rank: communicator.rank(),
@@ -331,6 +344,9 @@ impl Arena {
         self.check_failures(during)?;
         if stopped == Stopped::Aborted {
             return Err(self.first_cause(during));
+        }
+        if let Some(reason) = self.asked.0.as_ref().and_then(|ask| ask()) {
+            return Err(self.fail(Cause::Aborted { rank: self.rank as u32, reason }, during));
         }
         let standing = self.attendance(peer).standing();
         let word = if on == On::Sent { standing.rounds } else { self.consumed(peer).current() };

@@ -196,8 +196,24 @@ impl Buffer {
     /// [`Error::Argument`] if `communicator` is not the one that it was made for; those of a failed communicator, after which this rank's hold on
     /// the memory has ended all the same.
     pub fn close(mut self, communicator: &Communicator) -> Result<()> {
+        self.end(communicator)
+    }
+
+    /// As [`Buffer::close`], for who still lends what the buffer holds itself ([`Buffer::combine_buffer`]); calls answer
+    /// [`Error::BufferState`] then.
+    ///
+    /// # Errors
+    /// As [`Buffer::close`].
+    pub fn end(&mut self, communicator: &Communicator) -> Result<()> {
         self.check_owner("close", communicator)?;
-        self.arena.take().map_or(Ok(()), |arena| arena.close(communicator))
+        let Some(arena) = self.arena.take() else { return Ok(()) };
+        self.failed.get_or_insert(Error::BufferState {
+            call: "a call",
+            rank: self.rank,
+            expected: "is open",
+            got: "is closed",
+        });
+        arena.close(communicator)
     }
 
     /// Whether it was exchanged and can be used.
@@ -249,6 +265,26 @@ impl Buffer {
         let raw = input.raw();
         let bytes = self.exactly((call, "topk_idx"), &input, (unisono_core::DType::I64, raw.count))?;
         self.route(call, &arguments::indices(bytes), top_k)
+    }
+
+    /// The same of what is known already: `is_token_in_rank` is tokens × ranks, `tokens_per_expert` has the selections of each expert. Local.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if they do not fit the ranks and experts of this buffer; [`Error::BufferState`] before the exchange.
+    pub fn layout_of_ranks<'b>(
+        &mut self,
+        is_token_in_rank: impl Into<Buf<'b, crate::Bool8>>,
+        tokens_per_expert: impl Into<Buf<'b, i32>>,
+    ) -> Result<Layout> {
+        let (call, ranks) = ("layout", Input::from(is_token_in_rank.into()));
+        let experts = Input::from(tokens_per_expert.into());
+        self.available(call)?;
+        let flags: Vec<bool> = ranks.bytes(call, self.rank)?.iter().map(|flag| *flag != 0).collect();
+        let counts = experts.bytes(call, self.rank)?.as_chunks().0.iter();
+        let counts: Vec<i32> = counts.map(|count| i32::from_ne_bytes(*count)).collect();
+        let routing = Routing::of_ranks(&flags, &counts, &self.placement)
+            .map_err(|error| settings::argument(call, self.rank, "is_token_in_rank", error))?;
+        Ok(Layout { routing: Arc::new(routing), world_size: self.world_size })
     }
 
     fn route(&self, call: &'static str, selections: &[i64], top_k: usize) -> Result<Layout> {

@@ -15,6 +15,14 @@ pub struct Input<'b> {
 }
 
 impl<'b> Input<'b> {
+    /// What `raw` describes. For bindings to other languages.
+    ///
+    /// # Safety
+    /// As [`Call::from_raw`](crate::Call::from_raw).
+    pub const unsafe fn from_raw(raw: RawBuffer) -> Self {
+        Self { raw, life: PhantomData }
+    }
+
     /// The description.
     pub const fn raw(&self) -> RawBuffer {
         self.raw
@@ -25,6 +33,10 @@ impl<'b> Input<'b> {
         if self.raw.place != Place::Host {
             let (expected, got) = ("host memory".to_owned(), self.raw.place.to_string());
             return Err(Error::Place { call, rank, expected, got });
+        }
+        if self.raw.count == 0 {
+            // Other languages may give any address then.
+            return Ok(&[]);
         }
         let start = std::ptr::with_exposed_provenance(self.raw.ptr as usize);
         // SAFETY: it was made from a borrow of `'b` of so many elements, which have no padding.

@@ -51,6 +51,37 @@ impl Routing {
         Ok(routing)
     }
 
+    /// Of a table that says which token goes to which rank (row-major, tokens × ranks), and the selections of each expert.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] if the table has no rows of one flag for each rank, or there is no count for each expert.
+    pub fn of_ranks(
+        is_token_in_rank: &[bool],
+        tokens_per_expert: &[i32],
+        placement: &Placement,
+    ) -> Result<Self> {
+        let ranks = placement.world_size();
+        if !is_token_in_rank.len().is_multiple_of(ranks) {
+            let (expected, got) = (format!("rows of {ranks}"), is_token_in_rank.len().to_string());
+            return Err(Error::Malformed { what: "ranks of tokens", expected, got });
+        }
+        let counts = tokens_per_expert.iter().map(|count| u32::try_from(*count).ok());
+        let Some(counts) =
+            counts.collect::<Option<Vec<u32>>>().filter(|all| all.len() == placement.experts())
+        else {
+            let expected = format!("{} counts, none below 0", placement.experts());
+            let got = format!("{} counts: {tokens_per_expert:?}", tokens_per_expert.len());
+            return Err(Error::Malformed { what: "tokens of experts", expected, got });
+        };
+        let mut routing = Self::none(is_token_in_rank.len() / ranks, placement);
+        for (token, row) in is_token_in_rank.chunks_exact(ranks).enumerate() {
+            let bits = row.iter().enumerate().map(|(rank, is_sent)| u64::from(*is_sent) << rank);
+            routing.send(token, bits.sum());
+        }
+        routing.tokens_per_expert = counts;
+        Ok(routing)
+    }
+
     /// No selection of `tokens`.
     pub fn none(tokens: usize, placement: &Placement) -> Self {
         Self {
@@ -109,6 +140,22 @@ mod tests {
         assert_eq!(routing.tokens_per_rank, [2, 2]);
         assert_eq!(routing.tokens_per_expert, [2, 1, 2, 1]);
         assert_eq!(Routing::of(&[], 3, &placement).unwrap(), Routing::none(0, &placement));
+    }
+
+    #[test]
+    fn a_table_of_ranks_gives_the_layout_that_it_came_from() {
+        let placement = Placement::even(4, 2).unwrap();
+        let routing = Routing::of(&[0, 1, 3, -1, -1, -1, 2, 2, 0], 3, &placement).unwrap();
+        let table = [true, true, false, false, true, true];
+        assert_eq!(Routing::of_ranks(&table, &[2, 1, 2, 1], &placement), Ok(routing));
+        let text = |table: &[bool], counts: &[i32]| {
+            Routing::of_ranks(table, counts, &placement).unwrap_err().to_string()
+        };
+        assert_eq!(text(&table[..5], &[0; 4]), "malformed ranks of tokens: expected rows of 2, got 5");
+        assert!(
+            text(&table, &[0; 3]).starts_with("malformed tokens of experts: expected 4 counts, none below 0")
+        );
+        assert!(text(&table, &[0, 0, -1, 0]).ends_with("got 4 counts: [0, 0, -1, 0]"));
     }
 
     #[test]
