@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import doctest
+import importlib.util
 import inspect
 import pickle
 import re
@@ -17,6 +18,9 @@ import pytest
 import unisono
 from unisono import _native, errors
 
+MODULES = [unisono.ep]
+if importlib.util.find_spec("torch"):
+    MODULES.append(importlib.import_module("unisono.deep_ep"))
 CLASSES = [
     value
     for module in (unisono, unisono.ep)
@@ -24,15 +28,17 @@ CLASSES = [
     if inspect.isclass(value) and value.__module__ == module.__name__
 ]
 FUNCTIONS = [unisono.group, unisono.init, unisono.on_threads]
+# Written in Python, with their types.
+PYTHON = [getattr(module, name) for module in MODULES[1:] for name in module.__all__ if callable(getattr(module, name))]
 STUBS = ast.parse((Path(unisono.__file__).parent / "_native.pyi").read_text())
 
 
 def members():
-    for owner in [*CLASSES, *FUNCTIONS]:
-        yield owner.__name__, owner
+    for owner in [*CLASSES, *FUNCTIONS, *PYTHON]:
+        yield f"{owner.__module__}.{owner.__qualname__}", owner
         for name, member in vars(owner).items() if inspect.isclass(owner) else ():
             if not name.startswith("_"):
-                yield f"{owner.__name__}.{name}", getattr(owner, name)
+                yield f"{owner.__module__}.{owner.__qualname__}.{name}", getattr(owner, name)
 
 
 @pytest.mark.parametrize("name", [name for name, _ in members()])
@@ -43,8 +49,9 @@ def test_everything_is_documented_and_its_examples_run(name, monkeypatch):
     member = dict(members())[name]
     text = inspect.getdoc(member)
     assert text, f"{name} has no documentation"
-    is_of_communicator = name.startswith("Communicator.") and callable(member)
-    assert ">>>" in text or not is_of_communicator, f"{name} has no example"
+    inside = inspect.getdoc(dict(members()).get(name.rpartition(".")[0])) or ""
+    is_shown = ">>>" in text or f".{name.rpartition('.')[2]}(" in inside
+    assert is_shown or not callable(member) or inspect.isclass(member), f"{name} has no example"
     test = doctest.DocTestParser().get_doctest(text, {}, name, None, 0)
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     output: list[str] = []

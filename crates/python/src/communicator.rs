@@ -311,9 +311,9 @@ impl Communicator {
     /// Raises ``ArgumentError`` if ``torch.distributed`` was not imported.
     ///
     /// >>> import unisono
-    /// >>> unisono.Communicator.from_process_group()  # without torch.distributed
+    /// >>> unisono.Communicator.from_process_group()  # before init_process_group
     /// Traceback (most recent call last):
-    /// unisono.errors.ArgumentError: from_process_group on rank 0: torch.distributed should be imported...
+    /// unisono.errors.ArgumentError: from_process_group on rank 0: torch.distributed should be...
     #[classmethod]
     #[pyo3(signature = (group=None, **options))]
     fn from_process_group(

@@ -266,7 +266,7 @@ unsafe extern "C" fn end_old(managed: *mut Managed) {
     unsafe {
         let given = Box::from_raw((*managed).context.cast::<Given>());
         drop(Box::from_raw(managed));
-        let_go(given);
+        let_go(*given);
     }
 }
 
@@ -275,13 +275,13 @@ unsafe extern "C" fn end_versioned(managed: *mut ManagedVersioned) {
     unsafe {
         let given = Box::from_raw((*managed).context.cast::<Given>());
         drop(Box::from_raw(managed));
-        let_go(given);
+        let_go(*given);
     }
 }
 
 /// Lets go of the owner. Frameworks call deleters without the interpreter, also from within a drop of ours that believes to have it (torch
 /// gives it away before it frees a tensor); so it is taken here by the call that looks at what is so.
-fn let_go(given: Box<Given>) {
+fn let_go(given: Given) {
     let owner = given.owner.into_ptr();
     // SAFETY: while Python lives, a thread may take the interpreter in this way at any depth, and the owner's count is ours to give back. After its
     // end nothing is left to be told.

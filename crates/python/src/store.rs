@@ -27,6 +27,12 @@ const PATIENCE: Duration = Duration::from_secs(300);
 /// >>> store.set("a", b"1")
 /// >>> store.add("a", 4), store.get("a"), store.check(["a", "b"])
 /// (5, b'5', False)
+/// >>> store.wait(["a"], timeout=1)  # it is there
+/// >>> store.compare_set("b", "", "new"), store.compare_set("b", "old", "newer")  # what it holds then
+/// (b'new', b'new')
+/// >>> store.append("b", "er")
+/// >>> store.multi_get(["a", "b"]), store.num_keys(), store.delete_key("a"), store.delete_key("a")
+/// ([b'5', b'newer'], 2, True, False)
 #[pyclass(frozen, subclass, module = "unisono")]
 pub(crate) struct Store(Arc<dyn store::Store>);
 
@@ -339,6 +345,7 @@ impl UniqueId {
 /// >>> with unisono.StoreServer() as server:
 /// ...     unisono.TcpStore(server.address, server.secret).add("ranks", 1)
 /// 1
+/// >>> server.close()  # as the end of the block did
 #[pyclass(frozen, module = "unisono")]
 pub(crate) struct StoreServer {
     server: Mutex<Option<store::StoreServer>>,
@@ -408,6 +415,7 @@ impl StoreServer {
 /// >>> with unisono.TorchStoreServer() as server:
 /// ...     unisono.TorchStore(server.address).add("ranks", 1)
 /// 1
+/// >>> server.close()  # as the end of the block did
 #[pyclass(frozen, module = "unisono")]
 pub(crate) struct TorchStoreServer {
     server: Mutex<Option<store::TorchStoreServer>>,

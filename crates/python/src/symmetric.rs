@@ -32,6 +32,14 @@ use crate::{dtype, errors, interrupt, options, stream};
 /// ...     return mine
 /// >>> unisono.on_threads(2, main)
 /// [[2.0, 2.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0]]
+/// >>> memory = unisono.SymmetricMemory.empty(unisono.Communicator.threads(1)[0], (2, 3), "int8")
+/// >>> memory.shape, memory.dtype, memory.address(0) == memory.addresses[0] == memory.local.address
+/// ((2, 3), 'int8', True)
+/// >>> memory.signal(0, slot=5, value=2)
+/// >>> memory.signal_value(5)
+/// 2
+/// >>> memory.barrier()
+/// >>> memory.check()
 #[pyclass(frozen, module = "unisono")]
 pub(crate) struct SymmetricMemory {
     communicator: Py<Communicator>,

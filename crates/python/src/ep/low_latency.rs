@@ -52,7 +52,7 @@ pub(crate) struct LowLatencyCombined {
     waited: Py<PyAny>,
 }
 
-/// A low-latency dispatch that was sent and not yet received. Made by ``Buffer.low_latency_dispatch_send``.
+/// A low-latency dispatch that was sent and not yet received. Made by ``Buffer.low_latency_dispatch_send``, whose example ends in ``sent.receive()``.
 #[pyclass(frozen, module = "unisono.ep")]
 pub(crate) struct SentDispatch {
     buffer: Py<Buffer>,
@@ -60,7 +60,7 @@ pub(crate) struct SentDispatch {
     sent: Mutex<Option<ep::SentDispatch>>,
 }
 
-/// A low-latency combine that was sent and not yet received. Made by ``Buffer.low_latency_combine_send``.
+/// A low-latency combine that was sent and not yet received. Made by ``Buffer.low_latency_combine_send``, whose example ends in ``sent.receive()``.
 #[pyclass(frozen, module = "unisono.ep")]
 pub(crate) struct SentCombine {
     buffer: Py<Buffer>,
