@@ -11,6 +11,7 @@ import pickle
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,21 @@ def test_the_example_of_the_readme_runs(tmp_path):
         command = [sys.executable, "-m", "unisono", "run", "-n", "2", "--", sys.executable, "program.py"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_package_needs_nothing_but_python(tmp_path):
+    assert metadata.requires("unisono") is None
+    (tmp_path / "unisono").symlink_to(Path(unisono.__file__).parent)
+    program = "import array, unisono; print(unisono.on_threads(2, lambda rank: rank.all_reduce(array.array('f', [1, 2])).tolist()))"
+    done = subprocess.run([sys.executable, "-S", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[[2.0, 4.0], [2.0, 4.0]]\n", done.stderr
+
+
+def test_the_wheel_of_the_name_deep_ep_belongs_to_this_version():
+    assert metadata.version("unisono-deep-ep") == metadata.version("unisono") == unisono.__version__
+    assert f"unisono=={unisono.__version__}" in metadata.requires("unisono-deep-ep")
+    files = [str(file) for file in metadata.files("unisono-deep-ep")]
+    assert "deep_ep/__init__.py" in files and "deep_ep/py.typed" in files
 
 
 def arguments(function: ast.FunctionDef) -> list[str]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import unisono
 
 
 def gpus() -> int:
@@ -21,3 +24,13 @@ def test_tensors_on_gpus(run_job):
         pytest.skip("SKIPPED: torch and two GPUs are not here")
     done = run_job("gpu", min(count, 4))
     assert done.stdout.count("is done") == min(count, 4), done.stdout + done.stderr
+
+
+def test_kernels_of_the_wheel_serve_where_no_compiler_is(run_job):
+    if (count := gpus()) < 2:
+        pytest.skip("SKIPPED: torch and two GPUs are not here")
+    if not list((Path(unisono.__file__).parent / "kernels").glob("*.xz")):
+        pytest.skip("SKIPPED: this wheel brings no kernels; cargo xtask wheel builds one that does")
+    ranks = max(n for n in (2, 4, 8) if n <= count)
+    done = run_job("prebuilt", ranks)
+    assert done.stdout.count("is done") == ranks, done.stdout + done.stderr

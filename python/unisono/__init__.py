@@ -12,6 +12,7 @@ Everything hangs on `Communicator`. `unisono.ep` moves the tokens of mixtures of
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
@@ -23,6 +24,7 @@ from ._native import (
     Group,
     MemoryStore,
     PrefixStore,
+    Registration,
     Store,
     StoreServer,
     SymmetricMemory,
@@ -31,9 +33,11 @@ from ._native import (
     TorchStoreServer,
     UniqueId,
     View,
+    Window,
     Work,
     __version__,
     group,
+    kernels_in,
 )
 from .errors import UnisonoError
 
@@ -48,6 +52,7 @@ __all__ = [
     "Group",
     "MemoryStore",
     "PrefixStore",
+    "Registration",
     "Store",
     "StoreServer",
     "SymmetricMemory",
@@ -57,6 +62,7 @@ __all__ = [
     "UniqueId",
     "UnisonoError",
     "View",
+    "Window",
     "Work",
     "__version__",
     "ep",
@@ -67,6 +73,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+# A wheel brings kernels for the usual GPUs and calls; others are compiled where they are needed.
+kernels_in(os.path.join(os.path.dirname(__file__), "kernels"))
 
 
 def init(**options: Unpack[Options]) -> Communicator:

@@ -109,7 +109,7 @@ fn length(path: &Path) -> std::io::Result<u64> {
 }
 
 /// Names and places of the programs that cargo made.
-fn build(root: &Path, arguments: &[&str]) -> Result<Vec<(String, PathBuf)>, String> {
+pub(crate) fn build(root: &Path, arguments: &[&str]) -> Result<Vec<(String, PathBuf)>, String> {
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = Command::new(program)
         .current_dir(root)

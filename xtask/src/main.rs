@@ -26,6 +26,7 @@ Usage: cargo xtask TASK
   test   tidy, the test suite, doc tests, the Python package, the build without features, loom models, documentation
   tidy   the house rules alone
   python builds the Python package into an environment below target/python, and runs its tests
+  wheel  builds the wheels that are released into target/python/wheels/released, with kernels compiled ahead, and tries them alone: minutes
   nvrtc  fetches the compiler of kernels into target/nvrtc, as test does, unless UNISONO_NVRTC names one
   gpu-bundle
          builds what is tested and measured on GPUs into gpu-bundle, to be carried to a machine that has some
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         ["test"] => test::run(&root()),
         ["tidy"] => tidy::run(&root()),
         ["python"] => test::run_python(&root()),
+        ["wheel"] => python::release(&root()),
         ["nvrtc"] => kernels::provide(&root()),
         ["gpu-bundle"] => gpu_bundle::run(&root()),
         ["faults", words @ ..] if let Some(campaign) = faults::Campaign::parse(words) => {

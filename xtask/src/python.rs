@@ -1,33 +1,52 @@
-//! The tests of the Python package: a virtual environment of its own in `target/python`, the package built and installed into it as a
-//! wheel, and pytest.
+//! The Python package: its tests, in a virtual environment of their own in `target/python`, with the package built and installed into it as
+//! wheels; and the wheels that are released (`cargo xtask wheel`).
 //!
-//! The environment is made once, and anew when `python/tests/requirements.txt` changes; it needs Python and its package index. The wheel is
-//! built without optimisation, so that it shares what the other tests compiled.
+//! The environment is made once, and anew when `python/tests/requirements.txt` changes; it needs Python and its package index. The wheel that is
+//! tested is built without optimisation, so that it shares what the other tests compiled.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Instant;
 
-use crate::kernels::{empty, succeed};
+use crate::gpu_bundle;
+use crate::kernels::{self, empty, succeed};
 
 /// What the tests need, one name on each line.
 const REQUIREMENTS: &str = "python/tests/requirements.txt";
+/// What brings the name `deep_ep`.
+const DEEP_EP: &str = "python/deep_ep";
+/// The kernels that a wheel carries: for these GPUs and sizes of a world. Others are compiled where they are needed.
+const KERNELS: [&str; 4] = ["--arch", "sm_80,sm_90,sm_100", "--ranks", "2,4,8"];
+/// Where the package has them; they are there only while a wheel is built.
+const KERNELS_FOLDER: &str = "python/unisono/kernels";
+/// The linker that makes programs for the C library of 2014.
+const ZIG: &str = "ziglang>=0.13,<0.16";
+/// What is tried where nothing is installed but the wheel.
+const ALONE: &str = "import array, unisono; \
+    print(unisono.__version__, unisono.on_threads(2, lambda rank: rank.all_reduce(array.array('f', [rank.rank + 1]))[0])); \
+    assert unisono._native.Buffer and unisono.ep.Buffer";
 
 /// Makes the environment and installs the package, if that is needed; then pytest, ready to be run.
 pub(crate) fn prepare(root: &Path) -> Result<Command, String> {
-    let (python, wheel) = build(root, "dev")?;
+    let place = root.join("target/python");
+    let python = environment(root, &place)?;
+    let wheels = [build(root, &python, &["--profile", "dev"])?, build_deep_ep(root, &python)?];
     let install = ["-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", "--no-index"];
-    succeed(Command::new(&python).args(install).arg(&wheel))?;
+    succeed(Command::new(&python).args(install).args(&wheels))?;
+    let made = gpu_bundle::build(root, &["build", "-p", "unisono", "--example", "torchrun"])?;
     let mut tests = Command::new(&python);
+    tests.envs(made.into_iter().map(|(_, program)| ("UNISONO_TEST_TORCHRUN", program)));
     tests.current_dir(root).args(["-m", "pytest", "-q", "-p", "no:cacheprovider"]);
     Ok(tests)
 }
 
 /// Puts the package, built in release and unpacked, into `folder`, with what is run on machines that have GPUs.
 pub(crate) fn unpack(root: &Path, folder: &Path) -> Result<(), String> {
-    let (python, wheel) = build(root, "release")?;
+    let python = environment(root, &root.join("target/python"))?;
+    let wheel = build(root, &python, &["--profile", "release"])?;
     succeed(Command::new(&python).args(["-m", "zipfile", "-e"]).arg(&wheel).arg(folder))?;
-    for program in ["python/tests/jobs/gpu.py", "benches/python_call_cost.py"] {
+    for program in ON_GPUS {
         let from = root.join(program);
         let to = from.file_name().map(|name| folder.join(name)).unwrap_or_default();
         fs::copy(&from, to).map_err(|error| format!("{program}: {error}"))?;
@@ -35,18 +54,104 @@ pub(crate) fn unpack(root: &Path, folder: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// The interpreter of the environment, and a wheel of the package of `profile`.
-fn build(root: &Path, profile: &str) -> Result<(PathBuf, PathBuf), String> {
+/// What is run on machines that have GPUs.
+const ON_GPUS: [&str; 5] = [
+    "python/tests/jobs/gpu.py",
+    "python/tests/jobs/deep_ep.py",
+    "python/tests/jobs/prebuilt.py",
+    "benches/python_call_cost.py",
+    "examples/triton_symmetric.py",
+];
+
+/// Builds what is released, into `target/python/wheels/released`: in release, for any Linux since 2014, with kernels compiled ahead. It is tried in an
+/// environment that has nothing else. True if all of that went well.
+pub(crate) fn release(root: &Path) -> bool {
+    match make_release(root) {
+        Ok(()) => true,
+        Err(reason) => {
+            println!("the wheels were not built: {reason}");
+            false
+        }
+    }
+}
+
+fn make_release(root: &Path) -> Result<(), String> {
     let place = root.join("target/python");
     let python = environment(root, &place)?;
-    let wheels = place.join("wheels").join(profile);
+    succeed(Command::new(&python).args(["-m", "pip", "install", "--quiet", ZIG]))?;
+    if !kernels::provide(root) {
+        return Err("kernels cannot be compiled".to_owned());
+    }
+    let folder = root.join(KERNELS_FOLDER);
+    empty(&folder)?;
+    let start = Instant::now();
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut kernels = Command::new(cargo);
+    kernels.current_dir(root).args([
+        "run",
+        "--quiet",
+        "-p",
+        "unisono-cli",
+        "--",
+        "kernels",
+        "build",
+        "--quiet",
+    ]);
+    kernels.args(KERNELS).arg("--pack").arg(&folder).envs(kernels::environment(root));
+    succeed(&mut kernels)?;
+    println!("kernels ahead of time: {:.0} s", start.elapsed().as_secs_f64());
+    let wheel = build(root, &python, &["--release", "--zig", "--compatibility", "manylinux2014"]);
+    let packed = fs::read_dir(&folder).into_iter().flatten().flatten();
+    let packed: Vec<String> = packed.map(|file| file.file_name().to_string_lossy().into_owned()).collect();
+    empty(&folder)?;
+    let (wheel, deep_ep) = (wheel?, build_deep_ep(root, &python)?);
+    let released = place.join("wheels/released");
+    empty(&released)?;
+    fs::create_dir_all(&released).map_err(|error| format!("{}: {error}", released.display()))?;
+    for wheel in [&wheel, &deep_ep] {
+        let name = wheel.file_name().unwrap_or_default();
+        let bytes =
+            fs::copy(wheel, released.join(name)).map_err(|error| format!("{}: {error}", wheel.display()))?;
+        println!("{bytes:>12} {}", released.join(name).display());
+    }
+    println!("kernels inside: {}", packed.join(", "));
+    try_alone(&place, &wheel)
+}
+
+/// Installs `wheel` where nothing else is, and uses it.
+fn try_alone(place: &Path, wheel: &Path) -> Result<(), String> {
+    let folder = place.join("alone");
+    empty(&folder)?;
+    succeed(Command::new("python3").args(["-m", "venv"]).arg(&folder))?;
+    let python = folder.join("bin/python");
+    succeed(Command::new(&python).args(["-m", "pip", "install", "--quiet", "--no-index"]).arg(wheel))?;
+    succeed(Command::new(&python).args(["-c", ALONE]))?;
+    succeed(Command::new(folder.join("bin/unisono")).args(["kernels", "list"]))
+}
+
+/// A wheel of the package, as maturin builds it with these arguments.
+fn build(root: &Path, python: &Path, arguments: &[&str]) -> Result<PathBuf, String> {
+    let wheels = root.join("target/python/wheels").join(arguments.join(""));
+    let build = ["-m", "maturin", "build", "--out"];
+    into(&wheels, Command::new(python).current_dir(root).args(build).arg(&wheels).args(arguments))
+}
+
+/// The wheel that brings the name `deep_ep`.
+fn build_deep_ep(root: &Path, python: &Path) -> Result<PathBuf, String> {
+    let wheels = root.join("target/python/wheels/deep-ep");
+    let build = ["-m", "flit_core.wheel", "--outdir"];
+    into(&wheels, Command::new(python).current_dir(root.join(DEEP_EP)).args(build).arg(&wheels))
+}
+
+/// The one file that `command` leaves in `folder`, which is empty before.
+fn into(folder: &Path, command: &mut Command) -> Result<PathBuf, String> {
     // Of an older version, perhaps.
-    empty(&wheels)?;
-    let build = ["-m", "maturin", "build", "--profile", profile, "--out"];
-    succeed(Command::new(&python).current_dir(root).args(build).arg(&wheels))?;
-    let entries = fs::read_dir(&wheels).map_err(|error| format!("{}: {error}", wheels.display()))?;
-    let wheel = entries.flatten().map(|entry| entry.path()).next().ok_or("maturin left no wheel")?;
-    Ok((python, wheel))
+    empty(folder)?;
+    let failed = |error: std::io::Error| format!("{}: {error}", folder.display());
+    fs::create_dir_all(folder).map_err(failed)?;
+    succeed(command)?;
+    let entries = fs::read_dir(folder).map_err(failed)?;
+    entries.flatten().map(|entry| entry.path()).next().ok_or_else(|| format!("{command:?} left no wheel"))
 }
 
 /// The interpreter of the environment below `place`, which is made if it is not there, or is of other requirements.

@@ -172,6 +172,16 @@ impl<T: Element> Window<T> {
         self.base()
     }
 
+    /// What keeps the address valid in this process, also after [`Window::close`]: for views of host memory that live longer. `None` if the
+    /// memory lies on a GPU.
+    pub fn mapping(&self) -> Option<Arc<dyn std::any::Any + Send + Sync>> {
+        match &self.held {
+            Held::Host(copies) => Some(Arc::new(copies.clone())),
+            #[cfg(feature = "cuda")]
+            Held::Device(_) => None,
+        }
+    }
+
     /// Whether `communicator` made this window, for the call of this `kind`.
     pub(crate) fn check_owner(&self, kind: Kind, communicator: &Communicator) -> Result<()> {
         check_owner(kind, self.id, &self.control, communicator)

@@ -4,6 +4,8 @@
 //! of the compiler. Its content begins with a checksum: whatever was damaged or cut short is compiled again. Entries appear
 //! whole (written beside, then renamed), so any number of processes may fill the cache at once. A machine without a compiler
 //! takes an entry of any version. A folder that cannot be used costs time, and nothing else.
+//!
+//! Packs ([`crate::packs`]) hold entries that were compiled elsewhere: what the folder does not have is unpacked into it.
 
 use std::fs::{DirBuilder, File};
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
@@ -15,6 +17,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 use crate::nvrtc::{Architecture, Compiler, Source, options};
+use crate::packs;
 
 /// Changes when entries of before must not be used.
 const FORMAT: &[u8] = b"unisono kernels 1\n";
@@ -27,6 +30,7 @@ const SUFFIX: &str = ".cubin";
 #[derive(Clone, Debug)]
 pub struct Cache {
     folder: Option<PathBuf>,
+    packs: Option<PathBuf>,
 }
 
 /// What one file of a cache holds, as its name tells.
@@ -47,12 +51,17 @@ impl Cache {
         let folder = from("UNISONO_CACHE_DIR")
             .or_else(|| from("XDG_CACHE_HOME").map(|caches| caches.join("unisono")))
             .or_else(|| from("HOME").map(|home| home.join(".cache/unisono")));
-        Self { folder }
+        Self { folder, packs: packs::of_process().cloned() }
     }
 
     /// The cache in `folder`.
     pub const fn at(folder: PathBuf) -> Self {
-        Self { folder: Some(folder) }
+        Self { folder: Some(folder), packs: None }
+    }
+
+    /// The same, with the packs in a folder.
+    pub fn with_packs(self, packs: PathBuf) -> Self {
+        Self { packs: Some(packs), ..self }
     }
 
     /// Where it lies, if it has a place.
@@ -60,7 +69,7 @@ impl Cache {
         self.folder.as_deref()
     }
 
-    /// The CUBIN of `source`: from the cache, else compiled with `compiler` and kept.
+    /// The CUBIN of `source`: from the cache, else from a pack, else compiled with `compiler` and kept.
     ///
     /// # Errors
     /// Those of the compiler, [`Error::NoCompiler`] among them, if there is no entry.
@@ -73,6 +82,9 @@ impl Cache {
         let compiler = compiler();
         let version = compiler.as_ref().ok().map(|compiler| compiler.version());
         if let Some(cubin) = self.find(source, architecture, version) {
+            return Ok(cubin);
+        }
+        if let Some(cubin) = self.unpack(source, architecture) {
             return Ok(cubin);
         }
         let compiler = compiler?;
@@ -100,6 +112,31 @@ impl Cache {
         entries.iter().rev().find_map(|entry| read(&folder.join(file_name(&key, entry.version))))
     }
 
+    /// The CUBIN of `source` in a pack that the driver can load. All that is in the pack is kept here.
+    fn unpack(&self, source: &Source, architecture: Architecture) -> Option<Vec<u8>> {
+        let key = key(source, architecture);
+        let driver = crate::driver::version().ok();
+        packs::of(self.packs.as_deref()?, architecture, driver).into_iter().find_map(|(version, pack)| {
+            let name = file_name(&key, version);
+            if let Some(cubin) = self.folder.as_deref().and_then(|folder| read(&folder.join(&name))) {
+                return Some(cubin);
+            }
+            let mut found = None;
+            for (kept, content) in packs::read(&pack)? {
+                if kept == name {
+                    found = checked(content.clone());
+                }
+                if let Some(folder) = &self.folder
+                    && parts(&kept).is_some()
+                    && let Err(error) = put(folder, &kept, &[&content])
+                {
+                    tracing::debug!("{error}");
+                }
+            }
+            found
+        })
+    }
+
     /// Keeps what this version of the compiler made of `source`. The folder is made if it is not there, for this user alone.
     /// A cache without a place, and an entry that is too large (64 MiB), keep nothing.
     ///
@@ -116,24 +153,7 @@ impl Cache {
         if (cubin.len() + CHECKSUM_BYTES) as u64 > MAX_ENTRY_BYTES {
             return Ok(());
         }
-        DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed(folder))?;
-        let key = key(source, architecture);
-        let path = folder.join(file_name(&key, version));
-        // Another process, one of another container that shares the folder, or another thread has another name beside it.
-        let random = RandomState::new().build_hasher().finish();
-        let beside = folder.join(format!(".{key}.{}.{random:016x}", std::process::id()));
-        let write = || {
-            let mut file = File::create_new(&beside)?;
-            file.write_all(&Sha256::digest(cubin))?;
-            file.write_all(cubin)?;
-            std::fs::rename(&beside, &path)
-        };
-        let written = write();
-        if written.is_err() {
-            // Whatever was written is of no use to anybody.
-            let _ = std::fs::remove_file(&beside);
-        }
-        written.map_err(failed(&path))
+        put(folder, &file_name(&key(source, architecture), version), &[&Sha256::digest(cubin), cubin])
     }
 
     /// What it holds, by the version of the compiler; nothing if it has no place, or the folder was not made yet.
@@ -157,7 +177,37 @@ impl Cache {
     }
 }
 
-fn failed(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+/// The name and the content of the entry of a CUBIN, as they are packed.
+pub(crate) fn entry(
+    source: &Source,
+    architecture: Architecture,
+    version: (u32, u32),
+    cubin: &[u8],
+) -> (String, Vec<u8>) {
+    (file_name(&key(source, architecture), version), [&Sha256::digest(cubin)[..], cubin].concat())
+}
+
+/// Writes a file of `folder`, which is made if it is not there, so that it appears whole.
+fn put(folder: &Path, name: &str, content: &[&[u8]]) -> Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed(folder))?;
+    let path = folder.join(name);
+    // Another process, one of another container that shares the folder, or another thread has another name beside it.
+    let random = RandomState::new().build_hasher().finish();
+    let beside = folder.join(format!(".{name}.{}.{random:016x}", std::process::id()));
+    let write = || {
+        let mut file = File::create_new(&beside)?;
+        content.iter().try_for_each(|part| file.write_all(part))?;
+        std::fs::rename(&beside, &path)
+    };
+    let written = write();
+    if written.is_err() {
+        // Whatever was written is of no use to anybody.
+        let _ = std::fs::remove_file(&beside);
+    }
+    written.map_err(failed(&path))
+}
+
+pub(crate) fn failed(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
     let path = path.display().to_string();
     move |error| Error::Cache { path, message: error.to_string() }
 }
@@ -200,6 +250,11 @@ fn read(path: &Path) -> Option<Vec<u8>> {
     }
     let mut content = Vec::with_capacity(metadata.len() as usize);
     file.take(MAX_ENTRY_BYTES).read_to_end(&mut content).ok()?;
+    checked(content)
+}
+
+/// The CUBIN in the content of an entry, if that is whole.
+fn checked(mut content: Vec<u8>) -> Option<Vec<u8>> {
     if content.len() <= CHECKSUM_BYTES {
         return None;
     }
@@ -291,6 +346,29 @@ mod tests {
         assert_eq!(cache.find(&source("1"), SM_90, Some(NEW)), None);
         std::fs::write(&path, [&Sha256::digest(b"small")[..], b"small"].concat()).unwrap();
         assert_eq!(cache.find(&source("1"), SM_90, Some(NEW)).unwrap(), b"small");
+    }
+
+    #[test]
+    fn what_the_folder_does_not_have_is_unpacked_into_it_and_not_compiled() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = folder.path().join("packs");
+        let mut packer = packs::Packer::default();
+        for value in ["1", "2"] {
+            packer.add(&source(value), SM_90, NEW, value.as_bytes());
+        }
+        packer.write(&at).unwrap();
+        let missing = || Err(Error::NoCompiler { reason: "none here".to_owned() });
+        let cache = Cache::at(folder.path().join("kernels")).with_packs(at.clone());
+        assert_eq!(cache.cubin(&source("2"), SM_90, missing).unwrap(), b"2");
+        assert_eq!(cache.entries().unwrap().len(), 2);
+        std::fs::remove_dir_all(&at).unwrap();
+        assert_eq!(cache.cubin(&source("1"), SM_90, missing).unwrap(), b"1");
+        assert!(cache.cubin(&source("3"), SM_90, missing).is_err());
+        packer.write(&at).unwrap();
+        let nowhere = Cache { folder: None, packs: Some(at) };
+        assert_eq!(nowhere.cubin(&source("1"), SM_90, missing).unwrap(), b"1");
+        let other = Architecture { major: 8, minor: 0 };
+        assert!(nowhere.cubin(&source("1"), other, missing).is_err());
     }
 
     #[test]

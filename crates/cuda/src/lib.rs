@@ -18,6 +18,7 @@ pub mod memory;
 pub mod module;
 pub mod nvml;
 pub mod nvrtc;
+pub mod packs;
 pub mod places;
 pub mod stream;
 

@@ -103,7 +103,7 @@ impl Communicator {
         {
             let array = me.array(kind, (what, object, is_target), None)?;
             if array.memory.place == Place::Host {
-                me.at_once(this.py(), kind, &[array.memory])?;
+                me.at_once(this.py(), kind, &[me.locate(array.memory)])?;
                 return Ok(result.clone().unbind());
             }
         }
@@ -126,10 +126,11 @@ impl Communicator {
         let way = me.way(py, kind.name(), on_device(&arrays), given)?;
         let patience =
             manner.timeout.map(|time| options::patience(time, kind.name(), me.rank)).transpose()?;
-        let mut buffers: Vec<_> = arrays.iter().map(|array| array.memory).collect();
+        let mut buffers: Vec<_> = arrays.iter().map(|array| me.locate(array.memory)).collect();
         if matches!(kind, Kind::AllToAllCounted) {
-            // Of its lists, which follow input and output, frameworks have signed ones; none is negative.
-            for list in buffers.iter_mut().skip(2) {
+            // Its lists, which follow input and output, are this rank's own; frameworks have signed ones, of which none is negative.
+            for (list, array) in buffers.iter_mut().zip(&arrays).skip(2) {
+                list.place = array.memory.place;
                 list.dtype = match list.dtype {
                     DType::I32 => DType::U32,
                     DType::I64 => DType::U64,

@@ -11,6 +11,7 @@ use unisono::{Builder, Error, Observer, Stream};
 
 use crate::kept::{self, InFlight};
 use crate::store::{Store, UniqueId};
+use crate::window::AllKnown;
 use crate::{errors, interrupt, options, torch_store};
 
 /// One rank of a world: what it does together with the others.
@@ -47,6 +48,8 @@ pub(crate) struct Communicator {
     inner: Mutex<Option<Inner>>,
     observer: Observer,
     pub(crate) in_flight: InFlight,
+    /// Windows and registrations that are open.
+    pub(crate) known: AllKnown,
     #[pyo3(get)]
     /// This rank, from 0.
     pub(crate) rank: usize,
@@ -130,6 +133,7 @@ impl Communicator {
         Self {
             observer: communicator.observer(),
             in_flight: InFlight::default(),
+            known: AllKnown::default(),
             rank: communicator.rank(),
             world_size: communicator.world_size(),
             local_rank: communicator.local_rank(),

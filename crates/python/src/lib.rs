@@ -24,6 +24,7 @@ mod stream;
 mod symmetric;
 mod torch_store;
 mod view;
+mod window;
 mod work;
 
 use pyo3::prelude::*;
@@ -32,6 +33,7 @@ use pyo3::prelude::*;
 #[pymodule]
 mod _native {
     use std::ffi::OsString;
+    use std::path::PathBuf;
 
     use pyo3::prelude::*;
 
@@ -54,12 +56,20 @@ mod _native {
     #[pymodule_export]
     use crate::view::View;
     #[pymodule_export]
+    use crate::window::{Registration, Window};
+    #[pymodule_export]
     use crate::work::Work;
 
     /// Runs the command `unisono` with `arguments`; `program` starts it again for ranks of its own. The exit code.
     #[pyfunction]
     fn command(py: Python<'_>, program: Vec<OsString>, arguments: Vec<OsString>) -> u8 {
         py.detach(|| unisono_cli::main_within(program, arguments))
+    }
+
+    /// Says where kernels lie that were compiled ahead of time.
+    #[pyfunction]
+    fn kernels_in(folder: PathBuf) {
+        unisono::cuda::packs::look_into(folder);
     }
 
     /// The classes of errors that the library raises, each with the names of its attributes.

@@ -115,6 +115,61 @@ fn make(
     }
 }
 
+/// What an array of shared memory should be.
+pub(crate) struct Asked {
+    pub(crate) dtype: DType,
+    pub(crate) dimensions: Vec<usize>,
+    pub(crate) count: usize,
+}
+
+impl Asked {
+    pub(crate) fn new(
+        communicator: &Communicator,
+        call: &'static str,
+        shape: &Bound<'_, PyAny>,
+        dtype: DtypeName,
+    ) -> PyResult<Self> {
+        let (py, rank) = (shape.py(), communicator.rank);
+        let dimensions: Vec<usize> = shape.extract().map(|size| vec![size]).or_else(|_| shape.extract())?;
+        let Some(dtype) = dtype::of_name(&dtype.0) else {
+            return Err(unknown_dtype(py, call, rank, dtype.0));
+        };
+        let sizes = dimensions.iter().try_fold(1usize, |count, size| count.checked_mul(*size));
+        let Some(count) = sizes.filter(|count| count.checked_mul(dtype.size()).is_some()) else {
+            let expected = "one that an address can count";
+            return Err(errors::argument(py, call, rank, "shape", expected, format!("{dimensions:?}")));
+        };
+        Ok(Self { dtype, dimensions, count })
+    }
+}
+
+impl Communicator {
+    /// The memory that a name of `names` means, and where the CPU or our device finds it; by default that of the device, if there is one.
+    pub(crate) fn memory_of(
+        &self,
+        py: Python<'_>,
+        call: &'static str,
+        name: Option<&str>,
+        names: &[&str],
+    ) -> PyResult<(Memory, Place)> {
+        let refuse = |expected: String, got: &str| {
+            Err(errors::argument(py, call, self.rank, "memory", expected, format!("\"{got}\"")))
+        };
+        match (name, self.devices.first()) {
+            (Some("host"), _) | (None, None) => Ok((Memory::Host, Place::Host)),
+            (Some("pinned"), _) if names.contains(&"pinned") => Ok((Memory::Pinned, Place::Host)),
+            (Some("device") | None, Some(ordinal)) => Ok((Memory::Device, Place::Cuda { ordinal: *ordinal })),
+            (Some("device"), None) => {
+                refuse("\"host\", as this communicator has no device".to_owned(), "device")
+            }
+            (Some(other), _) => {
+                let names: Vec<String> = names.iter().map(|name| format!("\"{name}\"")).collect();
+                refuse(names.join(" or "), other)
+            }
+        }
+    }
+}
+
 #[pymethods]
 impl Communicator {
     /// One-sided memory of ``shape`` (a number or numbers) and ``dtype`` (a name, or a dtype of numpy or torch), zeroed, on every rank.
@@ -136,30 +191,8 @@ impl Communicator {
         memory: Option<&str>,
     ) -> PyResult<SymmetricMemory> {
         let (py, me, call) = (this.py(), this.get(), "symmetric_memory");
-        let refuse =
-            |what, expected: &str, got: String| errors::argument(py, call, me.rank, what, expected, got);
-        let dimensions: Vec<usize> = shape.extract().map(|size| vec![size]).or_else(|_| shape.extract())?;
-        let Some(dtype) = dtype::of_name(&dtype.0) else {
-            return Err(unknown_dtype(py, call, me.rank, dtype.0));
-        };
-        let sizes = dimensions.iter().try_fold(1usize, |count, size| count.checked_mul(*size));
-        let Some(count) = sizes.filter(|count| count.checked_mul(dtype.size()).is_some()) else {
-            return Err(refuse("shape", "one that an address can count", format!("{dimensions:?}")));
-        };
-        let (memory, place) = match (memory, me.devices.first()) {
-            (Some("host"), _) | (None, None) => (Memory::Host, Place::Host),
-            (Some("device") | None, Some(ordinal)) => (Memory::Device, Place::Cuda { ordinal: *ordinal }),
-            (Some("device"), None) => {
-                return Err(refuse(
-                    "memory",
-                    "\"host\", as this communicator has no device",
-                    "\"device\"".to_owned(),
-                ));
-            }
-            (Some(other), _) => {
-                return Err(refuse("memory", "\"host\" or \"device\"", format!("\"{other}\"")));
-            }
-        };
+        let Asked { dtype, dimensions, count } = Asked::new(me, call, shape, dtype)?;
+        let (memory, place) = me.memory_of(py, call, memory, &["host", "device"])?;
         let made = me.interruptibly(py, call, |communicator| make(communicator, dtype, count, memory))?;
         let communicator = this.clone().unbind();
         Ok(SymmetricMemory { communicator, memory: RwLock::new(Some(made)), dtype, dimensions, place })
@@ -181,7 +214,7 @@ fn unknown_dtype(py: Python<'_>, call: &'static str, rank: usize, name: String) 
 }
 
 /// A name, with what frameworks put around it taken off.
-struct DtypeName(String);
+pub(crate) struct DtypeName(String);
 
 impl From<&str> for DtypeName {
     fn from(name: &str) -> Self {
@@ -189,7 +222,7 @@ impl From<&str> for DtypeName {
     }
 }
 
-fn dtype_name(object: &Bound<'_, PyAny>) -> PyResult<DtypeName> {
+pub(crate) fn dtype_name(object: &Bound<'_, PyAny>) -> PyResult<DtypeName> {
     if let Ok(name) = object.cast::<PyString>() {
         return Ok(name.to_str()?.into());
     }

@@ -24,7 +24,7 @@ use crate::{dlpack, dtype};
 /// ...     view.numpy()[1] = 7
 /// ...     view.shape, view.dtype, view.numpy().tolist()
 /// ((2, 3), 'int32', [[0, 0, 0], [7, 7, 7]])
-#[pyclass(frozen, module = "unisono")]
+#[pyclass(frozen, subclass, module = "unisono")]
 pub(crate) struct View {
     pub(crate) memory: RawBuffer,
     pub(crate) dimensions: Vec<usize>,

@@ -5,18 +5,20 @@
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal as _, Write as _};
+use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use unisono::cuda::{Architecture, Cache, Compiler, Device, driver};
+use unisono::cuda::packs::Packer;
+use unisono::cuda::{Architecture, Cache, Compiler, Device, Source, driver};
 use unisono::gpu::kernels::{Purpose, architecture, source};
 use unisono::gpu::{ArenaLayout, Link, MAX_RANKS};
 
 use super::table::{self, Row};
-use crate::output::Target;
+use crate::output::{Target, bytes};
 use crate::{Common, Failure};
 
 /// The arguments of `unisono kernels build`.
@@ -38,6 +40,9 @@ pub(super) struct Arguments {
     /// Every dtype and reduction, not only the usual: copies, and sums of f32, f16 and bf16
     #[arg(long)]
     all: bool,
+    /// Also writes them into DIR, compressed together, in a file for each architecture, as packages carry them
+    #[arg(long, value_name = "DIR")]
+    pack: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, ValueEnum)]
@@ -83,8 +88,21 @@ pub(super) fn execute(arguments: &Arguments, common: &Common) -> Result<u8, Fail
     let (major, minor) = compiler.version();
     let title = format!("NVRTC {major}.{minor} · {}", compiler.path().display());
     let (start, mut report) = (Instant::now(), Report::new(common, sets.len(), title));
-    let build = |set: &Set| build(set, compiler, &cache).map_err(failed);
+    let packer = Mutex::new(Packer::default());
+    let build = |set: &Set| {
+        let (row, source, cubin) = build(set, compiler, &cache).map_err(failed)?;
+        if arguments.pack.is_some() {
+            let mut packer = packer.lock().unwrap_or_else(PoisonError::into_inner);
+            packer.add(&source, set.architecture, compiler.version(), &cubin);
+        }
+        Ok(row)
+    };
     in_order(&sets, &build, &mut |row| report.add(row))?;
+    if let Some(folder) = &arguments.pack {
+        let packer = packer.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let packed = packer.write(folder).map_err(failed)?;
+        report.print(&format!("\npacked into {}: {}", folder.display(), bytes(packed)));
+    }
     report.conclude(&table::footer(&report.rows, start.elapsed(), &folder));
     if let Some(target) = &common.json {
         target.write(&Document {
@@ -134,8 +152,8 @@ fn sets(
     Ok(sets)
 }
 
-/// One set: from the cache, else compiled and kept there.
-fn build(set: &Set, compiler: &Compiler, cache: &Cache) -> unisono::cuda::Result<Row> {
+/// One set: from the cache, else compiled and kept there. What it is, and what it is made from.
+fn build(set: &Set, compiler: &Compiler, cache: &Cache) -> unisono::cuda::Result<(Row, Source, Vec<u8>)> {
     let (link, name) = match set.way {
         Way::Device => (Link::Device, "device"),
         Way::Host => (Link::Host, "host"),
@@ -164,7 +182,7 @@ fn build(set: &Set, compiler: &Compiler, cache: &Cache) -> unisono::cuda::Result
         compiled_ms,
     };
     row.measure(&unisono::cuda::kernels(&cubin)?);
-    Ok(row)
+    Ok((row, source, cubin))
 }
 
 /// Makes something of each item on all processors, and hands on what came out in the order of the items.
