@@ -23,6 +23,12 @@ def test_an_engine_finds_what_it_calls(run_job, tmp_path, ranks):
     assert done.stdout.count("is done") == ranks, done.stdout + done.stderr
 
 
+def test_a_killed_rank_is_left_out_of_low_latency_calls(run_job, tmp_path):
+    pytest.importorskip("torch", reason="SKIPPED: torch is not here")
+    done = run_job("deep_ep_death", 3, str(tmp_path / "meet"), ok=False)
+    assert sorted(line for line in done.stdout.splitlines() if "went on" in line) == ["[0] went on 0", "[2] went on 2"], done.stdout + done.stderr
+
+
 def test_an_engine_finds_it_on_gpus(run_job, tmp_path):
     if (count := gpus()) < 2:
         pytest.skip("SKIPPED: torch and two GPUs are not here")

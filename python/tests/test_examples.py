@@ -29,6 +29,13 @@ def test_an_mlp_that_is_spread_over_the_ranks_trains_as_on_one(ranks):
     assert f"{ranks or 4} ranks: loss " in run(*launcher, sys.executable, program)
 
 
+@pytest.mark.parametrize("ranks", [None, 3])
+def test_a_mixture_of_experts_trains_as_on_one_rank(ranks):
+    pytest.importorskip("torch", reason="SKIPPED: torch is not here")
+    launcher = [*RUN, "-n", str(ranks), "--"] if ranks else []
+    assert f"{ranks or 4} ranks on cpu: loss " in run(*launcher, sys.executable, str(EXAMPLES / "moe_training.py"))
+
+
 def test_a_kernel_of_triton_reaches_all_gpus():
     program = EXAMPLES / "triton_symmetric.py"
     compile(program.read_text(), program.name, "exec")

@@ -130,6 +130,16 @@ part_python() {
     fi
     export PYTHONPATH=$PWD/python
     step python 150 python3 -m unisono run -n "$((count < 2 ? 2 : count))" -- python3 python/gpu.py
+    local place
+    place=$(mktemp -d)
+    step python-deep-ep 150 python3 -m unisono run -n "$((count < 2 ? 2 : count))" -- python3 python/deep_ep.py "$place/meet" cuda
+    rm -rf "$place"
+    if [ -d python/unisono/kernels ]; then
+        step python-prebuilt 90 python3 -m unisono run -n "$((count < 4 ? 2 : count < 8 ? 4 : 8))" -- python3 python/prebuilt.py
+    fi
+    if python3 -c 'import triton' 2>/dev/null && [ "$count" -ge 2 ]; then
+        step python-triton 120 python3 -m unisono run -n "$count" -- python3 python/triton_symmetric.py
+    fi
     step python-call-cost 90 python3 python/python_call_cost.py --device cuda
 }
 

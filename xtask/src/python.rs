@@ -55,11 +55,12 @@ pub(crate) fn unpack(root: &Path, folder: &Path) -> Result<(), String> {
 }
 
 /// What is run on machines that have GPUs.
-const ON_GPUS: [&str; 5] = [
+const ON_GPUS: [&str; 6] = [
     "python/tests/jobs/gpu.py",
     "python/tests/jobs/deep_ep.py",
     "python/tests/jobs/prebuilt.py",
     "benches/python_call_cost.py",
+    "examples/moe_training.py",
     "examples/triton_symmetric.py",
 ];
 

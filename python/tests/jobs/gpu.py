@@ -93,6 +93,39 @@ torch.cuda.synchronize()
 memory.barrier()
 del view
 memory.close()
+
+# Windows and registered tensors: the call is on the memory where it lies, and on parts of it.
+with rank.window((2, 1 << 20), torch.float32) as window:
+    x = torch.from_dlpack(window)
+    assert x.device == here and x.data_ptr() == window.address
+    x[0], x[1] = me + 1.0, -1.0
+    rank.all_reduce(x[0])
+    assert (x[0] == n * (n + 1) / 2).all() and (x[1] == -1).all()
+    part = rank.all_gather(x[0, :8], out=torch.zeros(n, 8, device=here))
+    assert (part == n * (n + 1) / 2).all()
+    torch.cuda.synchronize()
+    del x
+for size in (1000, 4 << 20):
+    whole = torch.full((size,), me + 1.0, device=here)
+    with rank.register(whole[8:]) as registered:
+        assert registered.bytes == (size - 8) * 4
+        rank.all_reduce(whole[8 : size - 4])
+        torch.cuda.synchronize()
+    assert (whole[8:-4] == n * (n + 1) / 2).all() and (whole[:8] == me + 1).all() and (whole[-4:] == me + 1).all()
+with rank.window(100_000, torch.float32, memory="pinned") as window:
+    x = window.lend().numpy()
+    x[:] = me + 1
+    rank.all_reduce(x, stream=torch.cuda.current_stream())
+    window.lend()
+    assert (x == n * (n + 1) / 2).all()
+    rank.all_reduce(x)  # by the CPUs
+    assert (x == n * n * (n + 1) / 2).all()
+try:
+    rank.register(torch.ones(4))
+except unisono.errors.PlaceError as error:
+    assert error.rank == me, error
+else:
+    raise AssertionError("memory of the host was registered")
 rank.check()
 rank.destroy()
 print(f"rank {me} is done")
