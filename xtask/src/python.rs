@@ -134,7 +134,13 @@ fn try_alone(place: &Path, wheel: &Path) -> Result<(), String> {
 fn build(root: &Path, python: &Path, arguments: &[&str]) -> Result<PathBuf, String> {
     let wheels = root.join("target/python/wheels").join(arguments.join(""));
     let build = ["-m", "maturin", "build", "--out"];
-    into(&wheels, Command::new(python).current_dir(root).args(build).arg(&wheels).args(arguments))
+    // It asks the first Python that it finds for zig.
+    let mut path = python.parent().unwrap_or(root).as_os_str().to_owned();
+    path.push(":");
+    path.push(std::env::var_os("PATH").unwrap_or_default());
+    let mut maturin = Command::new(python);
+    maturin.current_dir(root).env("PATH", path).args(build).arg(&wheels).args(arguments);
+    into(&wheels, &mut maturin)
 }
 
 /// The wheel that brings the name `deep_ep`.

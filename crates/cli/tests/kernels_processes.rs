@@ -55,6 +55,15 @@ fn kernels_are_built_once_and_listed() {
             "bf16 sum, parts"
         ]
     );
+    let packs = folder.path().join("packs");
+    let pack = ["build", "--arch=sm_90", "--ranks=2", "--quiet", "--pack", packs.to_str().unwrap()];
+    assert!(kernels(folder.path(), &pack).status.success());
+    let packed: Vec<_> = std::fs::read_dir(&packs).unwrap().flatten().collect();
+    let name = packed[0].file_name().into_string().unwrap();
+    assert!(packed.len() == 1 && name.starts_with("sm_90-") && name.ends_with(".xz"), "{name}");
+    let cubins: u64 = sets.iter().map(|set| set["cubin_bytes"].as_u64().unwrap()).sum();
+    let bytes = packed[0].metadata().unwrap().len();
+    assert!(bytes * 6 < cubins, "{bytes} bytes of {cubins}");
     for set in sets {
         assert!(set["compiled_ms"].is_null(), "{set}");
         assert!((16..=255).contains(&set["registers"].as_u64().unwrap()), "{set}");
