@@ -109,6 +109,7 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/tests/gpu/fused.rs",
     "crates/comm/tests/gpu/group.rs",
     "crates/comm/tests/gpu/life.rs",
+    "crates/comm/tests/gpu/lines.rs",
     "crates/comm/tests/gpu/message_ends.rs",
     "crates/comm/tests/gpu/messages.rs",
     "crates/comm/tests/gpu/pinned.rs",

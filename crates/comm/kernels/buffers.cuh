@@ -1,19 +1,11 @@
-// Users' buffers, of any length and alignment, in units of packets and in vectors of 16 bytes.
+// Users' buffers, of any length and alignment, in words and in vectors of 16 bytes.
 //
-// A unit is what a whole number of packets carries of whole elements: 12 bytes, 24 of 64-bit types, 48 of complex128. The
-// last unit or vector may be short; nothing outside of the buffer is touched, and what is missing reads as zero.
+// What is loaded or stored together may be short at the end; nothing outside of the buffer is touched, and what is missing reads as zero.
 
 #pragma once
 
 #include "element.cuh"
 #include "layout.cuh"
-
-template <int SIZE>
-struct UnitOf {
-  static constexpr int PACKETS = SIZE <= 4 ? 1 : SIZE / 4;
-  static constexpr int WORDS = 3 * PACKETS;
-  static constexpr int BYTES = 12 * PACKETS;
-};
 
 __device__ __forceinline__ bool is_on(const void* at, u32 bytes) { return (reinterpret_cast<u64>(at) & (bytes - 1)) == 0; }
 

@@ -39,20 +39,35 @@
     }                                                                                           \
   }
 
+// Those in lines: on devices with bulk copies, over NVLink (units.cuh).
+#if BULK_COPIES
+#define ALONE 512, 1  // on a multiprocessor: with all of its registers
+#define LINES(NAME, BODY) KERNEL_OF(Args, NAME, ALONE, false, BODY)
+#define UNEVEN_LINES(NAME, BODY) KERNEL_OF(UnevenArgs, NAME, ALONE, false, BODY)
+#else
+#define LINES(NAME, BODY)
+#define UNEVEN_LINES(NAME, BODY)
+#endif
+
 #if PURPOSE == SUMS
 KERNEL(all_reduce_one_shot, 512, false, (one_shot<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
+LINES(all_reduce_one_shot_lines, (one_shot<ALL_REDUCE, CALL_DTYPE, CALL_OP, Lines>))
 KERNEL(all_reduce_two_shot, 512, false, (two_shot<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
+LINES(all_reduce_two_shot_lines, (two_shot<ALL_REDUCE, CALL_DTYPE, CALL_OP, Lines>))
 KERNEL(all_reduce_bulk, TILE_THREADS, false, (bulk<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
 KERNEL(all_reduce_direct, 512, true, (direct<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
 KERNEL(all_reduce_ring, TILE_THREADS, false, (ring<ALL_REDUCE, CALL_DTYPE, CALL_OP>))
 #elif PURPOSE == PARTS_OF_SUMS
 KERNEL(reduce_one_shot, 512, false, (one_shot<REDUCE, CALL_DTYPE, CALL_OP>))
+LINES(reduce_one_shot_lines, (one_shot<REDUCE, CALL_DTYPE, CALL_OP, Lines>))
 KERNEL(reduce_bulk, TILE_THREADS, false, (bulk<REDUCE, CALL_DTYPE, CALL_OP>))
 KERNEL(reduce_ring, TILE_THREADS, false, (ring<REDUCE, CALL_DTYPE, CALL_OP>))
 KERNEL(reduce_scatter_one_shot, 512, false, (one_shot<REDUCE_SCATTER, CALL_DTYPE, CALL_OP>))
+LINES(reduce_scatter_one_shot_lines, (one_shot<REDUCE_SCATTER, CALL_DTYPE, CALL_OP, Lines>))
 KERNEL(reduce_scatter_bulk, TILE_THREADS, false, (bulk<REDUCE_SCATTER, CALL_DTYPE, CALL_OP>))
 KERNEL(reduce_scatter_ring, TILE_THREADS, false, (ring<REDUCE_SCATTER, CALL_DTYPE, CALL_OP>))
 UNEVEN(reduce_scatter_v_one_shot, 512, (one_shot<REDUCE_SCATTER_V, CALL_DTYPE, CALL_OP>))
+UNEVEN_LINES(reduce_scatter_v_one_shot_lines, (one_shot<REDUCE_SCATTER_V, CALL_DTYPE, CALL_OP, Lines>))
 UNEVEN(reduce_scatter_v_bulk, TILE_THREADS, (bulk<REDUCE_SCATTER_V, CALL_DTYPE, CALL_OP>))
 UNEVEN(reduce_scatter_v_ring, TILE_THREADS, (ring<REDUCE_SCATTER_V, CALL_DTYPE, CALL_OP>))
 #elif PURPOSE == FUSED
@@ -90,21 +105,28 @@ KERNEL(all_reduce_quantised_two_shot, 512, false, (quantised_two_shot<CALL_DTYPE
 #elif PURPOSE == PARTS
 // Bytes, whatever they mean.
 KERNEL(gather_one_shot, 512, false, (one_shot<GATHER, U8, SUM>))
+LINES(gather_one_shot_lines, (one_shot<GATHER, U8, SUM, Lines>))
 KERNEL(gather_bulk, TILE_THREADS, false, (bulk<GATHER, U8, SUM>))
 KERNEL(scatter_one_shot, 512, false, (one_shot<SCATTER, U8, SUM>))
+LINES(scatter_one_shot_lines, (one_shot<SCATTER, U8, SUM, Lines>))
 KERNEL(scatter_bulk, TILE_THREADS, false, (bulk<SCATTER, U8, SUM>))
 KERNEL(all_to_all_one_shot, 512, false, (one_shot<ALL_TO_ALL, U8, SUM>))
+LINES(all_to_all_one_shot_lines, (one_shot<ALL_TO_ALL, U8, SUM, Lines>))
 KERNEL(all_to_all_bulk, TILE_THREADS, false, (bulk<ALL_TO_ALL, U8, SUM>))
 UNEVEN(all_gather_v_one_shot, 512, (one_shot<ALL_GATHER_V, U8, SUM>))
+UNEVEN_LINES(all_gather_v_one_shot_lines, (one_shot<ALL_GATHER_V, U8, SUM, Lines>))
 UNEVEN(all_gather_v_bulk, TILE_THREADS, (bulk<ALL_GATHER_V, U8, SUM>))
 UNEVEN(all_gather_v_ring, TILE_THREADS, (ring<ALL_GATHER_V, U8, SUM>))
 #else
 KERNEL(broadcast_one_shot, 512, false, (one_shot<BROADCAST, U8, SUM>))
+LINES(broadcast_one_shot_lines, (one_shot<BROADCAST, U8, SUM, Lines>))
 KERNEL(broadcast_two_shot, 512, false, (two_shot<BROADCAST, U8, SUM>))
+LINES(broadcast_two_shot_lines, (two_shot<BROADCAST, U8, SUM, Lines>))
 KERNEL(broadcast_bulk, TILE_THREADS, false, (bulk<BROADCAST, U8, SUM>))
 KERNEL(broadcast_direct, 512, true, (direct<BROADCAST, U8, SUM>))
 KERNEL(broadcast_ring, TILE_THREADS, false, (ring<BROADCAST, U8, SUM>))
 KERNEL(all_gather_one_shot, 512, false, (one_shot<ALL_GATHER, U8, SUM>))
+LINES(all_gather_one_shot_lines, (one_shot<ALL_GATHER, U8, SUM, Lines>))
 KERNEL(all_gather_bulk, TILE_THREADS, false, (bulk<ALL_GATHER, U8, SUM>))
 KERNEL(all_gather_direct, 512, true, (direct<ALL_GATHER, U8, SUM>))
 KERNEL(all_gather_ring, TILE_THREADS, false, (ring<ALL_GATHER, U8, SUM>))

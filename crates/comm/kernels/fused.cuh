@@ -411,7 +411,7 @@ __device__ __forceinline__ bool rows_one_shot(const FusedArgs& all, const Entry&
       u32 inputs[RANKS][3], own[3];
       load_words<3>(source + place.at, place.rest, own);
       const u64 at = (u64(place.row) * units + place.unit) * PACKET_BYTES;
-      if (!take_units<1>(args, entry, inputs, [&](int peer) { return arena + peer * slot_bytes + at; })) return false;
+      if (!take_units<Packets<1>>(args, entry, inputs, [&](int peer) { return arena + peer * slot_bytes + at; })) return false;
       place_own<3>(inputs, own, me);
       reduce_units<DTYPE, SUM, 3>(inputs, nullptr, sums[slot]);
     }
@@ -459,7 +459,7 @@ __device__ __forceinline__ bool rows_two_shot(const FusedArgs& all, const Entry&
       u32 own[3], sum[3], inputs[RANKS][3];
       load(me * shard + i, own);
       const u64 slot = u64(i) * PACKET_BYTES;
-      well = take_units<1>(args, entry, inputs, [&](int peer) { return arena + half + peer * slot_bytes + slot; });
+      well = take_units<Packets<1>>(args, entry, inputs, [&](int peer) { return arena + half + peer * slot_bytes + slot; });
       if (!well) break;
       place_own<3>(inputs, own, me);
       reduce_units<DTYPE, SUM, 3>(inputs, nullptr, sum);

@@ -34,6 +34,22 @@ __device__ __forceinline__ uint4 load_line(const u8* at) {
   return make_uint4(u32(low), u32(low >> 32), u32(high), u32(high >> 32));
 }
 
+// 16 of the 128 bytes of a line: eight lanes of a warp that come here together store or load the line in one instruction. See units.cuh.
+__device__ __forceinline__ void store_part_of_line(u8* at, uint4 value) {
+  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
+__device__ __forceinline__ uint4 load_part_of_line(const u8* at) {
+  uint4 value;
+  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(at)
+               : "memory");
+  return value;
+}
+
 __device__ __forceinline__ void store_word(u64* at, u64 value) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
 }

@@ -99,6 +99,20 @@ fn kernels_compile_for_every_dtype() {
     compile("sm_90", 2, Link::Device, &one_of_each_dtype());
 }
 
+/// The kernel of a test that looks for lines which are not whole, over the headers of our own.
+#[test]
+fn the_kernel_that_hammers_on_lines_compiles() {
+    let Some(_) = compiler() else { return };
+    for ranks in [2, 4, 8] {
+        let layout = ArenaLayout::new(ranks, Link::Device);
+        let text = include_str!("gpu/lines.cu");
+        let source = Source { name: "lines.cu", text, ..source(&layout, Purpose::Copies) };
+        let cubin = Cache::of_user().cubin(&source, "sm_90".parse().unwrap(), Compiler::find).unwrap();
+        let facts = unisono::cuda::kernels(&cubin).unwrap();
+        assert!(facts.len() == 1 && facts[0].registers <= 128 && facts[0].stack_bytes <= 256, "{facts:?}");
+    }
+}
+
 /// Kernels of users, over the header for one-sided memory: of the example, of the tests, and of the README.
 fn users() -> [(&'static str, &'static str); 3] {
     let readme = include_str!("../../../README.md");

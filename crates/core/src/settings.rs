@@ -72,7 +72,7 @@ const REQUIREMENTS: ValueKind = ValueKind::Choice(&["none", "auth", "nvlink"], "
 const PINNED_WAYS: ValueKind = ValueKind::Choice(&["auto", "memfd", "numa"], "auto, memfd or numa");
 const HANDLES: ValueKind = ValueKind::Choice(&["auto", "descriptor", "fabric"], "auto, descriptor or fabric");
 const FORMS: ValueKind = ValueKind::Text(
-    "auto, one-shot, two-shot, bulk, direct, ring or engine, and after colons the blocks and the vectors of a tile, as in bulk:24:512",
+    "auto, one-shot, two-shot, bulk, direct, ring, engine, one-shot-lines or two-shot-lines, and after colons the blocks and the vectors of a tile, as in bulk:24:512",
 );
 
 const fn setting(

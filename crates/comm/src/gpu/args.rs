@@ -273,7 +273,7 @@ mod tests {
         let mut bytes = [0; 21 * 8];
         facts.read(0, &mut bytes).unwrap();
         let facts: Vec<u64> = bytes.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect();
-        assert_eq!(facts[..3], [size_of::<Args>() as u64, 64 + 2 * 88, 32]);
+        assert_eq!(facts[..3], [size_of::<Args>() as u64, 64 + 2 * 88, 36]);
         assert_eq!(facts[3..17], [1, 2, 3, 4, 5, 6, 7, 71, 72, 8, 9, 10, 11, 12]);
         assert_eq!(facts[17], layout.packet_bytes() as u64);
         let scratch_end = facts[18] as usize + 2 * layout.scratch_half_bytes();

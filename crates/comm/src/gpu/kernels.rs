@@ -21,13 +21,14 @@ use super::copy_engines::EngineFunctions;
 const ALL_TO_ALL_V: &str = include_str!("../../kernels/all_to_all_v.cu");
 const MESSAGES: &str = include_str!("../../kernels/messages.cu");
 const COLLECTIVES: &str = include_str!("../../kernels/collectives.cu");
-const HEADERS: [(&str, &str); 18] = [
+const HEADERS: [(&str, &str); 19] = [
     ("ptx.cuh", include_str!("../../kernels/ptx.cuh")),
     ("element.cuh", include_str!("../../kernels/element.cuh")),
     ("call.cuh", include_str!("../../kernels/call.cuh")),
     ("buffers.cuh", include_str!("../../kernels/buffers.cuh")),
     ("flow.cuh", include_str!("../../kernels/flow.cuh")),
     ("flags.cuh", include_str!("../../kernels/flags.cuh")),
+    ("units.cuh", include_str!("../../kernels/units.cuh")),
     ("one_shot.cuh", include_str!("../../kernels/one_shot.cuh")),
     ("two_shot.cuh", include_str!("../../kernels/two_shot.cuh")),
     ("pipeline.cuh", include_str!("../../kernels/pipeline.cuh")),
@@ -202,7 +203,7 @@ pub fn architecture(device: &Device) -> Architecture {
     Architecture { major, minor }
 }
 
-/// Whether kernels for `device` let its copies run on their own, over this link.
+/// Whether kernels for `device` let its copies run on their own, over this link; then there are also those of forms in lines.
 pub(crate) fn has_bulk_copies(device: &Device, link: Link) -> bool {
     link == Link::Device && device.facts().capability >= (9, 0)
 }
@@ -318,7 +319,9 @@ impl Loaded {
             if Purpose::of(*kind, dtype).code() != purpose.code() {
                 continue;
             }
-            for form in Form::ALL.into_iter().filter(|form| form.serves(*kind)) {
+            let have_lines = has_bulk_copies(device, layout.link());
+            let is_there = |form: &Form| form.serves(*kind) && (have_lines || !form.is_lines());
+            for form in Form::ALL.into_iter().filter(is_there) {
                 let symbol = match form {
                     // The first of all calls by copy engines.
                     Form::Engine => "engine_begin".to_owned(),

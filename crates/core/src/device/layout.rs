@@ -1,16 +1,19 @@
 //! Where everything lies in the arena of a GPU's rank: the memory that its peers write into.
 //!
 //! ```text
-//! headers │ flags │ packets: half 0, half 1 │ gates │ scratch: half 0, half 1 │ messages: flags │ credits │ rings │ slots
-//! └────────────── tagged with epochs ─────┘
+//! headers │ flags │ packets: half 0, half 1 │ lines: 2 areas │ gates │ scratch: half 0, half 1 │ messages: flags │ credits │ rings │ slots
+//! └────────────────────── tagged with epochs ──────────────┘
 //! ```
 //! Half h serves the epochs with that lowest bit. Messages from rank to rank have no epochs, and places of their own for each source: a
 //! ring of packets, and slots for the tiles of large ones. Kernels get the offsets through a header that is made here
 //! ([`ArenaLayout::definitions`]), so they are written down once. An example of the sums, for eight ranks over NVLink: two
 //! halves of 6 MiB carry all-reduces of up to 2¼ MiB in two shots, because 12 bytes travel as 16 and both stages
-//! need room for the whole message (2 · 4/3 · S ≤ 6 MiB); the pipeline for large ones has six buffers of 512 KiB for each of eight
-//! ranks, twice.
+//! need room for the whole message (2 · 4/3 · S ≤ 6 MiB); two areas of 7½ MiB carry all-reduces of 8 MiB in lines, because 120 bytes
+//! travel as 128, each stage has an area, and nothing comes from a rank itself (7/8 · 16/15 · S ≤ 7½ MiB); the pipeline for large ones
+//! has six buffers of 512 KiB for each of eight ranks, twice. Areas of lines belong to no epoch: which of them is free follows from the
+//! calls before (kernels/units.cuh), and so two are enough where halves would take four.
 
+use super::select::Form;
 use crate::call;
 use crate::layout::Field;
 use crate::quantised::{GROUP, GROUP_BYTES};
@@ -77,6 +80,17 @@ pub const HEADER_SCALAR: usize = 5;
 const HEADER_BYTES: usize = 256;
 /// Bytes of data in a packet.
 pub const PACKET_DATA: usize = 12;
+/// Bytes of a line, which eight lanes of a warp store and load at once.
+const LINE_BYTES: usize = 128;
+/// Bytes of data in a line: the last eight tell its epoch. Of elements of 16 bytes there are seven.
+const LINE_DATA: usize = 120;
+const WIDE_LINE_DATA: usize = 112;
+/// Lines that travel as one unit: so that all but two of its 16 lanes move 16 bytes on lines of 16.
+const UNIT_LINES: usize = 2;
+/// Threads that move a unit of lines.
+pub const UNIT_LANES: usize = UNIT_LINES * LINE_BYTES / 16;
+/// Bytes of data in a unit of lines, of elements of at most eight bytes.
+pub const UNIT_DATA: usize = UNIT_LINES * LINE_DATA;
 /// Packets that a group of a quantised sum takes: all of their data.
 const GROUP_PACKETS: usize = GROUP_BYTES / PACKET_DATA;
 const _: () = assert!(GROUP_BYTES.is_multiple_of(PACKET_DATA));
@@ -169,8 +183,20 @@ impl ArenaLayout {
         }
     }
 
-    const fn gates_at(&self) -> usize {
+    const fn lines_at(&self) -> usize {
         self.packets_at() + 2 * self.half_bytes()
+    }
+
+    /// Bytes of an area of lines, of which there are two; none where lines are not whole.
+    const fn lines_area_bytes(&self) -> usize {
+        match self.link {
+            Link::Device => 15 << 19,
+            Link::Host => 0,
+        }
+    }
+
+    const fn gates_at(&self) -> usize {
+        self.lines_at() + 2 * self.lines_area_bytes()
     }
 
     const fn scratch_at(&self) -> usize {
@@ -293,6 +319,14 @@ impl ArenaLayout {
         self.data_in(self.half_bytes() / (2 * self.ranks), size) * self.ranks
     }
 
+    /// The same two in lines. An area has a slot for each peer.
+    pub const fn lines_capacity(&self, size: usize) -> [usize; 2] {
+        let peers = if self.ranks > 1 { self.ranks - 1 } else { 1 };
+        let data = if size <= 8 { LINE_DATA } else { WIDE_LINE_DATA };
+        let slot = self.lines_area_bytes() / peers / (UNIT_LINES * LINE_BYTES) * UNIT_LINES * data;
+        [slot, slot * self.ranks]
+    }
+
     /// The same two of an all-reduce that is quantised: bytes of elements of `size`, in whole groups.
     pub const fn quantised_capacity(&self, size: usize) -> [usize; 2] {
         let group = self.packet_bytes() * GROUP_PACKETS;
@@ -319,6 +353,11 @@ impl ArenaLayout {
             ("HEADER_PACKETS", HEADER_PACKETS),
             ("HEADER_BYTES", HEADER_BYTES),
             ("PACKET_BYTES", self.packet_bytes()),
+            ("LINE_BYTES", LINE_BYTES),
+            ("LINE_DATA", LINE_DATA),
+            ("WIDE_LINE_DATA", WIDE_LINE_DATA),
+            ("UNIT_LINES", UNIT_LINES),
+            ("ONE_SHOT_LINES", Form::OneShotLines as usize),
             ("FLAG_WAYS", FLAG_WAYS),
             ("RECORDS", RECORDS),
             ("RECORD_BYTES", RECORD_WORDS * 8),
@@ -346,6 +385,8 @@ impl ArenaLayout {
             ("FLAGS_BYTES", self.flags_bytes()),
             ("PACKETS_AT", self.packets_at()),
             ("HALF_BYTES", self.half_bytes()),
+            ("LINES_AT", self.lines_at()),
+            ("LINES_AREA_BYTES", self.lines_area_bytes()),
             ("TAGGED_BYTES", self.gates_at()),
             ("GATES_AT", self.gates_at()),
             ("SCRATCH_AT", self.scratch_at()),
@@ -384,9 +425,18 @@ mod tests {
                     assert!(ranks * units * unit / 12 * layout.packet_bytes() <= layout.half_bytes());
                     let shard = layout.two_shot_capacity(size) / ranks / unit;
                     assert!(2 * ranks * shard * unit / 12 * layout.packet_bytes() <= layout.half_bytes());
+                    // Units of lines: as many as the largest part or shard has, from each peer, fit into an area.
+                    let unit = if size <= 8 { 240 } else { 224 };
+                    assert!(unit % size == 0 && UNIT_LANES * 16 == UNIT_LINES * LINE_BYTES);
+                    let [one, two] = layout.lines_capacity(size);
+                    let shard = two.div_ceil(unit).div_ceil(ranks);
+                    assert!((ranks - 1) * one.div_ceil(unit) * 256 <= layout.lines_area_bytes());
+                    assert!((ranks - 1) * shard * 256 <= layout.lines_area_bytes());
+                    assert_eq!(link == Link::Host, [one, two] == [0, 0]);
                 }
+                let lines = [layout.lines_at(), layout.lines_at() + layout.lines_area_bytes()];
                 for at in [layout.flags_at(), layout.packets_at(), layout.gates_at(), layout.scratch_at()] {
-                    assert!(at.is_multiple_of(PAGE));
+                    assert!(lines.into_iter().chain([at]).all(|at| at.is_multiple_of(PAGE)));
                 }
                 // A message of packets fits into its ring, and every way of a flag has slots.
                 let (flags, credits) = (layout.message_flags(), layout.credits());
@@ -413,10 +463,15 @@ mod tests {
     }
 
     #[test]
-    fn eight_ranks_over_nvlink_take_less_than_64_mib_and_32_for_messages() {
+    fn eight_ranks_over_nvlink_take_less_than_64_mib_and_15_for_lines_and_32_for_messages() {
         let layout = ArenaLayout::new(8, Link::Device);
-        assert!(layout.scratch_end() <= 62 << 20, "{}", layout.scratch_end());
-        assert!(layout.total_bytes() <= 96 << 20, "{}", layout.total_bytes());
+        let lines = 2 * layout.lines_area_bytes();
+        assert!(lines <= 15 << 20 && layout.scratch_end() - lines <= 62 << 20, "{}", layout.scratch_end());
+        assert!(layout.total_bytes() <= 110 << 20, "{}", layout.total_bytes());
+        let lines = layout.lines_capacity(2);
+        assert!(lines[0] >= 1 << 20 && lines[1] >= 8 << 20, "{lines:?}");
+        let four = ArenaLayout::new(4, Link::Device).lines_capacity(2);
+        assert!(four[0] >= 2 << 20 && four[1] >= 8 << 20, "{four:?}");
         assert_eq!(layout.area_bytes(), 512 << 10);
         assert!(layout.two_shot_capacity(2) >= 2 << 20, "{}", layout.two_shot_capacity(2));
         assert!(layout.definitions().contains("#define SCRATCH_HALF_BYTES 25165824ull\n"));

@@ -7,7 +7,8 @@ use std::str::FromStr;
 
 use super::engine::{MOST_LANES, slot_bytes};
 use super::layout::{
-    ArenaLayout, Link, MAX_BLOCKS, MESSAGE_CHANNELS, MESSAGE_PACKETS_TO, PACKET_DATA, RING_SLOTS,
+    ArenaLayout, Link, MAX_BLOCKS, MESSAGE_CHANNELS, MESSAGE_PACKETS_TO, PACKET_DATA, RING_SLOTS, UNIT_DATA,
+    UNIT_LANES,
 };
 use super::table::{Table, WIDE_BLOCKS};
 use crate::call::Kind;
@@ -32,22 +33,40 @@ pub enum Form {
     Ring,
     /// From neighbour to neighbour, by copy engines.
     Engine,
+    /// As one-shot, in lines of 128 bytes instead of packets.
+    OneShotLines,
+    /// As two-shot, in lines.
+    TwoShotLines,
 }
 
 impl Form {
-    /// Every form.
-    pub const ALL: [Self; 6] =
-        [Self::OneShot, Self::TwoShot, Self::Bulk, Self::Direct, Self::Ring, Self::Engine];
+    /// Every form, in the order of their numbers.
+    pub const ALL: [Self; 8] = [
+        Self::OneShot,
+        Self::TwoShot,
+        Self::Bulk,
+        Self::Direct,
+        Self::Ring,
+        Self::Engine,
+        Self::OneShotLines,
+        Self::TwoShotLines,
+    ];
+
+    /// Whether data travels in lines: those need devices that move them whole.
+    pub const fn is_lines(self) -> bool {
+        matches!(self, Self::OneShotLines | Self::TwoShotLines)
+    }
 
     /// Whether there are kernels of this form for an operation.
     pub const fn serves(self, kind: Kind) -> bool {
         match self {
             Self::OneShot => true,
             // What is larger than packets have room for goes as several calls.
-            Self::Bulk => !matches!(kind, Kind::AllReduceQuantised),
+            Self::Bulk | Self::OneShotLines => !matches!(kind, Kind::AllReduceQuantised),
             Self::TwoShot => {
                 matches!(kind, Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::AllReduceQuantised)
             }
+            Self::TwoShotLines => matches!(kind, Kind::AllReduce { .. } | Kind::Broadcast { .. }),
             Self::Direct => {
                 matches!(kind, Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::AllGather)
             }
@@ -74,6 +93,8 @@ impl Form {
             Self::Direct => "direct",
             Self::Ring => "ring",
             Self::Engine => "engine",
+            Self::OneShotLines => "one-shot-lines",
+            Self::TwoShotLines => "two-shot-lines",
         }
     }
 }
@@ -195,7 +216,8 @@ pub struct Rules {
     pub crowd: usize,
     /// The order of sums.
     pub order: Order,
-    /// Whether the devices have bulk copies that run on their own: then few blocks nearly fill the links.
+    /// Whether the devices have bulk copies that run on their own: then few blocks nearly fill the links. Such devices (Hopper and
+    /// later) also move lines whole, as far as was measured.
     pub bulk_copies: bool,
     /// Blocks that this communicator may have wait on a device at once, unless more are asked for. Few ([below 64](Self::is_narrow)) may
     /// take a multiprocessor each; of more, two share one, and those that need one take half as many.
@@ -232,6 +254,11 @@ impl Rules {
         })
     }
 
+    /// Whether data can travel in lines. Between ranks of one device it does for who asks for it: that was not measured.
+    pub const fn have_lines(&self) -> bool {
+        self.ranks > 1 && matches!(self.link, Link::Device) && self.bulk_copies
+    }
+
     /// Whether `form` can serve the call.
     fn can(&self, form: Form, question: &Question) -> bool {
         if !form.serves(question.kind) {
@@ -242,6 +269,7 @@ impl Rules {
             Kind::AllReduceQuantised => layout.quantised_capacity(question.size),
             _ => [layout.one_shot_capacity(question.size), layout.two_shot_capacity(question.size)],
         };
+        let lines = layout.lines_capacity(question.size);
         match form {
             // Who is alone keeps everything where it is.
             Form::OneShot => self.ranks == 1 || question.bytes <= one_shot,
@@ -257,6 +285,8 @@ impl Rules {
                 self.ranks > 1 && !changes_order
             }
             Form::Engine => self.lanes().is_some(),
+            Form::OneShotLines => self.have_lines() && question.bytes <= lines[0],
+            Form::TwoShotLines => self.have_lines() && question.bytes <= lines[1],
         }
     }
 
@@ -281,8 +311,15 @@ impl Rules {
             Kind::AllReduceQuantised => usize::MAX,
             _ => row.two_shot_to,
         };
+        let in_lines = |bytes: usize| bytes >= row.lines_from && self.crowd == 1;
         let form = match question.travelling() {
             bytes if bytes >= row.direct_from && can(Form::Direct) => Form::Direct,
+            bytes if in_lines(bytes) && bytes <= row.one_shot_lines_to && can(Form::OneShotLines) => {
+                Form::OneShotLines
+            }
+            bytes if in_lines(bytes) && bytes <= row.two_shot_lines_to && can(Form::TwoShotLines) => {
+                Form::TwoShotLines
+            }
             bytes if bytes <= row.one_shot_to && can(Form::OneShot) => Form::OneShot,
             bytes if bytes <= two_shot_to && can(Form::TwoShot) => Form::TwoShot,
             // Packets are the quickest, and have no room.
@@ -414,11 +451,13 @@ impl Rules {
         };
         let threads = 512;
         match form {
-            Form::OneShot | Form::TwoShot => {
+            Form::OneShot | Form::TwoShot | Form::OneShotLines | Form::TwoShotLines => {
                 let units = match (question.kind, form) {
                     (Kind::AllReduceQuantised, Form::OneShot) => question.groups(1) * GROUP_THREADS,
                     (Kind::AllReduceQuantised, _) => question.groups(ranks) * GROUP_THREADS,
                     (_, Form::OneShot) => question.bytes.div_ceil(PACKET_DATA),
+                    (_, Form::OneShotLines) => question.bytes.div_ceil(UNIT_DATA) * UNIT_LANES,
+                    (_, Form::TwoShotLines) => shard.div_ceil(UNIT_DATA) * UNIT_LANES,
                     _ => shard.div_ceil(PACKET_DATA),
                 };
                 // One unit for each thread while that takes few blocks.
@@ -576,6 +615,55 @@ mod tests {
         let ring = rules(8).messages(2, 1 << 30);
         assert_eq!((ring.blocks, ring.by_copies), (32, true));
         assert_eq!([0, 8192].map(|bytes| rules(8).messages(2, bytes).threads), [64, 512]);
+    }
+
+    #[test]
+    fn lines_serve_where_they_are_whole_and_have_room() {
+        let sum = |bytes| question(bytes);
+        let of = |kind, bytes| Question { kind, ..question(bytes) };
+        let form = |rules: &Rules, question: &Question| rules.decide(question).form;
+        let rules = |ranks| Rules { most_blocks: 130, ..rules(ranks) };
+        assert_eq!(form(&rules(8), &sum(8 << 20)), Form::TwoShotLines);
+        assert_eq!(form(&rules(4), &sum(512 << 10)), Form::OneShotLines);
+        assert_eq!(form(&rules(4), &of(Kind::AllGather, 2 << 20)), Form::OneShotLines);
+        assert_eq!(form(&rules(8), &of(Kind::AllToAll, 1 << 20)), Form::OneShotLines);
+        for barred in [
+            Rules { bulk_copies: false, ..rules(4) },
+            Rules { link: Link::Host, bulk_copies: false, ..rules(4) },
+            Rules { ranks: 1, ..rules(4) },
+        ] {
+            assert!(!barred.have_lines());
+            for wish in [None, "one-shot-lines".parse().ok(), "two-shot-lines".parse().ok()] {
+                for bytes in [8, 512 << 10, 4 << 20] {
+                    assert!(!form(&Rules { forced: wish, ..barred }, &sum(bytes)).is_lines());
+                }
+            }
+        }
+        // Between ranks of one device, for who asks.
+        let crowded = Rules { crowd: 2, ..rules(4) };
+        assert_eq!(form(&crowded, &sum(512 << 10)), Form::TwoShot);
+        for (text, form) in [("one-shot-lines", Form::OneShotLines), ("two-shot-lines", Form::TwoShotLines)] {
+            let asked = Rules { forced: text.parse().ok(), ..crowded };
+            assert_eq!(asked.decide(&sum(1)).form, form);
+            // A half-warp moves 240 bytes.
+            let asked = Rules { forced: text.parse().ok(), ..rules(2) };
+            let launch = asked.decide(&sum(480 * 1024));
+            let units = if form == Form::OneShotLines { 2048 } else { 1024 };
+            assert_eq!((launch.form, launch.blocks * launch.threads), (form, units * 16), "{launch:?}");
+            assert!(!form.serves(Kind::AllReduceQuantised) && asked.decide_rows(1, 64).is_none());
+        }
+        for ranks in 2..=MAX_RANKS {
+            for size in [1, 8, 16] {
+                let [one, two] = rules(ranks).layout().lines_capacity(size);
+                for (text, form, bytes) in
+                    [("one-shot-lines", Form::OneShotLines, one), ("two-shot-lines", Form::TwoShotLines, two)]
+                {
+                    let asked = Rules { forced: text.parse().ok(), ..rules(ranks) };
+                    assert_eq!(asked.decide(&Question { size, ..sum(bytes) }).form, form);
+                    assert_ne!(asked.decide(&Question { size, ..sum(bytes + 1) }).form, form);
+                }
+            }
+        }
     }
 
     #[test]
