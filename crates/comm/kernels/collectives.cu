@@ -56,27 +56,17 @@ UNEVEN(reduce_scatter_v_one_shot, 512, (one_shot<REDUCE_SCATTER_V, CALL_DTYPE, C
 UNEVEN(reduce_scatter_v_bulk, TILE_THREADS, (bulk<REDUCE_SCATTER_V, CALL_DTYPE, CALL_OP>))
 UNEVEN(reduce_scatter_v_ring, TILE_THREADS, (ring<REDUCE_SCATTER_V, CALL_DTYPE, CALL_OP>))
 #elif PURPOSE == FUSED
-#if __CUDA_ARCH__ >= 900
-#define TEAM 8
-#define IN_TEAMS __cluster_dims__(8, 1, 1)
-#else
-#define TEAM 1
-#define IN_TEAMS
-#endif
-// The grid is the teams that move rows and one more, whose last block exchanges headers.
-#define ROW_KERNEL(NAME, BODY)                                                                              \
-  extern "C" __global__ void IN_TEAMS __launch_bounds__(256, 2) NAME(const __grid_constant__ FusedArgs all) { \
-    const Args& args = all.args;                                                                            \
-    Entry entry = enter(args);                                                                              \
-    if (blockIdx.x >= row_blocks()) {                                                                       \
-      if (entry.is_poisoned) return;                                                                        \
-      arrive(args, entry);                                                                                  \
-      if (is_header_block()) exchange_headers<false>(args, entry);                                          \
-      leave(args);                                                                                          \
-    } else if (BODY<CALL_DTYPE, TEAM>(all, entry)) {                                                        \
-      record_end(args, entry);                                                                              \
-      leave(args);                                                                                          \
-    }                                                                                                       \
+#define ROW_KERNEL(NAME, BODY)                                                                        \
+  extern "C" __global__ void __launch_bounds__(256, 2) NAME(const __grid_constant__ FusedArgs all) {  \
+    if (is_header_block()) {                                                                          \
+      Entry entry = enter(all.args);                                                                  \
+      if (entry.is_poisoned) return;                                                                  \
+      arrive(all.args, entry);                                                                        \
+      exchange_headers<false>(all.args, entry);                                                       \
+    } else if (!BODY<CALL_DTYPE>(all)) {                                                              \
+      return;                                                                                         \
+    }                                                                                                 \
+    leave(all.args);                                                                                  \
   }
 
 ROW_KERNEL(rows_one_shot_of_all, rows_one_shot)

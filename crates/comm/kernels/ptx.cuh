@@ -209,36 +209,12 @@ __device__ __forceinline__ void fence_copies_of_memory() { asm volatile("fence.p
 // What this thread wrote into shared memory is there for copies out of it.
 __device__ __forceinline__ void fence_copies_of_room() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// A cluster: blocks that run at the same time and reach each other's shared memory.
-
-__device__ __forceinline__ void store_in_block(u32* at, u32 block, u32 value) {
-  asm volatile(
-      "{ .reg .u32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.u32 [there], %2; }" ::"r"(shared_at(at)),
-      "r"(block), "r"(value)
-      : "memory");
-}
-
-__device__ __forceinline__ void store_in_block(f32* at, u32 block, f32 value) {
-  store_in_block(reinterpret_cast<u32*>(at), block, __float_as_uint(value));
-}
-
-// A thread's part in a meeting of all threads of the cluster that have not left: what it wrote before it arrived is visible to who waited.
-__device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-
-__device__ __forceinline__ void await_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-
 // Bytes of shared memory that the launch gave each block.
 __device__ __forceinline__ u32 room_bytes() {
   u32 bytes;
   asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
   return bytes;
 }
-#else
-// Named where there are no clusters, and never called.
-__device__ void store_in_block(u32* at, u32 block, u32 value);
-__device__ void store_in_block(f32* at, u32 block, f32 value);
-__device__ void arrive_at_cluster();
-__device__ void await_cluster();
 #endif
 
 __device__ __forceinline__ f32 half_to_float(u32 bits) {

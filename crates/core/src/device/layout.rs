@@ -50,8 +50,14 @@ pub const RECORDER_BYTES: usize = STATE_BYTES + RECORDS * RECORD_WORDS * 8;
 const TRACKS_AT: usize = RECORDER_BYTES;
 /// Bytes of these counts for one direction of one pair of ranks.
 pub const TRACK_BYTES: usize = 16 + 8 * MESSAGE_CHANNELS;
+/// Teams of blocks that normalise rows, at most: 128 blocks, as many as move data elsewhere.
+pub const MAX_TEAMS: usize = 16;
+/// Where blocks of a team tell each other their parts of a sum, behind these counts.
+const LEAVES_AT: usize = TRACKS_AT + 2 * MAX_RANKS * TRACK_BYTES;
+/// Two of each, in turn; for each up to two packets of 64 warps.
+const LEAVES_BYTES: usize = MAX_TEAMS * 2 * 2 * 64 * 16;
 /// Bytes that a device has for itself.
-pub const DEVICE_BYTES: usize = TRACKS_AT + 2 * MAX_RANKS * TRACK_BYTES;
+pub const DEVICE_BYTES: usize = LEAVES_AT + LEAVES_BYTES;
 /// From so many bytes on, every block stamps its end: the data goes on for longer than the headers do.
 pub const STAMPED_BYTES: usize = 256 << 10;
 /// The word of a rank's report page that says whether its recorder is read for who asks: 0 there is none, else
@@ -264,7 +270,7 @@ impl ArenaLayout {
         let mut bytes = vec![0; DEVICE_BYTES];
         bytes[..4].copy_from_slice(&epoch.to_le_bytes());
         let (packets, rounds) = self.message_start(epoch);
-        for track in bytes[TRACKS_AT..].chunks_mut(TRACK_BYTES) {
+        for track in bytes[TRACKS_AT..LEAVES_AT].chunks_mut(TRACK_BYTES) {
             track[..8].copy_from_slice(&packets.to_le_bytes());
             let channels = track[TRACK_BYTES - 8 * MESSAGE_CHANNELS..].chunks_mut(8);
             channels.for_each(|channel| channel[4..].copy_from_slice(&rounds.to_le_bytes()));
@@ -324,6 +330,7 @@ impl ArenaLayout {
             ("RECORD_BYTES", RECORD_WORDS * 8),
             ("REPORT_CLOCK", REPORT_CLOCKS[0]),
             ("MAX_MESSAGES", MAX_MESSAGES),
+            ("MAX_TEAMS", MAX_TEAMS),
             ("CHANNELS", MESSAGE_CHANNELS),
             ("MESSAGE_SLOTS", self.message_slots()),
             ("SLOT_BYTES", self.message_tile_bytes()),
@@ -352,6 +359,8 @@ impl ArenaLayout {
             ("SCRATCH_HALF_BYTES", self.scratch_half_bytes()),
             ("MESSAGE_RECORDS_AT", MESSAGE_RECORDS_AT),
             ("TRACKS_AT", TRACKS_AT),
+            ("LEAVES_AT", LEAVES_AT),
+            ("LEAVES_BYTES", LEAVES_BYTES),
             ("MESSAGE_PACKETS_TO", MESSAGE_PACKETS_TO),
             ("CREDITS_AT", self.credits().offset),
             ("RINGS_AT", self.rings_at()),
@@ -404,6 +413,7 @@ mod tests {
         const { assert!(RECORDS.is_power_of_two() && STATE_BYTES.is_multiple_of(RECORD_WORDS * 8)) };
         const { assert!(MESSAGE_RECORDS_AT + 2 * MAX_RANKS * MESSAGE_RECORD_WORDS * 8 <= STATE_BYTES) };
         const { assert!(TRACKS_AT.is_multiple_of(8) && TRACK_BYTES.is_multiple_of(8)) };
+        const { assert!(LEAVES_AT.is_multiple_of(crate::layout::LINE)) };
         const { assert!(STATE_EXPECTED_AT < MESSAGE_RECORDS_AT && REPORT_ANSWER * 8 < crate::layout::PAGE) };
         // Kernels write what comes first, this rank's host the next, readers the request.
         let report = 8 + 2 * (HEADER_WORDS + 1);

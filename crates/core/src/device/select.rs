@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use super::engine::{MOST_LANES, slot_bytes};
 use super::layout::{
-    ArenaLayout, Link, MAX_BLOCKS, MESSAGE_CHANNELS, MESSAGE_PACKETS_TO, PACKET_DATA, RING_SLOTS,
+    ArenaLayout, Link, MAX_BLOCKS, MAX_TEAMS, MESSAGE_CHANNELS, MESSAGE_PACKETS_TO, PACKET_DATA, RING_SLOTS,
 };
 use super::table::{Table, WIDE_BLOCKS};
 use crate::call::Kind;
@@ -150,8 +150,6 @@ impl Launch {
 pub const TEAM_BLOCKS: u32 = 8;
 /// See [`TEAM_BLOCKS`].
 pub const TEAM_THREADS: u32 = 256;
-/// The most teams: as many blocks as move data elsewhere.
-const MOST_TEAMS: usize = 16;
 
 /// Threads that quantise a group together.
 const GROUP_THREADS: usize = 16;
@@ -338,11 +336,7 @@ impl Rules {
     fn rows_grid(&self, form: Form, rows: usize, asked: u32) -> Launch {
         let room = if self.crowd > 1 { CROWDED_BLOCKS / self.crowd } else { MAX_BLOCKS };
         let most = if asked == 0 { self.most_blocks } else { asked } as usize;
-        let most_teams = match self.ranks {
-            // Who is alone waits for nobody, and fills the device.
-            1 => 8 * MOST_TEAMS,
-            _ => (most.min(room) / TEAM_BLOCKS as usize).clamp(1, MOST_TEAMS),
-        };
+        let most_teams = (most.min(room) / TEAM_BLOCKS as usize).clamp(1, MAX_TEAMS);
         let teams = rows.clamp(1, most_teams) as u32;
         Launch { form, blocks: teams * TEAM_BLOCKS, threads: TEAM_THREADS, tile: 0, by_copies: false }
     }
@@ -648,7 +642,7 @@ mod tests {
         }
         assert_eq!(form(&rules(8), 1000, 8192), None);
         assert_eq!(form(&rules(1), 100_000, 8192), Some(Form::OneShot));
-        assert_eq!(rules(1).decide_rows(100_000, 8).unwrap().blocks, 1024);
+        assert_eq!(rules(1).decide_rows(100_000, 8).unwrap().blocks, 128);
         let asked = |text: &str| Rules { forced: text.parse().ok(), ..rules(4) };
         assert_eq!(form(&asked("two-shot"), 1, 8), Some(Form::TwoShot));
         assert_eq!(form(&asked("bulk"), 1, 8), None);
