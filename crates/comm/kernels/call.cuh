@@ -387,8 +387,10 @@ __device__ __forceinline__ Entry enter(const Args& args) {
 // One thread of every block calls this once after `enter`, where it has something to wait for anyhow.
 __device__ __forceinline__ void arrive(const Args& args, const Entry& entry) {
   if (threadIdx.x != 0) return;
-  // SYNC: every block has read the epoch before the last of them moves it.
-  if (count_own(&args.state->arrivals, 1) == gridDim.x - 1) {
+  // SYNC: every block has read the epoch before the last of them moves it. This thread has the epoch: its load has answered, so nothing
+  // that is stored from now on can change it. A release would say the same, and be compiled to a fence that waits for all packets
+  // that this multiprocessor has under way to peers, just when theirs arrive here.
+  if (count_own_now(&args.state->arrivals, 1) == gridDim.x - 1) {
     store_own_word(&args.state->arrivals, 0);
     store_own_word(&args.state->epoch, entry.epoch);
   }

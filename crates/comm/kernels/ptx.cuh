@@ -90,6 +90,16 @@ __device__ __forceinline__ u32 count_own(u32* at, u32 value) {
   return before;
 }
 
+// The same, after nothing in particular.
+__device__ __forceinline__ u32 count_own_now(u32* at, u32 value) {
+  u32 before;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(at), "r"(value)
+               : "memory");
+  return before;
+}
+
 // Adds, and waits for nothing.
 __device__ __forceinline__ void count_own_later(u32* at, u32 value) {
   asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
