@@ -4,6 +4,9 @@
 // one to do so moves it on, while the data is on its way. Kernels of one communicator follow each other in the order of a
 // stream, so the next one reads the new epoch.
 //
+// A launch may let a kernel begin while the one before it still runs (core::settings::GpuLaunch). So the first thing that every kernel
+// does, before it touches any memory, is to wait until that has ended; then it lets the next begin, which waits in turn.
+//
 // Headers. The last block of the grid sends each peer our whole call, tagged with the epoch, and compares the peer's. That
 // is also how every rank hears every other one in every call: hearing epoch e of a peer proves that it is done with e − 1,
 // so what was sent for e − 1 (the other half) may be overwritten in e + 1.
@@ -354,6 +357,9 @@ __device__ __noinline__ bool renew(const Args& args, const Entry& entry) {
 // Every thread of every block calls this first, in kernels that have no epoch of their own. If it answers poison, the block leaves.
 __device__ __forceinline__ Entry begin(const Args& args) {
   __shared__ Entry shared;
+  // SYNC: kernels of a communicator follow each other: what the one before wrote is visible, its packets were read, its epoch is over.
+  await_kernel_before();
+  let_next_begin();
   if (threadIdx.x == 0) {
     State* state = args.state;
     shared.epoch = load_own_word(&state->epoch) + 1;

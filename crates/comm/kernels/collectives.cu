@@ -117,6 +117,8 @@ extern "C" __global__ void __launch_bounds__(512) barrier(const __grid_constant_
 
 // What time it is here, for a host that looks at its own clock before and after.
 extern "C" __global__ void tell_time(const __grid_constant__ Args args) {
+  // Who waits for this kernel waits for those before it.
+  await_kernel_before();
   store_word(reinterpret_cast<u64*>(args.report) + REPORT_CLOCK, now_ns());
 }
 

@@ -418,6 +418,7 @@ __device__ __forceinline__ bool rows_one_shot(const FusedArgs& all) {
   constexpr u32 SLOTS = 2;
   const Args& args = all.args;
   const Rows& rows = all.rows;
+  await_kernel_before();
   Entry entry;
   Team<SLOTS> team(args, entry);
   Batch<Team<SLOTS>, SLOTS> batch(rows, team);
@@ -474,6 +475,7 @@ __device__ __forceinline__ bool rows_two_shot(const FusedArgs& all) {
   constexpr u32 SLOTS = 4;
   const Args& args = all.args;
   const Rows& rows = all.rows;
+  await_kernel_before();
   Entry entry;
   Team<SLOTS> team(args, entry);
   Batch<Team<SLOTS>, SLOTS> batch(rows, team);
@@ -559,6 +561,7 @@ template <int DTYPE>
 __device__ __forceinline__ void rows_behind(const FusedArgs& all) {
   constexpr u32 SLOTS = 2;
   __shared__ f32 board[2][SLOTS][LEAVES];
+  await_kernel_before();
   const u8* from = all.args.sources[all.args.rank];
   Alone<SLOTS> block{board};
   Batch<Alone<SLOTS>, SLOTS> batch(all.rows, block);

@@ -381,6 +381,7 @@ struct Standing {
 
 // The first thing that a worker does: its loads are under way with those of `begin`.
 __device__ __forceinline__ Standing look(const Messages& messages) {
+  await_kernel_before();
   Standing standing = {0, 0, 0};
   if (threadIdx.x == 0) {
     const Message& message = messages.list[messages.begins[blockIdx.x / messages.blocks]];

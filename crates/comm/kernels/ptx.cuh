@@ -139,6 +139,21 @@ __device__ __forceinline__ u64 now_ns() {
   return value;
 }
 
+// Until the kernel before this one in the stream has ended, and what it wrote is visible; at once, unless the launch let this one begin
+// before that.
+__device__ __forceinline__ void await_kernel_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Once all blocks have said so, or left, those of the next kernel may begin, if its launch lets them.
+__device__ __forceinline__ void let_next_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 // Barriers in shared memory, and bulk copies: the hardware moves bytes on its own, on lines of 16. Copies in count on a barrier;
 // copies out are committed in groups, each thread's its own.
