@@ -33,6 +33,8 @@ mod quantised;
 mod quantised_sums;
 #[path = "gpu/random.rs"]
 mod random;
+#[path = "gpu/random_more.rs"]
+mod random_more;
 #[path = "gpu/recorder.rs"]
 mod recorder;
 #[path = "gpu/registration.rs"]

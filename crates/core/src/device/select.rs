@@ -6,9 +6,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::engine::{MOST_LANES, slot_bytes};
-use super::layout::{
-    ArenaLayout, Link, MAX_BLOCKS, MAX_TEAMS, MESSAGE_CHANNELS, PACKET_DATA, RING_SLOTS,
-};
+use super::layout::{ArenaLayout, Link, MAX_BLOCKS, MAX_TEAMS, MESSAGE_CHANNELS, PACKET_DATA, RING_SLOTS};
 use super::table::{Table, WIDE_BLOCKS};
 use crate::call::Kind;
 use crate::fused::UNIT;
@@ -569,10 +567,7 @@ mod tests {
                     let all = lanes * launch.blocks as usize;
                     // As many threads as one block of a multiprocessor may have, for each that is counted.
                     let least = if bytes <= packets_to { 512 } else { 256 };
-                    assert!(
-                        all * launch.threads as usize <= (whole * 1024).max(lanes * least),
-                        "{launch:?}"
-                    );
+                    assert!(all * launch.threads as usize <= (whole * 1024).max(lanes * least), "{launch:?}");
                     assert!(!launch.by_copies || launch.threads == 1024 && all <= WIDE_BLOCKS);
                 }
             }
