@@ -97,7 +97,7 @@ __device__ __forceinline__ bool swap(const Messages& messages, const Entry& call
     in->packets = packets[1] + units, in->messages = received + 1;
   }
   // A thread stores the units that it has loaded, so what comes in overwrites nothing that has yet to go out.
-  if (!take(args, receiving, pair[1], part, begin + 1, packets[1])) return false;
+  if (!take(args, receiving, pair[1], part, begin + 1, true, packets[1])) return false;
   if (!IS_SMALL && !is_small(pair[0])) {
     for (u32 channel = part.block; channel < CHANNELS; channel += part.blocks) {
       if (!swap_channel(args, call, pair, channel)) return false;

@@ -196,8 +196,9 @@ __device__ __noinline__ void refuse(const Args& args, const Message& message, co
   store_own_word(&args.state->poison, 1);
 }
 
-// All threads of a block of a lane: the other side of `put`, of message `number` of the list.
-__device__ __forceinline__ bool take(const Args& args, const Entry& entry, const Message& message, const Part& part, u32 number, u64 first) {
+// All threads of a block of a lane: the other side of `put`, of message `number` of the list, which others of the lane follow or not.
+__device__ __forceinline__ bool take(const Args& args, const Entry& entry, const Message& message, const Part& part, u32 number,
+                                     bool is_latest, u64 first) {
   const u32 me = args.rank, peer = message.peer, units = units_of(message);
   bool is_there = true;
   // Compared while others wait for data that may not come.
@@ -243,7 +244,11 @@ __device__ __forceinline__ bool take(const Args& args, const Entry& entry, const
   if (!__syncthreads_and(is_there)) return false;
   // SYNC: packets of a ring were read before the credit that counts them: each load has answered, and a barrier of the block lies between,
   // and the count of the lane's blocks.
-  if (threadIdx.x == 0 && part.is_last_of_message(args, number)) store_word(credit_at(args, peer, me), first + HEADER_UNITS + units);
+  if (threadIdx.x == 0 && part.is_last_of_message(args, number)) {
+    store_word(credit_at(args, peer, me), first + HEADER_UNITS + units);
+    // SYNC: a credit only grows: another block may tell that of the next message, once this one has counted there, and finds this one told.
+    if (part.blocks > 1 && !is_latest) fence_all();
+  }
   return true;
 }
 
@@ -432,7 +437,7 @@ __device__ __forceinline__ bool carry_out(const Messages& messages, const Entry&
     // A thread that has nothing to move tells; what is sent goes first.
     const bool tells = part.block == 0 && threadIdx.x == blockDim.x - 1;
     if (tells && !is_sent) record_message(args, message, number + (at - begin) + 1);
-    if (!(is_sent ? put(args, entry, message, part, packet, credit) : take(args, entry, message, part, at, packet))) return false;
+    if (!(is_sent ? put(args, entry, message, part, packet, credit) : take(args, entry, message, part, at, at + 1 == end, packet))) return false;
     if (tells && is_sent) record_message(args, message, number + (at - begin) + 1);
     packet += HEADER_UNITS + units_of(message);
     if (!IS_SMALL && !is_small(message)) {
