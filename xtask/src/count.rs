@@ -1,4 +1,4 @@
-//! Reads how many tests passed and failed from the closing lines of `cargo nextest` and `cargo test`.
+//! Reads how many tests passed and failed from the closing lines of `cargo nextest`, `cargo test` and pytest.
 
 use std::ops::AddAssign;
 
@@ -33,6 +33,14 @@ pub(crate) fn nextest(line: &str) -> Count {
     }
 }
 
+/// What the closing line of pytest reports; zeros for other lines.
+pub(crate) fn pytest(line: &str) -> Count {
+    match line.trim().trim_matches(['=', ' ']).split_once(" in ") {
+        Some((numbers, time)) if time.starts_with(|first: char| first.is_ascii_digit()) => sum(numbers),
+        _ => Count::default(),
+    }
+}
+
 fn sum(numbers: &str) -> Count {
     let mut count = Count::default();
     for piece in numbers.split([',', ';']) {
@@ -44,7 +52,7 @@ fn sum(numbers: &str) -> Count {
         };
         match outcome {
             "passed" => count.passed += number,
-            "failed" | "exec failed" | "timed out" => count.failed += number,
+            "failed" | "exec failed" | "timed out" | "error" | "errors" => count.failed += number,
             _ => {}
         }
     }
@@ -92,11 +100,20 @@ mod tests {
     }
 
     #[test]
+    fn closing_lines_of_pytest_are_read() {
+        assert_eq!(pytest("218 passed, 1 skipped in 16.13s"), Count { passed: 218, failed: 0 });
+        let line = "==== 2 failed, 45 passed, 1 error in 72.30s (0:01:12) ====";
+        assert_eq!(pytest(line), Count { passed: 45, failed: 3 });
+        assert_eq!(pytest("FAILED a.py::test - 3 passed, 1 failed in the end"), Count::default());
+    }
+
+    #[test]
     fn other_lines_count_nothing() {
         assert_eq!(nextest("    test result: FAILED. 0 passed; 1 failed; 0 ignored"), Count::default());
         for line in ["", "running 3 tests", "test a ... ok", "3 passed, 1 failed", "    Finished in 3 s"] {
             assert_eq!(cargo_test(line), Count::default(), "{line}");
             assert_eq!(nextest(line), Count::default(), "{line}");
+            assert_eq!(pytest(line), Count::default(), "{line}");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! `cargo xtask faults [--scale N] [FILTER]`: a campaign of the fault tests, in release, N times as long as in the suite: first
 //! survivors' agreements, simulated, then processes that are killed, stopped, late and so on.
 //!
-//! The counts and times that it prints go into docs/reliability.md.
+//! The counts and times that it prints go into docs/src/reliability.md.
 
 use std::path::Path;
 use std::process::Command;

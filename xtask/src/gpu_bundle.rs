@@ -1,13 +1,15 @@
 //! `cargo xtask gpu-bundle`: what is tested and measured on GPUs, as programs that run where there is no Rust.
 //!
 //! Built in release, stripped, and put into `gpu-bundle/` with `gpu_run.sh`, which says how to call it. A machine needs the
-//! driver, NVRTC and the same libc; the kernels are compiled there.
+//! driver, NVRTC and the same libc, and torch for the Python package; the kernels are compiled there.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use cargo_metadata::Message;
+
+use crate::python;
 
 const FOLDER: &str = "gpu-bundle";
 /// What runs them, and measures PyTorch beside them.
@@ -87,14 +89,23 @@ fn make(root: &Path) -> Result<u64, String> {
         let name = from.file_name().unwrap_or_default();
         fs::copy(&from, folder.join(name)).map_err(failed)?;
     }
+    python::unpack(root, &folder.join("python"))?;
     let mut bytes = 0;
     for entry in fs::read_dir(&folder).map_err(failed)? {
         let entry = entry.map_err(failed)?;
-        let length = entry.metadata().map_err(failed)?.len();
+        let length = length(&entry.path()).map_err(failed)?;
         println!("{length:>12} {}", entry.file_name().to_string_lossy());
         bytes += length;
     }
     Ok(bytes)
+}
+
+/// The bytes of a file, or of all files in a folder.
+fn length(path: &Path) -> std::io::Result<u64> {
+    if !path.is_dir() {
+        return Ok(fs::metadata(path)?.len());
+    }
+    fs::read_dir(path)?.map(|entry| length(&entry?.path())).sum()
 }
 
 /// Names and places of the programs that cargo made.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tests and measures on a machine with GPUs, from a bundle that `cargo xtask gpu-bundle` made; no Rust is needed there.
 #
-#   gpu_run.sh [prepare] [correct] [sanitizer] [kill] [hang] [bench] [tune] [kernels]
+#   gpu_run.sh [prepare] [correct] [python] [sanitizer] [kill] [hang] [bench] [tune] [kernels]
 #
 # Without arguments all parts but the last two (the last compiles kernels and needs no GPU), within LIMIT_S seconds (480). Results go to $OUT, or to ./out, with all that was said in logs.tgz,
 # and the ends of it to the terminal. The last table has the exit code of every step; the script fails if one is not 0.
@@ -17,12 +17,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")" || exit 2
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
 
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(prepare correct kill hang bench sanitizer)
+[ ${#parts[@]} -gt 0 ] || parts=(prepare correct python kill hang bench sanitizer)
 for part in "${parts[@]}"; do
     case $part in
-        prepare | correct | sanitizer | kill | hang | bench | tune | kernels) ;;
+        prepare | correct | python | sanitizer | kill | hang | bench | tune | kernels) ;;
         *)
-            echo "expected prepare, correct, sanitizer, kill, hang, bench, tune or kernels, got: $part" >&2
+            echo "expected prepare, correct, python, sanitizer, kill, hang, bench, tune or kernels, got: $part" >&2
             exit 2
             ;;
     esac
@@ -119,6 +119,18 @@ part_correct() {
     run_modules faults_processes faults 120 gpu_matrix
     run_modules faults_processes faults 120 gpu_seats
     TAIL=40 step library 90 ./library gpu:: --test-threads 1
+}
+
+# Tensors of torch on all GPUs, and what a call of Python costs the host.
+part_python() {
+    if ! python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
+        echo "== python: there is no torch with CUDA here"
+        note "python: skipped" 0 0
+        return
+    fi
+    export PYTHONPATH=$PWD/python
+    step python 150 python3 -m unisono run -n "$((count < 2 ? 2 : count))" -- python3 python/gpu.py
+    step python-call-cost 90 python3 python/python_call_cost.py --device cuda
 }
 
 part_kernels() {

@@ -101,7 +101,8 @@ fn wheel_in(folder: &Path) -> Option<PathBuf> {
     entries.into_iter().find(|path| path.extension().is_some_and(|extension| extension == "whl"))
 }
 
-fn empty(folder: &Path) -> Result<(), String> {
+/// Removes a folder, if it is there.
+pub(crate) fn empty(folder: &Path) -> Result<(), String> {
     match fs::remove_dir_all(folder) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(format!("{}: {error}", folder.display()))
@@ -110,7 +111,8 @@ fn empty(folder: &Path) -> Result<(), String> {
     }
 }
 
-fn succeed(command: &mut Command) -> Result<(), String> {
+/// Runs a command that has nothing to read; why it failed.
+pub(crate) fn succeed(command: &mut Command) -> Result<(), String> {
     println!("{command:?}");
     match command.stdin(Stdio::null()).status() {
         Ok(status) if status.success() => Ok(()),

@@ -4,12 +4,14 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program that reports to the terminal")]
 
 mod arrows;
+mod book;
 mod count;
 mod faults;
 mod fuzz;
 mod gpu_bundle;
 mod kernels;
 mod lex;
+mod python;
 mod rules;
 mod sabotage;
 mod test;
@@ -21,8 +23,9 @@ use std::process::ExitCode;
 const USAGE: &str = "\
 Usage: cargo xtask TASK
 
-  test   tidy, the test suite, doc tests, the build without features, loom models, documentation
+  test   tidy, the test suite, doc tests, the Python package, the build without features, loom models, documentation
   tidy   the house rules alone
+  python builds the Python package into an environment below target/python, and runs its tests
   nvrtc  fetches the compiler of kernels into target/nvrtc, as test does, unless UNISONO_NVRTC names one
   gpu-bundle
          builds what is tested and measured on GPUs into gpu-bundle, to be carried to a machine that has some
@@ -39,6 +42,7 @@ fn main() -> ExitCode {
     let passed = match words.as_slice() {
         ["test"] => test::run(&root()),
         ["tidy"] => tidy::run(&root()),
+        ["python"] => test::run_python(&root()),
         ["nvrtc"] => kernels::provide(&root()),
         ["gpu-bundle"] => gpu_bundle::run(&root()),
         ["faults", words @ ..] if let Some(campaign) = faults::Campaign::parse(words) => {

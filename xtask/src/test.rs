@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::count::{self, Count};
-use crate::{kernels, tidy};
+use crate::{kernels, python, tidy};
 
 /// What was done, and how it went.
 struct Report {
@@ -37,10 +37,12 @@ pub(crate) fn run(root: &Path) -> bool {
     reports.push(step("cargo nextest: the test suite", || execute(suite, count::nextest)));
     let mut examples = cargo(root, &["test", "--doc", "--workspace", "--no-fail-fast"]);
     examples.envs(kernels::environment(root));
-    let mut commands = vec![
-        ("cargo test --doc: the examples", examples),
-        ("cargo check: without features", cargo(root, &["check", "-p", "unisono", "--no-default-features"])),
-    ];
+    reports.push(step("cargo test --doc: the examples", || execute(examples, count::cargo_test)));
+    reports.push(step("pytest: the Python package", || test_python(root)));
+    let mut commands = vec![(
+        "cargo check: without features",
+        cargo(root, &["check", "-p", "unisono", "--no-default-features"]),
+    )];
     if root.join("crates/sync/tests/loom.rs").exists() {
         commands.push(("loom: models of the shared-memory protocols", loom(root)));
     }
@@ -49,6 +51,21 @@ pub(crate) fn run(root: &Path) -> bool {
         reports.push(step(name, || execute(command, count::cargo_test)));
     }
     summarize(&reports)
+}
+
+/// The tests of the Python package alone; true if all passed.
+pub(crate) fn run_python(root: &Path) -> bool {
+    summarize(&[step("pytest: the Python package", || test_python(root))])
+}
+
+fn test_python(root: &Path) -> (bool, Count) {
+    match python::prepare(root) {
+        Ok(tests) => execute(tests, count::pytest),
+        Err(reason) => {
+            println!("the Python package cannot be tested: {reason}");
+            (false, Count::default())
+        }
+    }
 }
 
 fn cargo(root: &Path, arguments: &[&str]) -> Command {

@@ -1,10 +1,10 @@
-//! The house rules over all files of the repository, printed as `file:line: message`.
+//! The house rules over all files of the repository, and the links of its documents, printed as `file:line: message`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::arrows;
 use crate::rules::{check_rust, check_text};
+use crate::{arrows, book};
 
 /// Endings of the files that are read, besides those that have none.
 const TEXTS: [&str; 12] = ["rs", "toml", "md", "py", "pyi", "sh", "cu", "cuh", "yml", "yaml", "json", "html"];
@@ -43,6 +43,10 @@ fn check(root: &Path, file: &Path, findings: &mut Vec<String>) {
         Ok(Err(_)) => return,
         Err(error) => return findings.push(format!("{path}: cannot be read: {error}")),
     };
+    if path.ends_with(".md") {
+        let found = book::check(root, &path, &text);
+        findings.extend(found.into_iter().map(|(line, message)| format!("{path}:{line}: {message}")));
+    }
     let mut found = check_text(&path, &text);
     if path.ends_with(".rs") {
         found.extend(check_rust(&path, &text));

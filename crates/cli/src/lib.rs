@@ -75,13 +75,29 @@ enum Command {
 /// Installs a `tracing` subscriber if there is none yet. Call it from the main thread, before others are started:
 /// `run` blocks the signals that it forwards.
 pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    ExitCode::from(execute(arguments))
+}
+
+/// As [`main()`], for a program that contains this command: `program` is how it is started again for ranks of its own, `arguments` are
+/// those behind its name. Once in a process. Answers the exit code.
+pub fn main_within(program: Vec<OsString>, arguments: Vec<OsString>) -> u8 {
+    ranks::be_contained(program, arguments.clone());
+    execute(std::iter::once("unisono".into()).chain(arguments))
+}
+
+/// Lets the library log to standard error, as the command does: warnings, or what `UNISONO_LOG` says. Does nothing where the program
+/// has a `tracing` subscriber.
+pub fn log_to_stderr() {
+    logging::install(None);
+}
+
+fn execute(arguments: impl Iterator<Item = OsString>) -> u8 {
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => {
-            let code = if error.use_stderr() { 2 } else { 0 };
             // Nobody is left to be told that the message could not be written.
             let _ = error.print();
-            return ExitCode::from(code);
+            return if error.use_stderr() { 2 } else { 0 };
         }
     };
     logging::start(&cli.common);
@@ -96,13 +112,10 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
         Command::Tune(arguments) => tune::execute(&arguments, &cli.common),
         Command::Why(arguments) => look::why::execute(&arguments, &cli.common),
     };
-    done.map_or_else(
-        |failure| {
-            let _ = writeln!(anstream::stderr().lock(), "unisono: {failure}");
-            ExitCode::from(failure.exit_code)
-        },
-        ExitCode::from,
-    )
+    done.unwrap_or_else(|failure| {
+        let _ = writeln!(anstream::stderr().lock(), "unisono: {failure}");
+        failure.exit_code
+    })
 }
 
 /// Why the command itself failed, as one sentence.

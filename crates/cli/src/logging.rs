@@ -16,6 +16,18 @@ pub(crate) fn start(common: &Common) {
         (false, 2) => Some("debug"),
         (false, _) => Some("trace"),
     };
+    install(level);
+    let names: Vec<String> = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()).collect();
+    for (name, nearest) in settings::unknown_names(names.iter().map(String::as_str)) {
+        match nearest {
+            Some(nearest) => tracing::warn!("{name} is no setting of unisono; {nearest} is"),
+            None => tracing::warn!("{name} is no setting of unisono"),
+        }
+    }
+}
+
+/// Installs the subscriber, for `level`, or else what `UNISONO_LOG` says, or else warnings.
+pub(crate) fn install(level: Option<&str>) {
     let wanted = std::env::var("UNISONO_LOG").ok().filter(|filter| !filter.trim().is_empty());
     // An option of this command line says more than a variable that may have been set long ago.
     let filter = level.map(str::to_owned).or(wanted).unwrap_or_else(|| "warn".to_owned());
@@ -31,12 +43,5 @@ pub(crate) fn start(common: &Common) {
         .try_init();
     if let Some(refused) = refused {
         tracing::warn!("UNISONO_LOG={filter} cannot be read ({refused}); warnings are logged");
-    }
-    let names: Vec<String> = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()).collect();
-    for (name, nearest) in settings::unknown_names(names.iter().map(String::as_str)) {
-        match nearest {
-            Some(nearest) => tracing::warn!("{name} is no setting of unisono; {nearest} is"),
-            None => tracing::warn!("{name} is no setting of unisono"),
-        }
     }
 }

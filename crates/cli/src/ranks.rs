@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::Read as _;
+use std::sync::OnceLock;
 use std::thread::JoinHandle;
 
 use crate::Failure;
@@ -11,16 +12,31 @@ use crate::run::{Job, Rank};
 /// The most that is kept of what a rank says on standard error.
 const MAX_COMPLAINT_BYTES: u64 = 64 * 1024;
 
+/// How this command is started again, where it is a part of another program: its beginning, and the arguments of this time.
+static CONTAINED: OnceLock<(Vec<OsString>, Vec<OsString>)> = OnceLock::new();
+
+/// Says that `program` starts this command again, and that these are its arguments now, behind its name.
+pub(crate) fn be_contained(program: Vec<OsString>, arguments: Vec<OsString>) {
+    // A second command of one process was started in the same way.
+    let _ = CONTAINED.set((program, arguments));
+}
+
 /// How to start this program again as a rank: with the same arguments, and `--as-rank`.
 pub(crate) fn own_arguments() -> Result<Vec<OsString>, Failure> {
     let mut command = own_program()?;
-    command.extend(std::env::args_os().skip(1));
+    match CONTAINED.get() {
+        Some((_, arguments)) => command.extend_from_slice(arguments),
+        None => command.extend(std::env::args_os().skip(1)),
+    }
     command.push("--as-rank".into());
     Ok(command)
 }
 
 /// This program, as the beginning of a command.
 pub(crate) fn own_program() -> Result<Vec<OsString>, Failure> {
+    if let Some((program, _)) = CONTAINED.get() {
+        return Ok(program.clone());
+    }
     let program = std::env::current_exe().map_err(|error| {
         Failure::new(format!("this program cannot find itself to start the ranks: {error}"))
     })?;

@@ -219,6 +219,32 @@ pub enum Error {
         /// Where the buffer lies.
         got: String,
     },
+    /// An expert-parallel buffer is not in the state that a call needs. Nothing was sent.
+    #[error("{call} on rank {rank} needs an ep::Buffer that {expected}; this one {got}. Nothing was sent.")]
+    BufferState {
+        /// The operation.
+        call: &'static str,
+        /// The rank that was called.
+        rank: usize,
+        /// The state that it needs.
+        expected: &'static str,
+        /// The state that the buffer is in.
+        got: &'static str,
+    },
+    /// Ranks made an expert-parallel buffer with different settings. No rank has it, and the communicator still works.
+    #[error(
+        "{what} of rank {rank}'s ep::Buffer is {got}, where others say {expected}. All ranks must give the same settings."
+    )]
+    BufferSettings {
+        /// The setting.
+        what: &'static str,
+        /// The rank that differs from most.
+        rank: usize,
+        /// Its value; of a placement, a hash.
+        got: String,
+        /// The value of most ranks.
+        expected: String,
+    },
     /// A window whose communicator failed: peers may still have been writing, so its content is not lent.
     #[error(
         "window {id} is poisoned: its communicator failed while peers could touch it ({cause}). Make a new communicator."

@@ -240,11 +240,13 @@ pub struct OnGpus {
     /// Where they come from.
     pub origin: Origin,
     is_narrow: bool,
+    /// Whether copy engines serve calls that nobody asked it for, where the table says so.
+    has_engines: bool,
 }
 
 impl OnGpus {
     #[cfg(any(feature = "cuda", test))]
-    pub(crate) const fn new(rules: &GpuRules, origin: Origin) -> Self {
+    pub(crate) fn new(rules: &GpuRules, origin: Origin) -> Self {
         Self {
             link: rules.link,
             blocks: rules.most_blocks,
@@ -253,6 +255,7 @@ impl OnGpus {
             table: rules.table,
             origin,
             is_narrow: rules.is_narrow(),
+            has_engines: GpuRules { forced: None, ..*rules }.lanes().is_some(),
         }
     }
 
@@ -296,6 +299,9 @@ impl fmt::Display for OnGpus {
             match ring_from {
                 usize::MAX => write!(f, ", then bulk")?,
                 size => write!(f, ", then bulk, ring {}", from(size))?,
+            }
+            if self.has_engines && Form::Engine.serves(kind) && row.engine_from != usize::MAX {
+                write!(f, ", copy engines {}", from(row.engine_from))?;
             }
             match row.direct_from {
                 usize::MAX => writeln!(f)?,
@@ -426,8 +432,12 @@ mod tests {
             "  all_reduce: one-shot up to 256 KiB, two-shot up to 2 MiB, then bulk, ring from 16 MiB; in windows direct \
              above 2 MiB"
         );
-        assert_eq!(lines[8], "  all_to_all: one-shot up to 256 KiB, then bulk");
+        assert_eq!(lines[8], "  all_to_all: one-shot up to 1 MiB, then bulk");
         assert_eq!(lines[9], "forms from: default (measured on 2 and 4 × NVIDIA H200)");
+        let mut copied = GpuRules { engines: true, ..rules };
+        copied.table.row_mut(Kind::AllGather).engine_from = 64 << 20;
+        let told = OnGpus::new(&copied, Origin::Default).to_string();
+        assert_eq!(told.matches(", copy engines from 64 MiB").count(), 1, "{told}");
         let mut few = GpuRules { most_blocks: 24, forced: "ring:8".parse().ok(), ..rules };
         let row = few.table.row_mut(SUM);
         (row.one_shot_to, row.two_shot_to, row.direct_from) = (usize::MAX, 4095, 0);

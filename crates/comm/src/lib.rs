@@ -25,6 +25,7 @@
 //! # Ok::<(), unisono::Error>(())
 //! ```
 
+pub mod binding;
 pub mod buffer;
 pub mod builder;
 pub mod call;
@@ -35,6 +36,7 @@ mod control;
 mod copies;
 mod counted;
 mod derive;
+pub mod ep;
 pub mod error;
 pub mod explanation;
 pub mod fused;
@@ -88,10 +90,12 @@ pub use unisono_core::select::Algorithm;
 pub use unisono_core::settings::{Order, Require};
 pub use unisono_core::topology::{Link, Topology};
 pub use unisono_core::{
-    Complex, DType, Element, ReduceOp, Reducible, Secret, UniqueId, half, quantised, reduce_op, settings,
+    Complex, DType, Element, Error as CoreError, ReduceOp, Reducible, Secret, UniqueId, half, quantised,
+    reduce_op, settings,
 };
 #[cfg(feature = "cuda")]
 pub use unisono_cuda as cuda;
+pub use unisono_node::Error as NodeError;
 pub use unisono_sync::Deadline;
 pub use window::{Closing, Memory, Window};
 
@@ -99,3 +103,24 @@ pub use window::{Closing, Memory, Window};
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]
 mod readme {}
+
+/// The examples of the book, as doc tests: pages that have some.
+#[cfg(doctest)]
+mod book {
+    #[doc = include_str!("../../../docs/src/coming-from.md")]
+    mod coming_from {}
+    #[doc = include_str!("../../../docs/src/concepts.md")]
+    mod concepts {}
+    #[doc = include_str!("../../../docs/src/failures.md")]
+    mod failures {}
+    #[doc = include_str!("../../../docs/src/gpus.md")]
+    mod gpus {}
+    #[doc = include_str!("../../../docs/src/install.md")]
+    mod install {}
+    #[doc = include_str!("../../../docs/src/launchers.md")]
+    mod launchers {}
+    #[doc = include_str!("../../../docs/src/tour.md")]
+    mod tour {}
+    #[doc = include_str!("../../../docs/src/tuning.md")]
+    mod tuning {}
+}

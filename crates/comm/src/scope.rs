@@ -2,8 +2,8 @@
 
 use std::marker::PhantomData;
 
+use crate::binding::Started;
 use crate::call::Call;
-use crate::collectives::Ticket;
 use crate::communicator::Communicator;
 use crate::error::Result;
 use crate::operations::Operations;
@@ -21,7 +21,7 @@ pub struct Scope<'s, 'env: 's> {
 #[must_use = "the buffers can be used after the scope; to wait for this one alone, call wait()"]
 pub struct Pending<'s> {
     communicator: &'s Communicator,
-    ticket: Ticket,
+    started: Started,
 }
 
 impl Pending<'_> {
@@ -32,9 +32,7 @@ impl Pending<'_> {
     /// The first cause of a failure, among them those that a wait would end with: [`crate::Error::Timeout`] after the
     /// timeout without any progress, [`crate::Error::Mismatch`].
     pub fn test(&mut self) -> Result<bool> {
-        let mut engine = self.communicator.engine();
-        engine.poll()?;
-        Ok(engine.is_done(self.ticket))
+        self.communicator.test(self.started)
     }
 
     /// Waits until the operation is complete.
@@ -42,9 +40,7 @@ impl Pending<'_> {
     /// # Errors
     /// The first cause of a failure.
     pub fn wait(self) -> Result<()> {
-        let mut engine = self.communicator.engine();
-        engine.check()?;
-        engine.drive(|engine| engine.is_done(self.ticket))
+        self.communicator.complete(self.started)
     }
 }
 
@@ -53,12 +49,7 @@ impl<'s, 'env> Operations<'env> for Scope<'s, 'env> {
 
     /// Starts an operation: what it can do without waiting is done when this returns.
     fn submit(&self, call: Call<'env>) -> Result<Pending<'s>> {
-        let mut engine = self.communicator.engine();
-        engine.check()?;
-        let prepared = engine.prepare(&call)?;
-        let ticket = engine.post(prepared)?;
-        engine.progress()?;
-        Ok(Pending { communicator: self.communicator, ticket })
+        Ok(Pending { communicator: self.communicator, started: self.communicator.begin(&call)? })
     }
 }
 
@@ -104,7 +95,7 @@ impl Communicator {
 struct End<'c> {
     communicator: &'c Communicator,
     /// Operations with later tickets belong to the scope.
-    after: Ticket,
+    after: crate::collectives::Ticket,
 }
 
 impl End<'_> {

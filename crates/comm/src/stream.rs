@@ -43,7 +43,7 @@ impl Stream {
 
     /// The stream of a GPU, if it is one.
     #[cfg(feature = "cuda")]
-    pub(crate) const fn as_cuda(&self) -> Option<&unisono_cuda::Stream> {
+    pub const fn as_cuda(&self) -> Option<&unisono_cuda::Stream> {
         self.cuda.as_ref()
     }
 }

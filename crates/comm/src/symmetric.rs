@@ -276,6 +276,16 @@ impl<T: Element> Symmetric<T> {
         })
     }
 
+    /// What keeps the addresses of all copies valid in this process, also after [`Symmetric::close`]: for views of host memory that
+    /// live longer. `None` if the memory lies on GPUs.
+    pub fn mapping(&self) -> Option<Arc<dyn std::any::Any + Send + Sync>> {
+        match &self.parts {
+            Parts::Host(copies) => Some(Arc::new(copies.clone())),
+            #[cfg(feature = "cuda")]
+            Parts::Device(_) => None,
+        }
+    }
+
     /// Ends this memory on all ranks and frees it. Collective.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! Faults of whole processes: ranks that are killed, stopped, late, of another start or of another opinion.
 //!
 //! The test starts its own program again for every rank; the environment tells it which part to play. Each test says
-//! which promise of `docs/reliability.md` it holds up. The default run takes seconds; `UNISONO_TEST_SCALE=20` repeats
+//! which promise of `docs/src/reliability.md` it holds up. The default run takes seconds; `UNISONO_TEST_SCALE=20` repeats
 //! the repeatable ones twenty times as often (`cargo xtask faults --scale 20`).
 #![expect(
     clippy::print_stdout,
@@ -28,7 +28,7 @@ fn main() -> ExitCode {
 type Test = (&'static str, fn());
 
 fn trials() -> Vec<Trial> {
-    let tests: [Test; 42] = [
+    let tests: [Test; 44] = [
         ("kill::every_survivor_names_the_killed_rank", faults::kills::every_survivor_names_the_killed_rank),
         ("kill::a_forked_child_does_not_hide_it", faults::kills::a_forked_child_does_not_hide_it),
         (
@@ -85,6 +85,14 @@ fn trials() -> Vec<Trial> {
         (
             "forks::a_forked_child_is_refused_and_its_parent_goes_on",
             faults::forks::a_forked_child_is_refused_and_its_parent_goes_on,
+        ),
+        (
+            "experts::lost_ranks_are_masked_and_the_others_go_on",
+            faults::experts::lost_ranks_are_masked_and_the_others_go_on,
+        ),
+        (
+            "experts::a_killed_rank_is_named_without_masking",
+            faults::experts::a_killed_rank_is_named_without_masking,
         ),
         ("forks::a_storm_of_signals_does_no_harm", faults::forks::a_storm_of_signals_does_no_harm),
         (

@@ -17,6 +17,7 @@ pub mod call;
 pub mod device;
 pub mod dtype;
 pub mod element;
+pub mod ep;
 pub mod error;
 pub mod fp8;
 pub mod fused;

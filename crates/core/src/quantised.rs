@@ -77,7 +77,7 @@ fn travel(values: &[f32; GROUP]) -> [f32; GROUP] {
     })
 }
 
-fn read(dtype: DType, element: &[u8]) -> f32 {
+pub(crate) fn read(dtype: DType, element: &[u8]) -> f32 {
     match *element {
         [a, b, c, d] => f32::from_le_bytes([a, b, c, d]),
         [a, b] if dtype == DType::F16 => f16::from_le_bytes([a, b]).to_f32(),

@@ -1,4 +1,4 @@
-//! Keeps `docs/settings.md` true: it is the table of `unisono_core::settings` and nothing else.
+//! Keeps `docs/src/settings.md` true: it is the table of `unisono_core::settings` and nothing else.
 //!
 //! When a setting changes, `UNISONO_BLESS=1 cargo test -p unisono-core --test settings_document` writes the file anew.
 
@@ -6,7 +6,7 @@ use std::path::Path;
 
 use unisono_core::settings::markdown;
 
-const PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/settings.md");
+const PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/src/settings.md");
 const OPENING: &str = "\
 # Settings
 

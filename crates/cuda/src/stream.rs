@@ -101,6 +101,17 @@ impl Stream {
         Ok(())
     }
 
+    /// Does `f`, in which this thread may ask the driver for what is done without ending a capture of another one.
+    pub fn beside_captures<R>(f: impl FnOnce() -> R) -> R {
+        let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: the mode is ours, and belongs to this thread. It fails only where nothing else works either.
+        let _ = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) };
+        let result = f();
+        // SAFETY: as above; `mode` is what was there before.
+        let _ = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) };
+        result
+    }
+
     /// From now on, work goes into a graph.
     ///
     /// # Errors

@@ -10,6 +10,7 @@
 #![allow(clippy::disallowed_types, clippy::disallowed_methods)] // the one crate that may name them
 
 pub mod atomics;
+pub mod attendance;
 pub mod barrier;
 pub mod deadline;
 pub mod epoch_flag;
@@ -26,6 +27,7 @@ pub mod wait;
 #[cfg(loom)]
 pub use atomics::Loom;
 pub use atomics::{Atomics, Native, Word};
+pub use attendance::{Attendance, Standing};
 pub use barrier::Barrier;
 pub use deadline::Deadline;
 pub use epoch_flag::EpochFlag;

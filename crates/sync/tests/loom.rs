@@ -5,7 +5,7 @@
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU32, AtomicU64};
 use loom::thread;
-use unisono_sync::{Atomics, Barrier, EpochFlag, Journal, Loom, SignalPad, SlotRing, Word};
+use unisono_sync::{Atomics, Attendance, Barrier, EpochFlag, Journal, Loom, SignalPad, SlotRing, Word};
 
 fn until(ready: impl Fn() -> bool) {
     while !ready() {
@@ -185,5 +185,43 @@ fn a_record_of_a_journal_is_whole_or_not_there() {
         }
         thread.join().unwrap();
         assert_eq!(journal.read(2), Some([2, 20, 200]));
+    });
+}
+
+#[test]
+fn an_attendance_and_its_end_are_seen_alike_by_all() {
+    loom::model(|| {
+        let shared = Arc::new((AtomicU64::new(0), Chunk::new()));
+        let owner = shared.clone();
+        let thread = thread::spawn(move || {
+            owner.1.write(42);
+            Attendance::<Loom>::new(&owner.0).attend(1)
+        });
+        let attendance = Attendance::<Loom>::new(&shared.0);
+        let closed = attendance.close();
+        if closed.rounds == 1 {
+            assert_eq!(shared.1.read(), 42);
+        }
+        assert!(closed.is_closed);
+        // Whether it took part is settled: it knows the same.
+        assert_eq!(thread.join().unwrap(), closed.rounds == 1);
+        assert_eq!(attendance.standing(), closed);
+    });
+}
+
+#[test]
+fn a_member_that_reads_what_was_overwritten_finds_itself_given_up() {
+    loom::model(|| {
+        let shared = Arc::new((AtomicU64::new(1), AtomicU64::new(7)));
+        let survivor = shared.clone();
+        let thread = thread::spawn(move || {
+            Attendance::<Loom>::new(&survivor.0).close();
+            unisono_sync::attendance::before_overwriting();
+            survivor.1.store_relaxed(8);
+        });
+        let read = shared.1.load_relaxed();
+        let was_open = Attendance::<Loom>::new(&shared.0).was_open();
+        assert!(read == 7 || !was_open);
+        thread.join().unwrap();
     });
 }

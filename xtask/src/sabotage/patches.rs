@@ -21,6 +21,7 @@ const fn comm(target: super::Target, name: &'static str) -> Test {
 }
 
 const THREADS: super::Target = Integration("collectives_threads");
+const EP: super::Target = Integration("ep");
 const FAULTS: super::Target = Integration("faults_processes");
 
 pub(super) const PATCHES: &[Patch] = &[
@@ -31,6 +32,13 @@ pub(super) const PATCHES: &[Patch] = &[
         line: "self.word.store_release(epoch);",
         instead: "self.word.store_relaxed(epoch);",
         test: sync(Loom, "an_epoch_flag_announces_what_was_written_before"),
+    },
+    Patch {
+        name: "a rank that was given up believes what it read",
+        file: "crates/sync/src/attendance.rs",
+        line: "self.word.load_relaxed() & CLOSED == 0",
+        instead: "self.word.load_relaxed() | CLOSED != 0",
+        test: sync(Loom, "a_member_that_reads_what_was_overwritten_finds_itself_given_up"),
     },
     Patch {
         name: "a slot is read without acquire",
@@ -224,6 +232,27 @@ pub(super) const PATCHES: &[Patch] = &[
         line: "self.fail(&Cause::died(rank, self.names[rank].clone(), lost));",
         instead: "let _ = Cause::died(rank, self.names[rank].clone(), lost);",
         test: comm(FAULTS, "kill::every_survivor_names_the_killed_rank"),
+    },
+    Patch {
+        name: "results of experts are added backwards",
+        file: "crates/comm/src/ep/throughput_combine.rs",
+        line: "for (peer, at) in at.iter_mut().enumerate().filter(|(peer, _)| ranks >> peer & 1 == 1) {",
+        instead: "for (peer, at) in at.iter_mut().enumerate().rev().filter(|(peer, _)| ranks >> peer & 1 == 1) {",
+        test: comm(EP, "order::results_are_added_from_the_first_rank_to_the_last"),
+    },
+    Patch {
+        name: "tokens are staged where others still read",
+        file: "crates/comm/src/ep/arena.rs",
+        line: "let free = before.max(self.round.saturating_sub(CALLS as u64));",
+        instead: "let free = before.saturating_sub(CALLS as u64);",
+        test: comm(EP, "overtaking::nobody_overwrites_what_others_still_read"),
+    },
+    Patch {
+        name: "silent ranks are waited for",
+        file: "crates/comm/src/ep/arena.rs",
+        line: "let is_late = waited >= limit;",
+        instead: "let is_late = waited > limit * 1000;",
+        test: comm(EP, "departures::a_silent_rank_is_masked_and_told_so"),
     },
     Patch {
         name: "staged data is reduced backwards",

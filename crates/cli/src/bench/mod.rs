@@ -20,6 +20,7 @@ pub(crate) use workload::place;
 mod gpu;
 mod gpu_record;
 mod gpu_table;
+mod moe;
 mod nccl;
 pub(crate) mod pattern;
 mod rank;
@@ -50,6 +51,8 @@ pub(crate) enum Operation {
     AllReduceQuantised,
     /// On GPUs, and alone: by numbers of tokens
     AllReduceRmsNorm,
+    /// Expert parallelism: dispatch and combine, alone, by numbers of tokens
+    Moe,
     Barrier,
 }
 
@@ -70,6 +73,7 @@ impl Operation {
             | Self::Broadcast
             | Self::Reduce
             | Self::SendRecv
+            | Self::Moe
             | Self::Barrier => (1, 1),
             Self::AllGather | Self::Gather => (1, ranks),
             Self::ReduceScatter | Self::Scatter => (ranks, 1),
@@ -80,7 +84,7 @@ impl Operation {
     /// The call; `None` for a barrier, for messages, and for rows, which have more buffers. The root is rank 0.
     pub(crate) const fn kind(self, op: ReduceOp) -> Option<Kind> {
         Some(match self {
-            Self::Barrier | Self::SendRecv | Self::AllReduceRmsNorm => return None,
+            Self::Barrier | Self::SendRecv | Self::AllReduceRmsNorm | Self::Moe => return None,
             Self::AllReduce => Kind::AllReduce { op },
             Self::AllReduceQuantised => Kind::AllReduceQuantised,
             Self::Broadcast => Kind::Broadcast { root: 0 },
@@ -99,7 +103,7 @@ impl Operation {
         let ranks = ranks as f64;
         let per_rank = bytes as f64 / us / 1e3;
         match self {
-            Self::Barrier => (0.0, 0.0),
+            Self::Barrier | Self::Moe => (0.0, 0.0),
             Self::SendRecv => (2.0 * per_rank, 2.0 * per_rank),
             Self::AllReduce | Self::AllReduceQuantised => (per_rank, per_rank * 2.0 * (ranks - 1.0) / ranks),
             Self::Broadcast | Self::Reduce => (per_rank, per_rank),
@@ -120,6 +124,7 @@ impl Operation {
             Self::SendRecv => "send_recv",
             Self::AllReduceQuantised => "all_reduce_quantised",
             Self::AllReduceRmsNorm => "all_reduce_rms_norm",
+            Self::Moe => "moe",
             Self::Barrier => "barrier",
         }
     }
@@ -147,7 +152,8 @@ pub(crate) enum Rival {
                   below 4 KiB): percentiles over batches of the slowest rank. algbw and busbw count as nccl-tests does. send_recv is a round trip between ranks 0 and 1, 2 and 3, and so on; on GPUs every rank sends to the next \
                   and receives from the previous one. \
                   On GPUs calls are timed by events: eager, as they are submitted, and graph, captured in a CUDA graph; medians of the slowest rank. all_reduce_rms_norm is timed in graphs, beside the all-reduce alone and beside an all-reduce with \
-                  a kernel of the rest behind it; with --in-place the new residual replaces the old one. all_reduce_quantised takes turns with the plain all-reduce of the same elements, and both are verified."
+                  a kernel of the rest behind it; with --in-place the new residual replaces the old one. all_reduce_quantised takes turns with the plain all-reduce of the same elements, and both are verified. \
+                  moe is timed call by call: GB/s count all rows that come to a rank, wire bytes what it sends to others; up to 128 tokens low-latency calls are measured, too."
 )]
 pub(crate) struct Arguments {
     /// Operations to measure; all_reduce, broadcast, all_gather and barrier if none is named
@@ -171,20 +177,17 @@ pub(crate) struct Arguments {
     /// Sizes in bytes per rank, separated by commas [for example 8,4KiB,64MiB]
     #[arg(long, value_delimiter = ',', value_name = "SIZES", value_parser = size)]
     sizes: Vec<usize>,
-    /// Rows of all_reduce_rms_norm, each so many, separated by commas
-    #[arg(
-        long,
-        value_delimiter = ',',
-        value_name = "ROWS",
-        default_value = "1,2,4,8,16,32,64,128,256,1024,4096"
-    )]
+    /// Rows of all_reduce_rms_norm (1 to 4096 if none are named) or tokens of each rank in moe (128 and 512), separated by commas
+    #[arg(long, value_delimiter = ',', value_name = "ROWS")]
     tokens: Vec<usize>,
-    /// Elements of a row of all_reduce_rms_norm
-    #[arg(long, value_name = "ELEMENTS", default_value_t = 8192)]
-    hidden: usize,
+    /// Elements of a row of all_reduce_rms_norm (8192 if not given) or of a token in moe (1024)
+    #[arg(long, value_name = "ELEMENTS")]
+    hidden: Option<usize>,
     /// What all_reduce_rms_norm writes
     #[arg(long, value_name = "OUTPUT", default_value = "same")]
     output: rows::Output,
+    #[command(flatten)]
+    moe: moe::Options,
     /// Put the buffers into windows, which peers read in place
     #[arg(long)]
     windows: bool,
@@ -194,9 +197,9 @@ pub(crate) struct Arguments {
     /// Put a barrier before every call, and time single calls
     #[arg(long)]
     synchronised: bool,
-    /// How long to measure each size
-    #[arg(long, value_name = "DURATION", default_value = "250ms", value_parser = duration)]
-    time: Duration,
+    /// How long to measure each size; 250ms if not given, 50ms in moe
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    time: Option<Duration>,
     /// Leave it to the system on which processors the ranks run; otherwise each is bound to its own, if there are enough
     #[arg(long)]
     no_bind: bool,
@@ -227,7 +230,11 @@ fn duration(text: &str) -> Result<Duration, String> {
 pub(crate) fn execute(arguments: &Arguments, common: &Common) -> Result<u8, Failure> {
     let workload = Workload::new(arguments)?;
     if arguments.as_rank {
-        let run = if workload.place == Place::Cuda { gpu::run } else { rank::run };
+        let run = match workload.place {
+            Place::Cuda => gpu::run,
+            Place::Host if workload.has_moe() => moe::run,
+            Place::Host => rank::run,
+        };
         return run(&workload).map(|()| 0).map_err(Failure::new);
     }
     if workload.against.is_some() {
@@ -246,6 +253,7 @@ pub(crate) fn execute(arguments: &Arguments, common: &Common) -> Result<u8, Fail
             Ok(Line::Size(measured)) => report.add(measured),
             Ok(Line::GpuSize(measured)) => report.add_gpu(*measured),
             Ok(Line::Rows(measured)) => report.add_rows(measured),
+            Ok(Line::Moe(measured)) => report.add_moe(measured),
             // Not ours: whatever a library of the rank printed.
             Err(_) => report.print(&line),
         }

@@ -188,8 +188,8 @@ impl Rank<'_> {
                 }
                 None => Ok(0),
             },
-            // Refused on the host before.
-            Operation::Barrier | Operation::AllReduceRmsNorm => Ok(0),
+            // Refused on the host before, or measured elsewhere.
+            Operation::Barrier | Operation::AllReduceRmsNorm | Operation::Moe => Ok(0),
         }
     }
 

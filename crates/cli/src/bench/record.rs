@@ -5,6 +5,7 @@ use std::io::Write as _;
 use serde::{Deserialize, Serialize};
 
 use super::gpu_record::{Gpus, OnGpu};
+use super::moe::OnMoe;
 use super::rows::OnRows;
 
 /// One measured size of one operation.
@@ -43,6 +44,8 @@ pub(crate) enum Line {
     GpuSize(Box<OnGpu>),
     /// A number of rows on GPUs.
     Rows(OnRows),
+    /// An operation of expert parallelism with a number of tokens.
+    Moe(OnMoe),
 }
 
 impl Line {
@@ -64,6 +67,7 @@ pub(crate) enum Results {
     Host(Vec<Measured>),
     Gpu(Vec<OnGpu>),
     Rows(Vec<OnRows>),
+    Moe(Vec<OnMoe>),
 }
 
 /// The whole run.

@@ -6,10 +6,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use indicatif::ProgressBar;
 
 use super::gpu_record::{Gpus, OnGpu};
+use super::moe::OnMoe;
 use super::record::{Machine, Measured, Results, Run};
 use super::rows::OnRows;
 use super::workload::Workload;
-use super::{EXIT_WRONG, Place, gpu_table, rows, table};
+use super::{EXIT_WRONG, Place, gpu_table, moe, rows, table};
 use crate::output::progress_bar;
 use crate::{Common, Failure};
 
@@ -23,6 +24,7 @@ pub(super) struct Report<'a> {
     results: Vec<Measured>,
     gpu_results: Vec<OnGpu>,
     row_results: Vec<OnRows>,
+    moe_results: Vec<OnMoe>,
 }
 
 impl<'a> Report<'a> {
@@ -38,6 +40,7 @@ impl<'a> Report<'a> {
             results: Vec::new(),
             gpu_results: Vec::new(),
             row_results: Vec::new(),
+            moe_results: Vec::new(),
         }
     }
 
@@ -88,6 +91,16 @@ impl<'a> Report<'a> {
         self.row_results.push(measured);
     }
 
+    pub(super) fn add_moe(&mut self, measured: OnMoe) {
+        if self.moe_results.is_empty() {
+            let title = format!("{} · {}", self.title("moe"), self.workload.moe.title());
+            self.print(&moe::heading(&title));
+        }
+        self.print(&moe::row(&measured));
+        self.bar.inc(1);
+        self.moe_results.push(measured);
+    }
+
     /// `all_reduce f32 sum · 2 processes · shared memory`.
     fn title(&self, operation: &str) -> String {
         let (dtype, op, ranks) = (self.workload.dtype, self.workload.op, self.workload.ranks);
@@ -128,14 +141,18 @@ impl<'a> Report<'a> {
     pub(super) fn conclude(&self, is_complete: bool) -> u8 {
         self.bar.finish_and_clear();
         let wrong = match self.workload.place {
-            Place::Host => self.results.iter().filter(|measured| measured.wrong > 0).count(),
+            Place::Host => {
+                let sizes = self.results.iter().filter(|measured| measured.wrong > 0).count();
+                sizes + self.moe_results.iter().filter(|measured| measured.wrong > 0).count()
+            }
             Place::Cuda => {
                 let sizes = self.gpu_results.iter().filter(|measured| measured.is_wrong()).count();
                 sizes + self.row_results.iter().filter(|measured| measured.wrong > 0).count()
             }
         };
         if is_complete {
-            let sizes = self.results.len() + self.gpu_results.len() + self.row_results.len();
+            let of_hosts = self.results.len() + self.moe_results.len();
+            let sizes = of_hosts + self.gpu_results.len() + self.row_results.len();
             self.print(&format!("\n{}", table::footer(sizes, wrong)));
         }
         if wrong > 0 { EXIT_WRONG } else { 0 }
@@ -149,6 +166,7 @@ impl<'a> Report<'a> {
             Place::Host => "plain",
         };
         let results = match self.workload.place {
+            Place::Host if !self.moe_results.is_empty() => Results::Moe(self.moe_results),
             Place::Host => Results::Host(self.results),
             Place::Cuda if !self.row_results.is_empty() => Results::Rows(self.row_results),
             Place::Cuda => Results::Gpu(self.gpu_results),

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use unisono::{DType, ReduceOp, cuda, quantised};
 
+use super::moe::Moe;
 use super::rows::Output;
 use super::{Arguments, Operation, Place, Rival};
 use crate::Failure;
@@ -15,6 +16,9 @@ const DEFAULT_SIZES: [usize; 11] =
 /// The same on GPUs.
 const DEFAULT_GPU_SIZES: [usize; 11] =
     [8, 1 << 10, 8 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20, 1 << 30];
+
+/// Rows that are normalised when none are named.
+const DEFAULT_ROWS: [usize; 11] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096];
 
 /// What every rank does.
 #[derive(Debug)]
@@ -28,6 +32,7 @@ pub(super) struct Workload {
     pub(super) sizes: Vec<usize>,
     /// Of `all_reduce_rms_norm`.
     pub(super) rows: Rows,
+    pub(super) moe: Moe,
     pub(super) dtype: DType,
     pub(super) op: ReduceOp,
     pub(super) windows: bool,
@@ -57,25 +62,29 @@ impl Workload {
             ([], Place::Cuda) => DEFAULT_GPU_SIZES.to_vec(),
             (named, _) => named.to_vec(),
         };
-        let usual = if place == Place::Cuda { DType::BF16 } else { DType::F32 };
+        let is_moe = operations.contains(&Operation::Moe);
+        let usual = if place == Place::Cuda || is_moe { DType::BF16 } else { DType::F32 };
+        let ranks = arguments.ranks.unwrap_or(if place == Place::Cuda { devices } else { 2 });
+        let tokens = match arguments.tokens.as_slice() {
+            [] => DEFAULT_ROWS.to_vec(),
+            named => named.to_vec(),
+        };
+        let usual_time = Duration::from_millis(if is_moe { 50 } else { 250 });
         let workload = Self {
             place,
             devices,
             against: arguments.against,
-            ranks: arguments.ranks.unwrap_or(if place == Place::Cuda { devices } else { 2 }),
+            ranks,
             operations,
             sizes,
-            rows: Rows {
-                tokens: arguments.tokens.clone(),
-                hidden: arguments.hidden,
-                output: arguments.output,
-            },
+            rows: Rows { tokens, hidden: arguments.hidden.unwrap_or(8192), output: arguments.output },
+            moe: Moe::new(arguments, ranks),
             dtype: arguments.dtype.unwrap_or(usual),
             op: arguments.op,
             windows: arguments.windows,
             in_place: arguments.in_place,
             synchronised: arguments.synchronised,
-            time_per_size: arguments.time,
+            time_per_size: arguments.time.unwrap_or(usual_time),
             least_batches: if place == Place::Cuda { 5 } else { 10 },
         };
         workload.check()?;
@@ -103,6 +112,9 @@ impl Workload {
         }
         if self.has_rows() {
             self.check_rows()?;
+        }
+        if self.has_moe() {
+            self.moe.check(self)?;
         }
         match self.place {
             Place::Cuda => self.check_gpus(),
@@ -132,6 +144,11 @@ impl Workload {
             return Err(Failure::new(format!("{name} sums: --op {} is for other operations", self.op)));
         }
         Ok(())
+    }
+
+    /// Whether expert parallelism is measured, and nothing else.
+    pub(super) fn has_moe(&self) -> bool {
+        self.operations.contains(&Operation::Moe)
     }
 
     fn check_rows(&self) -> Result<(), Failure> {

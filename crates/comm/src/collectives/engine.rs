@@ -32,6 +32,9 @@ use crate::error::{Error, Result};
 /// Calls whose chain is remembered, to compare with what peers' trails say: more than any peer can be behind.
 pub(super) const HISTORY: u64 = 4 * CALL_SLOTS as u64;
 
+/// Asked again and again while a call waits; an answer is the reason why it must not wait on.
+pub(crate) type Interrupt = Arc<dyn Fn() -> Option<String> + Send + Sync>;
+
 /// How an engine is made.
 pub(crate) struct EngineConfig {
     pub(crate) control: Arc<Control>,
@@ -108,6 +111,8 @@ pub(crate) struct Engine {
     pub(super) row: RowMemory,
     /// The block that is quantised.
     pub(super) quantised: BlockMemory,
+    /// Asked by waits that last.
+    pub(super) interrupt: Option<Interrupt>,
 }
 
 // SAFETY: the raw pointers point into the engine's own boxes, into the shared mapping that `control` keeps, or are
@@ -156,6 +161,7 @@ impl Engine {
             sizes: Vec::new(),
             row: RowMemory::default(),
             quantised: BlockMemory::default(),
+            interrupt: None,
         }
     }
 
@@ -461,10 +467,20 @@ impl Engine {
         patience: Option<Duration>,
         what: impl FnOnce(&mut Self) -> R,
     ) -> R {
-        let usual = std::mem::replace(&mut self.policy.patience, patience);
+        let usual = self.change_patience(patience);
         let result = what(self);
         self.policy.patience = usual;
         result
+    }
+
+    /// From now on waits last so long at most; the time before.
+    pub(crate) const fn change_patience(&mut self, patience: Option<Duration>) -> Option<Duration> {
+        std::mem::replace(&mut self.policy.patience, patience)
+    }
+
+    /// From now on waits that last ask this.
+    pub(crate) fn interrupt_by(&mut self, interrupt: Interrupt) {
+        self.interrupt = Some(interrupt);
     }
 
     /// How it waits.

@@ -211,6 +211,10 @@ impl Engine {
             self.control.fail(&cause);
             return Err(self.first_cause(blocked));
         }
+        if let Some(reason) = self.interrupt.as_ref().and_then(|ask| ask()) {
+            self.control.fail(&Cause::Aborted { rank: self.rank as u32, reason });
+            return Err(self.first_cause(blocked));
+        }
         let waited = vigil.since.elapsed();
         if self.policy.patience.is_some_and(|patience| waited >= patience) {
             let cause = Cause::TimedOut {

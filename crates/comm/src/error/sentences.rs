@@ -125,6 +125,14 @@ sentences! {
         => "rank 1 waited 1.5s for signal 3 to reach 8; it holds 7. A peer raises it with signal().";
     Packet: Error::Packet { rank: 1, place: 300, expected: 8, got: 7, waited: Duration::from_millis(1500) }
         => "rank 1 waited 1.5s for the packet of epoch 8 at place 300, which holds that of 7. A kernel of a peer sends it.";
+    BufferState: Error::BufferState {
+        call: "dispatch",
+        rank: 1,
+        expected: "all ranks have exchanged",
+        got: "is only constructed",
+    } => "dispatch on rank 1 needs an ep::Buffer that all ranks have exchanged; this one is only constructed. Nothing was sent.";
+    BufferSettings: Error::BufferSettings { what: "hidden", rank: 2, got: "512".into(), expected: "1024".into() }
+        => "hidden of rank 2's ep::Buffer is 512, where others say 1024. All ranks must give the same settings.";
     Poisoned: Error::Poisoned { id: 2, cause: "rank 3 died".into() }
         => "window 2 is poisoned: its communicator failed while peers could touch it (rank 3 died). Make a new \
             communicator.";

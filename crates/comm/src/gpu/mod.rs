@@ -211,6 +211,12 @@ impl Gpu {
         Ok(())
     }
 
+    /// From now on kernels wait so long at most for ranks that live.
+    pub(crate) fn change_patience(&mut self, patience: Option<std::time::Duration>) {
+        self.args.patience_ns = one_sided::nanoseconds(patience);
+        self.seats.iter_mut().for_each(|seat| seat.change_patience(patience));
+    }
+
     /// The same for people.
     pub(crate) fn explain(&self) -> OnGpus {
         OnGpus::new(&self.rules, self.table_from.clone())

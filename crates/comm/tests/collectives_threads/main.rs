@@ -7,6 +7,7 @@
 mod support;
 
 mod arguments;
+mod binding;
 mod counted;
 mod departures;
 mod determinism;

@@ -1,5 +1,6 @@
 //! Helpers and tests of `faults_processes`, by subject; what ranks do is in `parts`, how they are started in `world`.
 
+pub(crate) mod experts;
 pub(crate) mod forks;
 #[cfg(feature = "cuda")]
 pub(crate) mod gpu;

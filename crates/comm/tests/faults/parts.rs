@@ -68,6 +68,7 @@ impl Part {
             "family churn" => super::leftovers::family_churn(self),
             "shrink churn" => super::leftovers::shrink_churn(),
             "survivor" => super::shrinks::survive(self),
+            "experts" => super::experts::play(self),
             #[cfg(feature = "cuda")]
             "gpu" => super::gpu::calls(self),
             #[cfg(feature = "cuda")]

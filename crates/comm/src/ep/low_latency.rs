@@ -1,0 +1,359 @@
+//! Low-latency dispatch: a block of rows for each local expert, in the order of source rank and token.
+//!
+//! One round. Each rank stages its tokens once, cast if asked for, with their top-k indices; receivers copy a row for each selection of theirs.
+
+use std::sync::Arc;
+
+use unisono_core::DType;
+use unisono_core::ep::cast::{BLOCK, PACKED, ScaleKind, blocks, cast_row, pack};
+use unisono_core::ep::is_summed;
+
+use super::Buffer;
+use super::arena::{Arena, Lane, Round};
+use super::arguments::{Rows, Tokens, indices};
+use super::tensor::{Input, Tensor, bytes_of, bytes_of_mut};
+use super::words::{CallWords, Operation};
+use crate::buffer::Buf;
+use crate::error::Result;
+use crate::stream::Stream;
+
+/// Calls that may be sent and not received at once.
+pub(super) const MOST_OPEN: usize = 2;
+
+/// Tokens to be dispatched in low-latency mode.
+#[derive(Clone, Debug)]
+pub struct LowLatencyDispatch<'b> {
+    x: Input<'b>,
+    topk_idx: Input<'b>,
+    top_k: usize,
+    cast: Option<ScaleKind>,
+    stream: Option<&'b Stream>,
+}
+
+impl<'b> LowLatencyDispatch<'b> {
+    /// `x` is tokens × hidden, bf16, f16 or f32, of at most [`Settings::capacity`](super::Settings::capacity) tokens; `topk_idx` is i64, tokens ×
+    /// `top_k`, each an expert (once for a token) or −1, which selects nothing.
+    pub fn new(x: impl Into<Input<'b>>, topk_idx: impl Into<Buf<'b, i64>>, top_k: usize) -> Self {
+        Self { x: x.into(), topk_idx: topk_idx.into().into(), top_k, cast: None, stream: None }
+    }
+
+    /// Casts rows to f8e4m3 on their way, with a scale for each 128 elements ([`reference::cast`](super::reference::cast) says how). [`ScaleKind::Ue8m0`] needs a
+    /// hidden size that is a multiple of 512.
+    pub const fn cast(mut self, scales: ScaleKind) -> Self {
+        self.cast = Some(scales);
+        self
+    }
+
+    /// In the order of `stream`: the host's, until there are GPUs.
+    pub const fn on(mut self, stream: &'b Stream) -> Self {
+        self.stream = Some(stream);
+        self
+    }
+}
+
+/// What a low-latency dispatch brought. L is the number of experts of this rank, M = ranks × capacity.
+#[derive(Clone, Debug)]
+pub struct LowLatencyDispatched {
+    /// `[L, M, hidden]`: of each expert first the rows that came, by source rank and token; behind them zeros (on GPUs unspecified). f8e4m3 if cast.
+    pub x: Tensor,
+    /// The scales, if cast: f32 `[L, blocks, M]`, or with [`ScaleKind::Ue8m0`] i32 `[L, blocks / 4, M]`. The tokens are the last dimension.
+    pub scales: Option<Tensor>,
+    /// i32 `[L]`: rows that came for each expert of this rank.
+    pub counts: Tensor,
+    /// i64 `[ranks]`: how long each rank was waited for, in nanoseconds.
+    pub waited: Tensor,
+    /// For combine.
+    pub handle: LowLatencyHandle,
+}
+
+/// Where the rows of a low-latency dispatch came from. Clones are the same.
+#[derive(Clone, Debug)]
+pub struct LowLatencyHandle(pub(super) Arc<Origins>);
+
+/// What a handle holds.
+#[derive(Debug)]
+pub(super) struct Origins {
+    pub(super) call: u64,
+    pub(super) top_k: usize,
+    /// Tokens that this rank sent.
+    pub(super) tokens: usize,
+    /// Rows of a block.
+    pub(super) rows: usize,
+    /// `[L, rows]`: the token's index at its source.
+    pub(super) source_tokens: Vec<i32>,
+    /// `[L, ranks]`: where the rows of a source begin, and how many they are.
+    pub(super) ranges: Vec<(u32, u32)>,
+}
+
+impl LowLatencyHandle {
+    /// i32 `[L, M]`: the index of each row's token at its source; only those of rows that came have a meaning.
+    pub fn source_tokens(&self) -> Tensor {
+        let Origins { source_tokens, rows, .. } = &*self.0;
+        Tensor::of(source_tokens, &[source_tokens.len() / rows, *rows])
+    }
+
+    /// i64 `[L, ranks]`: the rows of each source within the block of an expert, as first << 32 | number.
+    pub fn layout_range(&self) -> Tensor {
+        let experts = self.0.source_tokens.len() / self.0.rows;
+        let pack = |range: &(u32, u32)| i64::from(range.0) << 32 | i64::from(range.1);
+        let ranges: Vec<i64> = self.0.ranges.iter().map(pack).collect();
+        Tensor::of(&ranges, &[experts, ranges.len() / experts.max(1)])
+    }
+}
+
+/// A low-latency dispatch that was sent and not yet received: [`Buffer::receive_dispatch`] takes it.
+#[derive(Debug)]
+#[must_use = "until it is received, the buffer takes at most one more"]
+pub struct SentDispatch {
+    round: Round,
+    words: CallWords,
+    cast: Option<ScaleKind>,
+}
+
+impl Buffer {
+    /// Sends tokens to their experts and returns when those for this rank's experts are there. Every rank calls it.
+    ///
+    /// # Errors
+    /// [`crate::Error::Argument`] if shapes or dtypes do not fit, there are more tokens than the capacity, or the settings have no
+    /// [`Settings::low_latency`](super::Settings::low_latency), before anything is sent; the others as [`Buffer::dispatch`].
+    pub fn low_latency_dispatch(
+        &mut self,
+        dispatch: &LowLatencyDispatch<'_>,
+    ) -> Result<LowLatencyDispatched> {
+        let sent = self.low_latency_dispatch_send(dispatch)?;
+        self.receive_dispatch(sent)
+    }
+
+    /// The first half of a low-latency dispatch: sends, and waits for nobody but those that have not yet received what was sent two calls
+    /// ago. Between the halves anything else can be done. At most two calls are sent and not received at once.
+    ///
+    /// # Errors
+    /// As [`Buffer::low_latency_dispatch`].
+    pub fn low_latency_dispatch_send(&mut self, dispatch: &LowLatencyDispatch<'_>) -> Result<SentDispatch> {
+        let call = "low_latency_dispatch";
+        self.ready_to_send(call, dispatch.stream)?;
+        let rows = self.low_latency_rows(call, &dispatch.x)?;
+        let selections = self.selections(call, (&dispatch.topk_idx, dispatch.top_k), rows.count)?;
+        let hidden = self.settings.hidden;
+        if dispatch.cast == Some(ScaleKind::Ue8m0) && !hidden.is_multiple_of(BLOCK * PACKED) {
+            let expected = format!("a multiple of {} for UE8M0 scales", BLOCK * PACKED);
+            return Err(self.refuse(call, "hidden", expected, hidden));
+        }
+        let mut words = CallWords::new(Operation::LowLatencyDispatch, self.calls + 1, rows.dtype);
+        (words.top_k, words.tokens) = (dispatch.top_k, rows.count);
+        words.cast = dispatch.cast.map_or(0, |kind| kind as u8 + 1);
+        self.calls += 1;
+        let sent = self.send_tokens(&words, dispatch.cast, &rows, &selections);
+        let round = self.remember(sent)?;
+        Ok(SentDispatch { round, words, cast: dispatch.cast })
+    }
+
+    /// The second half: waits for what the others sent. Calls are received in the order in which they were sent.
+    ///
+    /// # Errors
+    /// [`crate::Error::Argument`] if an earlier one was not received; the others as [`Buffer::dispatch`].
+    pub fn receive_dispatch(&mut self, sent: SentDispatch) -> Result<LowLatencyDispatched> {
+        self.ready_to_receive("receive_dispatch", sent.round)?;
+        let received = self.receive_tokens(&sent);
+        self.remember(received)
+    }
+
+    pub(super) fn ready_to_send(&mut self, call: &'static str, stream: Option<&Stream>) -> Result<()> {
+        self.check_stream(call, stream)?;
+        let open = self.available(call)?.open_rounds();
+        if !self.settings.low_latency {
+            return Err(self.refuse(call, "settings", "low_latency".to_owned(), "none"));
+        }
+        if open >= MOST_OPEN {
+            let expected = format!("fewer than {MOST_OPEN} that are sent and not received");
+            return Err(self.refuse(call, "low-latency calls", expected, open));
+        }
+        Ok(())
+    }
+
+    pub(super) fn ready_to_receive(&mut self, call: &'static str, round: Round) -> Result<()> {
+        if self.available(call)?.is_next(round) {
+            return Ok(());
+        }
+        let expected = "the first of this buffer that is not received".to_owned();
+        Err(self.refuse(call, "call", expected, "another one"))
+    }
+
+    fn low_latency_rows<'b>(&self, call: &'static str, x: &Input<'b>) -> Result<Rows<'b>> {
+        let rows = self.rows(call, &Tokens::new(*x))?;
+        if !is_summed(rows.dtype) {
+            return Err(self.refuse(call, "dtype", "bf16, f16 or f32".to_owned(), rows.dtype));
+        }
+        if rows.count > self.settings.capacity {
+            let expected = format!("at most {}, the capacity", self.settings.capacity);
+            return Err(self.refuse(call, "tokens", expected, rows.count));
+        }
+        Ok(rows)
+    }
+
+    /// Checks the top-k indices of `tokens`.
+    pub(super) fn selections(
+        &self,
+        call: &'static str,
+        (topk_idx, top_k): (&Input<'_>, usize),
+        tokens: usize,
+    ) -> Result<Vec<i64>> {
+        self.check_top_k(call, top_k)?;
+        let bytes = self.exactly((call, "topk_idx"), topk_idx, (DType::I64, tokens * top_k))?;
+        let selections = indices(bytes);
+        self.route(call, &selections, top_k)?;
+        for (token, row) in selections.chunks_exact(top_k).enumerate() {
+            let is_again = |(at, expert): (usize, &i64)| *expert != -1 && row[..at].contains(expert);
+            if row.iter().enumerate().any(is_again) {
+                let expected = "each expert at most once for a token".to_owned();
+                return Err(self.refuse(call, "topk_idx", expected, format!("{row:?} for token {token}")));
+            }
+        }
+        Ok(selections)
+    }
+
+    fn send_tokens(
+        &mut self,
+        words: &CallWords,
+        cast: Option<ScaleKind>,
+        rows: &Rows<'_>,
+        selections: &[i64],
+    ) -> Result<Round> {
+        let during = words.during();
+        let hidden = self.settings.hidden;
+        let arena = self.available(words.operation.name())?;
+        let round = arena.begin(Lane::Data, &during)?;
+        let (layout, fields) = (arena.layout(), &arena.layout().data[round.half]);
+        arena.write(fields.indices.offset, bytes_of(selections));
+        let (mut codes, mut scales) = (vec![0; hidden], vec![0f32; blocks(hidden)]);
+        let is_sent = |token: &usize| {
+            selections[token * words.top_k..][..words.top_k].iter().any(|selection| *selection >= 0)
+        };
+        for token in (0..rows.count).filter(is_sent) {
+            let target = fields.rows.offset + token * layout.row_stride;
+            match cast {
+                None => arena.write(target, rows.row(token)),
+                Some(kind) => {
+                    cast_row(rows.dtype, rows.row(token), kind, &mut codes, &mut scales);
+                    arena.write(target, &codes);
+                    arena.write(fields.scales.offset + token * scales.len() * 4, bytes_of(&scales));
+                }
+            }
+        }
+        arena.publish(round, words, &during)?;
+        Ok(round)
+    }
+
+    fn receive_tokens(&mut self, sent: &SentDispatch) -> Result<LowLatencyDispatched> {
+        let SentDispatch { round, words, cast } = sent;
+        let during = words.during();
+        let (rank, ranks, hidden) = (self.rank, self.world_size, self.settings.hidden);
+        let (placement, capacity) = (self.placement.clone(), self.settings.capacity);
+        let experts = placement.local_experts(rank);
+        let block = ranks * capacity;
+        let mut received = Received::new(words.dtype, *cast, (experts, block, hidden));
+        let mut ranges = vec![(0, 0); experts * ranks];
+        let arena = self.available(words.operation.name())?;
+        let gathered = arena.gather(*round, words, &during)?;
+        for source in 0..ranks {
+            received.counts.iter().enumerate().for_each(|(expert, count)| {
+                ranges[expert * ranks + source].0 = *count as u32;
+            });
+            if gathered.present >> source & 1 == 0 {
+                continue;
+            }
+            let tokens = gathered.calls[source].tokens;
+            if tokens > capacity {
+                return Err(arena.damaged(source, "it sends more tokens than its capacity", &during));
+            }
+            let mut selections = vec![0i64; tokens * words.top_k];
+            let fields = &arena.layout().data[round.half];
+            arena.read(source, fields.indices.offset, bytes_of_mut(&mut selections));
+            for (at, selection) in selections.iter().enumerate() {
+                let Some((owner, expert)) = placement.find(*selection) else { continue };
+                if owner != rank {
+                    continue;
+                }
+                if received.counts[expert] == block {
+                    return Err(arena.damaged(source, "it selects an expert too often", &during));
+                }
+                received.take(arena, *round, (source, at / words.top_k, expert));
+                ranges[expert * ranks + source].1 += 1;
+            }
+        }
+        arena.finish(*round, &during)?;
+        let Received { x, scales, counts, source_tokens, .. } = received;
+        let handle = LowLatencyHandle(Arc::new(Origins {
+            call: words.number,
+            top_k: words.top_k,
+            tokens: words.tokens,
+            rows: block,
+            source_tokens,
+            ranges,
+        }));
+        let counts: Vec<i32> = counts.iter().map(|count| *count as i32).collect();
+        let counts = Tensor::of(&counts, &[experts]);
+        Ok(LowLatencyDispatched { x, scales, counts, waited: gathered.waited(), handle })
+    }
+}
+
+/// The blocks of the local experts, as they fill.
+struct Received {
+    x: Tensor,
+    scales: Option<Tensor>,
+    counts: Vec<usize>,
+    source_tokens: Vec<i32>,
+    block: usize,
+    cast: Option<ScaleKind>,
+    row_scales: Vec<f32>,
+}
+
+impl Received {
+    fn new(dtype: DType, cast: Option<ScaleKind>, (experts, block, hidden): (usize, usize, usize)) -> Self {
+        let dtype = if cast.is_some() { DType::F8E4M3 } else { dtype };
+        let row_scales = vec![0f32; cast.map_or(0, |_| blocks(hidden))];
+        let scales = cast.map(|kind| match kind {
+            ScaleKind::Ue8m0 => Tensor::zeros(DType::I32, &[experts, row_scales.len() / PACKED, block]),
+            _ => Tensor::zeros(DType::F32, &[experts, row_scales.len(), block]),
+        });
+        Self {
+            x: Tensor::zeros(dtype, &[experts, block, hidden]),
+            scales,
+            counts: vec![0; experts],
+            source_tokens: vec![0; experts * block],
+            block,
+            cast,
+            row_scales,
+        }
+    }
+
+    /// Copies `token` of `source` to the next row of `expert`.
+    fn take(&mut self, arena: &Arena, round: Round, (source, token, expert): (usize, usize, usize)) {
+        let (layout, fields) = (arena.layout(), &arena.layout().data[round.half]);
+        let place = self.counts[expert];
+        self.counts[expert] += 1;
+        let row = expert * self.block + place;
+        self.source_tokens[row] = token as i32;
+        let bytes = self.x.row_bytes() / self.block;
+        let target = &mut self.x.bytes_mut()[row * bytes..][..bytes];
+        arena.read(source, fields.rows.offset + token * layout.row_stride, target);
+        let Some(scales) = &mut self.scales else { return };
+        let from = fields.scales.offset + token * self.row_scales.len() * 4;
+        arena.read(source, from, bytes_of_mut(&mut self.row_scales));
+        let mut put = |columns: usize, column: usize, word: [u8; 4]| {
+            let at = (expert * columns + column) * self.block + place;
+            scales.bytes_mut()[at * 4..][..4].copy_from_slice(&word);
+        };
+        if self.cast == Some(ScaleKind::Ue8m0) {
+            let columns = self.row_scales.len() / PACKED;
+            for (column, four) in self.row_scales.chunks_exact(PACKED).enumerate() {
+                put(columns, column, pack(four).to_ne_bytes());
+            }
+        } else {
+            let columns = self.row_scales.len();
+            for (column, scale) in self.row_scales.iter().enumerate() {
+                put(columns, column, scale.to_ne_bytes());
+            }
+        }
+    }
+}

@@ -1,0 +1,410 @@
+//! Dispatch: every token goes once to each rank that has one of its experts.
+//!
+//! In the first round each rank says how many tokens it has for whom, and in every round it stages as many as there is room for. Receivers copy
+//! their rows from all sources, in order of source and token, straight to where they stay. A token is staged once, whoever takes it.
+
+use std::sync::Arc;
+
+use unisono_core::DType;
+use unisono_core::ep::{Routing, source_prefix};
+
+use super::arena::{Arena, Lane, Round};
+use super::arguments::{Rows, Tokens, indices};
+use super::incoming::{Incoming, Told, read_counts, receive};
+use super::tensor::{Input, Tensor, bytes_of};
+use super::words::{CallWords, Operation};
+use super::{Buffer, Layout};
+use crate::buffer::Buf;
+use crate::error::Result;
+use crate::stream::Stream;
+
+/// Tokens to be dispatched, and where they go: by top-k indices, by a [`Layout`], or by both.
+#[derive(Clone, Debug)]
+pub struct Dispatch<'b> {
+    tokens: Tokens<'b>,
+    selections: Option<(Input<'b>, usize)>,
+    weights: Option<Input<'b>>,
+    layout: Option<&'b Layout>,
+    alignment: usize,
+    worst_tokens: Option<usize>,
+    stream: Option<&'b Stream>,
+}
+
+impl<'b> Dispatch<'b> {
+    /// `x` is tokens × hidden, bf16, f16, f32 or f8e4m3 (no wider than [`Settings::dtype`](super::Settings::dtype)), with scales if it is a [`Tokens::scaled`].
+    pub fn new(x: impl Into<Tokens<'b>>) -> Self {
+        Self {
+            tokens: x.into(),
+            selections: None,
+            weights: None,
+            layout: None,
+            alignment: 1,
+            worst_tokens: None,
+            stream: None,
+        }
+    }
+
+    /// The experts of each token: i64, tokens × `top_k`; −1 selects nothing.
+    pub fn top_k(mut self, topk_idx: impl Into<Buf<'b, i64>>, top_k: usize) -> Self {
+        self.selections = Some((topk_idx.into().into(), top_k));
+        self
+    }
+
+    /// The weight of each selection: f32, tokens × top-k.
+    pub fn weights(mut self, topk_weights: impl Into<Buf<'b, f32>>) -> Self {
+        self.weights = Some(topk_weights.into().into());
+        self
+    }
+
+    /// Where tokens go, if that is known already: it is not computed again.
+    pub const fn layout(mut self, layout: &'b Layout) -> Self {
+        self.layout = Some(layout);
+        self
+    }
+
+    /// Rounds [`Dispatched::tokens_per_expert`] up to multiples of `alignment`.
+    pub const fn expert_alignment(mut self, alignment: usize) -> Self {
+        self.alignment = alignment;
+        self
+    }
+
+    /// Outputs have `rows` rows, however many come, and so have those of everything that the handle is used for: nobody has to wait until the
+    /// number is known. [`Dispatched::tokens_per_expert`] is empty, and rows behind the last have index −1, weight 0 and unspecified elements.
+    pub const fn worst_tokens(mut self, rows: usize) -> Self {
+        self.worst_tokens = Some(rows);
+        self
+    }
+
+    /// In the order of `stream`: the host's, until there are GPUs.
+    pub const fn on(mut self, stream: &'b Stream) -> Self {
+        self.stream = Some(stream);
+        self
+    }
+}
+
+/// Other tokens that go the way of an earlier dispatch.
+#[derive(Clone, Debug)]
+pub struct CachedDispatch<'b> {
+    tokens: Tokens<'b>,
+    handle: &'b Handle,
+    stream: Option<&'b Stream>,
+}
+
+impl<'b> CachedDispatch<'b> {
+    /// `x` as in [`Dispatch::new`], as many tokens as the dispatch of `handle` had.
+    pub fn new(x: impl Into<Tokens<'b>>, handle: &'b Handle) -> Self {
+        Self { tokens: x.into(), handle, stream: None }
+    }
+
+    /// In the order of `stream`: the host's, until there are GPUs.
+    pub const fn on(mut self, stream: &'b Stream) -> Self {
+        self.stream = Some(stream);
+        self
+    }
+}
+
+/// What a dispatch brought: N rows.
+#[derive(Clone, Debug)]
+pub struct Dispatched {
+    /// `[N, hidden]`, of the type that was sent: by source rank, then by the token's index there.
+    pub x: Tensor,
+    /// `[N, scales of a token]`, if scales were sent.
+    pub scales: Option<Tensor>,
+    /// i64 `[N, top_k]`: the expert's number on this rank, −1 where it lives elsewhere. `None` if no indices were sent.
+    pub topk_idx: Option<Tensor>,
+    /// f32 `[N, top_k]`: 0 where the expert lives elsewhere. `None` if no weights were sent.
+    pub topk_weights: Option<Tensor>,
+    /// Selections of each expert of this rank, rounded up to the alignment. Empty with [`Dispatch::worst_tokens`].
+    pub tokens_per_expert: Vec<usize>,
+    /// For combine, and for doing the same again.
+    pub handle: Handle,
+}
+
+/// The layout of a dispatch on all ranks. Clones are the same.
+#[derive(Clone, Debug)]
+pub struct Handle(pub(super) Arc<Routes>);
+
+/// What a handle holds.
+#[derive(Debug)]
+pub(super) struct Routes {
+    /// The call that made it.
+    pub(super) call: u64,
+    /// Where our tokens go.
+    pub(super) routing: Arc<Routing>,
+    /// The row at which the rows of each source begin, and behind the last.
+    pub(super) starts: Vec<usize>,
+    /// The index of each row's token at its source, −1 behind the last.
+    pub(super) source_tokens: Vec<i32>,
+    prefix: Vec<i32>,
+    pub(super) top_k: usize,
+    /// The most tokens that any rank sent.
+    pub(super) most_tokens: usize,
+}
+
+impl Handle {
+    /// i32 `[ranks, ranks]`: at [i][r] the number of tokens that ranks 0 to i send to rank r.
+    pub fn rank_prefix(&self) -> Tensor {
+        let ranks = self.0.starts.len() - 1;
+        Tensor::of(&self.0.prefix, &[ranks, ranks])
+    }
+
+    /// i32 `[N]`: the index of each row's token at its source, −1 behind the last one.
+    pub fn source_tokens(&self) -> Tensor {
+        Tensor::of(&self.0.source_tokens, &[self.0.source_tokens.len()])
+    }
+
+    /// bool `[tokens, ranks]`: which of our tokens went to which rank.
+    pub fn is_token_in_rank(&self) -> Tensor {
+        super::is_token_in_rank(&self.0.routing.destinations, self.0.starts.len() - 1)
+    }
+
+    /// Rows of what was dispatched: N, as many as came, or as [`Dispatch::worst_tokens`] said.
+    pub fn rows(&self) -> usize {
+        self.0.source_tokens.len()
+    }
+
+    /// Tokens that this rank sent.
+    pub fn tokens(&self) -> usize {
+        self.0.routing.destinations.len()
+    }
+}
+
+/// What is sent, checked.
+struct Outgoing<'a> {
+    rows: Rows<'a>,
+    routing: &'a Routing,
+    selections: Option<&'a [i64]>,
+    weights: Option<&'a [u8]>,
+}
+
+impl Buffer {
+    /// Sends tokens to the ranks of their experts, and returns when those for this rank are there. Every rank calls it, with any number of
+    /// tokens of its own.
+    ///
+    /// Deterministic: rows are ordered by source rank, then by token. A token that names an expert twice counts twice for it. Tokens of a rank
+    /// that is masked during the call count as none, on all ranks.
+    ///
+    /// # Errors
+    /// [`crate::Error::Argument`] if shapes or dtypes do not fit, or neither indices nor a layout are given, before anything is sent; and if more
+    /// rows came than [`Dispatch::worst_tokens`], after the others have been served: the buffer still works.
+    /// [`crate::Error::BufferState`] before the exchange; [`crate::Error::Mismatch`], [`crate::Error::PeerDied`] and [`crate::Error::Timeout`] as
+    /// in [`ep`](super); [`crate::Error::GivenUp`] if this rank was masked.
+    pub fn dispatch(&mut self, dispatch: &Dispatch<'_>) -> Result<Dispatched> {
+        let call = "dispatch";
+        self.ready(call, dispatch.stream)?;
+        let rows = self.rows(call, &dispatch.tokens)?;
+        let top_k = dispatch.selections.map_or(0, |(_, top_k)| top_k);
+        let selections = match &dispatch.selections {
+            None => None,
+            Some((input, top_k)) => {
+                self.check_top_k(call, *top_k)?;
+                let count = (DType::I64, rows.count * top_k);
+                Some(indices(self.exactly((call, "topk_idx"), input, count)?))
+            }
+        };
+        let weights = match (&dispatch.weights, &selections) {
+            (None, _) => None,
+            (Some(weights), Some(_)) => {
+                Some(self.exactly((call, "topk_weights"), weights, (DType::F32, rows.count * top_k))?)
+            }
+            (Some(_), None) => {
+                return Err(self.refuse(call, "topk_weights", "none without topk_idx".to_owned(), "some"));
+            }
+        };
+        let routing = match (dispatch.layout, &selections) {
+            (Some(layout), _) => layout.routing.clone(),
+            (None, Some(selections)) => self.route(call, selections, top_k)?.routing,
+            (None, None) => {
+                return Err(self.refuse(call, "topk_idx", "indices or a layout".to_owned(), "neither"));
+            }
+        };
+        let fits = routing.tokens_per_rank.len() == self.world_size
+            && routing.tokens_per_expert.len() == self.placement.experts();
+        if routing.destinations.len() != rows.count || !fits {
+            let expected = format!("{} tokens of this buffer", rows.count);
+            return Err(self.refuse(call, "layout", expected, routing.destinations.len()));
+        }
+        if dispatch.alignment == 0 {
+            return Err(self.refuse(call, "expert_alignment", "at least 1".to_owned(), 0));
+        }
+        let mut words = CallWords::new(Operation::Dispatch, self.calls + 1, rows.dtype);
+        (words.top_k, words.scales, words.tokens) = (top_k, rows.scales(), rows.count);
+        words.has_weights = weights.is_some();
+        let outgoing = Outgoing { rows, routing: &routing, selections: selections.as_deref(), weights };
+        self.calls += 1;
+        let moved = self.send_and_receive(&words, &outgoing, None);
+        let (mut incoming, mut told) = self.remember(moved)?;
+        if let Some(rows) = dispatch.worst_tokens {
+            let came = incoming.source_tokens.len();
+            if came > rows {
+                let expected = format!("at least {came}, as many as came");
+                return Err(self.refuse(call, "worst_tokens", expected, rows));
+            }
+            incoming.extend(rows)?;
+            told.tokens_per_expert.clear();
+        }
+        let Incoming { x, scales, indices: topk_idx, weights: topk_weights, starts, source_tokens, .. } =
+            incoming;
+        let (prefix, most_tokens) = (source_prefix(&told.counts), told.most_tokens);
+        let call = self.calls;
+        let routes = Routes { call, routing, starts, source_tokens, prefix, top_k, most_tokens };
+        let handle = Handle(Arc::new(routes));
+        let tokens_per_expert = told.tokens_per_expert;
+        let align = |count: usize| count.next_multiple_of(dispatch.alignment);
+        let tokens_per_expert = tokens_per_expert.into_iter().map(align).collect();
+        Ok(Dispatched { x, scales, topk_idx, topk_weights, tokens_per_expert, handle })
+    }
+
+    /// Sends other tokens the way of an earlier dispatch, whose handle every rank gives: `[N, hidden]` in the same order, and the scales if there
+    /// are some. No counts are exchanged. Rows of ranks that were masked since then are zeros.
+    ///
+    /// # Errors
+    /// As [`Buffer::dispatch`]; [`crate::Error::Argument`] if there are more or fewer tokens than the handle has.
+    pub fn dispatch_cached(&mut self, dispatch: &CachedDispatch<'_>) -> Result<(Tensor, Option<Tensor>)> {
+        let (call, handle) = ("dispatch_cached", dispatch.handle);
+        self.ready(call, dispatch.stream)?;
+        let rows = self.rows(call, &dispatch.tokens)?;
+        self.check_handle(call, handle, handle.tokens(), ("tokens", rows.count))?;
+        let mut words = CallWords::new(Operation::DispatchCached, self.calls + 1, rows.dtype);
+        (words.scales, words.tokens, words.handle) = (rows.scales(), rows.count, handle.0.call);
+        let outgoing = Outgoing { rows, routing: &handle.0.routing, selections: None, weights: None };
+        self.calls += 1;
+        let moved = self.send_and_receive(&words, &outgoing, Some(&handle.0));
+        let (incoming, _) = self.remember(moved)?;
+        Ok((incoming.x, incoming.scales))
+    }
+
+    /// Whether a throughput call can begin.
+    pub(super) fn ready(&mut self, call: &'static str, stream: Option<&Stream>) -> Result<()> {
+        self.check_stream(call, stream)?;
+        let open = self.available(call)?.open_rounds();
+        if open > 0 {
+            let expected = "none that is sent and not received".to_owned();
+            return Err(self.refuse(call, "low-latency calls", expected, open));
+        }
+        Ok(())
+    }
+
+    pub(super) fn check_handle(
+        &self,
+        call: &'static str,
+        handle: &Handle,
+        expected: usize,
+        (what, got): (&'static str, usize),
+    ) -> Result<()> {
+        if handle.0.starts.len() != self.world_size + 1 || handle.0.call > self.calls {
+            return Err(self.refuse(call, "handle", "one of this buffer".to_owned(), "another one's"));
+        }
+        if got == expected {
+            return Ok(());
+        }
+        Err(self.refuse(call, what, format!("{expected}, as the handle has"), got))
+    }
+
+    /// All rounds of a dispatch; with `known`, the layout of an earlier one.
+    fn send_and_receive(
+        &mut self,
+        words: &CallWords,
+        outgoing: &Outgoing<'_>,
+        known: Option<&Routes>,
+    ) -> Result<(Incoming, Told)> {
+        let during = words.during();
+        let (experts, rank) = (self.placement.experts(), self.rank);
+        let mine: Vec<usize> = self.placement.experts_of(rank).collect();
+        let arena = self.available(words.operation.name())?;
+        let chunk = arena.layout().rows;
+        let mut told = Told { most_tokens: outgoing.rows.count, ..Told::default() };
+        let mut incoming: Option<Incoming> = None;
+        let mut turn = 0;
+        loop {
+            let round = arena.begin(Lane::Data, &during)?;
+            let first = turn * chunk;
+            stage(arena, round, words, outgoing, first);
+            arena.publish(round, words, &during)?;
+            let gathered = arena.gather(round, words, &during)?;
+            let incoming = match &mut incoming {
+                Some(incoming) => incoming,
+                none => {
+                    told = match known {
+                        None => read_counts(arena, round, &gathered, experts, &during)?,
+                        Some(known) => Told { most_tokens: known.most_tokens, ..told },
+                    };
+                    none.insert(Incoming::new(words, outgoing.rows.row_bytes, (rank, &told, known)))
+                }
+            };
+            for source in (0..gathered.calls.len()).filter(|source| gathered.present >> source & 1 == 1) {
+                let tokens = gathered.calls[source].tokens;
+                let count = tokens.saturating_sub(first).min(chunk);
+                receive(arena, round, incoming, (source, first, count, rank), words, &during)?;
+            }
+            arena.finish(round, &during)?;
+            turn += 1;
+            if turn * chunk >= told.most_tokens {
+                let is_short = |source: &usize| {
+                    gathered.present >> source & 1 == 1
+                        && incoming.next[*source] < incoming.starts[source + 1]
+                };
+                if let Some(source) = (0..incoming.next.len()).find(is_short) {
+                    return Err(arena.damaged(source, "it sends fewer tokens than it counted", &during));
+                }
+                told.keep(gathered.present, incoming, known.is_some(), words);
+                break;
+            }
+        }
+        let Some(mut incoming) = incoming else { unreachable!("there is at least one round") };
+        told.count_experts(&mine);
+        self.rebase(&mut incoming)?;
+        Ok((incoming, told))
+    }
+
+    /// Turns the numbers of experts into those on this rank.
+    fn rebase(&self, incoming: &mut Incoming) -> Result<()> {
+        let Some(indices) = &mut incoming.indices else { return Ok(()) };
+        let mut weights = incoming.weights.as_mut().map(Tensor::as_mut_slice::<f32>).transpose()?;
+        for (at, index) in indices.as_mut_slice::<i64>()?.iter_mut().enumerate() {
+            match self.placement.find(*index) {
+                Some((owner, local)) if owner == self.rank => *index = local as i64,
+                _ => {
+                    *index = -1;
+                    if let Some(weights) = &mut weights {
+                        weights[at] = 0.0;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Writes our tokens from `first` on into our half of the round.
+fn stage(arena: &Arena, round: Round, words: &CallWords, outgoing: &Outgoing<'_>, first: usize) {
+    let (layout, fields) = (arena.layout(), &arena.layout().data[round.half]);
+    let Outgoing { rows, routing, selections, weights } = outgoing;
+    if first == 0 {
+        arena.write(fields.counts.offset, bytes_of(&routing.tokens_per_rank));
+        let behind = fields.counts.offset + routing.tokens_per_rank.len() * 4;
+        arena.write(behind, bytes_of(&routing.tokens_per_expert));
+    }
+    let end = rows.count.min(first + layout.rows);
+    if first >= end {
+        return;
+    }
+    let (top_k, scale_bytes) = (words.top_k, words.scales.0 * 4);
+    arena.write(fields.destinations.offset, bytes_of(&routing.destinations[first..end]));
+    let mut scales = vec![0; scale_bytes];
+    for (at, token) in (first..end).enumerate().filter(|(_, token)| routing.destinations[*token] != 0) {
+        arena.write(fields.rows.offset + at * layout.row_stride, rows.row(token));
+        if scale_bytes > 0 {
+            rows.copy_scales(token, &mut scales);
+            arena.write(fields.scales.offset + at * scale_bytes, &scales);
+        }
+        if let Some(selections) = selections {
+            let row = bytes_of(&selections[token * top_k..][..top_k]);
+            arena.write(fields.indices.offset + at * top_k * 8, row);
+        }
+        if let Some(weights) = weights {
+            let row = &weights[token * top_k * 4..][..top_k * 4];
+            arena.write(fields.weights.offset + at * top_k * 4, row);
+        }
+    }
+}

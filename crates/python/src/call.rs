@@ -1,0 +1,457 @@
+//! One call from Python, from its arrays to its result: looked at, checked, submitted in one of four ways (at once, in flight, in a
+//! stream, in a group), and what it needs kept alive.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pyo3::prelude::*;
+use unisono::{Call, Counts, DType, Error, Kind, Operations, Place, RawBuffer};
+
+use crate::array::{Array, Guard, Site, StreamOf};
+use crate::communicator::{Communicator, Failure, Inner};
+use crate::kept::{self, Held};
+use crate::work::Work;
+use crate::{errors, group, options, stream};
+
+/// One side of an operation.
+#[derive(Clone, Copy)]
+pub(crate) struct Side<'a, 'py> {
+    pub(crate) what: &'static str,
+    /// `None` where this rank has nothing, as those that are no root.
+    pub(crate) object: Option<&'a Bound<'py, PyAny>>,
+    /// Whether it is written.
+    pub(crate) is_target: bool,
+}
+
+/// The arguments that all operations have.
+#[derive(Default)]
+pub(crate) struct Manner<'a, 'py> {
+    pub(crate) stream: Option<&'a Bound<'py, PyAny>>,
+    pub(crate) is_async: bool,
+    pub(crate) timeout: Option<&'a Bound<'py, PyAny>>,
+}
+
+/// Sizes of parts, and where they lie.
+pub(crate) struct Parts {
+    pub(crate) counts: Vec<usize>,
+    pub(crate) offsets: Option<Vec<usize>>,
+}
+
+impl Parts {
+    fn as_counts(&self) -> Counts<'_> {
+        Counts { counts: &self.counts, offsets: self.offsets.as_deref() }
+    }
+}
+
+/// Where a call goes: nowhere but to this thread, or into the stream with this handle on this device.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Way {
+    Host,
+    Stream(u64, u32),
+}
+
+/// A call with all that Python said; raw, and so without lifetimes.
+pub(crate) struct Request {
+    pub(crate) kind: Kind,
+    pub(crate) buffers: Vec<RawBuffer>,
+    pub(crate) parts: Vec<Parts>,
+    pub(crate) way: Way,
+    /// Streams in which the arrays are still being made, besides that of the call.
+    pub(crate) after: Vec<u64>,
+}
+
+impl Request {
+    /// The stream of the call, which waits for those in which its arrays are made.
+    pub(crate) fn stream(&self, inner: &mut Inner) -> Result<Arc<unisono::Stream>, Error> {
+        let Way::Stream(handle, ordinal) = self.way else { return Ok(Arc::new(unisono::Stream::host())) };
+        let stream = inner.stream(handle, ordinal)?;
+        for other in &self.after {
+            let other = inner.stream(*other, ordinal)?;
+            if let (Some(stream), Some(other)) = (stream.as_cuda(), other.as_cuda()) {
+                let ordered = kept::event_behind(other)
+                    .and_then(|event| event.map_or(Ok(()), |event| stream.wait(&event)));
+                ordered.map_err(|error| Error::Cuda { rank: inner.communicator.rank(), error })?;
+            }
+        }
+        Ok(stream)
+    }
+
+    /// The call itself.
+    ///
+    /// # Safety
+    /// As [`Call::from_raw`].
+    pub(crate) unsafe fn call(&self) -> Call<'_> {
+        let counts: Vec<_> = self.parts.iter().map(Parts::as_counts).collect();
+        // SAFETY: as the caller promises.
+        unsafe { Call::from_raw(self.kind, &self.buffers, &counts) }
+    }
+}
+
+impl Communicator {
+    /// Where something of a call was given.
+    pub(crate) const fn site(&self, call: &'static str, what: &'static str) -> Site {
+        Site { call, rank: self.rank, what }
+    }
+
+    /// Carries out `kind` on `sides` (at most two), and gives `result` back, or a `Work`.
+    #[inline]
+    pub(crate) fn perform<'py>(
+        this: &Bound<'py, Self>,
+        kind: Kind,
+        sides: &[Side<'_, 'py>],
+        result: &Bound<'py, PyAny>,
+        manner: &Manner<'_, 'py>,
+    ) -> PyResult<Py<PyAny>> {
+        let me = this.get();
+        // The commonest call: on memory of the host, at once, without anything to remember.
+        if let [Side { what, object: Some(object), is_target }] = *sides
+            && manner.stream.is_none()
+            && manner.timeout.is_none()
+            && !manner.is_async
+            && !group::is_open()
+        {
+            let array = me.array(kind, (what, object, is_target), None)?;
+            if array.memory.place == Place::Host {
+                me.at_once(this.py(), kind, &[array.memory])?;
+                return Ok(result.clone().unbind());
+            }
+        }
+        Self::perform_with(this, kind, sides, Vec::new(), result, manner)
+    }
+
+    /// The same with sizes of parts.
+    pub(crate) fn perform_with<'py>(
+        this: &Bound<'py, Self>,
+        kind: Kind,
+        sides: &[Side<'_, 'py>],
+        parts: Vec<Parts>,
+        result: &Bound<'py, PyAny>,
+        manner: &Manner<'_, 'py>,
+    ) -> PyResult<Py<PyAny>> {
+        let (py, me) = (this.py(), this.get());
+        let given =
+            manner.stream.map(|given| stream::handle(given, me.site(kind.name(), "stream"))).transpose()?;
+        let arrays = me.arrays(py, kind, sides, given)?;
+        let way = me.way(py, kind, &arrays, given)?;
+        let patience =
+            manner.timeout.map(|time| options::patience(time, kind.name(), me.rank)).transpose()?;
+        let mut buffers: Vec<_> = arrays.iter().map(|array| array.memory).collect();
+        if matches!(kind, Kind::AllToAllCounted) {
+            // Of its lists, which follow input and output, frameworks have signed ones; none is negative.
+            for list in buffers.iter_mut().skip(2) {
+                list.dtype = match list.dtype {
+                    DType::I32 => DType::U32,
+                    DType::I64 => DType::U64,
+                    dtype => dtype,
+                };
+            }
+        }
+        let elsewhere = |array: &Array| match (array.stream, way) {
+            (StreamOf::Named(stream), Way::Stream(handle, _)) if stream != handle => Some(stream),
+            _ => None,
+        };
+        let after = arrays.iter().filter_map(elsewhere).collect();
+        let request = Request { kind, buffers, parts, way, after };
+        let objects = sides.iter().filter_map(|side| side.object).map(|object| object.clone().unbind());
+        let guards =
+            arrays.into_iter().map(|array| array.guard).chain(std::iter::repeat_with(|| Guard::None));
+        let held: Vec<Held> = objects.zip(guards).map(|(object, guard)| Held(object, guard)).collect();
+        if group::is_open() {
+            if manner.is_async || patience.is_some() {
+                let got = if manner.is_async { "async_op" } else { "timeout" };
+                return Err(errors::argument(
+                    py,
+                    kind.name(),
+                    me.rank,
+                    "manner within a group",
+                    "that of the group",
+                    got,
+                ));
+            }
+            group::add(this, request, held);
+            return Ok(result.clone().unbind());
+        }
+        me.submit(this, request, held, (manner.is_async, patience), result)
+    }
+
+    /// The memory of one side: its name, the array, and whether it is written.
+    #[inline]
+    fn array(
+        &self,
+        kind: Kind,
+        (what, object, is_target): (&'static str, &Bound<'_, PyAny>, bool),
+        stream: Option<u64>,
+    ) -> PyResult<Array> {
+        let site = self.site(kind.name(), what);
+        let array = Array::new(object, site, stream)?;
+        if is_target && array.is_readonly {
+            return Err(site.refuse(object.py(), "writable", "a read-only array"));
+        }
+        Ok(array)
+    }
+
+    /// That of all sides; those that are nothing are empty, and otherwise like the others.
+    fn arrays(
+        &self,
+        py: Python<'_>,
+        kind: Kind,
+        sides: &[Side<'_, '_>],
+        stream: Option<u64>,
+    ) -> PyResult<Vec<Array>> {
+        let one = |side: &Side<'_, '_>| {
+            side.object
+                .map(|object| self.array(kind, (side.what, object, side.is_target), stream))
+                .transpose()
+        };
+        let arrays: Vec<Option<Array>> = sides.iter().map(one).collect::<PyResult<_>>()?;
+        let Some(like) = arrays.iter().flatten().next() else {
+            return match sides {
+                [] => Ok(Vec::new()),
+                [side, ..] => Err(self.site(kind.name(), side.what).refuse(py, "an array", "None")),
+            };
+        };
+        let memory = RawBuffer { count: 0, ..like.memory };
+        let nothing = Array { memory, is_readonly: false, stream: like.stream, guard: Guard::None };
+        let filled = arrays.into_iter().map(|array| match array {
+            Some(array) => array,
+            None => Array { guard: Guard::None, ..nothing },
+        });
+        Ok(filled.collect())
+    }
+
+    /// Where a call on these arrays goes.
+    fn way(&self, py: Python<'_>, kind: Kind, arrays: &[Array], given: Option<u64>) -> PyResult<Way> {
+        let on_device = arrays.iter().find_map(|array| match array.memory.place {
+            Place::Cuda { ordinal } => Some((ordinal, array.stream)),
+            _ => None,
+        });
+        match (on_device, given, self.devices.as_slice()) {
+            (Some((ordinal, of)), given, _) => {
+                self.check_device(py, kind, ordinal)?;
+                let handle = given.map_or_else(|| stream::current(py, of, ordinal), Ok)?;
+                Ok(Way::Stream(handle, ordinal))
+            }
+            // Memory of the host in a stream of a GPU: the library refuses it, unless there is nothing to refuse.
+            (None, Some(handle), [ordinal, ..]) => Ok(Way::Stream(handle, *ordinal)),
+            (None, ..) => Ok(Way::Host),
+        }
+    }
+
+    /// Refuses memory of a device that this communicator does not work on.
+    fn check_device(&self, py: Python<'_>, kind: Kind, ordinal: u32) -> PyResult<()> {
+        if self.devices.contains(&ordinal) {
+            return Ok(());
+        }
+        let ours: Vec<String> = self.devices.iter().map(|ordinal| format!("cuda:{ordinal}")).collect();
+        let expected = if ours.is_empty() { "host memory".to_owned() } else { ours.join(", ") };
+        let (call, got) = (kind.name(), Place::Cuda { ordinal }.to_string());
+        Err(errors::raised(py, &Error::Place { call, rank: self.rank, expected, got }))
+    }
+
+    /// On memory of the host, waiting here.
+    #[inline]
+    fn at_once(&self, py: Python<'_>, kind: Kind, buffers: &[RawBuffer]) -> PyResult<()> {
+        let done = py.detach(|| {
+            let inner = self.lock()?;
+            // SAFETY: the arrays are borrowed from Python's caller, and hold their memory until this returns.
+            let call = unsafe { Call::from_raw(kind, buffers, &[]) };
+            Ok(inner.communicator.submit(call)?)
+        });
+        done.map_err(|failure| self.raised(py, failure, kind.name()))
+    }
+
+    fn submit<'py>(
+        &self,
+        this: &Bound<'py, Self>,
+        request: Request,
+        held: Vec<Held>,
+        (is_async, patience): (bool, Option<Option<Duration>>),
+        result: &Bound<'py, PyAny>,
+    ) -> PyResult<Py<PyAny>> {
+        let (py, call) = (this.py(), request.kind.name());
+        let failed = |failure| self.raised(py, failure, call);
+        match request.way {
+            Way::Host if is_async => {
+                let before = self.in_flight.started();
+                let begun = py.detach(|| {
+                    let inner = self.lock()?;
+                    // SAFETY: what holds the memory is kept below until the operation is over.
+                    let started = unsafe { inner.communicator.start(&request.call()) }?;
+                    let over = before.into_iter().filter(|one| inner.communicator.is_over(*one)).collect();
+                    Ok((started, over))
+                });
+                let (started, over): (_, Vec<_>) = begun.map_err(failed)?;
+                self.in_flight.keep(started, held);
+                self.in_flight.let_go(&over);
+                Work::on_host(this, started, patience, result)
+            }
+            Way::Host => {
+                let done = py.detach(|| {
+                    let inner = self.lock()?;
+                    // SAFETY: `held` lives until this returns.
+                    with_patience(&inner.communicator, patience, |one| one.submit(unsafe { request.call() }))
+                });
+                done.map_err(failed)?;
+                Ok(result.clone().unbind())
+            }
+            Way::Stream(_, ordinal) => {
+                let enqueued = py.detach(|| {
+                    let mut inner = self.lock()?;
+                    let stream = request.stream(&mut inner)?;
+                    with_patience(&inner.communicator, patience, |one| {
+                        // SAFETY: what holds the memory is kept until the stream has passed the call.
+                        one.on(&stream).submit(unsafe { request.call() })
+                    })?;
+                    Ok(self.event_behind(&stream)?)
+                });
+                let event = match enqueued {
+                    Ok(event) => event,
+                    Err(failure) => {
+                        // A part of the call may be at work on it, and nothing tells when that ends.
+                        if !is_refusal(&failure) {
+                            std::mem::forget(held);
+                        }
+                        return Err(failed(failure));
+                    }
+                };
+                if let Some(event) = &event {
+                    kept::keep_until(ordinal, event.clone(), held);
+                }
+                if is_async {
+                    Work::on_device(this, (ordinal, event), result)
+                } else {
+                    Ok(result.clone().unbind())
+                }
+            }
+        }
+    }
+
+    /// An event behind what `stream` of a GPU holds, if it is not captured.
+    pub(crate) fn event_behind(
+        &self,
+        stream: &unisono::Stream,
+    ) -> Result<Option<Arc<unisono::cuda::Event>>, Error> {
+        let Some(stream) = stream.as_cuda() else { return Ok(None) };
+        kept::event_behind(stream).map_err(|error| Error::Cuda { rank: self.rank, error })
+    }
+
+    /// Receives from anybody; who it was.
+    pub(crate) fn receive_any<'py>(
+        this: &Bound<'py, Self>,
+        object: &Bound<'py, PyAny>,
+        tag: u32,
+        manner: &Manner<'_, 'py>,
+    ) -> PyResult<usize> {
+        let (py, me, kind, what) = (this.py(), this.get(), Kind::Recv { from: u32::MAX, tag }, "x");
+        let given =
+            manner.stream.map(|given| stream::handle(given, me.site(kind.name(), "stream"))).transpose()?;
+        let array = me.array(kind, (what, object, true), given)?;
+        let way = me.way(py, kind, std::slice::from_ref(&array), given)?;
+        let patience =
+            manner.timeout.map(|time| options::patience(time, kind.name(), me.rank)).transpose()?;
+        let memory = array.memory;
+        let got = py.detach(|| {
+            let mut inner = me.lock()?;
+            let stream = match way {
+                Way::Host => Arc::new(unisono::Stream::host()),
+                Way::Stream(handle, ordinal) => inner.stream(handle, ordinal)?,
+            };
+            let from = with_patience(&inner.communicator, patience, |one| {
+                // SAFETY: the array holds its memory until this returns, and is kept for the stream below.
+                unsafe { one.recv_any_raw(&memory, tag, &stream) }
+            })?;
+            Ok((from, me.event_behind(&stream)?))
+        });
+        let (from, event) = got.map_err(|failure| me.raised(py, failure, "recv_any"))?;
+        if let (Some(event), Way::Stream(_, ordinal)) = (event, way) {
+            kept::keep_until(ordinal, event, vec![Held(object.clone().unbind(), array.guard)]);
+        }
+        Ok(from)
+    }
+
+    /// Carries out `kind` on a buffer of each of this rank's devices, or on several of the host.
+    pub(crate) fn perform_on_each<'py>(
+        this: &Bound<'py, Self>,
+        kind: Kind,
+        local: &[Bound<'py, PyAny>],
+        streams: Option<Vec<Bound<'py, PyAny>>>,
+        timeout: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<()> {
+        let (py, me) = (this.py(), this.get());
+        let one = |object| me.array(kind, ("an array of the list", object, true), None);
+        let arrays: Vec<Array> = local.iter().map(one).collect::<PyResult<_>>()?;
+        let site = me.site(kind.name(), "streams");
+        let mut handles = Vec::new();
+        for (at, array) in arrays.iter().enumerate() {
+            let Place::Cuda { ordinal } = array.memory.place else { continue };
+            me.check_device(py, kind, ordinal)?;
+            let handle = match streams.as_ref().map(|streams| streams.get(at)) {
+                None => stream::current(py, array.stream, ordinal)?,
+                Some(Some(given)) => stream::handle(given, site)?,
+                Some(None) => return Err(site.refuse(py, "one for each array", "fewer")),
+            };
+            handles.push((handle, ordinal));
+        }
+        let patience = timeout.map(|time| options::patience(time, kind.name(), me.rank)).transpose()?;
+        let buffers: Vec<_> = arrays.iter().map(|array| array.memory).collect();
+        let done = py.detach(|| {
+            let mut inner = me.lock()?;
+            // SAFETY: the arrays hold their memory until this returns, and are kept for their streams below.
+            let call = unsafe { Call::from_raw(kind, &buffers, &[]) };
+            if handles.is_empty() {
+                return with_patience(&inner.communicator, patience, |one| one.submit(call))
+                    .map(|()| Vec::new());
+            }
+            each_stream(&mut inner, &handles, |inner, streams| {
+                with_patience(&inner.communicator, patience, |one| one.on_each(streams).submit(call))?;
+                Ok(streams.iter().map(|stream| me.event_behind(stream)).collect::<Result<Vec<_>, _>>()?)
+            })
+        });
+        let events = done.map_err(|failure| me.raised(py, failure, kind.name()))?;
+        for (((object, array), event), (_, ordinal)) in local.iter().zip(arrays).zip(events).zip(handles) {
+            if let Some(event) = event {
+                kept::keep_until(ordinal, event, vec![Held(object.clone().unbind(), array.guard)]);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether nothing was begun.
+const fn is_refusal(failure: &Failure) -> bool {
+    use Error::{Argument, Core, NotPrepared, Place};
+    match failure {
+        Failure::Library(error) => {
+            matches!(error, Argument { .. } | Core(_) | NotPrepared { .. } | Place { .. })
+        }
+        Failure::Python(_) | Failure::Closed => true,
+    }
+}
+
+/// The streams with these handles, in one slice.
+fn each_stream<R>(
+    inner: &mut Inner,
+    handles: &[(u64, u32)],
+    f: impl FnOnce(&Inner, &[unisono::Stream]) -> Result<R, Failure>,
+) -> Result<R, Failure> {
+    let of = |(handle, ordinal): &(u64, u32)| {
+        let raw = std::ptr::with_exposed_provenance_mut(*handle as usize);
+        // SAFETY: as for single streams: whoever gave the handle keeps the stream.
+        unsafe { unisono::Stream::cuda(raw, *ordinal) }
+    };
+    let streams = handles.iter().map(of).collect::<Result<Vec<_>, _>>()?;
+    f(inner, &streams)
+}
+
+/// Does `f` with a timeout of its own, if there is one.
+pub(crate) fn with_patience<R>(
+    communicator: &unisono::Communicator,
+    patience: Option<Option<Duration>>,
+    f: impl FnOnce(&unisono::Communicator) -> Result<R, Error>,
+) -> Result<R, Failure> {
+    let done = match patience {
+        None => f(communicator),
+        Some(patience) => communicator.with_timeout(patience, f),
+    };
+    done.map_err(Failure::Library)
+}

@@ -1,0 +1,142 @@
+//! `group()`: calls within its block are collected, and posted together at its end.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+use unisono::{Operations, Stream};
+
+use crate::call::{Request, Way};
+use crate::communicator::{Communicator, Failure};
+use crate::kept::{self, Held};
+
+thread_local! {
+    /// The calls that this thread's open groups have collected, and how many groups are open.
+    static OPEN: RefCell<(usize, Vec<Collected>)> = const { RefCell::new((0, Vec::new())) };
+}
+
+/// A call that waits for the end of its group.
+struct Collected {
+    communicator: Py<Communicator>,
+    request: Request,
+    held: Vec<Held>,
+}
+
+/// The block of ``unisono.group()``.
+#[pyclass(frozen, module = "unisono")]
+pub(crate) struct Group;
+
+/// Posts the calls of a block together, on one communicator or on several that this thread drives, and returns from the block when
+/// those on memory of the host are complete; those on GPUs are enqueued then. Within a group the order of messages does not matter.
+/// Groups within a group are a part of it. If the block raises, nothing is posted.
+///
+/// Raises what the calls would: arguments are looked at in the call, and checked by the library at the end, before anything is sent.
+///
+/// >>> import numpy as np, unisono
+/// >>> ranks = unisono.Communicator.threads(2)
+/// >>> numbers, got = [np.array([10]), np.array([11])], np.zeros((2, 1), dtype=np.int64)
+/// >>> with unisono.group():  # two ranks on one thread exchange numbers
+/// ...     for me, rank in enumerate(ranks):
+/// ...         _ = rank.send(numbers[me], 1 - me)
+/// ...         _ = rank.recv(got[me], 1 - me)
+/// >>> got.tolist()
+/// [[11], [10]]
+#[pyfunction]
+pub(crate) fn group() -> Group {
+    Group
+}
+
+/// Whether this thread is inside a group.
+#[inline]
+pub(crate) fn is_open() -> bool {
+    OPEN.with_borrow(|(depth, _)| *depth > 0)
+}
+
+/// Collects a call.
+pub(crate) fn add(communicator: &Bound<'_, Communicator>, request: Request, held: Vec<Held>) {
+    let communicator = communicator.clone().unbind();
+    OPEN.with_borrow_mut(|(_, calls)| calls.push(Collected { communicator, request, held }));
+}
+
+#[pymethods]
+impl Group {
+    fn __enter__(this: Py<Self>) -> Py<Self> {
+        OPEN.with_borrow_mut(|(depth, _)| *depth += 1);
+        this
+    }
+
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        kind: &Bound<'_, PyAny>,
+        _value: &Bound<'_, PyAny>,
+        _traceback: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let left = OPEN.with_borrow_mut(|(depth, calls)| {
+            *depth = depth.checked_sub(1)?;
+            Some((*depth, if *depth == 0 { std::mem::take(calls) } else { Vec::new() }))
+        });
+        let Some((depth, calls)) = left else {
+            return Err(PyRuntimeError::new_err("a group ends on the thread that began it"));
+        };
+        if depth > 0 || calls.is_empty() || !kind.is_none() {
+            return Ok(());
+        }
+        post(py, calls)
+    }
+}
+
+fn post(py: Python<'_>, calls: Vec<Collected>) -> PyResult<()> {
+    // In one order everywhere, so that two threads with the same communicators do not wait for each other.
+    let mut communicators: Vec<&Communicator> = calls.iter().map(|call| call.communicator.get()).collect();
+    communicators.sort_by_key(|communicator| std::ptr::from_ref(*communicator).addr());
+    communicators.dedup_by(|one, other| std::ptr::eq(*one, *other));
+    let mut at_fault = communicators.first().copied();
+    let done = py.detach(|| {
+        let mut locked = Vec::new();
+        for communicator in &communicators {
+            at_fault = Some(communicator);
+            locked.push((*communicator, communicator.lock()?));
+        }
+        let mut streams = Vec::new();
+        for call in &calls {
+            let inner = locked
+                .iter_mut()
+                .find(|(communicator, _)| std::ptr::eq(*communicator, call.communicator.get()));
+            let Some((_, inner)) = inner else { return Err(Failure::Closed) };
+            streams.push(call.request.stream(inner)?);
+        }
+        unisono::group(|group| {
+            for (call, stream) in calls.iter().zip(&streams) {
+                let found = locked.iter().find(|(one, _)| std::ptr::eq(*one, call.communicator.get()));
+                if let Some((_, inner)) = found {
+                    // SAFETY: the group holds what holds the memory until it is done, and for streams until these have passed.
+                    group.on(&inner.communicator, stream).submit(unsafe { call.request.call() })?;
+                }
+            }
+            Ok(())
+        })?;
+        let event = |(call, stream): (&Collected, &Arc<Stream>)| call.communicator.get().event_behind(stream);
+        Ok(calls.iter().zip(&streams).map(event).collect::<Result<Vec<_>, _>>()?)
+    });
+    let events = match (done, at_fault) {
+        (Ok(events), _) => events,
+        (Err(failure), Some(communicator)) => {
+            let is_on_host = calls.iter().all(|call| matches!(call.request.way, Way::Host));
+            let raised = communicator.raised(py, failure, "group");
+            if !is_on_host {
+                // A part of it may be at work, and nothing tells when that ends.
+                std::mem::forget(calls);
+            }
+            return Err(raised);
+        }
+        (Err(_), None) => return Ok(()),
+    };
+    for (call, event) in calls.into_iter().zip(events) {
+        if let (Some(event), Way::Stream(_, ordinal)) = (event, call.request.way) {
+            kept::keep_until(ordinal, event, call.held);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,155 @@
+//! `Work`: an operation that was started and is waited for later.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pyo3::intern;
+use pyo3::prelude::*;
+use unisono::binding::Started;
+use unisono::cuda::Event;
+
+use crate::array::{StreamOf, imported};
+use crate::call::with_patience;
+use crate::communicator::{Communicator, Failure};
+use crate::{options, stream};
+
+/// An operation that was started with ``async_op=True``. It keeps its arrays alive; dropping it is harmless, and the operation goes on.
+///
+/// On memory of the host it makes progress inside ``wait``, ``is_completed`` and any other call of its communicator, not in between. On
+/// a GPU it is already in its stream.
+///
+/// >>> import numpy as np, unisono
+/// >>> def main(rank):
+/// ...     work = rank.all_reduce(np.ones(2), async_op=True)
+/// ...     return work.wait().tolist(), work.is_completed()
+/// >>> unisono.on_threads(2, main)
+/// [([2.0, 2.0], True), ([2.0, 2.0], True)]
+#[pyclass(frozen, module = "unisono")]
+pub(crate) struct Work {
+    communicator: Py<Communicator>,
+    state: State,
+    patience: Option<Option<Duration>>,
+    #[pyo3(get)]
+    /// The array that holds the result once the operation is complete.
+    result: Py<PyAny>,
+}
+
+enum State {
+    Host(Started),
+    /// The event behind the call, on this device; none if it was captured in a graph.
+    Device(u32, Option<Arc<Event>>),
+}
+
+impl Work {
+    pub(crate) fn on_host<'py>(
+        communicator: &Bound<'py, Communicator>,
+        started: Started,
+        patience: Option<Option<Duration>>,
+        result: &Bound<'py, PyAny>,
+    ) -> PyResult<Py<PyAny>> {
+        Self::make(communicator, State::Host(started), patience, result)
+    }
+
+    pub(crate) fn on_device<'py>(
+        communicator: &Bound<'py, Communicator>,
+        (ordinal, event): (u32, Option<Arc<Event>>),
+        result: &Bound<'py, PyAny>,
+    ) -> PyResult<Py<PyAny>> {
+        Self::make(communicator, State::Device(ordinal, event), None, result)
+    }
+
+    fn make<'py>(
+        communicator: &Bound<'py, Communicator>,
+        state: State,
+        patience: Option<Option<Duration>>,
+        result: &Bound<'py, PyAny>,
+    ) -> PyResult<Py<PyAny>> {
+        let (py, result) = (communicator.py(), result.clone().unbind());
+        let work = Self { communicator: communicator.clone().unbind(), state, patience, result };
+        Ok(Bound::new(py, work)?.into_any().unbind())
+    }
+}
+
+#[pymethods]
+impl Work {
+    /// Waits until the operation is complete, for at most ``timeout`` (default: that of the call), and returns its array. On a GPU it
+    /// makes the current stream of torch (or ``stream``) wait for the call, and returns at once, as torch's works do.
+    ///
+    /// Raises the first cause of a failure. After the timeout the communicator has failed on all ranks (``TimeoutError``).
+    #[pyo3(signature = (timeout=None, *, stream=None))]
+    fn wait(
+        &self,
+        py: Python<'_>,
+        timeout: Option<&Bound<'_, PyAny>>,
+        stream: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Py<PyAny>> {
+        let communicator = self.communicator.get();
+        let rank = communicator.rank;
+        let patience =
+            timeout.map(|time| options::patience(time, "wait", rank)).transpose()?.or(self.patience);
+        let over = match &self.state {
+            State::Host(started) => py.detach(|| {
+                let inner = communicator.lock()?;
+                with_patience(&inner.communicator, patience, |one| one.complete(*started))
+                    .map(|()| Some(*started))
+            }),
+            State::Device(ordinal, event) => {
+                let site = communicator.site("wait", "stream");
+                let handle = match stream {
+                    Some(given) => stream::handle(given, site)?,
+                    None => {
+                        let is_torch = imported(py, intern!(py, "torch"))?.is_some();
+                        let of = if is_torch { StreamOf::Torch } else { StreamOf::Unknown };
+                        stream::current(py, of, *ordinal)?
+                    }
+                };
+                py.detach(|| {
+                    let mut inner = communicator.lock()?;
+                    let stream = inner.stream(handle, *ordinal)?;
+                    if let (Some(event), Some(stream)) = (event, stream.as_cuda()) {
+                        stream.wait(event).map_err(|error| unisono::Error::Cuda { rank, error })?;
+                    }
+                    inner.communicator.check()?;
+                    Ok(None)
+                })
+            }
+        };
+        let over = over.map_err(|failure| communicator.raised(py, failure, "wait"))?;
+        communicator.in_flight.let_go(over.as_slice());
+        Ok(self.result.clone_ref(py))
+    }
+
+    /// Whether the operation is complete. Waits for nobody; False while another thread is inside a call of the communicator, which takes
+    /// this operation along.
+    ///
+    /// Raises the first cause of a failure.
+    fn is_completed(&self, py: Python<'_>) -> PyResult<bool> {
+        let communicator = self.communicator.get();
+        let done = py.detach(|| match &self.state {
+            State::Host(started) => {
+                let tested = communicator.try_with(|inner| Ok(inner.communicator.test(*started)?));
+                tested.map_or(Ok(false), |tested| tested.and_then(|tested| tested))
+            }
+            State::Device(_, None) => Ok(false),
+            State::Device(_, Some(event)) => {
+                let rank = communicator.rank;
+                let is_done = unisono::cuda::Stream::beside_captures(|| event.is_done());
+                let is_done = is_done.map_err(|error| unisono::Error::Cuda { rank, error })?;
+                if is_done && let Some(checked) = communicator.try_with(|inner| inner.communicator.check()) {
+                    checked?.map_err(Failure::Library)?;
+                }
+                Ok(is_done)
+            }
+        });
+        let is_done = done.map_err(|failure| communicator.raised(py, failure, "is_completed"))?;
+        if let (true, State::Host(started)) = (is_done, &self.state) {
+            communicator.in_flight.let_go(&[*started]);
+        }
+        Ok(is_done)
+    }
+
+    fn __repr__(&self) -> String {
+        let rank = self.communicator.get().rank;
+        format!("<unisono.Work of rank {rank}>")
+    }
+}

@@ -1,0 +1,253 @@
+"""The life of communicators: how they are made and end, what they tell, threads, timeouts, works and groups."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import sys
+import threading
+import time
+import types
+import weakref
+
+import numpy as np
+import pytest
+
+import unisono
+from unisono import errors
+
+
+def test_a_closed_communicator_says_so_and_writes_nothing():
+    rank = unisono.Communicator.threads(1)[0]
+    rank.destroy()
+    x = np.ones(2)
+    calls = [
+        (lambda: rank.all_reduce(x), "all_reduce"),
+        (lambda: rank.all_reduce(x, async_op=True), "all_reduce"),
+        (lambda: rank.barrier(), "barrier"),
+        (lambda: rank.split(0), "split"),
+        (lambda: rank.shrink(), "shrink"),
+        (lambda: rank.destroy(), "destroy"),
+        (lambda: rank.check(), "check"),
+        (lambda: rank.symmetric_memory(3), "symmetric_memory"),
+    ]
+    for call, name in calls:
+        with pytest.raises(errors.ClosedError) as caught:
+            call()
+        assert (caught.value.rank, caught.value.call) == (0, name) and isinstance(caught.value, ValueError)
+    assert x.tolist() == [1.0, 1.0]
+    rank.abort()
+    assert "shared memory" in rank.explain()
+
+
+def test_leaving_a_block_destroys_and_an_error_in_it_is_told_to_the_others():
+    def main(rank):
+        if rank.rank == 0:
+            with pytest.raises(KeyError):
+                with rank:
+                    raise KeyError
+        else:
+            with pytest.raises(errors.PeerLeftError) as caught:
+                rank.barrier()
+            assert (caught.value.rank, caught.value.call) == (0, "barrier #1")
+        with pytest.raises(errors.ClosedError):
+            rank.barrier() if rank.rank == 0 else rank.destroy() or rank.barrier()
+
+    with pytest.raises(errors.PeerLeftError):
+        unisono.on_threads(2, main)
+
+
+def test_a_timeout_of_one_call_names_who_is_missing():
+    ranks = unisono.Communicator.threads(2)
+    begun = time.monotonic()
+    with pytest.raises(TimeoutError) as caught:
+        ranks[0].barrier(timeout=0.1)
+    assert isinstance(caught.value, errors.TimeoutError)
+    assert caught.value.rank == 0 and "rank 1" in caught.value.missing[0] and 100 <= caught.value.waited_ms < 5000
+    assert time.monotonic() - begun < 10
+    with pytest.raises(errors.TimeoutError):  # the first cause stays
+        ranks[0].all_reduce(np.ones(1))
+
+
+@pytest.mark.parametrize("time_", [0, -1, float("nan"), "soon", datetime.timedelta(0)])
+def test_what_is_no_time_is_refused(time_):
+    with unisono.Communicator.threads(1)[0] as rank:
+        with pytest.raises(errors.ArgumentError) as caught:
+            rank.barrier(timeout=time_)
+        assert caught.value.what == "timeout"
+        rank.barrier(timeout=datetime.timedelta(seconds=5))
+        rank.barrier(timeout=float("inf"))
+
+
+def test_abort_from_another_thread_ends_a_wait_at_once():
+    ranks = unisono.Communicator.threads(2)
+    threading.Timer(0.1, ranks[0].abort, ("enough",)).start()
+    with pytest.raises(errors.AbortedError) as caught:
+        ranks[0].barrier()
+    assert (caught.value.rank, caught.value.reason) == (0, "enough")
+    with pytest.raises(errors.AbortedError):
+        ranks[1].barrier()
+
+
+def test_the_interpreter_runs_on_while_a_rank_waits():
+    ranks = unisono.Communicator.threads(2)
+    thread = threading.Thread(target=ranks[0].barrier)
+    thread.start()
+    count = 0
+    end = time.monotonic() + 0.2
+    while time.monotonic() < end:
+        count += 1
+    assert count > 1000
+    assert ranks[0].state()[1] == "barrier #1 on rank 0"
+    ranks[1].barrier()
+    thread.join()
+    assert ranks[0].state() == (1, None, None)
+
+
+def test_two_threads_of_one_rank_take_turns():
+    ranks = unisono.Communicator.threads(2)
+
+    def work(rank, results):
+        results.append(float(rank.all_reduce(np.ones(1))[0]))
+
+    results: list[float] = []
+    threads = [threading.Thread(target=work, args=(rank, results)) for rank in ranks for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [2.0] * 10
+
+
+def test_a_work_that_is_dropped_goes_on_and_its_array_goes_when_it_is_over():
+    def main(rank):
+        x = np.ones(100_000)
+        gone = weakref.ref(x)
+        rank.all_reduce(x, async_op=True)
+        del x
+        gc.collect()
+        rank.barrier()
+        assert rank.all_reduce(np.ones(1), async_op=True).wait().tolist() == [2.0]
+        gc.collect()
+        return gone() is None
+
+    assert unisono.on_threads(2, main) == [True, True]
+
+
+def test_works_report_failures():
+    def main(rank):
+        if rank.rank == 1:
+            time.sleep(0.2)
+            rank.abort("over")
+            return
+        work = rank.all_reduce(np.ones(1), async_op=True, timeout=30)
+        assert work.is_completed() is False
+        with pytest.raises(errors.AbortedError, match="over"):
+            work.wait()
+        with pytest.raises(errors.AbortedError):
+            work.is_completed()
+
+    unisono.on_threads(2, main)
+
+
+def test_a_group_that_raises_posts_nothing():
+    def main(rank):
+        x = np.full(1, 5.0)
+        with pytest.raises(KeyError):
+            with unisono.group():
+                rank.send(x, 1 - rank.rank)
+                raise KeyError
+        with pytest.raises(errors.ArgumentError):
+            with unisono.group():
+                rank.send(x, 1 - rank.rank, async_op=True)
+        with pytest.raises(errors.ArgumentError, match="below 2|another rank"):
+            with unisono.group():
+                rank.send(x, 1 - rank.rank)
+                rank.recv(x.copy(), 7)
+        with unisono.group(), unisono.group():
+            rank.send(np.full(1, float(rank.rank)), 1 - rank.rank)
+            rank.recv(x, 1 - rank.rank)
+        return x.tolist()
+
+    assert unisono.on_threads(2, main) == [[1.0], [0.0]]
+
+
+def test_options_are_checked():
+    store = unisono.MemoryStore()
+    make = lambda **options: unisono.Communicator.from_store(store, 0, 1, **options)
+    with pytest.raises(TypeError, match="no option `timout`"):
+        make(timout=3)
+    with pytest.raises(errors.SettingError) as caught:
+        make(order="random")
+    assert caught.value.name == "UNISONO_ORDER"
+    with pytest.raises(errors.ArgumentError, match="secret should be 32 bytes, got 3 bytes"):
+        make(secret=b"abc")
+    with pytest.raises(errors.MemberError):
+        unisono.Communicator.from_store(store, 3, 2)
+    with make(timeout=5, order="rank", generation=2, job="a", secret=bytes(32), recorder=False) as rank:
+        assert rank.generation == 2
+
+
+def test_a_device_that_is_not_there_is_an_error_of_its_own():
+    with pytest.raises(errors.CudaError) as caught:
+        unisono.Communicator.from_store(unisono.MemoryStore(), 0, 1, device="cuda:97")
+    assert caught.value.rank == 0
+
+
+def test_without_a_launcher_init_says_how_to_start(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(errors.LaunchNothingError, match="unisono run -n 4"):
+        unisono.init()
+
+
+class Torch(types.ModuleType):
+    """What `from_process_group` asks of torch.distributed."""
+
+    def __init__(self, store, rank):
+        super().__init__("torch.distributed")
+        self.group = types.SimpleNamespace(group_name="0")
+        self.rank = rank
+        self.distributed_c10d = types.SimpleNamespace(
+            _get_default_group=lambda: self.group, _get_process_group_store=lambda group: store
+        )
+
+    def is_initialized(self):
+        return True
+
+    def get_rank(self, group):
+        return self.rank
+
+    def get_world_size(self, group):
+        return 1
+
+
+def test_a_process_group_gives_store_rank_and_size(monkeypatch):
+    store = unisono.MemoryStore()
+    monkeypatch.setitem(sys.modules, "torch.distributed", Torch(store, 0))
+    for _ in range(2):  # each time under keys of its own
+        with unisono.Communicator.from_process_group() as rank:
+            assert (rank.rank, rank.world_size) == (0, 1)
+    assert store.check(["unisono/0/1/unisono/default/0/rank/0"]) or store.num_keys() > 0
+
+
+def test_a_signal_handler_may_abort_but_not_call():
+    import signal
+
+    ranks = unisono.Communicator.threads(2)
+    met = []
+
+    def handle(number, frame):
+        with pytest.raises(RuntimeError, match="signal handler"):
+            ranks[0].barrier()
+        met.append(number)
+        ranks[0].abort("by the handler")
+
+    before = signal.signal(signal.SIGALRM, handle)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(errors.AbortedError, match="by the handler"):
+            ranks[0].barrier()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert met == [signal.SIGALRM]
