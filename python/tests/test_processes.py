@@ -92,7 +92,9 @@ ENDLESS = {
 
 @pytest.mark.parametrize("case", ENDLESS)
 def test_a_program_that_waits_is_ended_by_ctrl_c(case):
-    program = f"import threading, unisono\nprint('ready', flush=True)\n{ENDLESS[case]}\n"
+    # A shell has the programs in its background ignore Ctrl-C, and so those that they start.
+    heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program = f"{heard}import threading, unisono\nprint('ready', flush=True)\n{ENDLESS[case]}\n"
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -37,7 +37,7 @@
 //! [`Error::Argument`] before anything is sent, and the buffer still works; but the others wait for this rank then, up to the deadline.
 //!
 //! # Numbers
-//! Sums are made in f32, in the order of ranks, and rounded once. Equal input gives equal bits on every backend ([`reference`] holds the
+//! Sums are made in f32, in the order of ranks, and rounded once. Equal input gives equal bits on every backend ([`mod@reference`] holds the
 //! arithmetic).
 //!
 //! # Failures

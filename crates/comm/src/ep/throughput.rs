@@ -142,7 +142,7 @@ pub(super) struct Routes {
 }
 
 impl Handle {
-    /// i32 `[ranks, ranks]`: at [i][r] the number of tokens that ranks 0 to i send to rank r.
+    /// i32 `[ranks, ranks]`: at `[i][r]` the number of tokens that ranks 0 to i send to rank r.
     pub fn rank_prefix(&self) -> Tensor {
         let ranks = self.0.starts.len() - 1;
         Tensor::of(&self.0.prefix, &[ranks, ranks])
