@@ -129,6 +129,7 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/tests/gpu/messages.rs",
     "crates/comm/tests/gpu/pinned.rs",
     "crates/comm/tests/gpu/random.rs",
+    "crates/comm/tests/gpu/random_more.rs",
     "crates/comm/tests/gpu/recorder.rs",
     "crates/comm/tests/gpu/registration.rs",
     "crates/comm/tests/gpu/seats.rs",

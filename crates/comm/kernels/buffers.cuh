@@ -20,16 +20,17 @@ __device__ __noinline__ void store_slowly(u8* at, u32 bytes, const u32* words) {
   for (u32 i = 0; i < bytes; i++) at[i] = u8(words[i / 4] >> (i % 4 * 8));
 }
 
-// `rest` is how many bytes there are from `at` on.
+// `rest` is how many bytes there are from `at` on. An end of whole words is as quick as the rest: in rows each has one.
 template <int WORDS>
 __device__ __forceinline__ void load_words(const u8* at, u64 rest, u32* words) {
-  if (rest >= WORDS * 4 && is_on(at, 4)) {
+  const u32 bytes = rest < WORDS * 4 ? u32(rest) : WORDS * 4;
+  if (is_on(at, 4) && bytes % 4 == 0) {
     const u32* from = reinterpret_cast<const u32*>(at);
 #pragma unroll
-    for (int i = 0; i < WORDS; i++) words[i] = from[i];
+    for (int i = 0; i < WORDS; i++) words[i] = i * 4 < bytes ? from[i] : 0;
   } else {
     u32 slow[WORDS];
-    load_slowly<WORDS>(at, rest < WORDS * 4 ? u32(rest) : WORDS * 4, slow);
+    load_slowly<WORDS>(at, bytes, slow);
 #pragma unroll
     for (int i = 0; i < WORDS; i++) words[i] = slow[i];
   }
@@ -37,15 +38,18 @@ __device__ __forceinline__ void load_words(const u8* at, u64 rest, u32* words) {
 
 template <int WORDS>
 __device__ __forceinline__ void store_words(u8* at, u64 rest, const u32* words) {
-  if (rest >= WORDS * 4 && is_on(at, 4)) {
+  const u32 bytes = rest < WORDS * 4 ? u32(rest) : WORDS * 4;
+  if (is_on(at, 4) && bytes % 4 == 0) {
     u32* to = reinterpret_cast<u32*>(at);
 #pragma unroll
-    for (int i = 0; i < WORDS; i++) to[i] = words[i];
+    for (int i = 0; i < WORDS; i++) {
+      if (i * 4 < bytes) to[i] = words[i];
+    }
   } else {
     u32 slow[WORDS];
 #pragma unroll
     for (int i = 0; i < WORDS; i++) slow[i] = words[i];
-    store_slowly<WORDS>(at, rest < WORDS * 4 ? u32(rest) : WORDS * 4, slow);
+    store_slowly<WORDS>(at, bytes, slow);
   }
 }
 

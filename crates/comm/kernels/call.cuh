@@ -4,6 +4,9 @@
 // one to do so moves it on, while the data is on its way. Kernels of one communicator follow each other in the order of a
 // stream, so the next one reads the new epoch.
 //
+// A launch may let a kernel begin while the one before it still runs (core::settings::GpuLaunch). So the first thing that every kernel
+// does, before it touches any memory, is to wait until that has ended; then it lets the next begin, which waits in turn.
+//
 // Headers. The last block of the grid sends each peer our whole call, tagged with the epoch, and compares the peer's. That
 // is also how every rank hears every other one in every call: hearing epoch e of a peer proves that it is done with e − 1,
 // so what was sent for e − 1 (the other half) may be overwritten in e + 1.
@@ -319,6 +322,10 @@ __device__ __noinline__ bool renew(const Args& args, const Entry& entry) {
     uint4 fill = is_flag ? make_uint4(0, epoch - 1, 0, epoch - 1) : make_uint4(never, never, never, never);
     *reinterpret_cast<uint4*>(arena + at) = fill;
   }
+  // Leaves of rows are tagged as well.
+  for (u64 at = first; at < LEAVES_BYTES; at += step) {
+    *reinterpret_cast<uint4*>(reinterpret_cast<u8*>(state) + LEAVES_AT + at) = make_uint4(0, 0, 0, never);
+  }
   __syncthreads();
   bool is_open = true;
   if (threadIdx.x == 0) {
@@ -352,6 +359,9 @@ __device__ __noinline__ bool renew(const Args& args, const Entry& entry) {
 // Every thread of every block calls this first, in kernels that have no epoch of their own. If it answers poison, the block leaves.
 __device__ __forceinline__ Entry begin(const Args& args) {
   __shared__ Entry shared;
+  // SYNC: kernels of a communicator follow each other: what the one before wrote is visible, its packets were read, its epoch is over.
+  await_kernel_before();
+  let_next_begin();
   if (threadIdx.x == 0) {
     State* state = args.state;
     shared.epoch = load_own_word(&state->epoch) + 1;
@@ -386,8 +396,10 @@ __device__ __forceinline__ Entry enter(const Args& args) {
 // One thread of every block calls this once after `enter`, where it has something to wait for anyhow.
 __device__ __forceinline__ void arrive(const Args& args, const Entry& entry) {
   if (threadIdx.x != 0) return;
-  // SYNC: every block has read the epoch, and which area of lines is late, before the last of them moves them.
-  if (count_own(&args.state->arrivals, 1) == gridDim.x - 1) {
+  // SYNC: every block has read the epoch, and which area of lines is late, before the last of them moves them. This thread has both: its
+  // loads have answered, so nothing that is stored from now on can change them. A release would say the same, and be compiled to a fence
+  // that waits for all packets that this multiprocessor has under way to peers, just when theirs arrive here.
+  if (count_own_now(&args.state->arrivals, 1) == gridDim.x - 1) {
     store_own_word(&args.state->arrivals, 0);
     if ((args.header[HEADER_LAUNCH] & 0xff) == ONE_SHOT_LINES) store_own_word(&args.state->late, entry.late ^ 1u);
     store_own_word(&args.state->epoch, entry.epoch);

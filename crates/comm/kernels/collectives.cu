@@ -71,27 +71,17 @@ UNEVEN_LINES(reduce_scatter_v_one_shot_lines, (one_shot<REDUCE_SCATTER_V, CALL_D
 UNEVEN(reduce_scatter_v_bulk, TILE_THREADS, (bulk<REDUCE_SCATTER_V, CALL_DTYPE, CALL_OP>))
 UNEVEN(reduce_scatter_v_ring, TILE_THREADS, (ring<REDUCE_SCATTER_V, CALL_DTYPE, CALL_OP>))
 #elif PURPOSE == FUSED
-#if __CUDA_ARCH__ >= 900
-#define TEAM 8
-#define IN_TEAMS __cluster_dims__(8, 1, 1)
-#else
-#define TEAM 1
-#define IN_TEAMS
-#endif
-// The grid is the teams that move rows and one more, whose last block exchanges headers.
-#define ROW_KERNEL(NAME, BODY)                                                                              \
-  extern "C" __global__ void IN_TEAMS __launch_bounds__(256, 2) NAME(const __grid_constant__ FusedArgs all) { \
-    const Args& args = all.args;                                                                            \
-    Entry entry = enter(args);                                                                              \
-    if (blockIdx.x >= row_blocks()) {                                                                       \
-      if (entry.is_poisoned) return;                                                                        \
-      arrive(args, entry);                                                                                  \
-      if (is_header_block()) exchange_headers<false>(args, entry);                                          \
-      leave(args);                                                                                          \
-    } else if (BODY<CALL_DTYPE, TEAM>(all, entry)) {                                                        \
-      record_end(args, entry);                                                                              \
-      leave(args);                                                                                          \
-    }                                                                                                       \
+#define ROW_KERNEL(NAME, BODY)                                                                        \
+  extern "C" __global__ void __launch_bounds__(256, 2) NAME(const __grid_constant__ FusedArgs all) {  \
+    if (is_header_block()) {                                                                          \
+      Entry entry = enter(all.args);                                                                  \
+      if (entry.is_poisoned) return;                                                                  \
+      arrive(all.args, entry);                                                                        \
+      exchange_headers<false>(all.args, entry);                                                       \
+    } else if (!BODY<CALL_DTYPE>(all)) {                                                              \
+      return;                                                                                         \
+    }                                                                                                 \
+    leave(all.args);                                                                                  \
   }
 
 ROW_KERNEL(rows_one_shot_of_all, rows_one_shot)
@@ -149,6 +139,8 @@ extern "C" __global__ void __launch_bounds__(512) barrier(const __grid_constant_
 
 // What time it is here, for a host that looks at its own clock before and after.
 extern "C" __global__ void tell_time(const __grid_constant__ Args args) {
+  // Who waits for this kernel waits for those before it.
+  await_kernel_before();
   store_word(reinterpret_cast<u64*>(args.report) + REPORT_CLOCK, now_ns());
 }
 

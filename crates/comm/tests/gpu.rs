@@ -35,6 +35,8 @@ mod quantised;
 mod quantised_sums;
 #[path = "gpu/random.rs"]
 mod random;
+#[path = "gpu/random_more.rs"]
+mod random_more;
 #[path = "gpu/recorder.rs"]
 mod recorder;
 #[path = "gpu/registration.rs"]

@@ -4,7 +4,7 @@
 use smallvec::SmallVec;
 use unisono_core::ReduceOp;
 use unisono_core::call::{self, Kind};
-use unisono_core::device::select::{Question, TEAM_BLOCKS};
+use unisono_core::device::select::Question;
 use unisono_core::device::{Form, Launch};
 use unisono_core::fused::NormOutput;
 use unisono_cuda::{Function, Grid, Stream};
@@ -92,7 +92,7 @@ impl Gpu {
         args.bytes = u64::from(rows.rows) * u64::from(rows.hidden) * plan.dtype.size() as u64;
         (args.tile, args.root, args.is_same) = (0, 0, 0);
         (args.sources[rank], args.targets[rank]) = (input, rows.residual_out);
-        let grid = Grid { blocks: launch.blocks + TEAM_BLOCKS, threads: launch.threads, shared_bytes: 0 };
+        let grid = Grid { blocks: launch.blocks + 1, threads: launch.threads, shared_bytes: 0 };
         let Some(kernels) = self.kernels.find(plan.header.kind, plan.dtype).and_then(|loaded| loaded.rows())
         else {
             unreachable!("kernels of rows are loaded before")

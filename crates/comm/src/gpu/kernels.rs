@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use unisono_core::call::Kind;
 use unisono_core::device::{ArenaLayout, Form, Link};
 use unisono_core::{DType, ReduceOp};
-use unisono_cuda::{Architecture, Cache, Compiler, Device, Function, Module, Result, Source};
+use unisono_cuda::{Architecture, Cache, Compiler, Device, Function, Launching, Module, Result, Source};
 
 use super::all_to_all_v::AllToAllFunctions;
 use super::args::{Args, Counted, FusedArgs, Messages, StepArgs, UnevenArgs};
@@ -310,9 +310,13 @@ pub(crate) const fn has_kernels(kind: Kind) -> bool {
 }
 
 impl Loaded {
-    fn load(device: &Device, layout: &ArenaLayout, purpose: Purpose) -> Result<Self> {
+    fn load(
+        device: &Device,
+        (layout, launching): (&ArenaLayout, Launching),
+        purpose: Purpose,
+    ) -> Result<Self> {
         let cubin = Cache::of_user().cubin(&source(layout, purpose), architecture(device), Compiler::find)?;
-        let module = Module::load(device, &cubin)?;
+        let module = Module::load_for(device, &cubin, launching)?;
         let mut functions: [[Option<Function>; Form::ALL.len()]; OPERATIONS] = Default::default();
         let dtype = DType::U8;
         for (kind, functions) in Kind::EQUAL_PARTS.iter().chain(&OF_OTHER_PARTS).zip(&mut functions) {
@@ -380,13 +384,14 @@ impl Loaded {
     }
 }
 
-type Key = (u32, usize, Link, Purpose);
+type Key = (u32, usize, Link, Launching, Purpose);
 
 /// The kernels of one communicator.
 #[derive(Debug)]
 pub(crate) struct Kernels {
     device: Device,
     layout: ArenaLayout,
+    launching: Launching,
     ranks: usize,
     loaded: HashMap<Purpose, Arc<Loaded>>,
     copies: Arc<Loaded>,
@@ -397,7 +402,7 @@ impl Kernels {
     /// Loads what is needed at once, on several threads: compiling takes seconds where nothing is cached.
     pub(crate) fn new(
         device: &Device,
-        layout: ArenaLayout,
+        (layout, launching): (ArenaLayout, Launching),
         ranks: usize,
         purposes: &[Purpose],
     ) -> Result<Self> {
@@ -407,7 +412,7 @@ impl Kernels {
         let load = |worker: usize| {
             let share = all.iter().skip(worker).step_by(workers);
             share
-                .map(|purpose| Ok((*purpose, loaded(device, layout, ranks, *purpose)?)))
+                .map(|purpose| Ok((*purpose, loaded(device, (layout, launching), ranks, *purpose)?)))
                 .collect::<Result<_>>()
         };
         let shares: Vec<Result<Vec<_>>> = std::thread::scope(|scope| {
@@ -423,7 +428,7 @@ impl Kernels {
             loaded.extend(share?);
         }
         let [copies, messages] = [Purpose::Copies, Purpose::Messages].map(|purpose| loaded[&purpose].clone());
-        Ok(Self { device: device.clone(), layout, ranks, loaded, copies, messages })
+        Ok(Self { device: device.clone(), layout, launching, ranks, loaded, copies, messages })
     }
 
     /// The kernels for a call, if they are loaded.
@@ -438,7 +443,8 @@ impl Kernels {
     /// Takes the kernels for a call that this process has loaded into the device before, if it has.
     pub(crate) fn adopt(&mut self, kind: Kind, dtype: DType) -> bool {
         let purpose = Purpose::of(kind, dtype);
-        match loaded_before(&(self.device.ordinal(), self.ranks, self.layout.link(), purpose)) {
+        let key = (self.device.ordinal(), self.ranks, self.layout.link(), self.launching, purpose);
+        match loaded_before(&key) {
             Some(loaded) => self.loaded.insert(purpose, loaded).is_none(),
             None => false,
         }
@@ -447,9 +453,14 @@ impl Kernels {
     /// Loads the kernels for a call.
     pub(crate) fn load(&mut self, kind: Kind, dtype: DType) -> Result<()> {
         let purpose = Purpose::of(kind, dtype);
-        let loaded = loaded(&self.device, self.layout, self.ranks, purpose)?;
+        let loaded = self.load_into(&self.device, purpose)?;
         self.loaded.insert(purpose, loaded);
         Ok(())
+    }
+
+    /// Loads kernels as ours are into another device of this process, or into ours.
+    pub(crate) fn load_into(&self, device: &Device, purpose: Purpose) -> Result<Arc<Loaded>> {
+        loaded(device, (self.layout, self.launching), self.ranks, purpose)
     }
 
     /// Those of messages.
@@ -479,18 +490,18 @@ fn loaded_before(key: &Key) -> Option<Arc<Loaded>> {
 }
 
 /// What this process has loaded into `device`, loaded now if it must be.
-pub(crate) fn loaded(
+fn loaded(
     device: &Device,
-    layout: ArenaLayout,
+    (layout, launching): (ArenaLayout, Launching),
     ranks: usize,
     purpose: Purpose,
 ) -> Result<Arc<Loaded>> {
-    let key = (device.ordinal(), ranks, layout.link(), purpose);
+    let key = (device.ordinal(), ranks, layout.link(), launching, purpose);
     if let Some(loaded) = loaded_before(&key) {
         return Ok(loaded);
     }
     // Not under the lock: others compile meanwhile. Who was first stands.
-    let fresh = Arc::new(Loaded::load(device, &layout, purpose)?);
+    let fresh = Arc::new(Loaded::load(device, (&layout, launching), purpose)?);
     let mut all = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
     Ok(all.get_or_insert_default().entry(key).or_insert(fresh).clone())
 }

@@ -115,7 +115,8 @@ impl Gpu {
         let failed = |error| Error::Cuda { rank, error };
         let rules = config.rules;
         let layout = ArenaLayout::new(seat.all, rules.link);
-        let kernels = Kernels::new(device, layout, seat.all, &config.prepare).map_err(failed)?;
+        let kernels =
+            Kernels::new(device, (layout, config.launching), seat.all, &config.prepare).map_err(failed)?;
         let mut state = DeviceBuffer::new(device, DEVICE_BYTES).map_err(failed)?;
         state.write(0, &layout.device_words(config.epoch)).map_err(failed)?;
         let memory = control.memory();

@@ -53,8 +53,18 @@ pub const RECORDER_BYTES: usize = STATE_BYTES + RECORDS * RECORD_WORDS * 8;
 const TRACKS_AT: usize = RECORDER_BYTES;
 /// Bytes of these counts for one direction of one pair of ranks.
 pub const TRACK_BYTES: usize = 16 + 8 * MESSAGE_CHANNELS;
+/// Teams of blocks that normalise rows, at most: 128 blocks, as many as move data elsewhere.
+pub const MAX_TEAMS: usize = 16;
+/// Where blocks of a team tell each other their parts of a sum, behind these counts.
+const LEAVES_AT: usize = TRACKS_AT + 2 * MAX_RANKS * TRACK_BYTES;
+/// Two of each, in turn; for each up to two packets of 64 warps.
+const LEAVES_BYTES: usize = MAX_TEAMS * 2 * 2 * 64 * 16;
+/// Where blocks of a lane of messages are counted: for each lane, and for each message, behind as many as lanes are before it.
+const COUNTS_AT: usize = LEAVES_AT + LEAVES_BYTES;
+/// Lanes of messages in one kernel, at most.
+const MAX_LANES: usize = 2 * MAX_RANKS;
 /// Bytes that a device has for itself.
-pub const DEVICE_BYTES: usize = TRACKS_AT + 2 * MAX_RANKS * TRACK_BYTES;
+pub const DEVICE_BYTES: usize = COUNTS_AT + 4 * (2 * MAX_LANES + MAX_MESSAGES);
 /// From so many bytes on, every block stamps its end: the data goes on for longer than the headers do.
 pub const STAMPED_BYTES: usize = 256 << 10;
 /// The word of a rank's report page that says whether its recorder is read for who asks: 0 there is none, else
@@ -109,10 +119,6 @@ const PAGE: usize = 4096;
 pub const MAX_MESSAGES: usize = 128;
 /// Channels that the tiles of a message are dealt to, the same whatever blocks each side has.
 pub const MESSAGE_CHANNELS: usize = 32;
-/// Messages of at most so many bytes travel as packets.
-pub const MESSAGE_PACKETS_TO: usize = 32 << 10;
-/// Packets in the ring of a source, a power of two.
-const RING_PACKETS: usize = 8192;
 /// Tiles after which the rounds of a channel are counted anew.
 const ERA_ROUNDS: usize = 1 << 28;
 /// Bytes from one rank's credit to the next one's.
@@ -255,13 +261,32 @@ impl ArenaLayout {
     }
 
     const fn slots_at(&self) -> usize {
-        let rings = self.ranks * RING_PACKETS * self.packet_bytes();
+        let rings = self.ranks * self.ring_packets() * self.packet_bytes();
         (self.rings_at() + rings).next_multiple_of(2 << 20)
+    }
+
+    /// Messages of at most so many bytes travel as packets.
+    pub const fn message_packets_to(&self) -> usize {
+        // 4/3 of the bytes, at 300 GB/s over as many blocks as tiles have: 1 MiB is 4.7 µs and what the smallest takes, 4.4. In tiles it
+        // took 15.7 (four H200, docs/gpu-results).
+        match self.link {
+            Link::Device => 1 << 20,
+            Link::Host => 32 << 10,
+        }
+    }
+
+    /// Packets in the ring of a source, a power of two: the largest message of packets, and half of the next.
+    const fn ring_packets(&self) -> usize {
+        match self.link {
+            Link::Device => 131_072,
+            Link::Host => 8192,
+        }
     }
 
     /// Slots of a channel, a power of two.
     const fn message_slots(&self) -> usize {
-        // Tiles are on their way for some 8 µs, there and back: 4 MiB of them from one source fill the links.
+        // A tile has left its slot some 12 µs after it set out, and the sender knows: 8 MiB of them from one source are more than links
+        // carry in that time. Of each channel four are on their way to the far end at once, 4 MiB of all, for 4 to 6 µs.
         match self.link {
             Link::Device if self.ranks <= 8 => 8,
             _ => 4,
@@ -271,7 +296,7 @@ impl ArenaLayout {
     /// Bytes of the largest tiles of messages: of those that fill all channels more than once.
     pub const fn message_tile_bytes(&self) -> usize {
         match self.link {
-            Link::Device => 16 << 10,
+            Link::Device => 32 << 10,
             Link::Host => 4 << 10,
         }
     }
@@ -281,7 +306,7 @@ impl ArenaLayout {
     pub const fn message_start(&self, epoch: u32) -> (u64, u32) {
         match (epoch, self.link) {
             (0, _) | (_, Link::Host) => (0, 0),
-            _ => ((u32::MAX as u64 - 1) * RING_PACKETS as u64, ERA_ROUNDS as u32 - FLAG_WAYS as u32),
+            _ => ((u32::MAX as u64 - 1) * self.ring_packets() as u64, ERA_ROUNDS as u32 - FLAG_WAYS as u32),
         }
     }
 
@@ -290,7 +315,7 @@ impl ArenaLayout {
         let mut bytes = vec![0; DEVICE_BYTES];
         bytes[..4].copy_from_slice(&epoch.to_le_bytes());
         let (packets, rounds) = self.message_start(epoch);
-        for track in bytes[TRACKS_AT..].chunks_mut(TRACK_BYTES) {
+        for track in bytes[TRACKS_AT..LEAVES_AT].chunks_mut(TRACK_BYTES) {
             track[..8].copy_from_slice(&packets.to_le_bytes());
             let channels = track[TRACK_BYTES - 8 * MESSAGE_CHANNELS..].chunks_mut(8);
             channels.for_each(|channel| channel[4..].copy_from_slice(&rounds.to_le_bytes()));
@@ -363,10 +388,12 @@ impl ArenaLayout {
             ("RECORD_BYTES", RECORD_WORDS * 8),
             ("REPORT_CLOCK", REPORT_CLOCKS[0]),
             ("MAX_MESSAGES", MAX_MESSAGES),
+            ("MAX_TEAMS", MAX_TEAMS),
+            ("MAX_LANES", MAX_LANES),
             ("CHANNELS", MESSAGE_CHANNELS),
             ("MESSAGE_SLOTS", self.message_slots()),
             ("SLOT_BYTES", self.message_tile_bytes()),
-            ("RING_PACKETS", RING_PACKETS),
+            ("RING_PACKETS", self.ring_packets()),
             ("ERA_ROUNDS", ERA_ROUNDS),
             ("MESSAGE_STAGE", self.message_stage()),
             ("MESSAGE_RECORD_BYTES", MESSAGE_RECORD_WORDS * 8),
@@ -393,7 +420,10 @@ impl ArenaLayout {
             ("SCRATCH_HALF_BYTES", self.scratch_half_bytes()),
             ("MESSAGE_RECORDS_AT", MESSAGE_RECORDS_AT),
             ("TRACKS_AT", TRACKS_AT),
-            ("MESSAGE_PACKETS_TO", MESSAGE_PACKETS_TO),
+            ("LEAVES_AT", LEAVES_AT),
+            ("LEAVES_BYTES", LEAVES_BYTES),
+            ("MESSAGE_PACKETS_TO", self.message_packets_to()),
+            ("COUNTS_AT", COUNTS_AT),
             ("CREDITS_AT", self.credits().offset),
             ("RINGS_AT", self.rings_at()),
             ("SLOTS_AT", self.slots_at()),
@@ -442,7 +472,8 @@ mod tests {
                 let (flags, credits) = (layout.message_flags(), layout.credits());
                 assert!(flags.offset >= layout.scratch_end() && credits.offset >= flags.offset + flags.bytes);
                 assert!(layout.rings_at() >= credits.offset + ranks * CREDIT_STRIDE);
-                assert!(2 + MESSAGE_PACKETS_TO.div_ceil(PACKET_DATA) <= RING_PACKETS);
+                let packets = 2 + layout.message_packets_to().div_ceil(PACKET_DATA);
+                assert!(packets <= layout.ring_packets() && layout.ring_packets().is_power_of_two());
                 assert!(layout.message_slots().is_power_of_two() && layout.message_slots() >= FLAG_WAYS);
                 assert!(ERA_ROUNDS.is_multiple_of(layout.message_slots()) && MESSAGE_CHANNELS <= MAX_BLOCKS);
             }
@@ -454,6 +485,7 @@ mod tests {
         const { assert!(RECORDS.is_power_of_two() && STATE_BYTES.is_multiple_of(RECORD_WORDS * 8)) };
         const { assert!(MESSAGE_RECORDS_AT + 2 * MAX_RANKS * MESSAGE_RECORD_WORDS * 8 <= STATE_BYTES) };
         const { assert!(TRACKS_AT.is_multiple_of(8) && TRACK_BYTES.is_multiple_of(8)) };
+        const { assert!(LEAVES_AT.is_multiple_of(crate::layout::LINE)) };
         const { assert!(STATE_EXPECTED_AT < MESSAGE_RECORDS_AT && REPORT_ANSWER * 8 < crate::layout::PAGE) };
         // Kernels write what comes first, this rank's host the next, readers the request.
         let report = 8 + 2 * (HEADER_WORDS + 1);
@@ -463,11 +495,11 @@ mod tests {
     }
 
     #[test]
-    fn eight_ranks_over_nvlink_take_less_than_64_mib_and_15_for_lines_and_32_for_messages() {
+    fn eight_ranks_over_nvlink_take_less_than_64_mib_and_15_for_lines_and_10_for_messages_of_each() {
         let layout = ArenaLayout::new(8, Link::Device);
         let lines = 2 * layout.lines_area_bytes();
         assert!(lines <= 15 << 20 && layout.scratch_end() - lines <= 62 << 20, "{}", layout.scratch_end());
-        assert!(layout.total_bytes() <= 110 << 20, "{}", layout.total_bytes());
+        assert!(layout.total_bytes() <= (64 + 15 + 8 * 10) << 20, "{}", layout.total_bytes());
         let lines = layout.lines_capacity(2);
         assert!(lines[0] >= 1 << 20 && lines[1] >= 8 << 20, "{lines:?}");
         let four = ArenaLayout::new(4, Link::Device).lines_capacity(2);

@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use super::engine::{MOST_LANES, slot_bytes};
 use super::layout::{
-    ArenaLayout, Link, MAX_BLOCKS, MESSAGE_CHANNELS, MESSAGE_PACKETS_TO, PACKET_DATA, RING_SLOTS, UNIT_DATA,
+    ArenaLayout, Link, MAX_BLOCKS, MAX_TEAMS, MESSAGE_CHANNELS, PACKET_DATA, RING_SLOTS, UNIT_DATA,
     UNIT_LANES,
 };
 use super::table::{Table, WIDE_BLOCKS};
@@ -171,8 +171,9 @@ impl Launch {
 pub const TEAM_BLOCKS: u32 = 8;
 /// See [`TEAM_BLOCKS`].
 pub const TEAM_THREADS: u32 = 256;
-/// The most teams: as many blocks as move data elsewhere.
-const MOST_TEAMS: usize = 16;
+
+/// The most threads of a block that move packets of messages.
+const PACKET_MOVERS: usize = 480;
 
 /// Threads that quantise a group together.
 const GROUP_THREADS: usize = 16;
@@ -375,11 +376,7 @@ impl Rules {
     fn rows_grid(&self, form: Form, rows: usize, asked: u32) -> Launch {
         let room = if self.crowd > 1 { CROWDED_BLOCKS / self.crowd } else { MAX_BLOCKS };
         let most = if asked == 0 { self.most_blocks } else { asked } as usize;
-        let most_teams = match self.ranks {
-            // Who is alone waits for nobody, and fills the device.
-            1 => 8 * MOST_TEAMS,
-            _ => (most.min(room) / TEAM_BLOCKS as usize).clamp(1, MOST_TEAMS),
-        };
+        let most_teams = (most.min(room) / TEAM_BLOCKS as usize).clamp(1, MAX_TEAMS);
         let teams = rows.clamp(1, most_teams) as u32;
         Launch { form, blocks: teams * TEAM_BLOCKS, threads: TEAM_THREADS, tile: 0, by_copies: false }
     }
@@ -387,14 +384,20 @@ impl Rules {
     /// The grid of messages in so many lanes (a peer and a direction each), the largest of `bytes`; `blocks` are those of a lane. Each
     /// rank's own: ranks need not have the same.
     pub fn messages(&self, lanes: usize, bytes: usize) -> Launch {
-        if bytes <= MESSAGE_PACKETS_TO {
-            // A packet for each thread, and a warp for the header.
-            let packets = bytes.div_ceil(PACKET_DATA).clamp(1, 480);
-            let threads = packets.next_multiple_of(32) as u32 + 32;
-            return Launch { form: Form::OneShot, blocks: 1, threads, tile: 0, by_copies: false };
-        }
         let room = if self.crowd > 1 { (CROWDED_BLOCKS / self.crowd).max(1) } else { MAX_BLOCKS };
         let most = (self.most_blocks as usize).min(room);
+        if bytes <= self.layout().message_packets_to() {
+            // A packet for each thread, or two where that takes several blocks; and a warp for the header.
+            let packets = bytes.div_ceil(PACKET_DATA).max(1);
+            let threads = packets.min(PACKET_MOVERS).next_multiple_of(32) as u32 + 32;
+            let due = packets.div_ceil(2 * PACKET_MOVERS);
+            let all = match self.forced {
+                Some(wish) if wish.blocks > 0 => (wish.blocks as usize).min(room),
+                _ => most,
+            };
+            let blocks = due.min(all / lanes.max(1)).clamp(1, MESSAGE_CHANNELS) as u32;
+            return Launch { form: Form::OneShot, blocks, threads, tile: 0, by_copies: false };
+        }
         let all = match self.forced {
             Some(wish) if wish.blocks > 0 => (wish.blocks as usize).min(room),
             _ if self.bulk_copies && !self.is_narrow() => most.div_ceil(2).min(WIDE_BLOCKS),
@@ -597,24 +600,23 @@ mod tests {
         for (most_blocks, crowd) in [(130, 1), (24, 1), (8, 1), (130, 16), (130, 2)] {
             let rules = Rules { most_blocks, crowd, ..rules(16) };
             for lanes in 1..=31 {
-                for bytes in [0, 1, MESSAGE_PACKETS_TO, MESSAGE_PACKETS_TO + 1, 1 << 33] {
+                let packets_to = rules.layout().message_packets_to();
+                for bytes in [0, 1, packets_to, packets_to + 1, 1 << 33] {
                     let launch = rules.messages(lanes, bytes);
                     assert!((1..=MESSAGE_CHANNELS as u32).contains(&launch.blocks), "{launch:?}");
                     let whole = (most_blocks as usize).min(CROWDED_BLOCKS / crowd).max(1);
                     let all = lanes * launch.blocks as usize;
                     // As many threads as one block of a multiprocessor may have, for each that is counted.
-                    let few = bytes <= MESSAGE_PACKETS_TO;
-                    assert!(
-                        few || all * launch.threads as usize <= (whole * 1024).max(lanes * 256),
-                        "{launch:?}"
-                    );
+                    let least = if bytes <= packets_to { 512 } else { 256 };
+                    assert!(all * launch.threads as usize <= (whole * 1024).max(lanes * least), "{launch:?}");
                     assert!(!launch.by_copies || launch.threads == 1024 && all <= WIDE_BLOCKS);
                 }
             }
         }
         let ring = rules(8).messages(2, 1 << 30);
         assert_eq!((ring.blocks, ring.by_copies), (32, true));
-        assert_eq!([0, 8192].map(|bytes| rules(8).messages(2, bytes).threads), [64, 512]);
+        let small = |bytes: usize| (rules(8).messages(2, bytes).blocks, rules(8).messages(2, bytes).threads);
+        assert_eq!([0, 8192, 64 << 10, 1 << 20].map(small), [(1, 64), (1, 512), (6, 512), (32, 512)]);
     }
 
     #[test]
@@ -736,7 +738,7 @@ mod tests {
         }
         assert_eq!(form(&rules(8), 1000, 8192), None);
         assert_eq!(form(&rules(1), 100_000, 8192), Some(Form::OneShot));
-        assert_eq!(rules(1).decide_rows(100_000, 8).unwrap().blocks, 1024);
+        assert_eq!(rules(1).decide_rows(100_000, 8).unwrap().blocks, 128);
         let asked = |text: &str| Rules { forced: text.parse().ok(), ..rules(4) };
         assert_eq!(form(&asked("two-shot"), 1, 8), Some(Form::TwoShot));
         assert_eq!(form(&asked("bulk"), 1, 8), None);

@@ -23,6 +23,44 @@ impl PinnedWay {
     }
 }
 
+/// How the kernels of a communicator are launched, on devices that offer it (sm_90 and later). Experimental: for measuring what it gains.
+/// Ranks may differ.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum GpuLaunch {
+    /// One after the other, with fences that wait for all that a multiprocessor has under way.
+    #[default]
+    Plain,
+    /// Blocks of the next kernel are brought onto the device while the one before still runs, and wait there for its end. They take
+    /// room beside it, which the budget of blocks does not count.
+    Dependent,
+    /// In the memory synchronisation domain for remote memory, so that fences do not wait for what kernels of others have under way.
+    Remote,
+    /// Both.
+    Both,
+}
+
+impl GpuLaunch {
+    /// Whether kernels are brought onto the device early.
+    pub const fn is_dependent(self) -> bool {
+        matches!(self, Self::Dependent | Self::Both)
+    }
+
+    /// Whether kernels run in the domain for remote memory.
+    pub const fn is_remote(self) -> bool {
+        matches!(self, Self::Remote | Self::Both)
+    }
+
+    pub(super) fn from_word(word: &str) -> Option<Self> {
+        match word {
+            "plain" => Some(Self::Plain),
+            "dependent" => Some(Self::Dependent),
+            "remote" => Some(Self::Remote),
+            "both" => Some(Self::Both),
+            _ => None,
+        }
+    }
+}
+
 /// As what memory of GPUs is handed to other processes.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub enum HandleKind {
