@@ -71,8 +71,10 @@ const SWITCH: ValueKind = ValueKind::Choice(&["on", "off"], "on or off");
 const REQUIREMENTS: ValueKind = ValueKind::Choice(&["none", "auth", "nvlink"], "none, auth or nvlink");
 const PINNED_WAYS: ValueKind = ValueKind::Choice(&["auto", "memfd", "numa"], "auto, memfd or numa");
 const HANDLES: ValueKind = ValueKind::Choice(&["auto", "descriptor", "fabric"], "auto, descriptor or fabric");
-const LAUNCHES: ValueKind =
-    ValueKind::Choice(&["plain", "dependent", "remote", "both"], "plain, dependent, remote or both");
+const LAUNCHES: ValueKind = ValueKind::Choice(
+    &["auto", "plain", "dependent", "remote", "both"],
+    "auto, plain, dependent, remote or both",
+);
 const FORMS: ValueKind = ValueKind::Text(
     "auto, one-shot, two-shot, bulk, direct, ring, engine, one-shot-lines or two-shot-lines, and after colons the blocks and the vectors of a tile, as in bulk:24:512",
 );
@@ -183,8 +185,8 @@ pub const SETTINGS: &[Setting] = &[
     setting(
         "UNISONO_GPU_LAUNCH",
         LAUNCHES,
-        "plain",
-        "Experimental, for measuring: how kernels are launched. dependent brings a kernel onto the device while the one before still runs, remote lets fences not wait for what kernels of others have under way.",
+        "auto",
+        "How kernels are launched: auto brings those of few blocks onto the device while the one before still runs, plain brings none. For measuring: dependent brings all, remote lets fences not wait for what kernels of others have under way, both does both.",
     ),
     setting(
         "UNISONO_NVRTC",
@@ -373,7 +375,7 @@ impl Default for Settings {
             peer_access: true,
             pinned: PinnedWay::Auto,
             handles: HandleKind::Auto,
-            gpu_launch: GpuLaunch::Plain,
+            gpu_launch: GpuLaunch::Auto,
         }
     }
 }

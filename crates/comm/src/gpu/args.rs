@@ -266,7 +266,7 @@ mod tests {
         args.header[HEADER_WORDS - 1] = 6;
         args.targets[0] = facts.address();
         let stream = Stream::new(&device).unwrap();
-        let grid = Grid { blocks: 1, threads: 1, shared_bytes: 0 };
+        let grid = Grid { blocks: 1, threads: 1, shared_bytes: 0, is_early: false };
         // SAFETY: the kernel takes `Args` and writes 21 words to the first target.
         unsafe { probe.launch(&stream, grid, (&raw mut args).cast()) }.unwrap();
         stream.synchronize().unwrap();

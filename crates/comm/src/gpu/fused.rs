@@ -92,7 +92,7 @@ impl Gpu {
         args.bytes = u64::from(rows.rows) * u64::from(rows.hidden) * plan.dtype.size() as u64;
         (args.tile, args.root, args.is_same) = (0, 0, 0);
         (args.sources[rank], args.targets[rank]) = (input, rows.residual_out);
-        let grid = Grid { blocks: launch.blocks + 1, threads: launch.threads, shared_bytes: 0 };
+        let grid = self.grid((launch.blocks + 1, launch.threads), 0);
         let Some(kernels) = self.kernels.find(plan.header.kind, plan.dtype).and_then(|loaded| loaded.rows())
         else {
             unreachable!("kernels of rows are loaded before")
@@ -116,7 +116,7 @@ impl Gpu {
         self.launch(&sum, &plan.header.to_words(), stream)?;
         let mut args = self.args;
         args.sources[args.rank as usize] = sums;
-        let grid = Grid { blocks: rows.rows.min(BEHIND_BLOCKS), threads: THREADS, shared_bytes: 0 };
+        let grid = self.grid((rows.rows.min(BEHIND_BLOCKS), THREADS), 0);
         let Some(kernels) = self.kernels.find(plan.header.kind, plan.dtype).and_then(|loaded| loaded.rows())
         else {
             unreachable!("kernels of rows are loaded before")

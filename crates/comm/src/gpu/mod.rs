@@ -97,6 +97,8 @@ pub(crate) struct Gpu {
     failed: Option<Error>,
     memory: Option<Memory>,
     /// Until it is dropped.
+    /// The most threads of a kernel that is brought onto the device while the one before still runs.
+    early_threads: u32,
     budget: Option<Budget>,
     watch: Option<Watch>,
     /// What becomes of the memory when this is dropped.
@@ -178,6 +180,7 @@ impl Gpu {
             enqueued: None,
             failed: None,
             memory: Some(memory),
+            early_threads: config.gpu_launch.early_threads(budget.early_threads()),
             budget: Some(budget),
             watch: Some(watch),
             end: End::WhenQuiet,
@@ -316,7 +319,7 @@ impl Gpu {
                 self.windows.place(target, (&mut args.targets, &mut args.header[HEADER_OFFSETS + 1]));
         }
         let shared_bytes = if launch.by_copies { self.room_bytes } else { 0 };
-        let grid = Grid { blocks: launch.workers() + 1, threads: launch.threads, shared_bytes };
+        let grid = self.grid((launch.workers() + 1, launch.threads), shared_bytes);
         let args = match &mut uneven {
             Some(uneven) => (&raw mut *uneven).cast(),
             None => (&raw mut self.args).cast(),
@@ -332,6 +335,12 @@ impl Gpu {
             self.launch_copies(plan, launch, stream)?;
         }
         self.conclude(sides, stream, is_captured)
+    }
+
+    /// So many blocks of so many threads.
+    #[inline]
+    fn grid(&self, (blocks, threads): (u32, u32), shared_bytes: u32) -> Grid {
+        Grid { blocks, threads, shared_bytes, is_early: blocks.saturating_mul(threads) <= self.early_threads }
     }
 
     /// What follows a launch: others may wait for it.

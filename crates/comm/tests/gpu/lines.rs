@@ -49,7 +49,7 @@ fn lines_arrive_whole_however_often_they_are_overwritten() {
             let (view, at) = (shared.device_view().unwrap(), answer.address());
             let mut hammer = Hammer { shared: view, answer: at, most_ns: 30 << 30, rounds, units: UNITS };
             rank.barrier().unwrap();
-            let grid = Grid { blocks: 48, threads: 512, shared_bytes: 0 };
+            let grid = Grid { blocks: 48, threads: 512, shared_bytes: 0, is_early: false };
             // SAFETY: the arguments are those of the kernel, and what they name stays until the stream was waited for.
             unsafe { kernel.launch(&tools.raw, grid, (&raw mut hammer).cast()) }.unwrap();
             tools.raw.synchronize().unwrap();

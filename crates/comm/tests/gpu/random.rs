@@ -123,7 +123,7 @@ impl Rank {
         let launched = unsafe {
             self.compare.launch(
                 &world.raw_streams[rank],
-                Grid { blocks, threads: 256, shared_bytes: 0 },
+                Grid { blocks, threads: 256, shared_bytes: 0, is_early: false },
                 (&raw mut args).cast(),
             )
         };

@@ -107,19 +107,26 @@ fn borders(kind: Kind, ranks: usize) -> (usize, usize, Option<usize>) {
     }
 }
 
-/// From which size on an operation goes in lines, one-shot and then two-shot up to which, where data can travel so. Calculated from what
-/// a link moves and what a hop takes; one-shot parts end where lines have no more room.
+/// From which size on an operation goes in lines, one-shot and then two-shot up to which, where data can travel so. Measured among two,
+/// beyond them calculated from what a link moves and what a hop takes; one-shot parts end where lines have no more room.
 fn lines(kind: Kind, ranks: usize) -> (usize, usize, usize) {
+    if ranks == 2 {
+        let (one_shot, two_shot) = match kind {
+            Kind::AllReduce { .. } => (384 << 10, 8 << 20),
+            Kind::Broadcast { .. } => (2560 << 10, 0),
+            Kind::AllGather => (3 << 20, 0),
+            _ => (7 << 20, 0),
+        };
+        return ((128 << 10) + 1, one_shot, two_shot);
+    }
     let parts = 112 / (ranks - 1) * 65_536;
     let few = (768 << 10) / (ranks - 1);
     let many = few.clamp(256 << 10, 512 << 10);
-    const ONE_SHOT: [usize; 5] = [7_340_032, 1_835_008, 786_432, 524_288, 393_216];
-    let one_shot = ONE_SHOT.get(ranks - 2).copied().unwrap_or(262_144);
+    const ONE_SHOT: [usize; 4] = [1_835_008, 786_432, 524_288, 393_216];
+    let one_shot = ONE_SHOT.get(ranks - 3).copied().unwrap_or(262_144);
     match (kind, ranks) {
-        (Kind::AllReduce { .. }, 2) => (many + 1, one_shot, 0),
         (Kind::AllReduce { .. }, 3..=8) => (many + 1, one_shot, 8 << 20),
         (Kind::AllReduce { .. }, _) => (many + 1, one_shot, 7 << 20),
-        (Kind::Broadcast { .. }, 2) => (many + 1, 4 << 20, 0),
         (Kind::Broadcast { .. }, _) => (many + 1, one_shot, 4 << 20),
         (Kind::Scatter { .. }, _) => (few + 1, parts.min(1 << 20), 0),
         _ => (few + 1, parts, 0),
