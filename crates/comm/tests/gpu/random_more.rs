@@ -42,6 +42,12 @@ enum What {
     Messages(Vec<Message>),
     /// Bytes from each rank to each.
     AllToAllV(Vec<Vec<usize>>),
+    /// The root, and the bytes of each rank.
+    GatherV(usize, Vec<usize>),
+    ScatterV(usize, Vec<usize>),
+    /// To the rank so far behind each, by one call; and its bytes.
+    Shift(usize, usize),
+    Barrier,
     /// The number of a case.
     Counted(usize),
     Rows(usize),
@@ -159,7 +165,7 @@ impl More {
             Message { from, to: (from + by) % ranks, tag: random.below(3), bytes }
         };
         let is_in_place = random.below(3) == 0;
-        let what = match random.below(8) {
+        let what = match random.below(12) {
             0..3 => What::Messages((0..1 + random.below(7)).map(|_| message(random)).collect()),
             3 => {
                 let most = size(random, 2 << 20).max(1);
@@ -175,7 +181,15 @@ impl More {
             }
             4 => What::Counted(random.below(CASES)),
             5 | 6 => What::Rows(random.below(CASES)),
-            _ => What::Quantised(random.below(CASES)),
+            7 => What::Quantised(random.below(CASES)),
+            parts @ (8 | 9) => {
+                let most = size(random, 2 << 20);
+                let root = random.below(ranks);
+                let bytes = (0..ranks).map(|_| random.below(most + 1)).collect();
+                if parts == 8 { What::GatherV(root, bytes) } else { What::ScatterV(root, bytes) }
+            }
+            10 => What::Shift(random.below(ranks), size(random, MOST)),
+            _ => What::Barrier,
         };
         let (phase, shift) = (random.below(BYTES), random.below(16));
         Self { what, phase, shift, is_in_place, is_replayed: random.below(8) == 0 }
@@ -184,8 +198,8 @@ impl More {
     /// Where output `place` lies on `rank`; those of rows and sums begin with a whole element.
     fn target(&self, rank: &Rank, place: usize) -> u64 {
         let step = match self.what {
-            What::Messages(_) | What::AllToAllV(_) | What::Counted(_) => 1,
             What::Rows(_) | What::Quantised(_) => 4,
+            _ => 1,
         };
         rank.target.address() + PLACES[place] + (self.shift * step) as u64
     }
@@ -217,6 +231,10 @@ impl More {
                 [mine.map(|message| message.bytes).sum(), 0, 0]
             }
             What::AllToAllV(table) => [table.iter().map(|row| row[at]).sum(), 0, 0],
+            What::GatherV(root, bytes) if *root == at => [bytes.iter().sum(), 0, 0],
+            What::ScatterV(_, bytes) => [bytes[at], 0, 0],
+            What::Shift(_, bytes) => [*bytes, 0, 0],
+            What::GatherV(..) | What::Barrier => [0; 3],
             What::Counted(case) => {
                 let (table, room) = &cases.tables[*case];
                 [room * table.len(), 4 * table.len(), 0]
@@ -273,6 +291,20 @@ impl More {
                 let (input, output) = (input(from, sent), output(place(0), received));
                 on.all_to_all_v(input, &table[at], output, &into).unwrap();
             }
+            What::GatherV(root, bytes) => {
+                let room = if *root == at { bytes.iter().sum() } else { 0 };
+                on.gather_v(input(source, bytes[at]), output(place(0), room), bytes, *root).unwrap();
+            }
+            What::ScatterV(root, bytes) => {
+                let given = if *root == at { bytes.iter().sum() } else { 0 };
+                on.scatter_v(input(source, given), output(place(0), bytes[at]), bytes, *root).unwrap();
+            }
+            What::Shift(by, bytes) => {
+                let ranks = world.ranks.len();
+                let (to, from) = ((at + by) % ranks, (at + ranks - by) % ranks);
+                on.send_recv(input(source, *bytes), to, output(place(0), *bytes), from, 0).unwrap();
+            }
+            What::Barrier => on.barrier().unwrap(),
             What::Counted(case) => {
                 let (table, room) = &cases.tables[*case];
                 let list = |at: u64| (at, table.len(), ordinal);
@@ -361,6 +393,19 @@ impl More {
                     to += row[at] as u64;
                 }
             }
+            What::GatherV(root, bytes) => {
+                let mut to = place(0);
+                for (from, bytes) in bytes.iter().enumerate().filter(|_| *root == at) {
+                    part(to, from, 0, *bytes);
+                    to += *bytes as u64;
+                }
+            }
+            What::ScatterV(root, bytes) => part(place(0), *root, bytes[..at].iter().sum(), bytes[at]),
+            What::Shift(by, bytes) => {
+                let ranks = world.ranks.len();
+                part(place(0), (at + ranks - by) % ranks, 0, *bytes);
+            }
+            What::Barrier => {}
             What::Counted(case) => {
                 let (table, room) = &cases.tables[*case];
                 for (from, row) in table.iter().enumerate() {

@@ -486,9 +486,7 @@ impl Rules {
                 // By copies, some rounds at least, so that the steps overlap.
                 let tile = match by_copies(blocks) {
                     false => due,
-                    true if blocks <= WIDE_BLOCKS / 2 || question.bytes >= row.wide_tile_from => {
-                        due.div_ceil(2).min(2 * row.bulk_tile)
-                    }
+                    true if blocks <= WIDE_BLOCKS / 2 => due.div_ceil(2).min(2 * row.bulk_tile),
                     true => due.div_ceil(2).min(row.bulk_tile),
                 };
                 // Those of one peer have the room of all.

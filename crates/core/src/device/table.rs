@@ -53,8 +53,6 @@ pub struct Row {
     pub bulk_blocks: usize,
     /// Vectors of 16 bytes in a tile of the pipeline, by bulk copies; twice as many where few blocks have a lot to do.
     pub bulk_tile: usize,
-    /// From here on tiles are twice as large in any case.
-    pub wide_tile_from: usize,
     /// The most blocks of a ring.
     pub ring_blocks: usize,
 }
@@ -71,7 +69,7 @@ enum Values {
 type Field = (&'static str, Values, fn(&mut Row) -> &mut usize);
 
 /// Name, values and place of each field, in the order of text.
-const FIELDS: [Field; 17] = [
+const FIELDS: [Field; 16] = [
     ("one_shot_to", Values::Bytes, |row| &mut row.one_shot_to),
     ("two_shot_to", Values::Bytes, |row| &mut row.two_shot_to),
     ("lines_from", Values::Bytes, |row| &mut row.lines_from),
@@ -87,7 +85,6 @@ const FIELDS: [Field; 17] = [
     ("thread_blocks", Values::UpTo(MAX_BLOCKS), |row| &mut row.thread_blocks),
     ("bulk_blocks", Values::UpTo(WIDE_BLOCKS), |row| &mut row.bulk_blocks),
     ("bulk_tile", Values::UpTo(MAX_TILE), |row| &mut row.bulk_tile),
-    ("wide_tile_from", Values::Bytes, |row| &mut row.wide_tile_from),
     ("ring_blocks", Values::UpTo(MAX_BLOCKS), |row| &mut row.ring_blocks),
 ];
 
@@ -108,7 +105,6 @@ impl Row {
         thread_blocks: 0,
         bulk_blocks: 0,
         bulk_tile: 0,
-        wide_tile_from: 0,
         ring_blocks: 0,
     };
 }

@@ -251,7 +251,6 @@ fn a_table_decides() {
         thread_blocks: 90,
         bulk_blocks: 30,
         bulk_tile: 104,
-        wide_tile_from: usize::MAX,
         ring_blocks: 40,
     };
     let taken = |rules: &Rules, bytes, is_reachable| {
