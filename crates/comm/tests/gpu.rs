@@ -13,6 +13,8 @@ mod counted;
 mod derive;
 #[path = "gpu/engine.rs"]
 mod engine;
+#[path = "gpu/expert_parallel.rs"]
+mod expert_parallel;
 #[path = "gpu/fused.rs"]
 mod fused;
 #[path = "gpu/group.rs"]

@@ -199,7 +199,7 @@ impl Buffer {
         tokens: usize,
     ) -> Result<Vec<i64>> {
         self.check_top_k(call, top_k)?;
-        let bytes = self.exactly((call, "topk_idx"), topk_idx, (DType::I64, tokens * top_k))?;
+        let bytes = self.exactly((call, "topk_idx"), topk_idx, (DType::I64, tokens * top_k))?.bytes;
         let selections = indices(bytes);
         self.route(call, &selections, top_k)?;
         for (token, row) in selections.chunks_exact(top_k).enumerate() {

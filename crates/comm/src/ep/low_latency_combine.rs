@@ -123,7 +123,7 @@ impl Buffer {
         let (tokens, top_k) = (origins.tokens, origins.top_k);
         let selections = self.selections(call, (&combine.topk_idx, top_k), tokens)?;
         let count = (DType::F32, tokens * top_k);
-        let weights = self.exactly((call, "topk_weights"), &combine.topk_weights, count)?;
+        let weights = self.exactly((call, "topk_weights"), &combine.topk_weights, count)?.bytes;
         let staged = self.staged.take();
         let x = match (&combine.x, &staged) {
             (Some(x), _) => *x,
@@ -184,8 +184,8 @@ impl Buffer {
             return Err(self.refuse(call, "dtype", expected, dtype));
         }
         let count = origins.source_tokens.len() * self.settings.hidden;
-        let bytes = self.exactly((call, "x"), x, (dtype, count))?;
-        let routing = self.route(call, selections, origins.top_k)?.routing;
+        let bytes = self.exactly((call, "x"), x, (dtype, count))?.bytes;
+        let routing = self.route(call, selections, origins.top_k)?;
         let mut words = CallWords::new(Operation::LowLatencyCombine, self.calls + 1, dtype);
         (words.top_k, words.tokens, words.handle) = (origins.top_k, origins.tokens, origins.call);
         words.cast = u8::from(quantised);

@@ -38,6 +38,7 @@ use pinned::Enqueued;
 use recorder::Copier;
 use seats::Seat;
 use watch::Watch;
+pub(crate) use watch::lost_context;
 use windows::Windows;
 
 mod all_to_all_v;
@@ -195,6 +196,11 @@ impl Gpu {
     /// The device itself.
     pub(crate) const fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// The control memory as kernels reach it, the word that ends all waits first.
+    pub(crate) fn control_pages(&self) -> Option<Arc<RegisteredHost>> {
+        self.memory.as_ref().map(|memory| memory.control_pages.clone())
     }
 
     /// How the GPUs reach each other, and the rules that follow.
@@ -436,7 +442,7 @@ impl Gpu {
     #[cold]
     fn refused(&mut self, error: unisono_cuda::Error) -> Error {
         let rank = self.seat.rank();
-        if let Some(cause) = watch::lost_context(&error, &self.control) {
+        if let Some(cause) = lost_context(&error, &self.control) {
             self.control.fail(&cause);
             self.failed = Some(Error::Cuda { rank, error: error.clone() });
         }

@@ -182,7 +182,7 @@ impl ArenaLayout {
     }
 
     /// Bytes of packets for one epoch.
-    const fn half_bytes(&self) -> usize {
+    pub const fn half_bytes(&self) -> usize {
         match self.link {
             Link::Device => 6 << 20,
             Link::Host => 1 << 20,
@@ -213,6 +213,11 @@ impl ArenaLayout {
     /// The 64-bit flags: all of them hold an epoch in their high half.
     pub const fn flags(&self) -> Field {
         Field { offset: self.flags_at(), bytes: self.flags_bytes() }
+    }
+
+    /// The packets of both halves, each [`ArenaLayout::half_bytes`] long.
+    pub const fn packets(&self) -> Field {
+        Field { offset: self.packets_at(), bytes: 2 * self.half_bytes() }
     }
 
     /// The scratch, both halves.
