@@ -13,6 +13,8 @@ mod counted;
 mod derive;
 #[path = "gpu/engine.rs"]
 mod engine;
+#[path = "ep/cases.rs"]
+mod ep;
 #[path = "gpu/expert_parallel.rs"]
 mod expert_parallel;
 #[path = "gpu/fused.rs"]
@@ -21,28 +23,25 @@ mod fused;
 mod group;
 #[path = "gpu/life.rs"]
 mod life;
+#[path = "gpu/low_latency.rs"]
+mod low_latency;
 #[path = "gpu/message_ends.rs"]
 mod message_ends;
 #[path = "gpu/messages.rs"]
 mod messages;
-#[path = "support/random.rs"]
-mod numbers;
 #[path = "gpu/pinned.rs"]
 mod pinned;
 #[path = "gpu/quantised.rs"]
 mod quantised;
-#[path = "support/quantised.rs"]
-mod quantised_sums;
 #[path = "gpu/random.rs"]
 mod random;
 #[path = "gpu/recorder.rs"]
 mod recorder;
 #[path = "gpu/registration.rs"]
 mod registration;
-#[path = "support/rows.rs"]
-mod rows;
 #[path = "gpu/seats.rs"]
 mod seats;
+mod support;
 #[path = "gpu/symmetric.rs"]
 mod symmetric;
 #[path = "gpu/tuning.rs"]
@@ -51,6 +50,8 @@ mod tuning;
 mod windows;
 #[path = "gpu/world.rs"]
 mod world;
+
+use support::{quantised as quantised_sums, random as numbers, rows};
 
 use numbers::Random;
 use unisono::{Builder, DType, ReduceOp};
