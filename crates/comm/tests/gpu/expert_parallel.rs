@@ -15,14 +15,14 @@ use crate::world::{PATIENCE, devices, on_threads};
 const MOST_ELEMENTS: usize = 400_000;
 
 /// What a rank works with: a communicator of the host's, its device and stream.
-struct Tools {
+pub(crate) struct Tools {
     host: Option<Communicator>,
-    device: Device,
-    stream: Stream,
-    raw: CudaStream,
+    pub(crate) device: Device,
+    pub(crate) stream: Stream,
+    pub(crate) raw: CudaStream,
 }
 
-fn run(
+pub(crate) fn run(
     ranks: usize,
     configure: impl Fn(Builder) -> Builder,
     work: impl Fn(&Communicator, &Communicator, &Tools) + Sync,
@@ -51,9 +51,9 @@ fn run(
 }
 
 /// Elements on the host, and the same on the device.
-struct Both {
+pub(crate) struct Both {
     host: Elements,
-    device: DeviceBuffer,
+    pub(crate) device: DeviceBuffer,
     count: usize,
     dtype: DType,
 }
@@ -66,7 +66,7 @@ enum Elements {
 }
 
 impl Both {
-    fn new(tools: &Tools, dtype: DType, bytes: &[u8]) -> Self {
+    pub(crate) fn new(tools: &Tools, dtype: DType, bytes: &[u8]) -> Self {
         let host = match dtype {
             DType::BF16 => {
                 Elements::Bf16(bytes.as_chunks().0.iter().map(|x| bf16::from_le_bytes(*x)).collect())
@@ -87,7 +87,7 @@ impl Both {
         }
     }
 
-    fn on_device(&self) -> Input<'static> {
+    pub(crate) fn on_device(&self) -> Input<'static> {
         let (at, ordinal) = (self.device.address(), self.device.device().ordinal());
         // SAFETY: tests wait for their streams before they let go of a buffer.
         unsafe {
@@ -101,14 +101,14 @@ impl Both {
     }
 }
 
-fn upload(tools: &Tools, bytes: &[u8]) -> DeviceBuffer {
+pub(crate) fn upload(tools: &Tools, bytes: &[u8]) -> DeviceBuffer {
     let mut buffer = DeviceBuffer::new(&tools.device, bytes.len()).unwrap();
     buffer.write(0, bytes).unwrap();
     buffer
 }
 
 /// i64 or f32 on the device.
-fn uploaded<T: unisono::Element>(tools: &Tools, bytes: &[u8]) -> (DeviceBuffer, Buf<'static, T>) {
+pub(crate) fn uploaded<T: unisono::Element>(tools: &Tools, bytes: &[u8]) -> (DeviceBuffer, Buf<'static, T>) {
     let buffer = upload(tools, bytes);
     // SAFETY: as above.
     let buf = unsafe { Buf::cuda(buffer.address(), bytes.len() / size_of::<T>(), tools.device.ordinal()) };
