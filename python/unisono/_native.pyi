@@ -1,6 +1,6 @@
 """The types of the native half of the package. What each thing means is in its docstring."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from os import PathLike
 from types import TracebackType
@@ -296,6 +296,7 @@ class Work:
     @property
     def result(self) -> Any: ...
     def wait(self, timeout: Time | None = None, *, stream: Stream | None = None) -> Any: ...
+    def add_done_callback(self, callback: Callable[[Work], object]) -> None: ...
     def is_completed(self) -> bool: ...
 
 @final

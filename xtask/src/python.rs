@@ -2,7 +2,8 @@
 //! wheel, and pytest.
 //!
 //! The environment is made once, and anew when `python/tests/requirements.txt` changes; it needs Python and its package index. The wheel is
-//! built without optimisation, so that it shares what the other tests compiled.
+//! built without optimisation, so that it shares what the other tests compiled. `cargo xtask torch` has one more for each version of
+//! torch, below `target/torch`: 6 GB, which is why the other tests do without.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,15 +11,45 @@ use std::process::Command;
 
 use crate::kernels::{empty, succeed};
 
+/// What runs on machines with GPUs, beside the package.
+const GPU_PROGRAMS: [&str; 5] = [
+    "python/tests/jobs/gpu.py",
+    "python/tests/jobs/torch_collectives.py",
+    "python/tests/jobs/torch_gpu.py",
+    "benches/python_call_cost.py",
+    "benches/torch_call_cost.py",
+];
 /// What the tests need, one name on each line.
 const REQUIREMENTS: &str = "python/tests/requirements.txt";
 
 /// Makes the environment and installs the package, if that is needed; then pytest, ready to be run.
 pub(crate) fn prepare(root: &Path) -> Result<Command, String> {
     let (python, wheel) = build(root, "dev")?;
+    pytest(root, &python, &wheel)
+}
+
+/// The same with this version of torch, for the tests that need it.
+pub(crate) fn prepare_torch(root: &Path, version: &str) -> Result<Command, String> {
+    let (_, wheel) = build(root, "dev")?;
+    let place = root.join("target/torch").join(version);
+    let mut wanted = requirements(root)?;
+    wanted.extend(format!("expecttest\ntorch=={version}\n").bytes());
+    let python = environment(&place, &wanted)?;
+    let mut tests = pytest(root, &python, &wheel)?;
+    let files = fs::read_dir(root.join("python/tests")).map_err(|error| error.to_string())?;
+    let is_of_torch = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with("test_torch") && name.ends_with(".py")
+    };
+    tests.args(files.flatten().map(|entry| entry.path()).filter(is_of_torch));
+    Ok(tests)
+}
+
+/// Installs the package, and runs pytest.
+fn pytest(root: &Path, python: &Path, wheel: &Path) -> Result<Command, String> {
     let install = ["-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", "--no-index"];
-    succeed(Command::new(&python).args(install).arg(&wheel))?;
-    let mut tests = Command::new(&python);
+    succeed(Command::new(python).args(install).arg(wheel))?;
+    let mut tests = Command::new(python);
     tests.current_dir(root).args(["-m", "pytest", "-q", "-p", "no:cacheprovider"]);
     Ok(tests)
 }
@@ -27,7 +58,7 @@ pub(crate) fn prepare(root: &Path) -> Result<Command, String> {
 pub(crate) fn unpack(root: &Path, folder: &Path) -> Result<(), String> {
     let (python, wheel) = build(root, "release")?;
     succeed(Command::new(&python).args(["-m", "zipfile", "-e"]).arg(&wheel).arg(folder))?;
-    for program in ["python/tests/jobs/gpu.py", "benches/python_call_cost.py"] {
+    for program in GPU_PROGRAMS {
         let from = root.join(program);
         let to = from.file_name().map(|name| folder.join(name)).unwrap_or_default();
         fs::copy(&from, to).map_err(|error| format!("{program}: {error}"))?;
@@ -38,7 +69,7 @@ pub(crate) fn unpack(root: &Path, folder: &Path) -> Result<(), String> {
 /// The interpreter of the environment, and a wheel of the package of `profile`.
 fn build(root: &Path, profile: &str) -> Result<(PathBuf, PathBuf), String> {
     let place = root.join("target/python");
-    let python = environment(root, &place)?;
+    let python = environment(&place, &requirements(root)?)?;
     let wheels = place.join("wheels").join(profile);
     // Of an older version, perhaps.
     empty(&wheels)?;
@@ -49,10 +80,12 @@ fn build(root: &Path, profile: &str) -> Result<(PathBuf, PathBuf), String> {
     Ok((python, wheel))
 }
 
-/// The interpreter of the environment below `place`, which is made if it is not there, or is of other requirements.
-fn environment(root: &Path, place: &Path) -> Result<PathBuf, String> {
-    let requirements = root.join(REQUIREMENTS);
-    let wanted = fs::read(&requirements).map_err(|error| format!("{REQUIREMENTS}: {error}"))?;
+fn requirements(root: &Path) -> Result<Vec<u8>, String> {
+    fs::read(root.join(REQUIREMENTS)).map_err(|error| format!("{REQUIREMENTS}: {error}"))
+}
+
+/// The interpreter of the environment below `place`, which is made if it is not there, or is of other requirements than `wanted`.
+fn environment(place: &Path, wanted: &[u8]) -> Result<PathBuf, String> {
     let (folder, mark) = (place.join("environment"), place.join("made-of"));
     // An absolute path: commands run in other folders.
     let python = std::path::absolute(folder.join("bin/python")).map_err(|error| error.to_string())?;
@@ -68,9 +101,11 @@ fn environment(root: &Path, place: &Path) -> Result<PathBuf, String> {
         succeed(Command::new("apt-get").args(["install", "-y", "python3", "python3-venv"]))?;
         make()?;
     }
+    let list = place.join("requirements.txt");
+    fs::write(&list, wanted).map_err(|error| format!("{}: {error}", list.display()))?;
     let install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"];
-    succeed(Command::new(&python).args(install).arg(&requirements))?;
-    fs::write(&mark, wanted).map_err(|error| format!("{}: {error}", mark.display()))?;
+    succeed(Command::new(&python).args(install).arg(&list))?;
+    fs::rename(&list, &mark).map_err(|error| format!("{}: {error}", mark.display()))?;
     Ok(python)
 }
 
@@ -85,11 +120,12 @@ mod tests {
         empty(&root).unwrap();
         fs::create_dir_all(place.join("environment/bin")).unwrap();
         fs::create_dir_all(root.join("python/tests")).unwrap();
-        assert!(environment(&root, &place).unwrap_err().starts_with(REQUIREMENTS));
+        assert!(requirements(&root).unwrap_err().starts_with(REQUIREMENTS));
         fs::write(root.join(REQUIREMENTS), "pytest\n").unwrap();
+        let wanted = requirements(&root).unwrap();
         fs::write(place.join("made-of"), "pytest\n").unwrap();
         fs::write(place.join("environment/bin/python"), "").unwrap();
-        assert_eq!(environment(&root, &place), Ok(place.join("environment/bin/python")));
+        assert_eq!(environment(&place, &wanted), Ok(place.join("environment/bin/python")));
         empty(&root).unwrap();
     }
 }

@@ -141,7 +141,7 @@ fn every_dtype_and_reduction_has_the_bits_of_the_reference() {
         if ranks != 3 {
             return;
         }
-        for form in [Form::OneShot, Form::TwoShot, Form::Bulk] {
+        for form in [Form::OneShot, Form::TwoShot, Form::Bulk, Form::OneShotLines, Form::TwoShotLines] {
             let all = |builder: Builder| {
                 pairs().fold(builder.gpu_algorithm(form, 0), |builder, (dtype, op)| {
                     builder.prepare(dtype, op).unwrap()
@@ -167,7 +167,7 @@ fn every_dtype_and_reduction_has_the_bits_of_the_reference() {
 fn epochs_that_wrap_clear_the_arenas_and_go_on() {
     for_worlds(|ranks, devices| {
         for epoch in [0x7fff_fffa, 0xffff_fffa] {
-            for form in [Form::OneShot, Form::Bulk, Form::Ring] {
+            for form in [Form::OneShot, Form::Bulk, Form::Ring, Form::OneShotLines, Form::TwoShotLines] {
                 let world =
                     World::new(ranks, devices, |builder| builder.gpu_algorithm(form, 0).first_epoch(epoch));
                 for count in 0..12 {

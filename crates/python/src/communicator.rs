@@ -10,6 +10,7 @@ use pyo3::types::{PyDict, PyType};
 use unisono::{Builder, Error, Observer, Stream};
 
 use crate::kept::InFlight;
+use crate::progress::Progress;
 use crate::store::{Store, UniqueId};
 use crate::{errors, interrupt, options, torch_store};
 
@@ -47,6 +48,7 @@ pub(crate) struct Communicator {
     inner: Mutex<Option<Inner>>,
     observer: Observer,
     pub(crate) in_flight: InFlight,
+    pub(crate) progress: Arc<Progress>,
     #[pyo3(get)]
     /// This rank, from 0.
     pub(crate) rank: usize,
@@ -105,6 +107,7 @@ impl Communicator {
         Self {
             observer: communicator.observer(),
             in_flight: InFlight::default(),
+            progress: Arc::default(),
             rank: communicator.rank(),
             world_size: communicator.world_size(),
             local_rank: communicator.local_rank(),

@@ -18,6 +18,7 @@ mod interrupt;
 mod kept;
 mod operations;
 mod options;
+mod progress;
 mod store;
 mod stream;
 mod symmetric;

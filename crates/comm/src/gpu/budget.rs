@@ -109,7 +109,7 @@ impl Budget {
         let taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
         let others =
             taken.as_ref().and_then(|taken| taken.get(&self.ordinal)).map_or(0, |taken| taken.by_others);
-        (self.multiprocessors / 2 + self.share.taken).saturating_sub(others)
+        (self.multiprocessors / 2 + self.share.taken).saturating_sub(EARLY.0 + others)
     }
 
     /// Blocks that may wait at once, beside the one that exchanges headers.
