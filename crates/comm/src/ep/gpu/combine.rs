@@ -72,7 +72,7 @@ impl OnGpu {
         };
         let threads = combine_threads(self.world_size);
         let workers = tokens.div_ceil(threads as usize / 32).clamp(1, self.workers(results.multiprocessors));
-        let grid = Grid { blocks: workers as u32 + 1, threads, shared_bytes: 0 };
+        let grid = Grid { blocks: workers as u32 + 1, threads, shared_bytes: 0, is_early: false };
         let (function, _) = self.core.kernels.sums(words.dtype);
         // SAFETY: the kernel takes `CombineArgs`; slabs are ours, what it reaches of peers stays as long as `Core`, and inputs are valid
         // until the stream has passed, as whoever made the call promised.
@@ -140,7 +140,12 @@ impl OnGpu {
             let (_, function) = self.core.kernels.sums(words.dtype);
             // SAFETY: the kernel takes `AddArgs`; as above.
             unsafe {
-                self.launch(function, stream, Grid { blocks, threads: ADD_THREADS, shared_bytes: 0 }, args)
+                self.launch(
+                    function,
+                    stream,
+                    Grid { blocks, threads: ADD_THREADS, shared_bytes: 0, is_early: false },
+                    args,
+                )
             }?;
         }
         self.taken.copied_combines += 1;

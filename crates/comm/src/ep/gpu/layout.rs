@@ -116,7 +116,8 @@ impl OnGpu {
             number: experts as u32,
             portion,
         };
-        let grid = Grid { blocks: portions as u32, threads: LAYOUT_THREADS, shared_bytes: 0 };
+        let grid =
+            Grid { blocks: portions as u32, threads: LAYOUT_THREADS, shared_bytes: 0, is_early: false };
         // SAFETY: the kernel takes `LayoutArgs`; the slab is ours, and the selections are valid until the stream has passed, as whoever
         // made the call promised.
         unsafe { self.launch(&self.core.kernels.layout, stream, grid, args) }?;

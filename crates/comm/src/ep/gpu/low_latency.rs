@@ -102,7 +102,12 @@ impl LowLatency {
         let blocks = pieces
             .div_ceil(LOW_LATENCY_THREADS as usize / 32)
             .clamp(ranks, self.blocks.max(ranks as u32) as usize);
-        Grid { blocks: (blocks as u32).min(self.blocks), threads: LOW_LATENCY_THREADS, shared_bytes: 0 }
+        Grid {
+            blocks: (blocks as u32).min(self.blocks),
+            threads: LOW_LATENCY_THREADS,
+            shared_bytes: 0,
+            is_early: false,
+        }
     }
 }
 

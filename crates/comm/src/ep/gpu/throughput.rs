@@ -282,7 +282,7 @@ impl OnGpu {
             portions: routing.portions,
             reserved: 0,
         };
-        let grid = Grid { blocks: 1, threads: COUNTS_THREADS, shared_bytes: 0 };
+        let grid = Grid { blocks: 1, threads: COUNTS_THREADS, shared_bytes: 0, is_early: false };
         // SAFETY: the kernel takes `CountsArgs`; both slabs are ours, and what it reaches of peers stays as long as `Core`.
         unsafe { self.launch(&self.core.kernels.counts, stream, grid, args) }?;
         Ok((slab, counted))
@@ -428,7 +428,10 @@ impl OnGpu {
         let items = tokens * outgoing.row_bytes.div_ceil(piece);
         let workers = items.div_ceil(warps).clamp(1, self.workers(multiprocessors));
         let shared_bytes = if by_copies { (warps * piece) as u32 } else { 0 };
-        (Grid { blocks: workers as u32 + 1, threads: DISPATCH_THREADS, shared_bytes }, piece as u32)
+        (
+            Grid { blocks: workers as u32 + 1, threads: DISPATCH_THREADS, shared_bytes, is_early: false },
+            piece as u32,
+        )
     }
 
     /// Blocks that may move rows, beside the one that greets.
