@@ -3,7 +3,7 @@
     python3 torch_symmetric.py [--json FILE] [--ranks N]
 
 A process for each GPU. 20 calls follow each other, in a CUDA graph where the operation can be captured; of 15 rounds the median is
-taken, and of all ranks the slowest. Bytes are those of one part. NVLink's multicast stays off, as for every peer that is measured here.
+taken, and of all ranks the slowest. all_gather and reduce_scatter run beside the stream, which waits for each. Bytes are those of one part. NVLink's multicast stays off, as for every peer that is measured here.
 """
 
 import argparse
@@ -32,11 +32,11 @@ def two_shot(buffer, group):
 
 
 def all_gather(buffer, group):
-    torch.ops.symm_mem._low_contention_all_gather(buffer, group)
+    torch.ops._c10d_functional.wait_tensor(torch.ops.symm_mem._low_contention_all_gather(buffer, group))
 
 
 def reduce_scatter(buffer, group):
-    torch.ops.symm_mem._low_contention_reduce_scatter(buffer, "sum", group)
+    torch.ops._c10d_functional.wait_tensor(torch.ops.symm_mem._low_contention_reduce_scatter(buffer, "sum", group))
 
 
 # Operation, torch's name, the call, whether its buffer has a part for each rank, whether it can be captured, the most bytes of a part.

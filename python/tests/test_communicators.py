@@ -251,3 +251,44 @@ def test_a_signal_handler_may_abort_but_not_call():
     finally:
         signal.signal(signal.SIGALRM, before)
     assert met == [signal.SIGALRM]
+
+
+def test_operations_go_on_while_the_program_does_something_else():
+    def main(rank):
+        over, told = threading.Event(), []
+        arrays = [np.full(1_000_000, rank.rank + at, dtype=np.float32) for at in range(3)]
+        works = [rank.all_reduce(x, async_op=True) for x in arrays]
+        for work in works:
+            work.add_done_callback(lambda work: (told.append(work), over.set() if len(told) == 3 else None))
+        # Nobody waits in the library, and no other call of it is made.
+        assert over.wait(30) and told == works
+        assert all(work.is_completed() for work in works)
+        return [float(x[-1]) for x in arrays]
+
+    assert unisono.on_threads(2, main) == [[1.0, 3.0, 5.0]] * 2
+
+
+def test_a_callback_hears_of_a_failure_and_what_it_raises_goes_to_the_hook(monkeypatch):
+    raised = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: raised.append(unraisable.exc_value))
+
+    def main(rank):
+        if rank.rank == 1:
+            return None  # leaves
+        over = threading.Event()
+
+        def callback(work):
+            try:
+                work.wait()
+            finally:
+                over.set()
+
+        rank.all_reduce(np.ones(1_000_000), async_op=True).add_done_callback(callback)
+        assert over.wait(30)
+        return None
+
+    unisono.on_threads(2, main)
+    deadline = time.monotonic() + 10
+    while not raised and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert isinstance(raised[0], unisono.errors.PeerLeftError) and raised[0].rank == 1

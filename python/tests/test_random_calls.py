@@ -66,7 +66,9 @@ def test_no_arguments_bring_the_process_down():
     rank = unisono.Communicator.threads(1)[0]
     memory = rank.symmetric_memory(4)
     work = rank.all_reduce(np.ones(3), async_op=True)
-    targets = [rank, memory, work, memory.local, unisono.MemoryStore()]
+    buffer = unisono.ep.Buffer(rank, 8, 2, dtype="float32", capacity=4, low_latency=True)
+    buffer.exchange()
+    targets = [rank, memory, work, memory.local, unisono.MemoryStore(), buffer]
     returned = raised = 0
     for _ in range(CALLS):
         target = draw.choice(targets)

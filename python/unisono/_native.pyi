@@ -1,6 +1,6 @@
 """The types of the native half of the package. What each thing means is in its docstring."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from os import PathLike
 from types import TracebackType
@@ -304,6 +304,7 @@ class Work:
     @property
     def result(self) -> Any: ...
     def wait(self, timeout: Time | None = None, *, stream: Stream | None = None) -> Any: ...
+    def add_done_callback(self, callback: Callable[[Work], object]) -> None: ...
     def is_completed(self) -> bool: ...
 
 @final
@@ -377,6 +378,8 @@ class BufferOptions(TypedDict, total=False):
     low_latency: bool
     masking: bool
     deadline: Time
+    pool_bytes: int | None
+    multiprocessors: int
 
 Cast: TypeAlias = Literal["float32", "power_of_two", "ue8m0"]
 """How rows are cast to 8 bits."""
@@ -388,7 +391,11 @@ class Buffer:
     ) -> Self: ...
     @staticmethod
     def bytes(world_size: int, hidden: int, experts: int, **options: Unpack[BufferOptions]) -> int: ...
+    @staticmethod
+    def device_bytes(world_size: int, hidden: int, experts: int, **options: Unpack[BufferOptions]) -> int: ...
     def exchange(self) -> None: ...
+    def check(self) -> None: ...
+    def explain(self) -> str: ...
     def close(self) -> None: ...
     @property
     def is_available(self) -> bool: ...
@@ -401,7 +408,7 @@ class Buffer:
     def layout_of_ranks(
         self, is_token_in_rank: Array, tokens_per_expert: Array, *, stream: Stream | None = None
     ) -> Layout: ...
-    def combine_buffer(self, dtype: Any = None) -> View: ...
+    def combine_buffer(self, dtype: Any = None, *, stream: Stream | None = None) -> View: ...
     def dispatch(
         self,
         x: Array,
@@ -412,10 +419,17 @@ class Buffer:
         layout: Layout | None = None,
         expert_alignment: int = 1,
         worst_tokens: int | None = None,
+        multiprocessors: int | None = None,
         stream: Stream | None = None,
     ) -> Dispatched: ...
     def dispatch_cached(
-        self, x: A, handle: Handle, *, scales: Array | None = None, stream: Stream | None = None
+        self,
+        x: A,
+        handle: Handle,
+        *,
+        scales: Array | None = None,
+        multiprocessors: int | None = None,
+        stream: Stream | None = None,
     ) -> tuple[A, Array | None]: ...
     def combine(
         self,
@@ -424,6 +438,7 @@ class Buffer:
         *,
         topk_weights: Array | None = None,
         bias: Array | tuple[Array, Array] | None = None,
+        multiprocessors: int | None = None,
         stream: Stream | None = None,
     ) -> Combined: ...
     def low_latency_dispatch(

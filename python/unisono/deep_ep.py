@@ -28,6 +28,9 @@ __all__ = ["Buffer", "Config", "EventHandle", "EventOverlap", "install", "topk_i
 
 topk_idx_t = torch.int64
 
+# What a call of `ep.Buffer` takes if nothing else is said.
+MULTIPROCESSORS = 12
+
 Tensor = torch.Tensor
 Tokens = Tensor | tuple[Tensor, Tensor]
 
@@ -323,10 +326,12 @@ class Buffer:
         if found is not None:
             layout = found.layout(topk_idx, stream=stream)
             to_rank, to_expert, is_in_rank = layout.tokens_per_rank, layout.tokens_per_expert, layout.is_token_in_rank
-            is_in_rank._unisono_layout = (found, layout)
         else:
+            found = layout = None
             with torch.cuda.stream(stream):
                 to_rank, to_expert, is_in_rank = _layout(topk_idx, num_experts, self.group_size)
+        # For a dispatch that is given nothing else.
+        is_in_rank._unisono_layout = (found, layout, topk_idx)
         return to_rank, None, to_expert, is_in_rank, self._end(stream, async_finish)
 
     def dispatch(
@@ -362,22 +367,25 @@ class Buffer:
         The current stream waits for the call, or with `async_finish` only `event` does; the call waits for `previous_event`, or for the current
         stream."""
         tokens, scales = x if isinstance(x, tuple) else (x, None)
-        stream = self._begin(previous_event, async_finish)
+        stream, sms = self._begin(previous_event, async_finish), _multiprocessors(config)
         if handle is not None:
             if topk_idx is not None or topk_weights is not None:
                 raise ValueError("dispatch: expected no topk_idx and topk_weights beside a handle, got some; the handle says where tokens go")
             buffer, native = handle[1]
-            recv_x, recv_scales = buffer.dispatch_cached(tokens, native, scales=scales, stream=stream)
+            recv_x, recv_scales = buffer.dispatch_cached(tokens, native, scales=scales, multiprocessors=sms, stream=stream)
             recv = recv_x if scales is None else (recv_x, recv_scales)
             return recv, None, None, None, None, self._end(stream, async_finish)
         if is_token_in_rank is None or num_tokens_per_expert is None:
             raise ValueError("dispatch: expected a handle, or what get_dispatch_layout gives, got neither")
         buffer = self._buffer(tokens.size(1), num_tokens_per_expert.size(0))
-        owner, layout = getattr(is_token_in_rank, "_unisono_layout", (None, None))
+        owner, layout, selections = getattr(is_token_in_rank, "_unisono_layout", (None, None, None))
         if owner is not buffer:
             layout = None
         if layout is None and topk_idx is None:
-            layout = buffer.layout_of_ranks(is_token_in_rank, num_tokens_per_expert, stream=stream)
+            if selections is not None:
+                layout = buffer.layout(selections, stream=stream)
+            else:
+                layout = buffer.layout_of_ranks(is_token_in_rank, num_tokens_per_expert, stream=stream)
         sent = buffer.dispatch(
             tokens,
             topk_idx,
@@ -386,6 +394,7 @@ class Buffer:
             layout=layout,
             expert_alignment=expert_alignment,
             worst_tokens=num_worst_tokens or None,
+            multiprocessors=sms,
             stream=stream,
         )
         route = (sent.handle.rank_prefix, (buffer, sent.handle), None, sent.handle.source_tokens, is_token_in_rank, None)
@@ -411,7 +420,9 @@ class Buffer:
         if isinstance(bias, tuple):
             some = tuple(one for one in bias if one is not None)
             bias = some if len(some) == 2 else some[0] if some else None
-        combined = buffer.combine(x, native, topk_weights=topk_weights, bias=bias, stream=stream)
+        combined = buffer.combine(
+            x, native, topk_weights=topk_weights, bias=bias, multiprocessors=_multiprocessors(config), stream=stream
+        )
         return combined.x, combined.topk_weights, self._end(stream, async_finish)
 
     def internode_dispatch(self, *arguments: Any, **options: Any) -> tuple[Any, ...]:
@@ -648,6 +659,12 @@ def _route_of(handle: tuple[Any, ...]) -> tuple[ep.Buffer, ep.LowLatencyHandle]:
     if route is None:
         raise ValueError("a low-latency handle: expected one whose dispatch was received (by its hook), got one before that, or of something else")
     return route
+
+
+def _multiprocessors(config: Config | None) -> int | None:
+    """The most that a call takes: what it would take itself (None), if that is less."""
+    most = Buffer.num_sms if config is None else config.num_sms
+    return most if most < MULTIPROCESSORS else None
 
 
 def _up_to(value: int, step: int) -> int:

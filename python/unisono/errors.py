@@ -11,7 +11,7 @@ import builtins
 from typing import Any
 
 
-class UnisonoError(Exception):
+class UnisonoError(RuntimeError):
     """Something that the library refused, or that happened to the job."""
 
     rank: int | None = None

@@ -141,6 +141,10 @@ part_python() {
         step python-triton 120 python3 -m unisono run -n "$count" -- python3 python/triton_symmetric.py
     fi
     step python-call-cost 90 python3 python/python_call_cost.py --device cuda
+    local ranks=$((count < 2 ? 2 : count))
+    step torch-collectives 200 python3 -m unisono run -n "$ranks" -- python3 python/torch_collectives.py cuda
+    TAIL=40 step torch-gpu 240 python3 -m torch.distributed.run --nproc-per-node "$ranks" python/torch_gpu.py --json "$out/torch-backend.json"
+    step torch-call-cost 60 python3 python/torch_call_cost.py --device cuda
 }
 
 part_kernels() {

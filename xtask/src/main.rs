@@ -27,6 +27,8 @@ Usage: cargo xtask TASK
   tidy   the house rules alone
   python builds the Python package into an environment below target/python, and runs its tests
   wheel  builds the wheels that are released into target/python/wheels/released, with kernels compiled ahead, and tries them alone: minutes
+  torch [VERSION]
+         the tests of the Python package that need torch, with that version (2.11.0) in an environment below target/torch
   nvrtc  fetches the compiler of kernels into target/nvrtc, as test does, unless UNISONO_NVRTC names one
   gpu-bundle
          builds what is tested and measured on GPUs into gpu-bundle, to be carried to a machine that has some
@@ -45,6 +47,10 @@ fn main() -> ExitCode {
         ["tidy"] => tidy::run(&root()),
         ["python"] => test::run_python(&root()),
         ["wheel"] => python::release(&root()),
+        ["torch"] => test::run_torch(&root(), "2.11.0"),
+        ["torch", version] if version.starts_with(|first: char| first.is_ascii_digit()) => {
+            test::run_torch(&root(), version)
+        }
         ["nvrtc"] => kernels::provide(&root()),
         ["gpu-bundle"] => gpu_bundle::run(&root()),
         ["faults", words @ ..] if let Some(campaign) = faults::Campaign::parse(words) => {

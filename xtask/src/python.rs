@@ -2,7 +2,8 @@
 //! wheels; and the wheels that are released (`cargo xtask wheel`).
 //!
 //! The environment is made once, and anew when `python/tests/requirements.txt` changes; it needs Python and its package index. The wheel that is
-//! tested is built without optimisation, so that it shares what the other tests compiled.
+//! tested is built without optimisation, so that it shares what the other tests compiled. `cargo xtask torch` has one more
+//! environment for each version of torch, below `target/torch`: 6 GB, which is why the other tests do without.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,6 +13,18 @@ use std::time::Instant;
 use crate::gpu_bundle;
 use crate::kernels::{self, empty, succeed};
 
+/// What runs on machines with GPUs, beside the package.
+const GPU_PROGRAMS: [&str; 9] = [
+    "python/tests/jobs/gpu.py",
+    "python/tests/jobs/torch_collectives.py",
+    "python/tests/jobs/torch_gpu.py",
+    "python/tests/jobs/deep_ep.py",
+    "python/tests/jobs/prebuilt.py",
+    "examples/moe_training.py",
+    "examples/triton_symmetric.py",
+    "benches/python_call_cost.py",
+    "benches/torch_call_cost.py",
+];
 /// What the tests need, one name on each line.
 const REQUIREMENTS: &str = "python/tests/requirements.txt";
 /// What brings the name `deep_ep`.
@@ -29,13 +42,39 @@ const ALONE: &str = "import array, unisono; \
 
 /// Makes the environment and installs the package, if that is needed; then pytest, ready to be run.
 pub(crate) fn prepare(root: &Path) -> Result<Command, String> {
-    let place = root.join("target/python");
-    let python = environment(root, &place)?;
-    let wheels = [build(root, &python, &["--profile", "dev"])?, build_deep_ep(root, &python)?];
+    let python = environment(&root.join("target/python"), &requirements(root)?)?;
+    tests(root, &python, &wheels(root, &python)?)
+}
+
+/// The same with this version of torch, for the tests that need it.
+pub(crate) fn prepare_torch(root: &Path, version: &str) -> Result<Command, String> {
+    let maker = environment(&root.join("target/python"), &requirements(root)?)?;
+    let place = root.join("target/torch").join(version);
+    let mut wanted = requirements(root)?;
+    wanted.extend(format!("expecttest\ntorch=={version}\n").bytes());
+    let python = environment(&place, &wanted)?;
+    let mut tests = tests(root, &python, &wheels(root, &maker)?)?;
+    let files = fs::read_dir(root.join("python/tests")).map_err(|error| error.to_string())?;
+    let is_of_torch = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let starts = ["test_torch", "test_deep_ep", "test_examples", "test_documentation"];
+        starts.iter().any(|start| name.starts_with(start)) && name.ends_with(".py")
+    };
+    tests.args(files.flatten().map(|entry| entry.path()).filter(is_of_torch));
+    Ok(tests)
+}
+
+/// The wheels that are tested.
+fn wheels(root: &Path, python: &Path) -> Result<[PathBuf; 2], String> {
+    Ok([build(root, python, &["--profile", "dev"])?, build_deep_ep(root, python)?])
+}
+
+/// Installs the package, and runs pytest.
+fn tests(root: &Path, python: &Path, wheels: &[PathBuf]) -> Result<Command, String> {
     let install = ["-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", "--no-index"];
-    succeed(Command::new(&python).args(install).args(&wheels))?;
+    succeed(Command::new(python).args(install).args(wheels))?;
     let made = gpu_bundle::build(root, &["build", "-p", "unisono", "--example", "torchrun"])?;
-    let mut tests = Command::new(&python);
+    let mut tests = Command::new(python);
     tests.envs(made.into_iter().map(|(_, program)| ("UNISONO_TEST_TORCHRUN", program)));
     tests.current_dir(root).args(["-m", "pytest", "-q", "-p", "no:cacheprovider"]);
     Ok(tests)
@@ -43,26 +82,16 @@ pub(crate) fn prepare(root: &Path) -> Result<Command, String> {
 
 /// Puts the package, built in release and unpacked, into `folder`, with what is run on machines that have GPUs.
 pub(crate) fn unpack(root: &Path, folder: &Path) -> Result<(), String> {
-    let python = environment(root, &root.join("target/python"))?;
+    let python = environment(&root.join("target/python"), &requirements(root)?)?;
     let wheel = build(root, &python, &["--profile", "release"])?;
     succeed(Command::new(&python).args(["-m", "zipfile", "-e"]).arg(&wheel).arg(folder))?;
-    for program in ON_GPUS {
+    for program in GPU_PROGRAMS {
         let from = root.join(program);
         let to = from.file_name().map(|name| folder.join(name)).unwrap_or_default();
         fs::copy(&from, to).map_err(|error| format!("{program}: {error}"))?;
     }
     Ok(())
 }
-
-/// What is run on machines that have GPUs.
-const ON_GPUS: [&str; 6] = [
-    "python/tests/jobs/gpu.py",
-    "python/tests/jobs/deep_ep.py",
-    "python/tests/jobs/prebuilt.py",
-    "benches/python_call_cost.py",
-    "examples/moe_training.py",
-    "examples/triton_symmetric.py",
-];
 
 /// Builds what is released, into `target/python/wheels/released`: in release, for any Linux since 2014, with kernels compiled ahead. It is tried in an
 /// environment that has nothing else. True if all of that went well.
@@ -78,7 +107,7 @@ pub(crate) fn release(root: &Path) -> bool {
 
 fn make_release(root: &Path) -> Result<(), String> {
     let place = root.join("target/python");
-    let python = environment(root, &place)?;
+    let python = environment(&place, &requirements(root)?)?;
     succeed(Command::new(&python).args(["-m", "pip", "install", "--quiet", ZIG]))?;
     if !kernels::provide(root) {
         return Err("kernels cannot be compiled".to_owned());
@@ -161,10 +190,12 @@ fn into(folder: &Path, command: &mut Command) -> Result<PathBuf, String> {
     entries.flatten().map(|entry| entry.path()).next().ok_or_else(|| format!("{command:?} left no wheel"))
 }
 
-/// The interpreter of the environment below `place`, which is made if it is not there, or is of other requirements.
-fn environment(root: &Path, place: &Path) -> Result<PathBuf, String> {
-    let requirements = root.join(REQUIREMENTS);
-    let wanted = fs::read(&requirements).map_err(|error| format!("{REQUIREMENTS}: {error}"))?;
+fn requirements(root: &Path) -> Result<Vec<u8>, String> {
+    fs::read(root.join(REQUIREMENTS)).map_err(|error| format!("{REQUIREMENTS}: {error}"))
+}
+
+/// The interpreter of the environment below `place`, which is made if it is not there, or is of other requirements than `wanted`.
+fn environment(place: &Path, wanted: &[u8]) -> Result<PathBuf, String> {
     let (folder, mark) = (place.join("environment"), place.join("made-of"));
     // An absolute path: commands run in other folders.
     let python = std::path::absolute(folder.join("bin/python")).map_err(|error| error.to_string())?;
@@ -180,9 +211,11 @@ fn environment(root: &Path, place: &Path) -> Result<PathBuf, String> {
         succeed(Command::new("apt-get").args(["install", "-y", "python3", "python3-venv"]))?;
         make()?;
     }
+    let list = place.join("requirements.txt");
+    fs::write(&list, wanted).map_err(|error| format!("{}: {error}", list.display()))?;
     let install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"];
-    succeed(Command::new(&python).args(install).arg(&requirements))?;
-    fs::write(&mark, wanted).map_err(|error| format!("{}: {error}", mark.display()))?;
+    succeed(Command::new(&python).args(install).arg(&list))?;
+    fs::rename(&list, &mark).map_err(|error| format!("{}: {error}", mark.display()))?;
     Ok(python)
 }
 
@@ -197,11 +230,12 @@ mod tests {
         empty(&root).unwrap();
         fs::create_dir_all(place.join("environment/bin")).unwrap();
         fs::create_dir_all(root.join("python/tests")).unwrap();
-        assert!(environment(&root, &place).unwrap_err().starts_with(REQUIREMENTS));
+        assert!(requirements(&root).unwrap_err().starts_with(REQUIREMENTS));
         fs::write(root.join(REQUIREMENTS), "pytest\n").unwrap();
+        let wanted = requirements(&root).unwrap();
         fs::write(place.join("made-of"), "pytest\n").unwrap();
         fs::write(place.join("environment/bin/python"), "").unwrap();
-        assert_eq!(environment(&root, &place), Ok(place.join("environment/bin/python")));
+        assert_eq!(environment(&place, &wanted), Ok(place.join("environment/bin/python")));
         empty(&root).unwrap();
     }
 }

@@ -58,8 +58,19 @@ pub(crate) fn run_python(root: &Path) -> bool {
     summarize(&[step("pytest: the Python package", || test_python(root))])
 }
 
+/// The tests that need torch, with this version of it; true if all passed.
+pub(crate) fn run_torch(root: &Path, version: &str) -> bool {
+    summarize(&[step("pytest: the backend of torch.distributed", || {
+        run_pytest(python::prepare_torch(root, version))
+    })])
+}
+
 fn test_python(root: &Path) -> (bool, Count) {
-    match python::prepare(root) {
+    run_pytest(python::prepare(root))
+}
+
+fn run_pytest(prepared: Result<Command, String>) -> (bool, Count) {
+    match prepared {
         Ok(tests) => execute(tests, count::pytest),
         Err(reason) => {
             println!("the Python package cannot be tested: {reason}");

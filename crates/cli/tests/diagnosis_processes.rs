@@ -220,7 +220,7 @@ fn tuning_on_gpus_is_refused_politely_where_there_is_none() {
     for (arguments, expected) in [
         (
             &["--forms=bulb"][..],
-            "expected one of one-shot, two-shot, bulk, direct, ring, engine, and after colons",
+            "expected one of one-shot, two-shot, bulk, direct, ring, engine, one-shot-lines, two-shot-lines, and after colons",
         ),
         (&["--operations=barrier"], "expected one of all_reduce, broadcast, all_gather, reduce, "),
         (&["--forms=ring", "--sizes=3"], "expected a whole number of bf16 elements, of 2 bytes"),

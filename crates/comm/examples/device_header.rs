@@ -89,7 +89,7 @@ mod example {
         let events = [Event::new(&device, true)?, Event::new(&device, true)?];
         communicator.barrier()?;
         events[0].record(&stream)?;
-        let grid = Grid { blocks: 1, threads: PACKETS as u32, shared_bytes: 0 };
+        let grid = Grid { blocks: 1, threads: PACKETS as u32, shared_bytes: 0, is_early: false };
         // SAFETY: the kernel takes `Arguments`; the memory stays until the stream was waited for, on all ranks.
         unsafe { kernel.launch(&stream, grid, (&raw mut arguments).cast()) }?;
         events[1].record(&stream)?;

@@ -110,7 +110,7 @@ mod cost {
             unsafe {
                 bare.launch(
                     &ranks[0].raw,
-                    Grid { blocks: 2, threads: 256, shared_bytes: 0 },
+                    Grid { blocks: 2, threads: 256, shared_bytes: 0, is_early: false },
                     arguments.as_mut_ptr().cast(),
                 )?;
             }

@@ -1,7 +1,7 @@
 // An all-to-all of parts of any size in place, and one whose counts lie in memory of the device: both are made of messages.
 //
 // In place, a part that comes takes the place of the one that goes to the same rank, and both have the same size. So both directions of a
-// pair are one lane. Its block 0 sends packets before it receives any: the thread that stores a unit is the one that has loaded it. Tiles
+// pair are one lane. Its blocks send packets before they receive any: the thread that stores a unit is the one that has loaded it. Tiles
 // go out a piece at a time, and the piece that comes in takes the place of one that has gone.
 //
 // Counted, nobody but the device of the sender knows how much it sends. It tells the receiver in one packet more of its header, tagged with
@@ -71,34 +71,39 @@ template <bool IS_SMALL>
 __device__ __forceinline__ bool swap(const Messages& messages, const Entry& call, const Standing& standing) {
   __shared__ u64 packets[2], credit;
   const Args& args = messages.call;
-  const u32 block = blockIdx.x % messages.blocks;
-  const Message* pair = messages.list + messages.begins[blockIdx.x / messages.blocks];
+  const Part part(messages);
+  const u32 begin = messages.begins[part.lane];
+  const Message* pair = messages.list + begin;
   const u32 peer = pair->peer;
   // What stays is where it should be.
   if (peer == args.rank) return true;
   Track *out = track_of(args, peer, true), *in = track_of(args, peer, false);
-  if (block == 0) {
-    if (threadIdx.x == 0) {
-      packets[0] = standing.packets, packets[1] = in->packets, credit = standing.credit;
+  u32 received = 0;
+  if (threadIdx.x == 0) {
+    received = in->messages;
+    packets[0] = standing.packets, packets[1] = in->packets, credit = standing.credit;
+    if (part.block == 0) {
       record_message(args, pair[0], standing.messages + 1);
-      record_message(args, pair[1], in->messages + 1);
+      record_message(args, pair[1], received + 1);
     }
-    __syncthreads();
-    Entry sending = call, receiving = call;
-    sending.what = A_SEND, receiving.what = A_RECEIVE;
-    if (!put(args, sending, pair[0], packets[0], credit)) return false;
-    // A thread stores the units that it has loaded, so what comes in overwrites nothing that has yet to go out.
-    if (!take(args, receiving, pair[1], packets[1])) return false;
   }
+  __syncthreads();
+  Entry sending = call, receiving = call;
+  sending.what = A_SEND, receiving.what = A_RECEIVE;
+  if (!put(args, sending, pair[0], part, packets[0], credit)) return false;
+  if (threadIdx.x == 0 && part.is_last_of_lane(args)) {
+    const u32 units = HEADER_UNITS + units_of(pair[0]);
+    out->packets = packets[0] + units, out->messages = standing.messages + 1;
+    in->packets = packets[1] + units, in->messages = received + 1;
+  }
+  // A thread stores the units that it has loaded, so what comes in overwrites nothing that has yet to go out.
+  if (!take(args, receiving, pair[1], part, begin + 1, true, packets[1])) return false;
   if (!IS_SMALL && !is_small(pair[0])) {
-    for (u32 channel = block; channel < CHANNELS; channel += messages.blocks) {
+    for (u32 channel = part.block; channel < CHANNELS; channel += part.blocks) {
       if (!swap_channel(args, call, pair, channel)) return false;
     }
   }
-  if (block == 0 && threadIdx.x == 0) {
-    const u32 units = HEADER_UNITS + units_of(pair[0]);
-    out->packets = packets[0] + units, out->messages++;
-    in->packets = packets[1] + units, in->messages++;
+  if (part.block == 0 && threadIdx.x == 0) {
     for (u32 i = 0; i < 2; i++) store_word(&record_of(args, pair[i])->ended_ns, now_ns());
   }
   return true;

@@ -1,19 +1,11 @@
-// Users' buffers, of any length and alignment, in units of packets and in vectors of 16 bytes.
+// Users' buffers, of any length and alignment, in words and in vectors of 16 bytes.
 //
-// A unit is what a whole number of packets carries of whole elements: 12 bytes, 24 of 64-bit types, 48 of complex128. The
-// last unit or vector may be short; nothing outside of the buffer is touched, and what is missing reads as zero.
+// What is loaded or stored together may be short at the end; nothing outside of the buffer is touched, and what is missing reads as zero.
 
 #pragma once
 
 #include "element.cuh"
 #include "layout.cuh"
-
-template <int SIZE>
-struct UnitOf {
-  static constexpr int PACKETS = SIZE <= 4 ? 1 : SIZE / 4;
-  static constexpr int WORDS = 3 * PACKETS;
-  static constexpr int BYTES = 12 * PACKETS;
-};
 
 __device__ __forceinline__ bool is_on(const void* at, u32 bytes) { return (reinterpret_cast<u64>(at) & (bytes - 1)) == 0; }
 
@@ -28,16 +20,17 @@ __device__ __noinline__ void store_slowly(u8* at, u32 bytes, const u32* words) {
   for (u32 i = 0; i < bytes; i++) at[i] = u8(words[i / 4] >> (i % 4 * 8));
 }
 
-// `rest` is how many bytes there are from `at` on.
+// `rest` is how many bytes there are from `at` on. An end of whole words is as quick as the rest: in rows each has one.
 template <int WORDS>
 __device__ __forceinline__ void load_words(const u8* at, u64 rest, u32* words) {
-  if (rest >= WORDS * 4 && is_on(at, 4)) {
+  const u32 bytes = rest < WORDS * 4 ? u32(rest) : WORDS * 4;
+  if (is_on(at, 4) && bytes % 4 == 0) {
     const u32* from = reinterpret_cast<const u32*>(at);
 #pragma unroll
-    for (int i = 0; i < WORDS; i++) words[i] = from[i];
+    for (int i = 0; i < WORDS; i++) words[i] = i * 4 < bytes ? from[i] : 0;
   } else {
     u32 slow[WORDS];
-    load_slowly<WORDS>(at, rest < WORDS * 4 ? u32(rest) : WORDS * 4, slow);
+    load_slowly<WORDS>(at, bytes, slow);
 #pragma unroll
     for (int i = 0; i < WORDS; i++) words[i] = slow[i];
   }
@@ -45,15 +38,18 @@ __device__ __forceinline__ void load_words(const u8* at, u64 rest, u32* words) {
 
 template <int WORDS>
 __device__ __forceinline__ void store_words(u8* at, u64 rest, const u32* words) {
-  if (rest >= WORDS * 4 && is_on(at, 4)) {
+  const u32 bytes = rest < WORDS * 4 ? u32(rest) : WORDS * 4;
+  if (is_on(at, 4) && bytes % 4 == 0) {
     u32* to = reinterpret_cast<u32*>(at);
 #pragma unroll
-    for (int i = 0; i < WORDS; i++) to[i] = words[i];
+    for (int i = 0; i < WORDS; i++) {
+      if (i * 4 < bytes) to[i] = words[i];
+    }
   } else {
     u32 slow[WORDS];
 #pragma unroll
     for (int i = 0; i < WORDS; i++) slow[i] = words[i];
-    store_slowly<WORDS>(at, rest < WORDS * 4 ? u32(rest) : WORDS * 4, slow);
+    store_slowly<WORDS>(at, bytes, slow);
   }
 }
 

@@ -1,8 +1,11 @@
 // A call on the device: its arguments, how a kernel enters it, how its ranks compare what they call, and the one wait.
 //
-// Epochs. The epoch of the communicator lies in device memory. Every block reads it on entry and counts itself; the last
+// Epochs. The epoch of the communicator lies in device memory, and beside it which area of lines the next call may fill (units.cuh). Every block reads it on entry and counts itself; the last
 // one to do so moves it on, while the data is on its way. Kernels of one communicator follow each other in the order of a
 // stream, so the next one reads the new epoch.
+//
+// A launch may let a kernel begin while the one before it still runs (core::settings::GpuLaunch). So the first thing that every kernel
+// does, before it touches any memory, is to wait until that has ended; then it lets the next begin, which waits in turn.
 //
 // Headers. The last block of the grid sends each peer our whole call, tagged with the epoch, and compares the peer's. That
 // is also how every rank hears every other one in every call: hearing epoch e of a peer proves that it is done with e − 1,
@@ -42,6 +45,7 @@ struct State {
   u32 expected;  // what `left` is at least once the kernels before are done
   u32 cleared;   // blocks that cleared their part of the arena
   u32 open;      // the epoch for which the arena is clear
+  u32 late;      // the area of lines, 0 or 1, of which peers may not have taken all
 };
 
 // A call in the ring behind those words. Each of its two sectors of 32 bytes tells the epoch.
@@ -101,6 +105,7 @@ struct Entry {
   u64 started_ns;
   u32 epoch;
   bool is_poisoned;
+  u8 late;  // in 8 bits, so that what waits keep in memory is no larger
   u32 what;
   u32 tag;  // of a message
 
@@ -350,9 +355,13 @@ __device__ __noinline__ bool renew(const Args& args, const Entry& entry) {
 // Every thread of every block calls this first, in kernels that have no epoch of their own. If it answers poison, the block leaves.
 __device__ __forceinline__ Entry begin(const Args& args) {
   __shared__ Entry shared;
+  // SYNC: kernels of a communicator follow each other: what the one before wrote is visible, its packets were read, its epoch is over.
+  await_kernel_before();
+  let_next_begin();
   if (threadIdx.x == 0) {
     State* state = args.state;
     shared.epoch = load_own_word(&state->epoch) + 1;
+    shared.late = u8(load_own_word(&state->late) & 1);
     shared.started_ns = now_ns();
     shared.is_poisoned = load_own_word(&state->poison) != 0;
     if (is_header_block() && !shared.is_poisoned) {
@@ -383,9 +392,12 @@ __device__ __forceinline__ Entry enter(const Args& args) {
 // One thread of every block calls this once after `enter`, where it has something to wait for anyhow.
 __device__ __forceinline__ void arrive(const Args& args, const Entry& entry) {
   if (threadIdx.x != 0) return;
-  // SYNC: every block has read the epoch before the last of them moves it.
-  if (count_own(&args.state->arrivals, 1) == gridDim.x - 1) {
+  // SYNC: every block has read the epoch, and which area of lines is late, before the last of them moves them. This thread has both: its
+  // loads have answered, so nothing that is stored from now on can change them. A release would say the same, and be compiled to a fence
+  // that waits for all packets that this multiprocessor has under way to peers, just when theirs arrive here.
+  if (count_own_now(&args.state->arrivals, 1) == gridDim.x - 1) {
     store_own_word(&args.state->arrivals, 0);
+    if ((args.header[HEADER_LAUNCH] & 0xff) == ONE_SHOT_LINES) store_own_word(&args.state->late, entry.late ^ 1u);
     store_own_word(&args.state->epoch, entry.epoch);
   }
 }

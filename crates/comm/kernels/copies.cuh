@@ -110,38 +110,51 @@ struct Pipeline {
     return goes_on;
   }
 
-  // Lane k stores output k; then it tells peers of input k, and lane 16 + k of output k.
+  // Lane k stores output k; then it tells peers of input k, and lane 16 + k of output k. Of a tile that it told nobody of yet, the copies
+  // are still under way: they are waited for when those of the next one have begun, or when there are none to begin. So there is always
+  // something under way, and nobody waits for what we keep to ourselves while we wait.
   __device__ bool store() const {
     const u32 lane = threadIdx.x & 31;
     u64* filled = have_threads ? meeting->ready : meeting->full;
+    Flag due;
+    bool has_due = false;
+    auto tell_of_it = [&] {
+      __syncwarp();
+      // SYNC: what a block stored for round r, in scratch and in outputs, and that it read what was there, is visible after its
+      // flag of round r. Bulk copies were waited for.
+      fence_all();
+      tell(args, entry, program.channel, due);
+      has_due = false;
+    };
     u32 turn = 0;
     for (u32 t = chain; t < program.tiles(); t += CHAINS) {
       const u32 count = program.count(t);
       Side side;
       if (lane < Program::OUTPUTS) side = program.output(t, lane);
       for (u32 at = 0; at < count; at += chunk, turn++) {
-        const u32 some = count - at < chunk ? count - at : chunk, place = turn % PLACES;
-        if (!__all_sync(~0u, wait_phase(&filled[place], turn / PLACES))) {
-          wait_copies_out<0>();
-          return false;
+        const u32 some = count - at < chunk ? count - at : chunk, place = turn % PLACES, phase = turn / PLACES;
+        if (!__all_sync(~0u, is_phase_over(&filled[place], phase & 1))) {
+          if (has_due) wait_copies_out<0>(), tell_of_it();
+          if (!__all_sync(~0u, wait_phase(&filled[place], phase))) {
+            wait_copies_out<0>();
+            return false;
+          }
         }
         const u32 bytes = is_slow(side, at, some) ? 0 : bytes_of(side, at, some);
         if (bytes > 0) copy_out(side.at + u64(at) * 16, segment(place, Program::IS_SPREAD ? lane : 0), bytes);
         commit_copies_out();
+        if (has_due) wait_copies_out<1>(), tell_of_it();
         wait_copies_out_read<0>();
         __syncwarp();
         if (lane == 0) arrive_at(&meeting->empty[place]);
       }
-      wait_copies_out<0>();
-      __syncwarp();
-      Flag flag;
-      if (lane < Program::INPUTS) flag = program.input(t, lane).tell;
-      else if (lane >= 16 && lane - 16 < Program::OUTPUTS) flag = program.output(t, lane - 16).tell;
-      // SYNC: what a block stored for round r, in scratch and in outputs, and that it read what was there, is visible after its
-      // flag of round r. Bulk copies were waited for.
-      fence_all();
-      tell(args, entry, program.channel, flag);
+      due = Flag();
+      if (lane < Program::INPUTS) due = program.input(t, lane).tell;
+      else if (lane >= 16 && lane - 16 < Program::OUTPUTS) due = program.output(t, lane - 16).tell;
+      has_due = true;
     }
+    wait_copies_out<0>();
+    if (has_due) tell_of_it();
     return true;
   }
 

@@ -28,6 +28,7 @@ static_assert(sizeof(StepArgs) == STEP_ARGS_BYTES, "the host lays arguments out 
 
 // What all kernels of the call but the first do first: all threads.
 __device__ __forceinline__ Entry resume(const Args& args) {
+  await_kernel_before();
   Entry entry;
   entry.epoch = load_own_word(&args.state->epoch);
   entry.started_ns = now_ns();

@@ -11,9 +11,10 @@
 // ERA_ROUNDS of them, once everything was taken; flags have the era where those of collectives have the epoch.
 //
 // A lane is all messages of one launch between us and one peer in one direction; lanes do not wait for each other. Block p of B carries
-// out messages one after the other: block 0 of each the packets, every block the channels p, p + B, … of large ones, lowest first. So
-// whatever B is on either side, the least unfinished (message, channel) of a pair has a block on both sides that is at it: nothing waits in
-// a circle, as long as all blocks of a launch run at once.
+// out its part of messages one after the other: of each the header if it is block 0, every Bth packet, and the channels p, p + B, … of
+// large ones, lowest first. So whatever B is on either side, the least unfinished (message, channel) of a pair has a block on both sides
+// that is at it: nothing waits in a circle, as long as all blocks of a launch run at once. The last of a lane's blocks to have taken its
+// packets of a message tells the credit.
 //
 // Counts of packets and rounds lie in memory of the device (Track): graphs are replayed where calls before them ended. Kernels of a
 // communicator follow each other, so the next one reads what this one wrote.
@@ -118,9 +119,32 @@ __device__ __forceinline__ u64* credit_at(const Args& args, u32 rank, u32 of) {
 // Threads that move packets of data. The last warp cares for the header.
 __device__ __forceinline__ u32 movers() { return blockDim.x - 32; }
 
-// All threads of block 0 of a lane: the header, from packet `first` of the ring on, and what is small behind it. `credit` is what the peer is
-// known to have taken. False if one must leave.
-__device__ __forceinline__ bool put(const Args& args, const Entry& entry, const Message& message, u64 first, u64 credit) {
+// A block among those of its lane.
+struct Part {
+  u32 lane, block, blocks;
+
+  __device__ __forceinline__ explicit Part(const Messages& messages)
+      : lane(blockIdx.x / messages.blocks), block(blockIdx.x % messages.blocks), blocks(messages.blocks) {}
+
+  // One thread: whether all blocks of the lane have come to this count, this one last. Then it is as it was, for the next kernel.
+  __device__ __forceinline__ bool is_last(const Args& args, u32 which) const {
+    if (blocks == 1) return true;
+    u32* count = reinterpret_cast<u32*>(reinterpret_cast<u8*>(args.state) + COUNTS_AT) + which;
+    // SYNC: what blocks of a lane have loaded before they count cannot change by what the last of them stores then: the loads have
+    // answered, and those of other threads lie behind a barrier of the block.
+    if (count_own_now(count, 1) != blocks - 1) return false;
+    store_own_word(count, 0);
+    return true;
+  }
+  // All of them know where the lane began.
+  __device__ __forceinline__ bool is_last_of_lane(const Args& args) const { return is_last(args, lane); }
+  // All of them have taken message `at` of the list. Lanes that each begin a list of their own have counts of their own too.
+  __device__ __forceinline__ bool is_last_of_message(const Args& args, u32 at) const { return is_last(args, MAX_LANES + lane + at); }
+};
+
+// All threads of a block of a lane: its part of the header, from packet `first` of the ring on, and of what is small behind it. `credit` is
+// what the peer is known to have taken. False if one must leave.
+__device__ __forceinline__ bool put(const Args& args, const Entry& entry, const Message& message, const Part& part, u64 first, u64 credit) {
   const u32 me = args.rank, peer = message.peer, units = units_of(message);
   // SYNC: packets of a ring were read before the credit that counts them.
   const u64 due = first + HEADER_UNITS + units - RING_PACKETS;
@@ -134,21 +158,22 @@ __device__ __forceinline__ bool put(const Args& args, const Entry& entry, const 
     u32 words[3];
 #pragma unroll
     for (u32 i = 0; i < 3; i++) words[i] = told(message, 3 * unit + i);
-    if (unit < HEADER_UNITS) put_packet(packet_at(args, peer, me, first + unit), words, lap_of(first + unit));
+    if (part.block == 0 && unit < HEADER_UNITS) put_packet(packet_at(args, peer, me, first + unit), words, lap_of(first + unit));
     return true;
   }
   const u64 data = first + HEADER_UNITS;
-  for (u32 from = threadIdx.x; from < units; from += AT_ONCE * movers()) {
+  const u32 step = part.blocks * movers();
+  for (u32 from = part.block * movers() + threadIdx.x; from < units; from += AT_ONCE * step) {
     u32 words[AT_ONCE][3];
 #pragma unroll
     for (u32 i = 0; i < AT_ONCE; i++) {
-      const u32 unit = from + i * movers();
+      const u32 unit = from + i * step;
       const u64 at = u64(unit) * UNIT_BYTES;
       if (unit < units) load_words<3>(message.at + at, message.bytes - at, words[i]);
     }
 #pragma unroll
     for (u32 i = 0; i < AT_ONCE; i++) {
-      const u32 unit = from + i * movers();
+      const u32 unit = from + i * step;
       if (unit < units) put_packet(packet_at(args, peer, me, data + unit), words[i], lap_of(data + unit));
     }
   }
@@ -171,12 +196,13 @@ __device__ __noinline__ void refuse(const Args& args, const Message& message, co
   store_own_word(&args.state->poison, 1);
 }
 
-// All threads of block 0 of a lane: the other side of `put`.
-__device__ __forceinline__ bool take(const Args& args, const Entry& entry, const Message& message, u64 first) {
+// All threads of a block of a lane: the other side of `put`, of message `number` of the list, which others of the lane follow or not.
+__device__ __forceinline__ bool take(const Args& args, const Entry& entry, const Message& message, const Part& part, u32 number,
+                                     bool is_latest, u64 first) {
   const u32 me = args.rank, peer = message.peer, units = units_of(message);
   bool is_there = true;
   // Compared while others wait for data that may not come.
-  if (threadIdx.x == movers()) {
+  if (part.block == 0 && threadIdx.x == movers()) {
     u32 theirs[3 * HEADER_UNITS];
     is_there = wait_until(args, entry, peer, [&] {
       bool all = true;
@@ -195,28 +221,34 @@ __device__ __forceinline__ bool take(const Args& args, const Entry& entry, const
     }
   }
   const u64 data = first + HEADER_UNITS;
-  for (u32 from = threadIdx.x; threadIdx.x < movers() && from < units && is_there; from += AT_ONCE * movers()) {
+  const u32 step = part.blocks * movers();
+  for (u32 from = part.block * movers() + threadIdx.x; threadIdx.x < movers() && from < units && is_there; from += AT_ONCE * step) {
     u32 words[AT_ONCE][3];
     is_there = wait_until(args, entry, peer, [&] {
       bool all = true;
 #pragma unroll
       for (u32 i = 0; i < AT_ONCE; i++) {
-        const u64 packet = data + from + i * movers();
-        if (from + i * movers() < units) all &= take_packet(packet_at(args, me, peer, packet), words[i], lap_of(packet));
+        const u64 packet = data + from + i * step;
+        if (from + i * step < units) all &= take_packet(packet_at(args, me, peer, packet), words[i], lap_of(packet));
       }
       return all;
     });
     if (!is_there) break;
 #pragma unroll
     for (u32 i = 0; i < AT_ONCE; i++) {
-      const u32 unit = from + i * movers();
+      const u32 unit = from + i * step;
       const u64 at = u64(unit) * UNIT_BYTES;
       if (unit < units) store_words<3>(message.at + at, message.bytes - at, words[i]);
     }
   }
   if (!__syncthreads_and(is_there)) return false;
-  // SYNC: packets of a ring were read before the credit that counts them: each load has answered, and a barrier of the block lies between.
-  if (threadIdx.x == 0) store_word(credit_at(args, peer, me), first + HEADER_UNITS + units);
+  // SYNC: packets of a ring were read before the credit that counts them: each load has answered, and a barrier of the block lies between,
+  // and the count of the lane's blocks.
+  if (threadIdx.x == 0 && part.is_last_of_message(args, number)) {
+    store_word(credit_at(args, peer, me), first + HEADER_UNITS + units);
+    // SYNC: a credit only grows: another block may tell that of the next message, once this one has counted there, and finds this one told.
+    if (part.blocks > 1 && !is_latest) fence_all();
+  }
   return true;
 }
 
@@ -238,9 +270,10 @@ struct Stretch {
   __device__ __forceinline__ Stretch(const Args& args, const Message& message, u32 channel, u32 before)
       : args(args), message(message), channel(channel), before(before) {
     vectors = (message.bytes + 15) / 16;
-    // Both sides know the bytes. What is not that large is in all channels at once.
-    const u64 share = lines((message.bytes + CHANNELS - 1) / CHANNELS);
-    tile = share < SLOT_BYTES / 16 ? u32(share) : u32(SLOT_BYTES / 16);
+    // Both sides know the bytes. What is not that large is in all channels at once, and in four tiles of each as long as those have
+    // 4 KiB: as many are under way together.
+    const u64 share = (message.bytes + CHANNELS - 1) / CHANNELS, quarter = share < 4096 ? share : share < 4 * 4096 ? 4096 : (share + 3) / 4;
+    tile = quarter < SLOT_BYTES ? u32(lines(quarter)) : u32(SLOT_BYTES / 16);
     const u64 step = u64(CHANNELS) * tile, first = u64(channel) * tile;
     rounds = first < vectors ? u32((vectors - first + step - 1) / step) : 0;
     is_wide = is_on(message.at, 16) && message.bytes % 16 == 0;
@@ -345,7 +378,7 @@ __device__ __noinline__ void keep(const Message& from, const Message& to, u32 bl
   else copy(Count<false>{});
 }
 
-// Where a lane stands: what block 0 needs to know.
+// Where a lane stands.
 struct Standing {
   u64 packets, credit;
   u32 messages;
@@ -353,8 +386,9 @@ struct Standing {
 
 // The first thing that a worker does: its loads are under way with those of `begin`.
 __device__ __forceinline__ Standing look(const Messages& messages) {
+  await_kernel_before();
   Standing standing = {0, 0, 0};
-  if (threadIdx.x == 0 && blockIdx.x % messages.blocks == 0) {
+  if (threadIdx.x == 0) {
     const Message& message = messages.list[messages.begins[blockIdx.x / messages.blocks]];
     const Track* track = track_of(messages.call, message.peer, message.is_sent);
     standing.packets = track->packets;
@@ -364,52 +398,59 @@ __device__ __forceinline__ Standing look(const Messages& messages) {
   return standing;
 }
 
+// One thread of each block: tells the next kernel where a lane stands behind these messages, once all blocks know where it stood.
+__device__ __forceinline__ void move_on(const Messages& messages, const Part& part, const Standing& standing) {
+  if (!part.is_last_of_lane(messages.call)) return;
+  const u32 begin = messages.begins[part.lane], end = messages.begins[part.lane + 1];
+  u64 packets = standing.packets;
+  for (u32 at = begin; at < end; at++) packets += HEADER_UNITS + units_of(messages.list[at]);
+  Track* track = track_of(messages.call, messages.list[begin].peer, messages.list[begin].is_sent);
+  track->packets = packets;
+  track->messages = standing.messages + (end - begin);
+}
+
 // All threads of a block: its part of a lane. IS_SMALL: no message goes in tiles. False if one must leave.
 template <bool IS_SMALL>
 __device__ __forceinline__ bool carry_out(const Messages& messages, const Entry& call, const Standing& standing) {
   __shared__ u64 packets, credit;
   __shared__ u32 number;
   const Args& args = messages.call;
-  const u32 lane = blockIdx.x / messages.blocks, block = blockIdx.x % messages.blocks;
-  const u32 begin = messages.begins[lane], end = messages.begins[lane + 1];
+  const Part part(messages);
+  const u32 begin = messages.begins[part.lane], end = messages.begins[part.lane + 1];
   const u32 peer = messages.list[begin].peer;
   const bool is_sent = messages.list[begin].is_sent;
   if (peer == args.rank) {
-    keep(messages.list[begin], messages.list[begin + 1], block, messages.blocks);
+    keep(messages.list[begin], messages.list[begin + 1], part.block, part.blocks);
     return true;
   }
   Track* track = track_of(args, peer, is_sent);
-  // Only block 0 looks at packets.
   if (threadIdx.x == 0) packets = standing.packets, credit = standing.credit, number = standing.messages;
   __syncthreads();
+  // While packets are on their way here.
+  if (threadIdx.x == 0 && !is_sent) move_on(messages, part, standing);
   u64 packet = packets;
   Entry entry = call;
   entry.what = is_sent ? A_SEND : A_RECEIVE;
   for (u32 at = begin; at < end; at++) {
     const Message& message = messages.list[at];
     entry.tag = message.tag;
-    if (block == 0) {
-      // A thread that has nothing to move tells; what is sent goes first.
-      const bool tells = threadIdx.x == blockDim.x - 1;
-      if (tells && !is_sent) record_message(args, message, number + (at - begin) + 1);
-      if (!(is_sent ? put(args, entry, message, packet, credit) : take(args, entry, message, packet))) return false;
-      if (tells && is_sent) record_message(args, message, number + (at - begin) + 1);
-      packet += HEADER_UNITS + units_of(message);
-    }
+    // A thread that has nothing to move tells; what is sent goes first.
+    const bool tells = part.block == 0 && threadIdx.x == blockDim.x - 1;
+    if (tells && !is_sent) record_message(args, message, number + (at - begin) + 1);
+    if (!(is_sent ? put(args, entry, message, part, packet, credit) : take(args, entry, message, part, at, at + 1 == end, packet))) return false;
+    if (tells && is_sent) record_message(args, message, number + (at - begin) + 1);
+    packet += HEADER_UNITS + units_of(message);
     if (!IS_SMALL && !is_small(message)) {
-      for (u32 channel = block; channel < CHANNELS; channel += messages.blocks) {
+      for (u32 channel = part.block; channel < CHANNELS; channel += part.blocks) {
         if (!(is_sent ? move_channel<true>(args, entry, message, track, channel)
                       : move_channel<false>(args, entry, message, track, channel))) {
           return false;
         }
       }
     }
-    if (block == 0 && threadIdx.x == blockDim.x - 1) store_word(&record_of(args, message)->ended_ns, now_ns());
+    if (tells) store_word(&record_of(args, message)->ended_ns, now_ns());
   }
-  if (block == 0 && threadIdx.x == 0) {
-    track->packets = packet;
-    track->messages = standing.messages + (end - begin);
-  }
+  if (threadIdx.x == 0 && is_sent) move_on(messages, part, standing);
   return true;
 }
 

@@ -1,58 +1,14 @@
-// One-shot: everybody pushes what a peer is to have to that peer as packets; every rank reduces, or gathers, for itself.
+// One-shot: everybody pushes what a peer is to have to that peer, as packets or in lines; every rank reduces, or gathers, for itself.
 //
-// Bytes out of each rank: (n − 1) · S · 4/3, S being the message, or a part where each peer gets another. One hop. A thread pushes its units, then waits for the same units of the
-// peers; slot (source, unit) of the half of this epoch belongs to that source alone. Where parts have sizes of their own, slots are as
-// long as the largest, and what is behind the end of a part is neither sent nor waited for.
+// Bytes out of each rank: (n − 1) · S · 4/3 as packets, (n − 1) · S · 16/15 in lines, S being the message, or a part where each peer gets
+// another. One hop. A thread pushes its units, then waits for the same units of the peers; slot (source, unit) belongs to that source
+// alone. Where parts have sizes of their own, slots are as long as the largest, and what is behind the end of a part is neither sent nor
+// waited for.
 
 #pragma once
 
-#include "buffers.cuh"
 #include "flow.cuh"
-
-template <int PACKETS>
-__device__ __forceinline__ void put_unit(u8* at, const u32* words, u32 epoch) {
-#pragma unroll
-  for (int i = 0; i < PACKETS; i++) put_packet(at + i * PACKET_BYTES, words + 3 * i, epoch);
-}
-
-template <int PACKETS>
-__device__ __forceinline__ bool take_unit(const u8* at, u32* words, u32 epoch) {
-  bool is_there = true;
-#pragma unroll
-  for (int i = 0; i < PACKETS; i++) is_there &= take_packet(at + i * PACKET_BYTES, words + 3 * i, epoch);
-  return is_there;
-}
-
-// Polls a unit of every peer at once until all that are due are there: their latencies overlap. `slot(peer)` is where it lies.
-template <int PACKETS, class Slot, class Due>
-__device__ __forceinline__ bool take_units(const Args& args, const Entry& entry, u32 (&units)[RANKS][3 * PACKETS],
-                                           Slot slot, Due is_due) {
-  u32 spins = 0;
-  while (true) {
-    u32 missing = 0;
-#pragma unroll
-    for (int peer = 0; peer < RANKS; peer++) {
-      const bool is_taken = peer != args.rank && is_due(peer);
-      if (is_taken && !take_unit<PACKETS>(slot(peer), units[peer], entry.epoch)) missing |= 1u << peer;
-    }
-    if (missing == 0) {
-      end_wait(args, spins);
-      return true;
-    }
-    if ((++spins & 63) == 0 && must_leave(args, entry, spins, __ffs(missing) - 1, 0)) return false;
-  }
-}
-
-template <int PACKETS, class Slot>
-__device__ __forceinline__ bool take_units(const Args& args, const Entry& entry, u32 (&units)[RANKS][3 * PACKETS],
-                                           Slot slot) {
-  return take_units<PACKETS>(args, entry, units, slot, [](int) { return true; });
-}
-
-template <int PACKETS>
-__device__ __forceinline__ bool take_one(const Args& args, const Entry& entry, u32 peer, const u8* at, u32* words) {
-  return wait_until(args, entry, peer, [&] { return take_unit<PACKETS>(at, words, entry.epoch); });
-}
+#include "units.cuh"
 
 // The scalars of all ranks, for kernels that need them.
 template <int OP>
@@ -91,67 +47,68 @@ __device__ __forceinline__ void place_own(u32 (&units)[RANKS][WORDS], const u32*
   }
 }
 
-template <int KIND, int DTYPE, int OP>
+template <int KIND, int DTYPE, int OP, template <int> class Units = PacketsOf>
 __device__ __forceinline__ bool one_shot(const Args& args, const Entry& entry) {
-  using U = UnitOf<Element<DTYPE>::SIZE>;
+  using U = Units<Element<DTYPE>::SIZE>;
   using F = Flow<KIND>;
-  constexpr u32 UNIT_STRIDE = U::PACKETS * PACKET_BYTES;
   const u32 me = args.rank, epoch = entry.epoch;
   const u64 bytes = args.bytes, units = (bytes + U::BYTES - 1) / U::BYTES;
-  const u64 slot_bytes = units * UNIT_STRIDE, half = PACKETS_AT + half_of(epoch) * HALF_BYTES;
-  const u64 step = u64(workers()) * blockDim.x, first = u64(blockIdx.x) * blockDim.x + threadIdx.x;
+  const u64 slot_bytes = units * U::STRIDE, stage = U::first_stage(entry);
   // 1. Push.
-  for (u64 i = first; i < units; i += step) {
-    const u64 at = half + me * slot_bytes + i * UNIT_STRIDE, from = i * U::BYTES;
-    u32 own[U::WORDS];
+  for (u64 turn = U::first(); turn < units; turn += U::step()) {
+    const u64 i = turn + U::nth(), from = i * U::BYTES;
+    const bool is_unit = !U::IS_SHARED || i < units;
+    u32 own[F::HAS_PARTS_IN ? U::AHEAD : 1][U::WORDS];
+    auto gives = [&](u32 to) { return is_unit && F::reaches(args, me, to, from); };
     if (!F::HAS_PARTS_IN && (!F::IS_FROM_ROOT || me == args.root)) {
-      if (!F::reaches(args, me, me, from)) break;
-      load_words<U::WORDS>(F::source(args, me) + from, F::bytes(args, me, me) - from, own);
+      if (!U::any(gives(me))) break;
+      if (gives(me)) U::load(F::source(args, me), from, F::bytes(args, me, me), own[0]);
     }
-#pragma unroll
-    for (u32 k = 1; k < RANKS; k++) {
-      const u32 peer = peer_behind(me, k);
-      if (!F::flows(args, me, peer) || (F::HAS_PARTS_IN && !F::reaches(args, me, peer, from))) continue;
-      if (F::HAS_PARTS_IN) load_words<U::WORDS>(F::source(args, peer) + from, F::bytes(args, me, peer) - from, own);
-      put_unit<U::PACKETS>(args.arenas[peer] + at, own, epoch);
-    }
+    for_peers<U::AHEAD>(me, [&](u32 peer, u32 at) {
+      if (!F::HAS_PARTS_IN || !F::flows(args, me, peer) || !gives(peer)) return;
+      U::load(F::source(args, peer), from, F::bytes(args, me, peer), own[at]);
+    }, [&](u32 peer, u32 at) {
+      if (!F::flows(args, me, peer)) return;
+      u8* to = args.arenas[peer] + stage + U::slot(me, peer) * slot_bytes + i * U::STRIDE;
+      U::put(to, own[F::HAS_PARTS_IN ? at : 0], epoch, gives(F::HAS_PARTS_IN ? peer : me));
+    });
   }
   arrive(args, entry);
   // 2. Receive.
-  const u8* arena = args.arenas[me] + half;
+  const u8* arena = args.arenas[me] + stage;
   f64 scalars[RANKS];
-  if (!load_scalars<OP>(args, entry, scalars)) return false;
+  if (!U::all(load_scalars<OP>(args, entry, scalars))) return false;
   if (F::IS_TO_ROOT && me != args.root) return true;
-  for (u64 i = first; i < units; i += step) {
-    const u64 at = i * U::BYTES, rest = bytes - at;
+  for (u64 turn = U::first(); turn < units; turn += U::step()) {
+    const u64 i = turn + U::nth(), at = i * U::BYTES;
+    const bool is_unit = !U::IS_SHARED || i < units;
+    auto slot = [&](u32 peer) { return arena + U::slot(peer, me) * slot_bytes + i * U::STRIDE; };
     u32 own[U::WORDS];
     if constexpr (F::IS_FROM_ROOT) {
       if (me == args.root) {
         if (args.is_same) break;
-        load_words<U::WORDS>(F::source(args, me) + at, rest, own);
-      } else if (!take_one<U::PACKETS>(args, entry, args.root, arena + args.root * slot_bytes + i * UNIT_STRIDE, own)) {
+        if (is_unit) U::load(F::source(args, me), at, bytes, own);
+      } else if (!take_one<U>(args, entry, args.root, slot(args.root), own, is_unit)) {
         return false;
       }
-      store_words<U::WORDS>(F::target(args, me) + at, rest, own);
+      if (is_unit) U::store(F::target(args, me), at, bytes, own);
     } else {
       u32 all[RANKS][U::WORDS];
-      auto left = [&](u32 from) { return F::IS_UNEVEN ? F::bytes(args, from, me) - at : rest; };
-      auto is_due = [&](u32 from) { return F::reaches(args, from, me, at); };
-      if (F::FOLDS && !is_due(me)) break;
-      if (is_due(me)) load_words<U::WORDS>(F::source(args, me) + at, left(me), own);
-      auto slot = [&](int peer) { return arena + peer * slot_bytes + i * UNIT_STRIDE; };
-      if (!take_units<U::PACKETS>(args, entry, all, slot, is_due)) return false;
+      auto is_due = [&](u32 from) { return is_unit && F::reaches(args, from, me, at); };
+      if (F::FOLDS && !U::any(is_due(me))) break;
+      if (is_due(me)) U::load(F::source(args, me), at, F::bytes(args, me, me), own);
+      if (!take_units<U>(args, entry, all, slot, is_due)) return false;
       if constexpr (F::FOLDS) {
         u32 result[U::WORDS];
         place_own<U::WORDS>(all, own, me);
         reduce_units<DTYPE, OP, U::WORDS>(all, scalars, result);
-        store_words<U::WORDS>(F::target(args, me) + at, left(me), result);
+        if (is_due(me)) U::store(F::target(args, me), at, F::bytes(args, me, me), result);
       } else {
 #pragma unroll
         for (int rank = 0; rank < RANKS; rank++) {
           if (!is_due(rank)) continue;
-          if (rank != me) store_words<U::WORDS>(F::target(args, rank) + at, left(rank), all[rank]);
-          else if (!args.is_same) store_words<U::WORDS>(F::target(args, rank) + at, left(rank), own);
+          if (rank != me) U::store(F::target(args, rank), at, F::bytes(args, rank, me), all[rank]);
+          else if (!args.is_same) U::store(F::target(args, rank), at, F::bytes(args, rank, me), own);
         }
       }
     }

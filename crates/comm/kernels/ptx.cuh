@@ -34,6 +34,22 @@ __device__ __forceinline__ uint4 load_line(const u8* at) {
   return make_uint4(u32(low), u32(low >> 32), u32(high), u32(high >> 32));
 }
 
+// 16 of the 128 bytes of a line: eight lanes of a warp that come here together store or load the line in one instruction. See units.cuh.
+__device__ __forceinline__ void store_part_of_line(u8* at, uint4 value) {
+  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
+__device__ __forceinline__ uint4 load_part_of_line(const u8* at) {
+  uint4 value;
+  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(at)
+               : "memory");
+  return value;
+}
+
 __device__ __forceinline__ void store_word(u64* at, u64 value) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
 }
@@ -90,6 +106,16 @@ __device__ __forceinline__ u32 count_own(u32* at, u32 value) {
   return before;
 }
 
+// The same, after nothing in particular.
+__device__ __forceinline__ u32 count_own_now(u32* at, u32 value) {
+  u32 before;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(at), "r"(value)
+               : "memory");
+  return before;
+}
+
 // Adds, and waits for nothing.
 __device__ __forceinline__ void count_own_later(u32* at, u32 value) {
   asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
@@ -127,6 +153,21 @@ __device__ __forceinline__ u64 now_ns() {
   u64 value;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(value)::"memory");
   return value;
+}
+
+// Until the kernel before this one in the stream has ended, and what it wrote is visible; at once, unless the launch let this one begin
+// before that.
+__device__ __forceinline__ void await_kernel_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Once all blocks have said so, or left, those of the next kernel may begin, if its launch lets them.
+__device__ __forceinline__ void let_next_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -209,36 +250,12 @@ __device__ __forceinline__ void fence_copies_of_memory() { asm volatile("fence.p
 // What this thread wrote into shared memory is there for copies out of it.
 __device__ __forceinline__ void fence_copies_of_room() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// A cluster: blocks that run at the same time and reach each other's shared memory.
-
-__device__ __forceinline__ void store_in_block(u32* at, u32 block, u32 value) {
-  asm volatile(
-      "{ .reg .u32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.u32 [there], %2; }" ::"r"(shared_at(at)),
-      "r"(block), "r"(value)
-      : "memory");
-}
-
-__device__ __forceinline__ void store_in_block(f32* at, u32 block, f32 value) {
-  store_in_block(reinterpret_cast<u32*>(at), block, __float_as_uint(value));
-}
-
-// A thread's part in a meeting of all threads of the cluster that have not left: what it wrote before it arrived is visible to who waited.
-__device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-
-__device__ __forceinline__ void await_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-
 // Bytes of shared memory that the launch gave each block.
 __device__ __forceinline__ u32 room_bytes() {
   u32 bytes;
   asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
   return bytes;
 }
-#else
-// Named where there are no clusters, and never called.
-__device__ void store_in_block(u32* at, u32 block, u32 value);
-__device__ void store_in_block(f32* at, u32 block, f32 value);
-__device__ void arrive_at_cluster();
-__device__ void await_cluster();
 #endif
 
 __device__ __forceinline__ f32 half_to_float(u32 bits) {

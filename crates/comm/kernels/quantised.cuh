@@ -171,7 +171,7 @@ __device__ __forceinline__ bool quantised_one_shot(const Args& args, const Entry
     u32 own[3], packets[RANKS][3] = {}, result[3];
     pack(group, own);
     auto slot = [&](int peer) { return arena + peer * slot_bytes + group * GROUP_STRIDE + lane * PACKET_BYTES; };
-    const bool is_there = take_units<1>(args, entry, packets, slot, [&](int) { return has_packet(group, groups); });
+    const bool is_there = take_units<Packets<1>>(args, entry, packets, slot, [&](int) { return has_packet(group, groups); });
     if (!__all_sync(ALL_LANES, is_there)) return false;
     place_own<3>(packets, own, me);
     sum_quantised(packets, result);
@@ -224,7 +224,7 @@ __device__ __forceinline__ bool quantised_two_shot(const Args& args, const Entry
     u32 own[3], packets[RANKS][3] = {}, result[3];
     pack(group, own);
     auto slot = [&](int peer) { return arena + half + peer * slot_bytes + packet_at(i); };
-    const bool is_there = take_units<1>(args, entry, packets, slot, [&](int) { return has_packet(group, groups); });
+    const bool is_there = take_units<Packets<1>>(args, entry, packets, slot, [&](int) { return has_packet(group, groups); });
     if (!__all_sync(ALL_LANES, is_there)) return false;
     place_own<3>(packets, own, me);
     sum_quantised(packets, result);
@@ -242,7 +242,7 @@ __device__ __forceinline__ bool quantised_two_shot(const Args& args, const Entry
     u32 packets[RANKS][3] = {};
     auto slot = [&](int peer) { return arena + second + peer * slot_bytes + packet_at(i); };
     const bool is_there =
-        take_units<1>(args, entry, packets, slot, [&](int peer) { return has_packet(group_of(peer, i), groups); });
+        take_units<Packets<1>>(args, entry, packets, slot, [&](int peer) { return has_packet(group_of(peer, i), groups); });
     if (!__all_sync(ALL_LANES, is_there)) return false;
 #pragma unroll
     for (u32 peer = 0; peer < RANKS; peer++) {

@@ -1,85 +1,79 @@
-// Two-shot: rank p owns shard p. Everybody pushes shard p to p as packets; p reduces it in rank order and pushes the
+// Two-shot: rank p owns shard p. Everybody pushes shard p to p, as packets or in lines; p reduces it in rank order and pushes the
 // result to all. A broadcast is the same with the root's shards instead of sums.
 //
-// Bytes out of each rank: 2 · S · (n − 1)/n · 4/3. Two hops. A thread follows its units through all three phases and waits
-// for nobody but the senders of these units. The first stage uses the first part of the half, the second the rest.
+// Bytes out of each rank: 2 · S · (n − 1)/n · 4/3 as packets, · 16/15 in lines. Two hops. A thread follows its units through all three
+// phases and waits for nobody but the senders of these units. Each stage has places of its own (units.cuh).
 
 #pragma once
 
 #include "one_shot.cuh"
 
-template <int KIND, int DTYPE, int OP>
+template <int KIND, int DTYPE, int OP, template <int> class Units = PacketsOf>
 __device__ __forceinline__ bool two_shot(const Args& args, const Entry& entry) {
-  using U = UnitOf<Element<DTYPE>::SIZE>;
-  constexpr u32 UNIT_STRIDE = U::PACKETS * PACKET_BYTES;
+  using U = Units<Element<DTYPE>::SIZE>;
   const u32 me = args.rank, epoch = entry.epoch;
-  const u64 bytes = args.bytes, units = (bytes + U::BYTES - 1) / U::BYTES, shard = (units + RANKS - 1) / RANKS;
-  const u64 slot_bytes = shard * UNIT_STRIDE, half = PACKETS_AT + half_of(epoch) * HALF_BYTES;
-  const u64 second = half + RANKS * slot_bytes;
-  const u64 step = u64(workers()) * blockDim.x, first = u64(blockIdx.x) * blockDim.x + threadIdx.x;
+  // What fits into an arena is counted in 32 bits.
+  const u64 bytes = args.bytes;
+  const u32 units = u32((bytes + U::BYTES - 1) / U::BYTES), shard = (units + RANKS - 1) / RANKS;
+  const u32 slot_bytes = shard * U::STRIDE, step = u32(U::step());
+  const u64 stage = U::first_stage(entry), second = U::second_stage(entry, slot_bytes);
   const u8* source = args.sources[me];
   u8* target = args.targets[me];
   u8* arena = args.arenas[me];
+  // Whether shard `peer` has unit i.
+  auto has = [&](u32 peer, u32 i) { return (!U::IS_SHARED || i < shard) && peer * shard + i < units; };
   // 1. Push each shard to its owner.
   if (KIND != BROADCAST || me == args.root) {
-    for (u64 i = first; i < shard; i += step) {
-#pragma unroll
-      for (u32 k = 1; k < RANKS; k++) {
-        u32 peer = peer_behind(me, k);
-        u64 unit = peer * shard + i;
-        if (unit >= units) continue;
-        u32 own[U::WORDS];
-        load_words<U::WORDS>(source + unit * U::BYTES, bytes - unit * U::BYTES, own);
-        put_unit<U::PACKETS>(args.arenas[peer] + half + me * slot_bytes + i * UNIT_STRIDE, own, epoch);
-      }
+    for (u32 turn = u32(U::first()); turn < shard; turn += step) {
+      const u32 i = turn + U::nth();
+      u32 own[U::AHEAD][U::WORDS];
+      for_peers<U::AHEAD>(me, [&](u32 peer, u32 at) {
+        if (has(peer, i)) U::load(source, u64(peer * shard + i) * U::BYTES, bytes, own[at]);
+      }, [&](u32 peer, u32 at) {
+        U::put(args.arenas[peer] + stage + U::slot(me, peer) * slot_bytes + i * U::STRIDE, own[at], epoch, has(peer, i));
+      });
     }
   }
   arrive(args, entry);
   // 2. Reduce our shard, and push the result.
   f64 scalars[RANKS];
-  if (!load_scalars<OP>(args, entry, scalars)) return false;
-  for (u64 i = first; i < shard; i += step) {
-    const u64 unit = me * shard + i, at = unit * U::BYTES;
-    if (unit >= units) break;
+  if (!U::all(load_scalars<OP>(args, entry, scalars))) return false;
+  // Lines go where peers may still take what an earlier call sent. In an all-reduce their data tells that they are through.
+  if (KIND == BROADCAST && U::IS_SHARED && !hear_all<U>(args, entry)) return false;
+  for (u32 turn = u32(U::first()); turn < shard; turn += step) {
+    const u32 i = turn + U::nth();
+    const u64 at = u64(me * shard + i) * U::BYTES;
+    const bool is_ours = has(me, i);
+    if (!U::any(is_ours)) break;
+    auto slot = [&](u32 peer) { return arena + stage + U::slot(peer, me) * slot_bytes + i * U::STRIDE; };
     u32 own[U::WORDS], result[U::WORDS];
-    if (KIND != BROADCAST || me == args.root) load_words<U::WORDS>(source + at, bytes - at, own);
+    if (is_ours && (KIND != BROADCAST || me == args.root)) U::load(source, at, bytes, own);
     if constexpr (KIND == ALL_REDUCE) {
       u32 all[RANKS][U::WORDS];
-      auto slot = [&](int peer) { return arena + half + peer * slot_bytes + i * UNIT_STRIDE; };
-      if (!take_units<U::PACKETS>(args, entry, all, slot)) return false;
+      if (!take_units<U>(args, entry, all, slot, [&](int) { return is_ours; })) return false;
       place_own<U::WORDS>(all, own, me);
       reduce_units<DTYPE, OP, U::WORDS>(all, scalars, result);
     } else {
-      const u8* slot = arena + half + args.root * slot_bytes + i * UNIT_STRIDE;
-      if (me != args.root && !take_one<U::PACKETS>(args, entry, args.root, slot, own)) return false;
+      if (me != args.root && !take_one<U>(args, entry, args.root, slot(args.root), own, is_ours)) return false;
 #pragma unroll
       for (int j = 0; j < U::WORDS; j++) result[j] = own[j];
     }
 #pragma unroll
     for (u32 k = 1; k < RANKS; k++) {
-      u32 peer = peer_behind(me, k);
-      put_unit<U::PACKETS>(args.arenas[peer] + second + me * slot_bytes + i * UNIT_STRIDE, result, epoch);
+      const u32 peer = peer_behind(me, k);
+      U::put(args.arenas[peer] + second + U::slot(me, peer) * slot_bytes + i * U::STRIDE, result, epoch, is_ours);
     }
-    store_words<U::WORDS>(target + at, bytes - at, result);
+    if (is_ours) U::store(target, at, bytes, result);
   }
   // 3. Take the other shards.
-  for (u64 i = first; i < shard; i += step) {
-    u32 all[RANKS][U::WORDS], spins = 0, missing;
-    do {
-      missing = 0;
+  for (u32 turn = u32(U::first()); turn < shard; turn += step) {
+    const u32 i = turn + U::nth();
+    u32 all[RANKS][U::WORDS];
+    auto slot = [&](u32 peer) { return arena + second + U::slot(peer, me) * slot_bytes + i * U::STRIDE; };
+    if (!take_units<U>(args, entry, all, slot, [&](u32 peer) { return has(peer, i); })) return false;
 #pragma unroll
-      for (int peer = 0; peer < RANKS; peer++) {
-        bool is_due = peer != me && peer * shard + i < units;
-        const u8* slot = arena + second + peer * slot_bytes + i * UNIT_STRIDE;
-        if (is_due && !take_unit<U::PACKETS>(slot, all[peer], epoch)) missing |= 1u << peer;
-      }
-      if (missing != 0 && (++spins & 63) == 0 && must_leave(args, entry, spins, __ffs(missing) - 1, 0)) return false;
-    } while (missing != 0);
-    end_wait(args, spins);
-#pragma unroll
-    for (int peer = 0; peer < RANKS; peer++) {
-      const u64 unit = peer * shard + i, at = unit * U::BYTES;
-      if (peer != me && unit < units) store_words<U::WORDS>(target + at, bytes - at, all[peer]);
+    for (u32 peer = 0; peer < RANKS; peer++) {
+      if (peer != me && has(peer, i)) U::store(target, u64(peer * shard + i) * U::BYTES, bytes, all[peer]);
     }
   }
   return true;

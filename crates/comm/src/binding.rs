@@ -48,6 +48,14 @@ impl Communicator {
         Ok(engine.is_done(started.0))
     }
 
+    /// Takes all operations that were started as far as they go, and waits for nobody. Whether any went on.
+    ///
+    /// # Errors
+    /// As those of [`Communicator::test`].
+    pub fn advance(&self) -> Result<bool> {
+        self.engine().poll()
+    }
+
     /// Waits until the operation is complete.
     ///
     /// # Errors

@@ -86,6 +86,8 @@ struct Overrides {
     pinned: Option<unisono_core::settings::PinnedWay>,
     #[cfg(feature = "cuda")]
     handles: Option<unisono_core::settings::HandleKind>,
+    #[cfg(feature = "cuda")]
+    gpu_launch: Option<unisono_core::settings::GpuLaunch>,
 }
 
 impl Builder {
@@ -337,6 +339,7 @@ impl Builder {
             settings.peer_access = overrides.peer_access.unwrap_or(settings.peer_access);
             settings.pinned = overrides.pinned.unwrap_or(settings.pinned);
             settings.handles = overrides.handles.unwrap_or(settings.handles);
+            settings.gpu_launch = overrides.gpu_launch.unwrap_or(settings.gpu_launch);
         }
         Ok(settings)
     }

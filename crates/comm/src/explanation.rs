@@ -240,6 +240,7 @@ pub struct OnGpus {
     /// Where they come from.
     pub origin: Origin,
     is_narrow: bool,
+    have_lines: bool,
     /// Whether copy engines serve calls that nobody asked it for, where the table says so.
     has_engines: bool,
 }
@@ -255,6 +256,7 @@ impl OnGpus {
             table: rules.table,
             origin,
             is_narrow: rules.is_narrow(),
+            have_lines: rules.have_lines() && rules.crowd == 1,
             has_engines: GpuRules { forced: None, ..*rules }.lanes().is_some(),
         }
     }
@@ -285,6 +287,10 @@ impl fmt::Display for OnGpus {
             size if size.is_multiple_of(1024) => format!("from {}", format_size(size as u64)),
             size => format!("above {}", format_size(size as u64 - 1)),
         };
+        let lines_up_to = |size: usize| match size {
+            usize::MAX => "as long as lines have room".to_owned(),
+            size => format!("up to {}", format_size(size as u64)),
+        };
         for kind in DIRECT_FORMS {
             let row = self.table.row(kind);
             let up_to = |size: usize| match size {
@@ -294,6 +300,18 @@ impl fmt::Display for OnGpus {
             write!(f, "  {}: one-shot {}", kind.name(), up_to(row.one_shot_to))?;
             if Form::TwoShot.serves(kind) && row.two_shot_to > row.one_shot_to {
                 write!(f, ", two-shot {}", up_to(row.two_shot_to))?;
+            }
+            let one_to = row.one_shot_lines_to;
+            let lines_to =
+                if Form::TwoShotLines.serves(kind) { one_to.max(row.two_shot_lines_to) } else { one_to };
+            if self.have_lines && row.lines_from <= lines_to {
+                write!(f, ", in lines {}", from(row.lines_from))?;
+                if row.lines_from <= one_to {
+                    write!(f, ", one-shot {}", lines_up_to(one_to))?;
+                }
+                if lines_to > one_to {
+                    write!(f, ", two-shot {}", lines_up_to(lines_to))?;
+                }
             }
             let ring_from = if self.is_narrow { row.narrow_ring_from } else { row.ring_from };
             match ring_from {
@@ -429,10 +447,13 @@ mod tests {
         );
         assert_eq!(
             lines[1],
-            "  all_reduce: one-shot up to 256 KiB, two-shot up to 2 MiB, then bulk, ring from 16 MiB; in windows direct \
-             above 2 MiB"
+            "  all_reduce: one-shot up to 256 KiB, two-shot up to 2 MiB, in lines above 256 KiB, one-shot up to 768 KiB, \
+             two-shot up to 8 MiB, then bulk, ring from 16 MiB; in windows direct above 2 MiB"
         );
-        assert_eq!(lines[8], "  all_to_all: one-shot up to 1 MiB, then bulk");
+        assert_eq!(
+            lines[8],
+            "  all_to_all: one-shot up to 1 MiB, in lines above 256 KiB, one-shot up to 2368 KiB, then bulk"
+        );
         assert_eq!(lines[9], "forms from: default (measured on 2 and 4 × NVIDIA H200)");
         let mut copied = GpuRules { engines: true, ..rules };
         copied.table.row_mut(Kind::AllGather).engine_from = 64 << 20;
@@ -441,6 +462,7 @@ mod tests {
         let mut few = GpuRules { most_blocks: 24, forced: "ring:8".parse().ok(), ..rules };
         let row = few.table.row_mut(SUM);
         (row.one_shot_to, row.two_shot_to, row.direct_from) = (usize::MAX, 4095, 0);
+        row.lines_from = usize::MAX;
         let tuned = OnGpus::new(&few, Origin::TuningFile("/etc/u.tune".to_owned())).to_string();
         let lines: Vec<&str> = tuned.lines().collect();
         assert!(lines[0].ends_with("at most 24 blocks, on 25 multiprocessors"), "{tuned}");

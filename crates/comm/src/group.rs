@@ -147,7 +147,7 @@ fn drive(communicators: &[&Communicator]) -> Result<()> {
             let mut engine = communicator.engine();
             if !engine.is_idle() {
                 let progress = engine.progress();
-                result = result.and(progress);
+                result = result.and(progress.map(drop));
             }
         }
         let busy: Vec<_> =

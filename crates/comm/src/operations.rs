@@ -475,7 +475,7 @@ pub trait Operations<'b> {
     ///
     /// On the stream of a GPU the messages of one pair of ranks are received in the order in which they were sent, whatever their tags: a
     /// tag that is not the next one is a [`crate::Error::Mismatch`]. A message waits in the stream until its receiver takes it, if it is
-    /// larger than 32 KiB and does not fit into the receiver's scratch (2 to 4 MiB for each sender). Messages that cross belong into a
+    /// larger than 1 MiB and does not fit into the receiver's scratch (4 to 8 MiB for each sender). Messages that cross belong into a
     /// [`group()`](crate::group()) or a [`Operations::send_recv`], which carry them out at once.
     ///
     /// # Errors

@@ -33,7 +33,8 @@ impl Stream {
     /// [`Error::Cuda`] if there is no such device.
     ///
     /// # Safety
-    /// `raw` is a live `CUstream` of the primary context of that device (null is its default stream), and outlives this.
+    /// `raw` is a live `CUstream` of the primary context of that device (null is its default stream), and outlives this, and
+    /// tensors that calls on it give ([`ep::Tensor`](crate::ep::Tensor)).
     #[cfg(feature = "cuda")]
     pub unsafe fn cuda(raw: *mut std::ffi::c_void, ordinal: u32) -> Result<Self> {
         let device = unisono_cuda::Device::new(ordinal).map_err(|error| Error::Cuda { rank: 0, error })?;

@@ -286,6 +286,21 @@ impl<T: Element> Symmetric<T> {
         }
     }
 
+    /// The window that became it.
+    #[cfg(feature = "cuda")]
+    pub(crate) const fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// What keeps the copies of all ranks mapped on GPUs; `None` if they lie on the host.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn kept(&self) -> Option<unisono_cuda::capture::Kept> {
+        match &self.parts {
+            Parts::Host(_) => None,
+            Parts::Device(copies) => Some(copies.kept()),
+        }
+    }
+
     /// Ends this memory on all ranks and frees it. Collective.
     ///
     /// # Errors

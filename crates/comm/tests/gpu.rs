@@ -13,34 +13,39 @@ mod counted;
 mod derive;
 #[path = "gpu/engine.rs"]
 mod engine;
+#[path = "ep/cases.rs"]
+mod ep;
+#[path = "gpu/expert_parallel.rs"]
+mod expert_parallel;
 #[path = "gpu/fused.rs"]
 mod fused;
 #[path = "gpu/group.rs"]
 mod group;
 #[path = "gpu/life.rs"]
 mod life;
+#[path = "gpu/lines.rs"]
+mod lines;
+#[path = "gpu/low_latency.rs"]
+mod low_latency;
 #[path = "gpu/message_ends.rs"]
 mod message_ends;
 #[path = "gpu/messages.rs"]
 mod messages;
-#[path = "support/random.rs"]
-mod numbers;
 #[path = "gpu/pinned.rs"]
 mod pinned;
 #[path = "gpu/quantised.rs"]
 mod quantised;
-#[path = "support/quantised.rs"]
-mod quantised_sums;
 #[path = "gpu/random.rs"]
 mod random;
+#[path = "gpu/random_more.rs"]
+mod random_more;
 #[path = "gpu/recorder.rs"]
 mod recorder;
 #[path = "gpu/registration.rs"]
 mod registration;
-#[path = "support/rows.rs"]
-mod rows;
 #[path = "gpu/seats.rs"]
 mod seats;
+mod support;
 #[path = "gpu/symmetric.rs"]
 mod symmetric;
 #[path = "gpu/tuning.rs"]
@@ -49,6 +54,8 @@ mod tuning;
 mod windows;
 #[path = "gpu/world.rs"]
 mod world;
+
+use support::{quantised as quantised_sums, random as numbers, rows, scale};
 
 use numbers::Random;
 use unisono::{Builder, DType, ReduceOp};
@@ -134,7 +141,7 @@ fn every_dtype_and_reduction_has_the_bits_of_the_reference() {
         if ranks != 3 {
             return;
         }
-        for form in [Form::OneShot, Form::TwoShot, Form::Bulk] {
+        for form in [Form::OneShot, Form::TwoShot, Form::Bulk, Form::OneShotLines, Form::TwoShotLines] {
             let all = |builder: Builder| {
                 pairs().fold(builder.gpu_algorithm(form, 0), |builder, (dtype, op)| {
                     builder.prepare(dtype, op).unwrap()
@@ -160,7 +167,7 @@ fn every_dtype_and_reduction_has_the_bits_of_the_reference() {
 fn epochs_that_wrap_clear_the_arenas_and_go_on() {
     for_worlds(|ranks, devices| {
         for epoch in [0x7fff_fffa, 0xffff_fffa] {
-            for form in [Form::OneShot, Form::Bulk, Form::Ring] {
+            for form in [Form::OneShot, Form::Bulk, Form::Ring, Form::OneShotLines, Form::TwoShotLines] {
                 let world =
                     World::new(ranks, devices, |builder| builder.gpu_algorithm(form, 0).first_epoch(epoch));
                 for count in 0..12 {

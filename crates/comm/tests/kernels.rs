@@ -99,6 +99,45 @@ fn kernels_compile_for_every_dtype() {
     compile("sm_90", 2, Link::Device, &one_of_each_dtype());
 }
 
+/// The kernel of a test that looks for lines which are not whole, over the headers of our own.
+#[test]
+fn the_kernel_that_hammers_on_lines_compiles() {
+    let Some(_) = compiler() else { return };
+    for ranks in [2, 4, 8] {
+        let layout = ArenaLayout::new(ranks, Link::Device);
+        let text = include_str!("gpu/lines.cu");
+        let source = Source { name: "lines.cu", text, ..source(&layout, Purpose::Copies) };
+        let cubin = Cache::of_user().cubin(&source, "sm_90".parse().unwrap(), Compiler::find).unwrap();
+        let facts = unisono::cuda::kernels(&cubin).unwrap();
+        assert!(facts.len() == 1 && facts[0].registers <= 128 && facts[0].stack_bytes <= 256, "{facts:?}");
+    }
+}
+
+/// Those of expert parallelism, for few ranks, for as many as a box has, and for the most that there may be.
+#[test]
+fn kernels_of_expert_parallelism_compile() {
+    let Some(_) = compiler() else { return };
+    for (architecture, ranks) in [("sm_80", 8), ("sm_90", 8), ("sm_90", 1), ("sm_90", 16), ("sm_100", 8)] {
+        for source in unisono::ep::kernels::sources(ranks) {
+            let target = architecture.parse().unwrap();
+            let cubin = Cache::of_user().cubin(&source, target, Compiler::find).unwrap();
+            let facts = unisono::cuda::kernels(&cubin).unwrap();
+            assert!(!facts.is_empty(), "{architecture} {}", source.name);
+            for kernel in facts {
+                println!("{architecture} {ranks} ranks, {}: {kernel:?}", source.name);
+                // Whoever has a row for each rank has fewer threads where there are more than eight.
+                let most = match &*kernel.name {
+                    "ep_dispatch" => 64,
+                    name if name.starts_with("ep_combine") && ranks <= 8 => 80,
+                    _ => 168,
+                };
+                assert!(kernel.registers <= most, "{architecture} {ranks} {kernel:?}");
+                assert!(kernel.stack_bytes <= 256, "{architecture} {ranks} {kernel:?}");
+            }
+        }
+    }
+}
+
 /// Kernels of users, over the header for one-sided memory: of the example, of the tests, and of the README.
 fn users() -> [(&'static str, &'static str); 3] {
     let readme = include_str!("../../../README.md");

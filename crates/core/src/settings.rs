@@ -15,7 +15,7 @@ mod gpu;
 mod names;
 mod values;
 
-pub use gpu::{HandleKind, PinnedWay};
+pub use gpu::{GpuLaunch, HandleKind, PinnedWay};
 pub use names::unknown_names;
 pub use values::{format_size, parse_duration, parse_duration_or_never, parse_size};
 
@@ -71,8 +71,12 @@ const SWITCH: ValueKind = ValueKind::Choice(&["on", "off"], "on or off");
 const REQUIREMENTS: ValueKind = ValueKind::Choice(&["none", "auth", "nvlink"], "none, auth or nvlink");
 const PINNED_WAYS: ValueKind = ValueKind::Choice(&["auto", "memfd", "numa"], "auto, memfd or numa");
 const HANDLES: ValueKind = ValueKind::Choice(&["auto", "descriptor", "fabric"], "auto, descriptor or fabric");
+const LAUNCHES: ValueKind = ValueKind::Choice(
+    &["auto", "plain", "dependent", "remote", "both"],
+    "auto, plain, dependent, remote or both",
+);
 const FORMS: ValueKind = ValueKind::Text(
-    "auto, one-shot, two-shot, bulk, direct, ring or engine, and after colons the blocks and the vectors of a tile, as in bulk:24:512",
+    "auto, one-shot, two-shot, bulk, direct, ring, engine, one-shot-lines or two-shot-lines, and after colons the blocks and the vectors of a tile, as in bulk:24:512",
 );
 
 const fn setting(
@@ -177,6 +181,12 @@ pub const SETTINGS: &[Setting] = &[
         HANDLES,
         "auto",
         "How memory of GPUs is handed to other processes: as a descriptor or as a fabric handle; auto is a descriptor on one host.",
+    ),
+    setting(
+        "UNISONO_GPU_LAUNCH",
+        LAUNCHES,
+        "auto",
+        "How kernels are launched: auto brings those of few blocks onto the device while the one before still runs, plain brings none. For measuring: dependent brings all, remote lets fences not wait for what kernels of others have under way, both does both.",
     ),
     setting(
         "UNISONO_NVRTC",
@@ -340,6 +350,8 @@ pub struct Settings {
     pub pinned: PinnedWay,
     /// As what memory of GPUs is handed to other processes.
     pub handles: HandleKind,
+    /// How kernels are launched.
+    pub gpu_launch: GpuLaunch,
 }
 
 impl Default for Settings {
@@ -363,6 +375,7 @@ impl Default for Settings {
             peer_access: true,
             pinned: PinnedWay::Auto,
             handles: HandleKind::Auto,
+            gpu_launch: GpuLaunch::Auto,
         }
     }
 }
@@ -411,6 +424,7 @@ impl Settings {
             peer_access: read.parsed("UNISONO_PEER_ACCESS", default.peer_access, switch)?,
             pinned: read.parsed("UNISONO_PINNED", default.pinned, PinnedWay::from_word)?,
             handles: read.parsed("UNISONO_HANDLES", default.handles, HandleKind::from_word)?,
+            gpu_launch: read.parsed("UNISONO_GPU_LAUNCH", default.gpu_launch, GpuLaunch::from_word)?,
         })
     }
 

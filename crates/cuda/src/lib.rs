@@ -30,7 +30,7 @@ pub use facts::{KernelFacts, kernels};
 pub use foreign::{Foreign, Imported};
 pub use graph::Graph;
 pub use memory::{DeviceBuffer, FabricHandle, Location, Pages, RegisteredHost, SharedPages};
-pub use module::{Function, Grid, Module};
+pub use module::{Function, Grid, Launching, Module};
 pub use nvml::{GpuLinks, Link, Pcie, Remote};
 pub use nvrtc::{Architecture, Compiler, Source};
 pub use stream::{Event, Stream};

@@ -20,6 +20,16 @@ pub struct Module {
 struct RawModule {
     device: Device,
     raw: sys::CUmodule,
+    launching: Launching,
+    /// Whether the device brings kernels onto it early.
+    has_early: bool,
+}
+
+/// How the kernels of a module are launched.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Launching {
+    /// In the memory synchronisation domain for remote memory.
+    pub is_remote: bool,
 }
 
 // SAFETY: modules of the driver belong to no thread.
@@ -48,6 +58,9 @@ pub struct Grid {
     pub threads: u32,
     /// Bytes of shared memory of each, beside what the kernel declares.
     pub shared_bytes: u32,
+    /// Where the device offers it (sm_90 and later), blocks may be brought onto it before the kernel in front of them in the stream has
+    /// ended. Each must wait for that (`griddepcontrol.wait`) before it touches memory.
+    pub is_early: bool,
 }
 
 impl Module {
@@ -56,12 +69,22 @@ impl Module {
     /// # Errors
     /// What the driver refuses.
     pub fn load(device: &Device, cubin: &[u8]) -> Result<Self> {
+        Self::load_for(device, cubin, Launching::default())
+    }
+
+    /// As [`Module::load`], of kernels that are launched in this way where the device offers it (sm_90 and later), else plainly.
+    ///
+    /// # Errors
+    /// As [`Module::load`].
+    pub fn load_for(device: &Device, cubin: &[u8], launching: Launching) -> Result<Self> {
+        let has_early = device.facts().capability >= (9, 0);
+        let launching = if has_early { launching } else { Launching::default() };
         let _current = device.enter()?;
         let mut raw = std::ptr::null_mut();
         // SAFETY: the context is current; the driver checks the image, whose length stands in it, and copies what it needs.
         let result = unsafe { sys::cuModuleLoadData(&raw mut raw, cubin.as_ptr().cast()) };
         check("cuModuleLoadData", device.ordinal(), result)?;
-        Ok(Self { inner: Arc::new(RawModule { device: device.clone(), raw }) })
+        Ok(Self { inner: Arc::new(RawModule { device: device.clone(), raw, launching, has_early }) })
     }
 
     /// The kernel of this name.
@@ -107,6 +130,8 @@ impl Function {
     pub unsafe fn launch(&self, stream: &Stream, grid: Grid, arguments: *mut c_void) -> Result<()> {
         let _current = self.module.device.enter()?;
         let mut parameters = [arguments];
+        let (mut attributes, number) =
+            self.module.launching.attributes(grid.is_early && self.module.has_early);
         let config = sys::CUlaunchConfig {
             gridDimX: grid.blocks,
             gridDimY: 1,
@@ -116,14 +141,37 @@ impl Function {
             blockDimZ: 1,
             sharedMemBytes: grid.shared_bytes,
             hStream: stream.raw().cast(),
-            attrs: std::ptr::null_mut(),
-            numAttrs: 0,
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: number,
         };
         // SAFETY: as the caller promises; the driver copies configuration and arguments before it returns.
         let result = unsafe {
             sys::cuLaunchKernelEx(&raw const config, self.raw, parameters.as_mut_ptr(), std::ptr::null_mut())
         };
         check("cuLaunchKernelEx", self.module.device.ordinal(), result)
+    }
+}
+
+impl Launching {
+    /// As the driver takes them, and how many.
+    #[inline]
+    fn attributes(self, is_early: bool) -> ([sys::CUlaunchAttribute; 2], u32) {
+        use sys::CUlaunchAttributeID as Id;
+        // SAFETY: it is made of numbers, and the id is one that there is: zero is the attribute that is ignored.
+        let mut attributes: [sys::CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
+        let mut number = 0;
+        if is_early {
+            attributes[number].id = Id::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+            attributes[number].value.programmaticStreamSerializationAllowed = 1;
+            number += 1;
+        }
+        if self.is_remote {
+            attributes[number].id = Id::CU_LAUNCH_ATTRIBUTE_MEM_SYNC_DOMAIN;
+            attributes[number].value.memSyncDomain =
+                sys::CUlaunchMemSyncDomain::CU_LAUNCH_MEM_SYNC_DOMAIN_REMOTE;
+            number += 1;
+        }
+        (attributes, number as u32)
     }
 }
 

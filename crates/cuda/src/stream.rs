@@ -10,13 +10,25 @@ use crate::driver::{check, version};
 use crate::error::{Error, Result};
 use crate::graph::Graph;
 
-/// An ordered queue of work of one device.
-#[derive(Debug)]
+/// An ordered queue of work of one device. Clones are the same stream; one that is ours lives as long as they do.
+#[derive(Clone, Debug)]
 pub struct Stream {
     device: Device,
     raw: sys::CUstream,
-    is_owned: bool,
+    _owned: Option<Arc<Owned>>,
 }
+
+/// Destroys a stream of ours with its last clone.
+#[derive(Debug)]
+struct Owned {
+    device: Device,
+    raw: sys::CUstream,
+}
+
+// SAFETY: as of a stream.
+unsafe impl Send for Owned {}
+// SAFETY: as above.
+unsafe impl Sync for Owned {}
 
 // SAFETY: streams of the driver belong to no thread, and its calls on them are safe from any.
 unsafe impl Send for Stream {}
@@ -34,15 +46,19 @@ impl Stream {
         let flags = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
         // SAFETY: the context is current, and the answer is ours.
         check("cuStreamCreate", device.ordinal(), unsafe { sys::cuStreamCreate(&raw mut raw, flags) })?;
-        Ok(Self { device: device.clone(), raw, is_owned: true })
+        Ok(Self {
+            device: device.clone(),
+            raw,
+            _owned: Some(Arc::new(Owned { device: device.clone(), raw })),
+        })
     }
 
     /// A stream that somebody else made and keeps.
     ///
     /// # Safety
-    /// `raw` is a live `CUstream` (or null, the default stream) of the primary context of `device`, and outlives this.
+    /// `raw` is a live `CUstream` (or null, the default stream) of the primary context of `device`, and outlives this and its clones.
     pub unsafe fn from_raw(device: &Device, raw: *mut c_void) -> Self {
-        Self { device: device.clone(), raw: raw.cast(), is_owned: false }
+        Self { device: device.clone(), raw: raw.cast(), _owned: None }
     }
 
     /// Its device.
@@ -246,11 +262,9 @@ impl Stream {
     }
 }
 
-impl Drop for Stream {
+impl Drop for Owned {
     fn drop(&mut self) {
-        if self.is_owned
-            && let Ok(_current) = self.device.enter()
-        {
+        if let Ok(_current) = self.device.enter() {
             // SAFETY: it is ours; the driver frees it when its work is done. An error has nobody to go to.
             let _ = unsafe { sys::cuStreamDestroy_v2(self.raw) };
         }

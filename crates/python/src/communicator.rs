@@ -10,6 +10,7 @@ use pyo3::types::{PyDict, PyType};
 use unisono::{Builder, Error, Observer, Stream};
 
 use crate::kept::{self, InFlight};
+use crate::progress::Progress;
 use crate::store::{Store, UniqueId};
 use crate::window::AllKnown;
 use crate::{errors, interrupt, options, torch_store};
@@ -50,6 +51,7 @@ pub(crate) struct Communicator {
     pub(crate) in_flight: InFlight,
     /// Windows and registrations that are open.
     pub(crate) known: AllKnown,
+    pub(crate) progress: Arc<Progress>,
     #[pyo3(get)]
     /// This rank, from 0.
     pub(crate) rank: usize,
@@ -134,6 +136,7 @@ impl Communicator {
             observer: communicator.observer(),
             in_flight: InFlight::default(),
             known: AllKnown::default(),
+            progress: Arc::default(),
             rank: communicator.rank(),
             world_size: communicator.world_size(),
             local_rank: communicator.local_rank(),

@@ -19,6 +19,7 @@ mod interrupt;
 mod kept;
 mod operations;
 mod options;
+mod progress;
 mod store;
 mod stream;
 mod symmetric;

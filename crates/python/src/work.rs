@@ -15,8 +15,8 @@ use crate::{options, stream};
 
 /// An operation that was started with ``async_op=True``. It keeps its arrays alive; dropping it is harmless, and the operation goes on.
 ///
-/// On memory of the host it makes progress inside ``wait``, ``is_completed`` and any other call of its communicator, not in between. On
-/// a GPU it is already in its stream.
+/// On memory of the host it makes progress inside ``wait``, ``is_completed`` and any other call of its communicator; in between only with
+/// ``add_done_callback``. On a GPU it is already in its stream.
 ///
 /// >>> import numpy as np, unisono
 /// >>> def main(rank):
@@ -67,6 +67,45 @@ impl Work {
         let (py, result) = (communicator.py(), result.clone().unbind());
         let work = Self { communicator: communicator.clone().unbind(), state, patience, result };
         Ok(Bound::new(py, work)?.into_any().unbind())
+    }
+
+    /// Takes the operations of the communicator as far as they go, if nobody else uses it; whether any went on.
+    pub(crate) fn advance(&self) -> bool {
+        let advanced = self.communicator.get().try_with(|inner| inner.communicator.advance());
+        matches!(advanced, Some(Ok(Ok(true))))
+    }
+
+    /// Whether the operation is complete, or has failed, as far as can be told without waiting.
+    pub(crate) fn is_over(&self) -> bool {
+        match &self.state {
+            State::Host(started) => {
+                let is_over = self.communicator.get().try_with(|inner| inner.communicator.is_over(*started));
+                // A communicator that is closed takes nothing along.
+                is_over.is_some_and(|is_over| is_over.unwrap_or(true))
+            }
+            State::Device(..) => self.test().unwrap_or(true),
+        }
+    }
+
+    /// Whether the operation is complete. Called without the interpreter.
+    fn test(&self) -> Result<bool, Failure> {
+        let communicator = self.communicator.get();
+        match &self.state {
+            State::Host(started) => {
+                let tested = communicator.try_with(|inner| Ok(inner.communicator.test(*started)?));
+                tested.map_or(Ok(false), |tested| tested.and_then(|tested| tested))
+            }
+            State::Device(_, None) => Ok(false),
+            State::Device(_, Some(event)) => {
+                let rank = communicator.rank;
+                let is_done = unisono::cuda::Stream::beside_captures(|| event.is_done());
+                let is_done = is_done.map_err(|error| unisono::Error::Cuda { rank, error })?;
+                if is_done && let Some(checked) = communicator.try_with(|inner| inner.communicator.check()) {
+                    checked?.map_err(Failure::Library)?;
+                }
+                Ok(is_done)
+            }
+        }
     }
 }
 
@@ -119,28 +158,39 @@ impl Work {
         Ok(self.result.clone_ref(py))
     }
 
+    /// Has ``callback(work)`` called by another thread once the operation is complete or has failed, which ``wait`` then tells at once. From
+    /// now on that thread takes the operation along while this one does something else.
+    ///
+    /// What the callback raises goes to ``sys.unraisablehook``.
+    ///
+    /// Raises ``ArgumentError`` for a work of a call that a graph captured, which is never complete.
+    ///
+    /// >>> import threading, numpy as np, unisono
+    /// >>> def main(rank):
+    /// ...     done = threading.Event()
+    /// ...     rank.all_reduce(np.ones(2), async_op=True).add_done_callback(lambda work: done.set())
+    /// ...     is_done = done.wait(30)
+    /// ...     rank.barrier()
+    /// ...     return is_done
+    /// >>> unisono.on_threads(2, main)
+    /// [True, True]
+    fn add_done_callback(this: &Bound<'_, Self>, callback: Py<PyAny>) -> PyResult<()> {
+        let communicator = this.get().communicator.get();
+        if matches!(this.get().state, State::Device(_, None)) {
+            let site = communicator.site("add_done_callback", "the work");
+            return Err(site.refuse(this.py(), "of a call that runs", "one of a call that a graph captured"));
+        }
+        communicator.progress.add(this.clone().unbind(), callback);
+        Ok(())
+    }
+
     /// Whether the operation is complete. Waits for nobody; False while another thread is inside a call of the communicator, which takes
     /// this operation along.
     ///
     /// Raises the first cause of a failure.
     fn is_completed(&self, py: Python<'_>) -> PyResult<bool> {
         let communicator = self.communicator.get();
-        let done = py.detach(|| match &self.state {
-            State::Host(started) => {
-                let tested = communicator.try_with(|inner| Ok(inner.communicator.test(*started)?));
-                tested.map_or(Ok(false), |tested| tested.and_then(|tested| tested))
-            }
-            State::Device(_, None) => Ok(false),
-            State::Device(_, Some(event)) => {
-                let rank = communicator.rank;
-                let is_done = unisono::cuda::Stream::beside_captures(|| event.is_done());
-                let is_done = is_done.map_err(|error| unisono::Error::Cuda { rank, error })?;
-                if is_done && let Some(checked) = communicator.try_with(|inner| inner.communicator.check()) {
-                    checked?.map_err(Failure::Library)?;
-                }
-                Ok(is_done)
-            }
-        });
+        let done = py.detach(|| self.test());
         let is_done = done.map_err(|failure| communicator.raised(py, failure, "is_completed"))?;
         if let (true, State::Host(started)) = (is_done, &self.state) {
             communicator.in_flight.let_go(&[*started]);

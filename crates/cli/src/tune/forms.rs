@@ -3,7 +3,7 @@
 //! Each form is timed with a few grids, at sizes where it could be the best. First come the grids: of each form the number of blocks
 //! that loses least over all sizes, where that is worth a change. With these, forms are compared two by two, from the largest size to
 //! the smallest: ring against pipeline, two-shot against the better of these, copy engines against it too, one-shot against what is
-//! best behind it, and direct against all of them. Borders stand where [`border`](super::border) finds them.
+//! best behind it, first in lines and then in packets, lines against packets, and direct against all of them. Borders stand where [`border`](super::border) finds them.
 
 use std::collections::BTreeMap;
 
@@ -15,7 +15,7 @@ use unisono::{Form, Kind};
 use super::Named;
 use super::border::{self, Point};
 
-/// Blocks of packets and of direct.
+/// Blocks of packets and lines, and of direct.
 const FEW_BLOCKS: [usize; 3] = [64, 32, 16];
 /// Blocks of the pipeline by bulk copies.
 const BULK_BLOCKS: [usize; 2] = [64, 48];
@@ -23,6 +23,8 @@ const BULK_BLOCKS: [usize; 2] = [64, 48];
 const RING_BLOCKS: [usize; 2] = [128, 64];
 /// What a communicator has that is not the first on its device.
 const NARROW_BLOCKS: usize = 24;
+/// From where on lines are timed.
+const LINES_FROM: usize = 64 << 10;
 /// From where on forms with tiles are timed.
 const TILES_FROM: usize = 128 << 10;
 const RING_FROM: usize = 512 << 10;
@@ -83,6 +85,10 @@ pub(super) fn candidates(rules: &Rules, kind: Kind, bytes: usize) -> Vec<Rules> 
     };
     add(Form::OneShot, |row| &mut row.packet_blocks, &FEW_BLOCKS, *row);
     add(Form::TwoShot, |row| &mut row.packet_blocks, &FEW_BLOCKS, *row);
+    if bytes >= LINES_FROM {
+        add(Form::OneShotLines, |row| &mut row.packet_blocks, &FEW_BLOCKS, *row);
+        add(Form::TwoShotLines, |row| &mut row.packet_blocks, &FEW_BLOCKS, *row);
+    }
     add(Form::Direct, |row| &mut row.direct_blocks, &FEW_BLOCKS, *row);
     if bytes >= TILES_FROM {
         let bulk: Field = |row| &mut row.bulk_blocks;
@@ -173,9 +179,8 @@ impl Times {
     pub(super) fn row(&self) -> (Row, Vec<Named>) {
         let mut row = *self.rules.table.row(self.kind);
         let mut borders = Vec::new();
-        self.choose_blocks(&mut row, &[Form::OneShot, Form::TwoShot], &FEW_BLOCKS, |row| {
-            &mut row.packet_blocks
-        });
+        let packets = [Form::OneShot, Form::TwoShot, Form::OneShotLines, Form::TwoShotLines];
+        self.choose_blocks(&mut row, &packets, &FEW_BLOCKS, |row| &mut row.packet_blocks);
         self.choose_blocks(&mut row, &[Form::Direct], &FEW_BLOCKS, |row| &mut row.direct_blocks);
         self.choose_pipeline(&mut row, &mut borders);
         self.choose_blocks(&mut row, &[Form::Ring], &RING_BLOCKS, |row| &mut row.ring_blocks);
@@ -183,6 +188,9 @@ impl Times {
             self.choose_rings(&mut row, &mut borders);
         }
         self.choose_packets(&mut row, &mut borders);
+        if self.rules.have_lines() {
+            self.choose_lines(&mut row, &mut borders);
+        }
         if Form::Engine.serves(self.kind) {
             let points =
                 self.points(|bytes| Some((self.tiled(bytes, &row)?, self.us(bytes, Form::Engine, &row)?)));
@@ -240,7 +248,26 @@ impl Times {
         row.one_shot_to = self.to(name, &points, row.one_shot_to, borders);
     }
 
-    /// What is taken beyond packets, where nothing is reached directly.
+    fn choose_lines(&self, row: &mut Row, borders: &mut Vec<Named>) {
+        let us = |bytes, form, row: &Row| self.us(bytes, form, row);
+        let has_two = Form::TwoShotLines.serves(self.kind);
+        if has_two {
+            let points =
+                self.points(|bytes| Some((us(bytes, Form::TwoShotLines, row)?, self.tiled(bytes, row)?)));
+            row.two_shot_lines_to = self.to("behind lines from", &points, row.two_shot_lines_to, borders);
+        }
+        let points = self.points(|bytes| {
+            let has_two = bytes <= row.two_shot_lines_to;
+            let behind = if has_two { us(bytes, Form::TwoShotLines, row) } else { None };
+            Some((us(bytes, Form::OneShotLines, row)?, behind.or_else(|| self.tiled(bytes, row))?))
+        });
+        let name = if has_two { "two-shot lines from" } else { "behind lines from" };
+        row.one_shot_lines_to = self.to(name, &points, row.one_shot_lines_to, borders);
+        let points = self.points(|bytes| Some((self.in_packets(bytes, row)?, self.in_lines(bytes, row)?)));
+        row.lines_from = self.from("in lines from", &points, row.lines_from, borders);
+    }
+
+    /// What is taken beyond packets and lines, where nothing is reached directly.
     fn tiled(&self, bytes: usize, row: &Row) -> Option<f64> {
         let ring = if bytes >= row.ring_from { self.us(bytes, Form::Ring, row) } else { None };
         ring.or_else(|| self.us(bytes, Form::Bulk, row))
@@ -248,6 +275,19 @@ impl Times {
 
     /// What is taken where nothing is reached directly.
     fn staged(&self, bytes: usize, row: &Row) -> Option<f64> {
+        let lines = if bytes >= row.lines_from { self.in_lines(bytes, row) } else { None };
+        lines.or_else(|| self.in_packets(bytes, row))
+    }
+
+    /// What is taken in lines.
+    fn in_lines(&self, bytes: usize, row: &Row) -> Option<f64> {
+        let lines = |form, to| if bytes <= to { self.us(bytes, form, row) } else { None };
+        lines(Form::OneShotLines, row.one_shot_lines_to)
+            .or_else(|| lines(Form::TwoShotLines, row.two_shot_lines_to))
+    }
+
+    /// What is taken where there are no lines.
+    fn in_packets(&self, bytes: usize, row: &Row) -> Option<f64> {
         let packets = |form, to| if bytes <= to { self.us(bytes, form, row) } else { None };
         packets(Form::OneShot, row.one_shot_to)
             .or_else(|| packets(Form::TwoShot, row.two_shot_to))
@@ -319,11 +359,13 @@ mod tests {
         times
     }
 
-    /// One-shot wins up to 64 KiB, two-shot up to 1 MiB, direct from 8 MiB on, the pipeline up to 32 MiB and a ring beyond.
+    /// One-shot wins up to 64 KiB, one-shot lines up to 256 KiB, two-shot lines (and of packets two-shot) up to 1 MiB, direct from 8 MiB on, the pipeline up to 32 MiB and a ring beyond.
     fn usual(launch: &Launch, bytes: f64) -> f64 {
         match launch.form {
             Form::OneShot => 3.0 + bytes / 30e3,
             Form::TwoShot => 6.0 + bytes / 90e3,
+            Form::OneShotLines => 4.5 + bytes / 70e3,
+            Form::TwoShotLines => 7.0 + bytes / 130e3,
             Form::Bulk if launch.by_copies && launch.blocks >= 60 => 12.0 + bytes / 200e3,
             Form::Ring if !launch.by_copies => 40.0 + bytes / 240e3,
             Form::Direct => 25.0 + bytes / 400e3,
@@ -339,6 +381,10 @@ mod tests {
             assert!((65_535..=262_143).contains(&row.one_shot_to), "{seed}: {row:?}");
             assert!((524_287..=2_097_152).contains(&row.two_shot_to), "{seed}: {row:?}");
             assert!((16 << 20..=64 << 20).contains(&row.ring_from), "{seed}: {row:?}");
+            // Lines and one-shot cross at 80 KB, their own two forms at 379 KB, lines and the pipeline at 1.9 MB.
+            assert!((65_536..=131_072).contains(&row.lines_from), "{seed}: {row:?}");
+            assert!((262_143..=524_288).contains(&row.one_shot_lines_to), "{seed}: {row:?}");
+            assert!((1_048_575..=4_194_304).contains(&row.two_shot_lines_to), "{seed}: {row:?}");
             // Direct crosses the pipeline at 5.2 MB.
             assert!((2 << 20..=8 << 20).contains(&row.direct_from), "{seed}: {row:?}");
             // Grids stay where nothing else is worth it.
@@ -347,7 +393,7 @@ mod tests {
             assert_eq!((row.threads_to, row.bulk_tile), (0, built_in.bulk_tile), "{seed}");
             // By few blocks both are equally slow, so the default stays.
             assert_eq!(row.narrow_ring_from, built_in.narrow_ring_from, "{seed}");
-            assert_eq!(borders.len(), 6);
+            assert_eq!(borders.len(), 9);
         }
     }
 
@@ -392,7 +438,8 @@ mod tests {
         assert_eq!((row.direct_blocks, row.ring_blocks), (built_in.direct_blocks, built_in.ring_blocks));
         assert!((2 << 20..16 << 20).contains(&row.threads_to), "{row:?}");
         let names: Vec<&str> = borders.iter().map(|named| named.name.as_str()).collect();
-        assert_eq!(names, ["scatter: bulk by copies from", "scatter: bulk or ring from"]);
+        let expected = ["bulk by copies from", "bulk or ring from", "behind lines from", "in lines from"];
+        assert_eq!(names, expected.map(|name| format!("scatter: {name}")));
         // Nothing timed, nothing changed.
         assert_eq!(Times::new(rules(4), kind).row().0, built_in);
     }

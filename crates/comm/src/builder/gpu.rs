@@ -1,7 +1,7 @@
 //! What a builder says of GPUs.
 
 use unisono_core::device::multiprocessors::LEAST_MULTIPROCESSORS;
-use unisono_core::settings::{HandleKind, PinnedWay};
+use unisono_core::settings::{GpuLaunch, HandleKind, PinnedWay};
 
 use super::Builder;
 use crate::communicator::Communicator;
@@ -88,6 +88,12 @@ impl Builder {
     /// As what this rank hands the memory of its GPU to other processes. Ranks may differ.
     pub const fn handles(mut self, kind: HandleKind) -> Self {
         self.overrides.handles = Some(kind);
+        self
+    }
+
+    /// How the kernels of this rank are launched: experimental, for measuring. Ranks may differ.
+    pub const fn gpu_launch(mut self, launch: GpuLaunch) -> Self {
+        self.overrides.gpu_launch = Some(launch);
         self
     }
 

@@ -76,10 +76,10 @@ impl Engine {
         Ok(ticket)
     }
 
-    /// Takes everything in flight as far as it goes without waiting.
+    /// Takes everything in flight as far as it goes without waiting; whether that was anywhere.
     ///
     /// Not a look at the abort word: what peers announced before it counts all the same, and who then still waits fails.
-    pub(crate) fn progress(&mut self) -> Result<()> {
+    pub(crate) fn progress(&mut self) -> Result<bool> {
         self.check_own()?;
         self.flight.blocked.clear();
         self.polling = true;
@@ -90,7 +90,7 @@ impl Engine {
         if moved {
             self.flight.vigil = None;
         }
-        Ok(())
+        Ok(moved)
     }
 
     fn progress_collectives(&mut self) -> Result<bool> {
@@ -112,13 +112,14 @@ impl Engine {
     }
 
     /// As [`Engine::progress`], for who asks again and again: fails where a wait would.
-    pub(crate) fn poll(&mut self) -> Result<()> {
-        self.progress()?;
-        let Some(blocked) = self.flight.blocked.first().copied() else { return Ok(()) };
+    pub(crate) fn poll(&mut self) -> Result<bool> {
+        let moved = self.progress()?;
+        let Some(blocked) = self.flight.blocked.first().copied() else { return Ok(moved) };
         let mut vigil = self.flight.vigil.take();
         let result = self.look(&mut vigil, blocked);
         self.flight.vigil = vigil;
-        self.remember(result)
+        self.remember(result)?;
+        Ok(moved)
     }
 
     /// Drives everything in flight until `is_enough`.

@@ -4,7 +4,9 @@ use unisono_core::DType;
 use unisono_core::ep::MAX_TOKENS;
 
 use super::Buffer;
-use super::tensor::Input;
+use super::tensor::{Input, Lent};
+#[cfg(feature = "cuda")]
+use crate::buffer::Place;
 use crate::error::{Error, Result};
 use crate::stream::Stream;
 
@@ -59,13 +61,13 @@ pub(super) struct Rows<'b> {
     pub(super) dtype: DType,
     pub(super) row_bytes: usize,
     pub(super) count: usize,
-    pub(super) bytes: &'b [u8],
-    scales: Option<(RowScales<'b>, &'b [u8])>,
+    pub(super) lent: Lent<'b>,
+    scales: Option<(RowScales<'b>, Lent<'b>)>,
 }
 
 impl Rows<'_> {
     pub(super) fn row(&self, at: usize) -> &[u8] {
-        &self.bytes[at * self.row_bytes..][..self.row_bytes]
+        &self.lent.bytes[at * self.row_bytes..][..self.row_bytes]
     }
 
     /// Scales of a row, and their type.
@@ -75,10 +77,32 @@ impl Rows<'_> {
 
     /// Gathers the scales of row `at`.
     pub(super) fn copy_scales(&self, at: usize, target: &mut [u8]) {
-        let Some((scales, bytes)) = self.scales else { return };
+        let Some((scales, Lent { bytes, .. })) = self.scales else { return };
         let first = at * scales.strides.0;
         for (block, scale) in target.as_chunks_mut::<4>().0.iter_mut().enumerate() {
             scale.copy_from_slice(&bytes[(first + block * scales.strides.1) * 4..][..4]);
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Rows<'_> {
+    /// The same for kernels.
+    pub(super) fn outgoing(&self) -> super::gpu::Outgoing {
+        let scales = self.scales.map(|(scales, lent)| super::gpu::OutgoingScales {
+            address: lent.address,
+            count: scales.per_token,
+            strides: scales.strides,
+            dtype: scales.values.raw().dtype,
+        });
+        super::gpu::Outgoing {
+            x: self.lent.address,
+            dtype: self.dtype,
+            row_bytes: self.row_bytes,
+            scales,
+            selections: None,
+            weights: None,
+            top_k: 0,
         }
     }
 }
@@ -87,16 +111,23 @@ impl Buffer {
     /// Checks that `stream` is one that this buffer works on.
     pub(super) fn check_stream(&self, call: &'static str, stream: Option<&Stream>) -> Result<()> {
         #[cfg(feature = "cuda")]
-        if stream.is_some_and(|stream| stream.as_cuda().is_some()) {
-            return Err(Error::Place {
-                call,
-                rank: self.rank,
-                expected: "host memory and the host's stream".to_owned(),
-                got: "the order of a stream of a GPU".to_owned(),
-            });
+        {
+            let is_of_gpu = stream.is_some_and(|stream| stream.as_cuda().is_some());
+            let (expected, got) = match (self.place(), is_of_gpu) {
+                (Place::Host, false) | (Place::Cuda { .. }, true) => return Ok(()),
+                (Place::Host, true) => {
+                    ("host memory and the host's stream".to_owned(), "the order of a stream of a GPU")
+                }
+                (place, false) => (format!("{place} and its streams (on())"), "the order of the host"),
+                (place, true) => (place.to_string(), "the order of a stream of a GPU"),
+            };
+            Err(Error::Place { call, rank: self.rank, expected, got: got.to_owned() })
         }
-        let _ = (call, stream);
-        Ok(())
+        #[cfg(not(feature = "cuda"))]
+        {
+            let _ = (call, stream);
+            Ok(())
+        }
     }
 
     /// Checks tokens: any number of rows, of a type that travels.
@@ -117,9 +148,9 @@ impl Buffer {
             return Err(self.refuse(call, "elements of x", expected, raw.count));
         }
         let count = raw.count / hidden;
-        let bytes = tokens.x.bytes(call, self.rank)?;
+        let lent = tokens.x.lent((call, self.rank, self.place()))?;
         let scales = tokens.scales.map(|scales| self.check_scales(call, count, scales)).transpose()?;
-        Ok(Rows { dtype: raw.dtype, row_bytes: hidden * raw.dtype.size(), count, bytes, scales })
+        Ok(Rows { dtype: raw.dtype, row_bytes: hidden * raw.dtype.size(), count, lent, scales })
     }
 
     fn check_scales<'b>(
@@ -127,7 +158,7 @@ impl Buffer {
         call: &'static str,
         tokens: usize,
         scales: RowScales<'b>,
-    ) -> Result<(RowScales<'b>, &'b [u8])> {
+    ) -> Result<(RowScales<'b>, Lent<'b>)> {
         let (raw, per_token) = (scales.values.raw(), scales.per_token);
         if !matches!(raw.dtype, DType::F32 | DType::I32) {
             return Err(self.refuse(call, "dtype of scales", "f32 or i32".to_owned(), raw.dtype));
@@ -142,22 +173,22 @@ impl Buffer {
             let expected = format!("more than {end}, which the strides reach");
             return Err(self.refuse(call, "elements of scales", expected, raw.count));
         }
-        Ok((scales, scales.values.bytes(call, self.rank)?))
+        Ok((scales, scales.values.lent((call, self.rank, self.place()))?))
     }
 
-    /// Checks an input of `count` elements of type `dtype`, and gives its bytes.
+    /// Checks an input of `count` elements of type `dtype`.
     pub(super) fn exactly<'b>(
         &self,
         (call, what): (&'static str, &'static str),
         input: &Input<'b>,
         (dtype, count): (DType, usize),
-    ) -> Result<&'b [u8]> {
+    ) -> Result<Lent<'b>> {
         let raw = input.raw();
         if raw.dtype != dtype || raw.count != count {
             let got = format!("{} of {}", raw.count, raw.dtype);
             return Err(self.refuse(call, what, format!("{count} of {dtype}"), got));
         }
-        input.bytes(call, self.rank)
+        input.lent((call, self.rank, self.place()))
     }
 
     /// Checks how many experts a token may have.

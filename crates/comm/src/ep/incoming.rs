@@ -3,8 +3,8 @@
 use unisono_core::DType;
 
 use super::arena::{Arena, Gathered, Round};
+use super::handle::HostRoutes;
 use super::tensor::{Tensor, bytes_of_mut};
-use super::throughput::Routes;
 use super::words::CallWords;
 use crate::error::Result;
 
@@ -137,7 +137,7 @@ impl Incoming {
     pub(super) fn new(
         words: &CallWords,
         row_bytes: usize,
-        (rank, told, known): (usize, &Told, Option<&Routes>),
+        (rank, told, known): (usize, &Told, Option<&HostRoutes>),
     ) -> Self {
         let starts = match known {
             Some(known) => known.starts.clone(),

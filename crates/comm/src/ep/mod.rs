@@ -46,12 +46,27 @@
 //! [`Buffer::masked`] names it. That is no failure of the buffer; the communicator itself has failed by a death all the same, for its
 //! other operations.
 //!
-//! This release works on host memory. On a communicator with GPUs [`Buffer::new`] answers [`Error::Device`], and memory or streams of GPUs
-//! get [`Error::Place`].
+//! # On GPUs
+//! A buffer over a communicator with GPUs that reach each other's memory works on device memory: inputs are
+//! [`Buf::cuda`](crate::Buf::cuda), outputs tensors of its GPU, and calls name a stream (`on`). They return when their kernels are enqueued; a
+//! dispatch also waits until it is known how many rows come, unless it says so itself ([`Dispatch::worst_tokens`]), which CUDA graphs need.
+//! Results are undefined until [`Buffer::check`], or the next call, finds no failure.
+//!
+//! A low-latency call is one kernel, or one for each half; between the halves nothing of it runs. It never waits on the host, so it can be
+//! captured, and several buffers may be in one graph; each counts its calls on the device. Selections are looked at by kernels: one that is no
+//! expert, or an expert that a token selects twice, is a failure of the communicator that names the rank and the token.
+//!
+//! Outputs come from a pool that peers write into ([`Settings::pool_bytes`]); what has no room there takes a way through staging and is copied,
+//! and [`Buffer::explain`] says how often. Combine reads results where they lie if that is in the pool, so experts best write them over what
+//! was dispatched.
 
 mod arena;
 mod arguments;
+#[cfg(feature = "cuda")]
+mod gpu;
+mod handle;
 mod incoming;
+mod known_layout;
 mod low_latency;
 mod low_latency_combine;
 mod settings;
@@ -62,23 +77,28 @@ mod words;
 
 use std::sync::Arc;
 
+/// The kernels: their sources, to be compiled ahead of time.
+#[cfg(feature = "cuda")]
+pub use gpu::kernels;
 /// The arithmetic and the order of expert parallelism, as pure functions: what every backend is compared with.
 pub use unisono_core::ep as reference;
 pub use unisono_core::ep::cast::ScaleKind;
 use unisono_core::ep::{ArenaLayout, Placement, Routing};
 
-use crate::buffer::Buf;
+use crate::buffer::{Buf, Place};
 use crate::communicator::Communicator;
 use crate::control::Control;
 use crate::error::{Error, Result};
 use crate::operations::Operations;
+use crate::stream::Stream;
 use arena::Arena;
 pub use arguments::{RowScales, Tokens};
+pub use handle::Handle;
 pub use low_latency::{LowLatencyDispatch, LowLatencyDispatched, LowLatencyHandle, SentDispatch};
 pub use low_latency_combine::{LowLatencyCombine, LowLatencyCombined, SentCombine};
 pub use settings::Settings;
 pub use tensor::{Input, Tensor};
-pub use throughput::{CachedDispatch, Dispatch, Dispatched, Handle};
+pub use throughput::{CachedDispatch, Dispatch, Dispatched};
 pub use throughput_combine::{Combine, Combined};
 
 /// Moves tokens to experts and results back. One thread uses it at a time.
@@ -92,7 +112,13 @@ pub struct Buffer {
     control: Arc<Control>,
     rank: usize,
     world_size: usize,
+    /// On the host, from the exchange on.
     arena: Option<Arena>,
+    /// On GPUs.
+    #[cfg(feature = "cuda")]
+    gpu: Option<gpu::OnGpu>,
+    /// Where it works.
+    place: Place,
     /// Calls begun.
     calls: u64,
     failed: Option<Error>,
@@ -100,27 +126,47 @@ pub struct Buffer {
     staged: Option<Tensor>,
 }
 
-/// Where the tokens of this rank go. Made by [`Buffer::layout`].
+/// Where the tokens of this rank go. Made by [`Buffer::layout`] or [`Buffer::layout_on`].
 #[derive(Clone, PartialEq, Debug)]
 pub struct Layout {
-    pub(crate) routing: Arc<Routing>,
+    routing: Routed,
     world_size: usize,
+}
+
+/// Where a layout lies.
+#[derive(Clone, PartialEq, Debug)]
+enum Routed {
+    Host(Arc<Routing>),
+    #[cfg(feature = "cuda")]
+    Device(Arc<gpu::DeviceRouting>),
 }
 
 impl Layout {
     /// i32 `[ranks]`: tokens to each rank; one that several experts of a rank take counts once.
     pub fn tokens_per_rank(&self) -> Tensor {
-        counts(&self.routing.tokens_per_rank)
+        match &self.routing {
+            Routed::Host(routing) => counts(&routing.tokens_per_rank),
+            #[cfg(feature = "cuda")]
+            Routed::Device(routing) => routing.rank_counts(),
+        }
     }
 
     /// i32 `[experts]`: selections of each expert.
     pub fn tokens_per_expert(&self) -> Tensor {
-        counts(&self.routing.tokens_per_expert)
+        match &self.routing {
+            Routed::Host(routing) => counts(&routing.tokens_per_expert),
+            #[cfg(feature = "cuda")]
+            Routed::Device(routing) => routing.expert_counts(),
+        }
     }
 
     /// bool `[tokens, ranks]`: which token goes to which rank.
     pub fn is_token_in_rank(&self) -> Tensor {
-        is_token_in_rank(&self.routing.destinations, self.world_size)
+        match &self.routing {
+            Routed::Host(routing) => is_token_in_rank(&routing.destinations, self.world_size),
+            #[cfg(feature = "cuda")]
+            Routed::Device(routing) => routing.is_in_rank(),
+        }
     }
 }
 
@@ -137,21 +183,48 @@ fn is_token_in_rank(destinations: &[u64], world_size: usize) -> Tensor {
     tensor
 }
 
+/// The capability of our GPU, as ranks compare it: 0 without one.
+fn capability(communicator: &Communicator) -> u64 {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = &communicator.gpu {
+        let (major, minor) = gpu.borrow().device().facts().capability;
+        return u64::from(major) << 8 | u64::from(minor);
+    }
+    let _ = communicator;
+    0
+}
+
+/// Which GPU it is.
+fn identity(communicator: &Communicator) -> [u64; 2] {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = &communicator.gpu {
+        let number = u128::from_le_bytes(gpu.borrow().device().facts().uuid.0);
+        return [number as u64, (number >> 64) as u64];
+    }
+    let _ = communicator;
+    [0; 2]
+}
+
 impl Buffer {
     /// A buffer of this rank for `communicator`. Tells nobody, and allocates nothing.
     ///
     /// # Errors
     /// [`Error::Argument`] if the settings do not fit together, or the world has more than 64 ranks; [`Error::Device`] if the communicator
-    /// works on GPUs.
+    /// has GPUs that do not reach each other's memory.
     pub fn new(communicator: &Communicator, settings: Settings) -> Result<Self> {
         let (rank, world_size) = (communicator.rank(), communicator.world_size());
         let (layout, placement) = settings.check("ep::Buffer::new", rank, world_size)?;
+        #[cfg(not(feature = "cuda"))]
+        let place = Place::Host;
         #[cfg(feature = "cuda")]
-        if communicator.device().is_some() {
-            let reason =
-                "an ep::Buffer works on host memory in this release, with communicators that have no GPU";
-            return Err(Error::Device { rank, reason: reason.to_owned() });
-        }
+        let place = match communicator.device() {
+            None => Place::Host,
+            Some(ordinal) => {
+                gpu::check_link(communicator)?;
+                settings.device_layout(("ep::Buffer::new", rank), &placement)?;
+                Place::Cuda { ordinal }
+            }
+        };
         Ok(Self {
             settings,
             placement: Arc::new(placement),
@@ -160,6 +233,9 @@ impl Buffer {
             rank,
             world_size,
             arena: None,
+            #[cfg(feature = "cuda")]
+            gpu: None,
+            place,
             calls: 0,
             failed: None,
             staged: None,
@@ -172,21 +248,54 @@ impl Buffer {
     /// [`Error::BufferSettings`] on all ranks, naming one whose settings differ; [`Error::BufferState`] if this buffer has been exchanged;
     /// [`Error::Argument`] if `communicator` is not the one that it was made for; as [`Communicator::window`].
     pub fn exchange(&mut self, communicator: &Communicator) -> Result<()> {
-        if self.arena.is_some() || self.failed.is_some() {
+        if self.is_exchanged() || self.failed.is_some() {
             return Err(self.wrong_state("exchange", "was not exchanged", "is available already"));
         }
         self.check_owner("exchange", communicator)?;
-        let mine = self.settings.words(&self.placement);
-        let mut all = vec![0u64; mine.len() * self.world_size];
-        communicator.all_gather_into(&mine.map(|(_, value)| value), &mut all)?;
-        let all: Vec<Vec<u64>> = all.chunks(mine.len()).map(<[u64]>::to_vec).collect();
+        let mine = self.settings.words(&self.placement, capability(communicator));
+        // Which device it is comes last: it is told, not compared.
+        let mut told: Vec<u64> = mine.iter().map(|(_, value)| *value).collect();
+        told.extend(identity(communicator));
+        let mut all = vec![0u64; told.len() * self.world_size];
+        communicator.all_gather_into(&told, &mut all)?;
+        let all: Vec<Vec<u64>> = all.chunks(told.len()).map(<[u64]>::to_vec).collect();
         if let Some((what, rank, got, expected)) = settings::difference(&mine.map(|(name, _)| name), &all) {
             let (got, expected) = (settings::value(what, got), settings::value(what, expected));
             return Err(Error::BufferSettings { what, rank, got, expected });
         }
+        #[cfg(feature = "cuda")]
+        if self.place != Place::Host {
+            let ours = &all[self.rank][mine.len()..];
+            let crowd = all.iter().filter(|theirs| &theirs[mine.len()..] == ours).count();
+            let settings = &self.settings;
+            let shape = gpu::Shape {
+                arena: settings.shape(self.world_size),
+                layout: settings.device_layout(("exchange", self.rank), &self.placement)?,
+                placement: &self.placement,
+                masking: settings.masking,
+                deadline: settings.deadline,
+                multiprocessors: settings.multiprocessors,
+                crowd,
+            };
+            self.gpu = Some(gpu::OnGpu::make(communicator, &shape)?);
+            return Ok(());
+        }
         let how = (self.settings.masking, self.settings.deadline);
         self.arena = Some(Arena::make(communicator, self.layout, how)?);
         Ok(())
+    }
+
+    const fn is_exchanged(&self) -> bool {
+        #[cfg(feature = "cuda")]
+        if self.gpu.is_some() {
+            return true;
+        }
+        self.arena.is_some()
+    }
+
+    /// Where it works.
+    pub(super) const fn place(&self) -> Place {
+        self.place
     }
 
     /// Ends the buffer on all ranks and frees its memory. Collective. Dropping it instead keeps the memory until the communicator is gone, on
@@ -199,26 +308,23 @@ impl Buffer {
         self.end(communicator)
     }
 
-    /// As [`Buffer::close`], for who still lends what the buffer holds itself ([`Buffer::combine_buffer`]); calls answer
-    /// [`Error::BufferState`] then.
-    ///
-    /// # Errors
-    /// As [`Buffer::close`].
+    /// As [`Buffer::close`], in its errors too, for who still lends what the buffer holds itself ([`Buffer::combine_buffer`]). Calls are refused then.
     pub fn end(&mut self, communicator: &Communicator) -> Result<()> {
         self.check_owner("close", communicator)?;
+        let closed = self.wrong_state("a call", "is open", "is closed");
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = self.gpu.take() {
+            self.failed.get_or_insert(closed);
+            return gpu.close(communicator);
+        }
         let Some(arena) = self.arena.take() else { return Ok(()) };
-        self.failed.get_or_insert(Error::BufferState {
-            call: "a call",
-            rank: self.rank,
-            expected: "is open",
-            got: "is closed",
-        });
+        self.failed.get_or_insert(closed);
         arena.close(communicator)
     }
 
     /// Whether it was exchanged and can be used.
     pub const fn is_available(&self) -> bool {
-        self.arena.is_some() && self.failed.is_none()
+        self.is_exchanged() && self.failed.is_none()
     }
 
     /// The settings that it was made with.
@@ -234,6 +340,8 @@ impl Buffer {
     /// Ranks that are left out, ascending. After a call that all survivors made, they all say the same. Empty without masking.
     pub fn masked(&self) -> Vec<usize> {
         let masked = self.arena.as_ref().map_or(0, Arena::masked);
+        #[cfg(feature = "cuda")]
+        let masked = self.gpu.as_ref().map_or(masked, gpu::OnGpu::masked);
         (0..self.world_size).filter(|rank| masked >> rank & 1 == 1).collect()
     }
 
@@ -250,53 +358,110 @@ impl Buffer {
         if rank >= self.world_size || rank == self.rank {
             return Err(self.refuse(call, "rank", format!("another one below {}", self.world_size), rank));
         }
+        #[cfg(feature = "cuda")]
+        if self.place != Place::Host {
+            self.available_on_gpu(call)?.mask(rank);
+            return Ok(());
+        }
         self.available(call)?.mask(rank);
         Ok(())
     }
 
-    /// Where tokens go: `topk_idx` is tokens × `top_k`, each an expert or −1, which selects nothing. Local: nobody is told.
+    /// Ok, or the first cause why this buffer failed, on the host or in kernels that ran so far. Waits for nobody. On GPUs it also tells, once,
+    /// of selections that are no expert (which selected nothing), and of rows that came beyond [`Dispatch::worst_tokens`] (which were left
+    /// out); the buffer works on after these.
     ///
     /// # Errors
-    /// [`Error::Argument`] if there is another index or the rows do not fit; [`Error::BufferState`] before the exchange.
+    /// The first cause; [`Error::Argument`] as said; [`Error::BufferState`] before the exchange.
+    pub fn check(&mut self) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if self.place != Place::Host {
+            let top_k = self.settings.top_k;
+            return self.available_on_gpu("check")?.take_complaints(top_k);
+        }
+        self.available("check").map(drop)
+    }
+
+    /// How calls of this buffer went: for people.
+    pub fn explain(&self) -> String {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = &self.gpu {
+            return gpu.explain();
+        }
+        let (half, rows) =
+            (unisono_core::settings::format_size(self.layout.total_bytes() as u64), self.layout.rows);
+        format!("through shared memory of the host, {half} of each rank, {rows} rows at once; receivers copy")
+    }
+
+    /// As [`Buffer::layout_on`], in the order of the host.
+    ///
+    /// # Errors
+    /// As [`Buffer::layout_on`].
     pub fn layout<'b>(&mut self, topk_idx: impl Into<Buf<'b, i64>>, top_k: usize) -> Result<Layout> {
+        self.layout_on(topk_idx, top_k, &Stream::host())
+    }
+
+    /// Where tokens go: `topk_idx` is tokens × `top_k`, each an expert or −1, which selects nothing; in the order of `stream`. Local: nobody is
+    /// told.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there is another index (on GPUs the dispatch that uses it tells, or [`Buffer::check`]) or the rows do not fit;
+    /// [`Error::Place`] if indices or stream are not where this buffer works; [`Error::BufferState`] before the exchange.
+    pub fn layout_on<'b>(
+        &mut self,
+        topk_idx: impl Into<Buf<'b, i64>>,
+        top_k: usize,
+        stream: &Stream,
+    ) -> Result<Layout> {
         let (call, input) = ("layout", Input::from(topk_idx.into()));
-        self.available(call)?;
+        self.ready(call, Some(stream))?;
         self.check_top_k(call, top_k)?;
         let raw = input.raw();
-        let bytes = self.exactly((call, "topk_idx"), &input, (unisono_core::DType::I64, raw.count))?;
-        self.route(call, &arguments::indices(bytes), top_k)
+        let lent = self.exactly((call, "topk_idx"), &input, (unisono_core::DType::I64, raw.count))?;
+        #[cfg(feature = "cuda")]
+        if let (true, Some(stream)) = (self.gpu.is_some(), stream.as_cuda()) {
+            if !raw.count.is_multiple_of(top_k) || raw.count / top_k > unisono_core::ep::MAX_TOKENS {
+                let expected = format!("rows of {top_k}, at most {}", unisono_core::ep::MAX_TOKENS);
+                return Err(self.refuse(call, "topk_idx", expected, raw.count));
+            }
+            let routing =
+                self.available_on_gpu(call)?.layout((lent.address, raw.count / top_k, top_k), stream)?;
+            return Ok(Layout { routing: Routed::Device(routing), world_size: self.world_size });
+        }
+        let routing = self.route(call, &arguments::indices(lent.bytes), top_k)?;
+        Ok(Layout { routing: Routed::Host(routing), world_size: self.world_size })
     }
 
-    /// The same of what is known already: `is_token_in_rank` is tokens × ranks, `tokens_per_expert` has the selections of each expert. Local.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] if they do not fit the ranks and experts of this buffer; [`Error::BufferState`] before the exchange.
-    pub fn layout_of_ranks<'b>(
-        &mut self,
-        is_token_in_rank: impl Into<Buf<'b, crate::Bool8>>,
-        tokens_per_expert: impl Into<Buf<'b, i32>>,
-    ) -> Result<Layout> {
-        let (call, ranks) = ("layout", Input::from(is_token_in_rank.into()));
-        let experts = Input::from(tokens_per_expert.into());
-        self.available(call)?;
-        let flags: Vec<bool> = ranks.bytes(call, self.rank)?.iter().map(|flag| *flag != 0).collect();
-        let counts = experts.bytes(call, self.rank)?.as_chunks().0.iter();
-        let counts: Vec<i32> = counts.map(|count| i32::from_ne_bytes(*count)).collect();
-        let routing = Routing::of_ranks(&flags, &counts, &self.placement)
-            .map_err(|error| settings::argument(call, self.rank, "is_token_in_rank", error))?;
-        Ok(Layout { routing: Arc::new(routing), world_size: self.world_size })
-    }
-
-    fn route(&self, call: &'static str, selections: &[i64], top_k: usize) -> Result<Layout> {
+    fn route(&self, call: &'static str, selections: &[i64], top_k: usize) -> Result<Arc<Routing>> {
         let routing = Routing::of(selections, top_k, &self.placement)
             .map_err(|error| settings::argument(call, self.rank, "topk_idx", error))?;
-        Ok(Layout { routing: Arc::new(routing), world_size: self.world_size })
+        Ok(Arc::new(routing))
     }
 
-    /// The arena, if a call can be made on it.
+    /// The GPU's side, if a call can be made on it.
+    #[cfg(feature = "cuda")]
+    fn available_on_gpu(&mut self, call: &'static str) -> Result<&mut gpu::OnGpu> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        let state = self.wrong_state(call, "all ranks have exchanged", "is only constructed");
+        let Some(gpu) = &mut self.gpu else { return Err(state) };
+        if let Err(error) = gpu.check(call) {
+            self.failed = Some(error.clone());
+            return Err(error);
+        }
+        Ok(gpu)
+    }
+
+    /// The arena, if a call can be made on it. Not on GPUs.
     fn available(&mut self, call: &'static str) -> Result<&mut Arena> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
+        }
+        #[cfg(feature = "cuda")]
+        if self.place != Place::Host {
+            let reason = format!("{call} of an ep::Buffer works on the host in this release");
+            return Err(Error::Device { rank: self.rank, reason });
         }
         let needs = ("all ranks have exchanged", "is only constructed");
         let state = self.wrong_state(call, needs.0, needs.1);

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use unisono_core::DType;
-use unisono_core::ep::{ArenaLayout, ArenaShape, HIDDEN_STEP, MAX_RANKS, MAX_TOP_K, Placement, is_summed};
+use unisono_core::ep::{
+    ArenaLayout, ArenaShape, DeviceLayout, HIDDEN_STEP, MAX_RANKS, MAX_TOP_K, Placement, cast, is_summed,
+};
 
 use crate::error::{Error, Result};
 
@@ -37,6 +39,12 @@ pub struct Settings {
     pub masking: bool,
     /// How long a rank that lives may be silent in a call; ten times as long in the first one. 10 s by default.
     pub deadline: Duration,
+    /// On GPUs: bytes of memory for outputs that peers write, of each rank; half as many more are for what finds no room there. What is
+    /// beyond is refused. `None`: for the rows of one dispatch in which every rank sends 4,096 tokens (or its capacity) to all ranks, 64 MiB
+    /// at least. The host takes memory as it comes.
+    pub pool_bytes: Option<usize>,
+    /// On GPUs: the multiprocessors that a call takes at most, if it does not ask for another number. 12 by default, at least 2.
+    pub multiprocessors: u32,
 }
 
 impl Settings {
@@ -52,6 +60,8 @@ impl Settings {
             low_latency: false,
             masking: false,
             deadline: Duration::from_secs(10),
+            pool_bytes: None,
+            multiprocessors: 12,
         }
     }
 
@@ -62,6 +72,48 @@ impl Settings {
     pub fn bytes(&self, world_size: usize) -> Result<usize> {
         let (layout, _) = self.check("size hint", 0, world_size)?;
         Ok(layout.total_bytes())
+    }
+
+    /// Bytes of memory that each of `world_size` ranks needs on its GPU for such a buffer.
+    ///
+    /// # Errors
+    /// As [`Settings::bytes`].
+    pub fn device_bytes(&self, world_size: usize) -> Result<usize> {
+        let (_, placement) = self.check("size hint", 0, world_size)?;
+        Ok(self.device_layout(("size hint", 0), &placement)?.total_bytes())
+    }
+
+    /// Where everything lies on GPUs, for settings that were checked.
+    pub(super) fn device_layout(
+        &self,
+        (call, rank): (&'static str, usize),
+        placement: &Placement,
+    ) -> Result<DeviceLayout> {
+        const LEAST: usize = 64 << 20;
+        const TOKENS: usize = 4096;
+        let shape = self.shape(placement.world_size());
+        let local = (0..shape.world_size).map(|rank| placement.local_experts(rank)).max().unwrap_or(0);
+        let rows = local.saturating_mul(shape.world_size * self.capacity);
+        if self.low_latency && i32::try_from(rows).is_err() {
+            let expected = "below 2³¹ rows of a rank (its experts · ranks · capacity)".to_owned();
+            return Err(Error::Argument { call, rank, what: "capacity", expected, got: rows.to_string() });
+        }
+        let row = shape.hidden * shape.element_bytes + cast::blocks(shape.hidden) * 4 + self.top_k * 12 + 4;
+        let all = (shape.world_size * self.capacity.max(TOKENS)).saturating_mul(row);
+        let pool_bytes = self.pool_bytes.unwrap_or(all.max(LEAST));
+        DeviceLayout::new(&shape, local, pool_bytes).map_err(|error| argument(call, rank, "settings", error))
+    }
+
+    pub(super) const fn shape(&self, world_size: usize) -> ArenaShape {
+        ArenaShape {
+            world_size,
+            experts: self.experts,
+            hidden: self.hidden,
+            element_bytes: self.dtype.size(),
+            capacity: self.capacity,
+            top_k: self.top_k,
+            low_latency: self.low_latency,
+        }
     }
 
     pub(super) fn check(
@@ -98,22 +150,17 @@ impl Settings {
                 return refuse("placement", format!("{} experts", self.experts), table.len().to_string());
             }
         };
-        let shape = ArenaShape {
-            world_size,
-            experts: self.experts,
-            hidden,
-            element_bytes: self.dtype.size(),
-            capacity,
-            top_k,
-            low_latency: self.low_latency,
-        };
+        if self.multiprocessors < 2 {
+            return refuse("multiprocessors", "at least 2".to_owned(), self.multiprocessors.to_string());
+        }
+        let shape = self.shape(world_size);
         let placement = placement.map_err(|error| argument(call, rank, "placement", error))?;
         let layout = ArenaLayout::new(&shape).map_err(|error| argument(call, rank, "settings", error))?;
         Ok((layout, placement))
     }
 
-    /// What ranks compare, each with its name.
-    pub(super) fn words(&self, placement: &Placement) -> [(&'static str, u64); 9] {
+    /// What ranks compare, each with its name. `device` is what their GPUs are, 0 without.
+    pub(super) fn words(&self, placement: &Placement, device: u64) -> [(&'static str, u64); 11] {
         [
             ("hidden", self.hidden as u64),
             ("experts", self.experts as u64),
@@ -124,6 +171,8 @@ impl Settings {
             ("masking", u64::from(self.masking)),
             ("deadline", u64::try_from(self.deadline.as_nanos()).unwrap_or(u64::MAX)),
             ("placement", placement.fingerprint()),
+            ("pool_bytes", self.pool_bytes.map_or(u64::MAX, |bytes| bytes as u64)),
+            ("device", device),
         ]
     }
 }
@@ -135,6 +184,9 @@ pub(super) fn value(name: &str, word: u64) -> String {
         "deadline" => format!("{:?}", Duration::from_nanos(word)),
         "low_latency" | "masking" => (word == 1).to_string(),
         "placement" => format!("{word:016x}"),
+        "pool_bytes" if word == u64::MAX => "as many as are usual".to_owned(),
+        "device" if word == 0 => "the host".to_owned(),
+        "device" => format!("a GPU of capability {}.{}", word >> 8, word & 0xff),
         _ => word.to_string(),
     }
 }

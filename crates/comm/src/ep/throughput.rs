@@ -10,11 +10,16 @@ use unisono_core::ep::{Routing, source_prefix};
 
 use super::arena::{Arena, Lane, Round};
 use super::arguments::{Rows, Tokens, indices};
+use super::handle::{Handle, HostRoutes, Routes, Ways};
 use super::incoming::{Incoming, Told, read_counts, receive};
 use super::tensor::{Input, Tensor, bytes_of};
 use super::words::{CallWords, Operation};
-use super::{Buffer, Layout};
+use super::{Buffer, Layout, Routed};
 use crate::buffer::Buf;
+#[cfg(feature = "cuda")]
+use crate::buffer::Place;
+#[cfg(feature = "cuda")]
+use crate::error::Error;
 use crate::error::Result;
 use crate::stream::Stream;
 
@@ -27,6 +32,7 @@ pub struct Dispatch<'b> {
     layout: Option<&'b Layout>,
     alignment: usize,
     worst_tokens: Option<usize>,
+    multiprocessors: Option<u32>,
     stream: Option<&'b Stream>,
 }
 
@@ -40,6 +46,7 @@ impl<'b> Dispatch<'b> {
             layout: None,
             alignment: 1,
             worst_tokens: None,
+            multiprocessors: None,
             stream: None,
         }
     }
@@ -75,7 +82,13 @@ impl<'b> Dispatch<'b> {
         self
     }
 
-    /// In the order of `stream`: the host's, until there are GPUs.
+    /// Takes so many multiprocessors of the GPU at most, instead of [`Settings::multiprocessors`](super::Settings::multiprocessors). Nothing on the host.
+    pub const fn multiprocessors(mut self, count: u32) -> Self {
+        self.multiprocessors = Some(count);
+        self
+    }
+
+    /// In the order of `stream`: the host's, or a stream of our GPU, which is to be named there.
     pub const fn on(mut self, stream: &'b Stream) -> Self {
         self.stream = Some(stream);
         self
@@ -87,16 +100,23 @@ impl<'b> Dispatch<'b> {
 pub struct CachedDispatch<'b> {
     tokens: Tokens<'b>,
     handle: &'b Handle,
+    multiprocessors: Option<u32>,
     stream: Option<&'b Stream>,
 }
 
 impl<'b> CachedDispatch<'b> {
     /// `x` as in [`Dispatch::new`], as many tokens as the dispatch of `handle` had.
     pub fn new(x: impl Into<Tokens<'b>>, handle: &'b Handle) -> Self {
-        Self { tokens: x.into(), handle, stream: None }
+        Self { tokens: x.into(), handle, multiprocessors: None, stream: None }
     }
 
-    /// In the order of `stream`: the host's, until there are GPUs.
+    /// As [`Dispatch::multiprocessors`].
+    pub const fn multiprocessors(mut self, count: u32) -> Self {
+        self.multiprocessors = Some(count);
+        self
+    }
+
+    /// As [`Dispatch::on`].
     pub const fn on(mut self, stream: &'b Stream) -> Self {
         self.stream = Some(stream);
         self
@@ -118,55 +138,6 @@ pub struct Dispatched {
     pub tokens_per_expert: Vec<usize>,
     /// For combine, and for doing the same again.
     pub handle: Handle,
-}
-
-/// The layout of a dispatch on all ranks. Clones are the same.
-#[derive(Clone, Debug)]
-pub struct Handle(pub(super) Arc<Routes>);
-
-/// What a handle holds.
-#[derive(Debug)]
-pub(super) struct Routes {
-    /// The call that made it.
-    pub(super) call: u64,
-    /// Where our tokens go.
-    pub(super) routing: Arc<Routing>,
-    /// The row at which the rows of each source begin, and behind the last.
-    pub(super) starts: Vec<usize>,
-    /// The index of each row's token at its source, −1 behind the last.
-    pub(super) source_tokens: Vec<i32>,
-    prefix: Vec<i32>,
-    pub(super) top_k: usize,
-    /// The most tokens that any rank sent.
-    pub(super) most_tokens: usize,
-}
-
-impl Handle {
-    /// i32 `[ranks, ranks]`: at `[i][r]` the number of tokens that ranks 0 to i send to rank r.
-    pub fn rank_prefix(&self) -> Tensor {
-        let ranks = self.0.starts.len() - 1;
-        Tensor::of(&self.0.prefix, &[ranks, ranks])
-    }
-
-    /// i32 `[N]`: the index of each row's token at its source, −1 behind the last one.
-    pub fn source_tokens(&self) -> Tensor {
-        Tensor::of(&self.0.source_tokens, &[self.0.source_tokens.len()])
-    }
-
-    /// bool `[tokens, ranks]`: which of our tokens went to which rank.
-    pub fn is_token_in_rank(&self) -> Tensor {
-        super::is_token_in_rank(&self.0.routing.destinations, self.0.starts.len() - 1)
-    }
-
-    /// Rows of what was dispatched: N, as many as came, or as [`Dispatch::worst_tokens`] said.
-    pub fn rows(&self) -> usize {
-        self.0.source_tokens.len()
-    }
-
-    /// Tokens that this rank sent.
-    pub fn tokens(&self) -> usize {
-        self.0.routing.destinations.len()
-    }
 }
 
 /// What is sent, checked.
@@ -199,7 +170,7 @@ impl Buffer {
             Some((input, top_k)) => {
                 self.check_top_k(call, *top_k)?;
                 let count = (DType::I64, rows.count * top_k);
-                Some(indices(self.exactly((call, "topk_idx"), input, count)?))
+                Some(self.exactly((call, "topk_idx"), input, count)?)
             }
         };
         let weights = match (&dispatch.weights, &selections) {
@@ -211,18 +182,8 @@ impl Buffer {
                 return Err(self.refuse(call, "topk_weights", "none without topk_idx".to_owned(), "some"));
             }
         };
-        let routing = match (dispatch.layout, &selections) {
-            (Some(layout), _) => layout.routing.clone(),
-            (None, Some(selections)) => self.route(call, selections, top_k)?.routing,
-            (None, None) => {
-                return Err(self.refuse(call, "topk_idx", "indices or a layout".to_owned(), "neither"));
-            }
-        };
-        let fits = routing.tokens_per_rank.len() == self.world_size
-            && routing.tokens_per_expert.len() == self.placement.experts();
-        if routing.destinations.len() != rows.count || !fits {
-            let expected = format!("{} tokens of this buffer", rows.count);
-            return Err(self.refuse(call, "layout", expected, routing.destinations.len()));
+        if dispatch.layout.is_none() && selections.is_none() {
+            return Err(self.refuse(call, "topk_idx", "indices or a layout".to_owned(), "neither"));
         }
         if dispatch.alignment == 0 {
             return Err(self.refuse(call, "expert_alignment", "at least 1".to_owned(), 0));
@@ -230,6 +191,24 @@ impl Buffer {
         let mut words = CallWords::new(Operation::Dispatch, self.calls + 1, rows.dtype);
         (words.top_k, words.scales, words.tokens) = (top_k, rows.scales(), rows.count);
         words.has_weights = weights.is_some();
+        #[cfg(feature = "cuda")]
+        if self.place() != Place::Host {
+            let lent = (selections.map(|lent| lent.address), weights.map(|lent| lent.address));
+            return self.dispatch_on_gpu(dispatch, &words, &rows, lent);
+        }
+        let selections = selections.map(|lent| indices(lent.bytes));
+        let routing = match (dispatch.layout.map(|layout| &layout.routing), &selections) {
+            (Some(Routed::Host(routing)), _) => routing.clone(),
+            (None, Some(selections)) => self.route(call, selections, top_k)?,
+            _ => return Err(self.refuse(call, "layout", "one of this buffer".to_owned(), "one of a GPU")),
+        };
+        let fits = routing.tokens_per_rank.len() == self.world_size
+            && routing.tokens_per_expert.len() == self.placement.experts();
+        if routing.destinations.len() != rows.count || !fits {
+            let expected = format!("{} tokens of this buffer", rows.count);
+            return Err(self.refuse(call, "layout", expected, routing.destinations.len()));
+        }
+        let weights = weights.map(|lent| lent.bytes);
         let outgoing = Outgoing { rows, routing: &routing, selections: selections.as_deref(), weights };
         self.calls += 1;
         let moved = self.send_and_receive(&words, &outgoing, None);
@@ -247,12 +226,82 @@ impl Buffer {
             incoming;
         let (prefix, most_tokens) = (source_prefix(&told.counts), told.most_tokens);
         let call = self.calls;
-        let routes = Routes { call, routing, starts, source_tokens, prefix, top_k, most_tokens };
+        let routes = HostRoutes { routing, starts, source_tokens, prefix, most_tokens };
+        let routes = Routes { call, top_k, ranks: self.world_size, ways: Ways::Host(routes) };
         let handle = Handle(Arc::new(routes));
-        let tokens_per_expert = told.tokens_per_expert;
-        let align = |count: usize| count.next_multiple_of(dispatch.alignment);
-        let tokens_per_expert = tokens_per_expert.into_iter().map(align).collect();
+        let tokens_per_expert = aligned(told.tokens_per_expert, dispatch.alignment);
         Ok(Dispatched { x, scales, topk_idx, topk_weights, tokens_per_expert, handle })
+    }
+
+    /// The same by kernels, of what was checked.
+    #[cfg(feature = "cuda")]
+    fn dispatch_on_gpu(
+        &mut self,
+        dispatch: &Dispatch<'_>,
+        words: &CallWords,
+        rows: &Rows<'_>,
+        (selections, weights): (Option<u64>, Option<u64>),
+    ) -> Result<Dispatched> {
+        let call = words.operation.name();
+        let (Some(gpu), Some(stream)) = (&self.gpu, dispatch.stream.and_then(Stream::as_cuda)) else {
+            unreachable!("streams and buffers were checked")
+        };
+        let routing = match dispatch.layout.map(|layout| &layout.routing) {
+            None => None,
+            Some(Routed::Device(routing)) if routing.is_of(gpu) && routing.tokens == rows.count => {
+                Some(routing.clone())
+            }
+            Some(_) => {
+                let expected = format!("one of {} tokens of this buffer", rows.count);
+                return Err(self.refuse(call, "layout", expected, "another one"));
+            }
+        };
+        if let Some(worst) = dispatch.worst_tokens.filter(|worst| *worst > i32::MAX as usize) {
+            return Err(self.refuse(call, "worst_tokens", "below 2³¹".to_owned(), worst));
+        }
+        self.check_address(call, rows)?;
+        let outgoing = super::gpu::Outgoing { selections, weights, top_k: words.top_k, ..rows.outgoing() };
+        let wanted = super::gpu::Wanted {
+            worst_tokens: dispatch.worst_tokens,
+            multiprocessors: dispatch.multiprocessors,
+        };
+        self.calls += 1;
+        let gpu = self.available_on_gpu(call)?;
+        let moved = gpu.dispatch(words, &outgoing, (routing, &wanted), stream);
+        let (came, routes, selected) = self.remember_failures(moved)?;
+        let routes = Routes {
+            call: words.number,
+            top_k: words.top_k,
+            ranks: self.world_size,
+            ways: Ways::Device(routes),
+        };
+        Ok(Dispatched {
+            x: came.x,
+            scales: came.scales,
+            topk_idx: came.indices,
+            topk_weights: came.weights,
+            tokens_per_expert: aligned(selected, dispatch.alignment),
+            handle: Handle(Arc::new(routes)),
+        })
+    }
+
+    /// Rows on GPUs move in units of 8 bytes at least.
+    #[cfg(feature = "cuda")]
+    fn check_address(&self, call: &'static str, rows: &Rows<'_>) -> Result<()> {
+        let address = rows.lent.address;
+        if address.is_multiple_of(8) {
+            return Ok(());
+        }
+        Err(self.refuse(call, "x", "on 8 bytes (faster on 16)".to_owned(), format!("{address:#x}")))
+    }
+
+    /// As [`Buffer::remember`], of calls that refuse what they find out late.
+    #[cfg(feature = "cuda")]
+    pub(super) fn remember_failures<T>(&mut self, result: Result<T>) -> Result<T> {
+        match result {
+            Err(error @ Error::Argument { .. }) => Err(error),
+            result => self.remember(result),
+        }
     }
 
     /// Sends other tokens the way of an earlier dispatch, whose handle every rank gives: `[N, hidden]` in the same order, and the scales if there
@@ -267,17 +316,31 @@ impl Buffer {
         self.check_handle(call, handle, handle.tokens(), ("tokens", rows.count))?;
         let mut words = CallWords::new(Operation::DispatchCached, self.calls + 1, rows.dtype);
         (words.scales, words.tokens, words.handle) = (rows.scales(), rows.count, handle.0.call);
-        let outgoing = Outgoing { rows, routing: &handle.0.routing, selections: None, weights: None };
+        #[cfg(feature = "cuda")]
+        if let (Some(routes), Some(stream)) =
+            (handle.0.on_device(), dispatch.stream.and_then(Stream::as_cuda))
+        {
+            self.check_address(call, &rows)?;
+            self.calls += 1;
+            let gpu = self.available_on_gpu(call)?;
+            let moved =
+                gpu.dispatch_cached(&words, &rows.outgoing(), (routes, dispatch.multiprocessors), stream);
+            let came = self.remember_failures(moved)?;
+            return Ok((came.x, came.scales));
+        }
+        let routes = self.host_routes(call, handle)?;
+        let outgoing = Outgoing { rows, routing: &routes.routing, selections: None, weights: None };
         self.calls += 1;
-        let moved = self.send_and_receive(&words, &outgoing, Some(&handle.0));
+        let moved = self.send_and_receive(&words, &outgoing, Some(routes));
         let (incoming, _) = self.remember(moved)?;
         Ok((incoming.x, incoming.scales))
     }
 
     /// Whether a throughput call can begin.
     pub(super) fn ready(&mut self, call: &'static str, stream: Option<&Stream>) -> Result<()> {
-        self.check_stream(call, stream)?;
-        let open = self.available(call)?.open_rounds();
+        self.reachable(call, stream)?;
+        // On GPUs they have memory of their own.
+        let open = self.arena.as_ref().map_or(0, Arena::open_rounds);
         if open > 0 {
             let expected = "none that is sent and not received".to_owned();
             return Err(self.refuse(call, "low-latency calls", expected, open));
@@ -292,7 +355,14 @@ impl Buffer {
         expected: usize,
         (what, got): (&'static str, usize),
     ) -> Result<()> {
-        if handle.0.starts.len() != self.world_size + 1 || handle.0.call > self.calls {
+        #[cfg(feature = "cuda")]
+        let is_ours = match (handle.0.on_device(), &self.gpu) {
+            (Some(routes), Some(gpu)) => routes.routing.is_of(gpu),
+            (routes, gpu) => routes.is_none() && gpu.is_none(),
+        };
+        #[cfg(not(feature = "cuda"))]
+        let is_ours = true;
+        if handle.0.ranks != self.world_size || handle.0.call > self.calls || !is_ours {
             return Err(self.refuse(call, "handle", "one of this buffer".to_owned(), "another one's"));
         }
         if got == expected {
@@ -301,12 +371,18 @@ impl Buffer {
         Err(self.refuse(call, what, format!("{expected}, as the handle has"), got))
     }
 
+    /// What a handle holds on the host.
+    pub(super) fn host_routes<'h>(&self, call: &'static str, handle: &'h Handle) -> Result<&'h HostRoutes> {
+        let refused = || self.refuse(call, "handle", "one of the host".to_owned(), "one of a GPU");
+        handle.0.on_host().ok_or_else(refused)
+    }
+
     /// All rounds of a dispatch; with `known`, the layout of an earlier one.
     fn send_and_receive(
         &mut self,
         words: &CallWords,
         outgoing: &Outgoing<'_>,
-        known: Option<&Routes>,
+        known: Option<&HostRoutes>,
     ) -> Result<(Incoming, Told)> {
         let during = words.during();
         let (experts, rank) = (self.placement.experts(), self.rank);
@@ -374,6 +450,11 @@ impl Buffer {
         }
         Ok(())
     }
+}
+
+/// Counts of selections, rounded up.
+fn aligned(counts: Vec<usize>, alignment: usize) -> Vec<usize> {
+    counts.into_iter().map(|count| count.next_multiple_of(alignment)).collect()
 }
 
 /// Writes our tokens from `first` on into our half of the round.

@@ -11,8 +11,8 @@ use unisono_core::ep::{RowSum, is_summed};
 use super::Buffer;
 use super::arena::{Arena, Gathered, Lane, Round};
 use super::arguments::{Rows, Tokens};
+use super::handle::{Handle, HostRoutes};
 use super::tensor::{Input, Tensor};
-use super::throughput::{Handle, Routes};
 use super::words::{CallWords, Operation};
 use crate::buffer::Buf;
 use crate::error::Result;
@@ -26,13 +26,22 @@ pub struct Combine<'b> {
     per_token: usize,
     weights: Option<Input<'b>>,
     bias: [Option<Input<'b>>; 2],
+    multiprocessors: Option<u32>,
     stream: Option<&'b Stream>,
 }
 
 impl<'b> Combine<'b> {
     /// `x` is `[N, hidden]`, bf16, f16 or f32: a row for each that the dispatch of `handle` brought, in that order.
     pub fn new(x: impl Into<Input<'b>>, handle: &'b Handle) -> Self {
-        Self { x: x.into(), handle, per_token: 1, weights: None, bias: [None; 2], stream: None }
+        Self {
+            x: x.into(),
+            handle,
+            per_token: 1,
+            weights: None,
+            bias: [None; 2],
+            multiprocessors: None,
+            stream: None,
+        }
     }
 
     /// `x` is `[N, count, hidden]`: the rows of one token are added here, in f32 and in their order, rounded to their type, and travel as one.
@@ -59,7 +68,13 @@ impl<'b> Combine<'b> {
         self
     }
 
-    /// In the order of `stream`: the host's, until there are GPUs.
+    /// Takes so many multiprocessors of the GPU at most, instead of [`Settings::multiprocessors`](super::Settings::multiprocessors). Nothing on the host.
+    pub const fn multiprocessors(mut self, count: u32) -> Self {
+        self.multiprocessors = Some(count);
+        self
+    }
+
+    /// In the order of `stream`: the host's, or a stream of our GPU, which is to be named there.
     pub const fn on(mut self, stream: &'b Stream) -> Self {
         self.stream = Some(stream);
         self
@@ -81,7 +96,8 @@ struct Results<'a> {
     per_token: usize,
     weights: Option<&'a [u8]>,
     bias: [Option<&'a [u8]>; 2],
-    routes: &'a Routes,
+    top_k: usize,
+    routes: &'a HostRoutes,
 }
 
 impl Buffer {
@@ -126,7 +142,26 @@ impl Buffer {
         let mut words = CallWords::new(Operation::Combine, self.calls + 1, rows.dtype);
         (words.handle, words.per_token, words.tokens) = (handle.0.call, per_token, handle.tokens());
         (words.has_weights, words.top_k) = (weights.is_some(), top_k);
-        let results = Results { rows, per_token, weights, bias, routes: &handle.0 };
+        #[cfg(feature = "cuda")]
+        if let (Some(routes), Some(stream)) = (handle.0.on_device(), combine.stream.and_then(Stream::as_cuda))
+        {
+            let results = super::gpu::Results {
+                x: rows.lent.address,
+                row_bytes: rows.row_bytes,
+                per_token,
+                weights: weights.map(|lent| lent.address),
+                bias: bias.map(|bias| bias.map(|lent| lent.address)),
+                multiprocessors: combine.multiprocessors,
+            };
+            self.calls += 1;
+            let gpu = self.available_on_gpu(call)?;
+            let combined = gpu.combine(&words, &results, routes, stream);
+            let (x, topk_weights) = self.remember_failures(combined)?;
+            return Ok(Combined { x, topk_weights });
+        }
+        let (weights, bias) = (weights.map(|lent| lent.bytes), bias.map(|bias| bias.map(|lent| lent.bytes)));
+        let routes = self.host_routes(call, handle)?;
+        let results = Results { rows, per_token, weights, bias, top_k, routes };
         self.calls += 1;
         let combined = self.return_and_add(&words, &results);
         self.remember(combined)
@@ -171,10 +206,10 @@ fn stage(
     (next, chunk): (&mut [usize], usize),
 ) {
     let (layout, fields) = (arena.layout(), &arena.layout().data[round.half]);
-    let Results { rows, per_token, weights, routes, .. } = results;
+    let Results { rows, per_token, weights, routes, top_k, .. } = results;
     let mut sum = RowSum::new(hidden);
     let mut added = vec![0; rows.row_bytes];
-    let weight_bytes = routes.top_k * 4;
+    let weight_bytes = top_k * 4;
     for (source, next) in next.iter_mut().enumerate() {
         for at in source * chunk.. {
             let row = *next;
@@ -209,8 +244,8 @@ fn add(
     combined: &mut Combined,
 ) {
     let (layout, fields) = (arena.layout(), &arena.layout().data[round.half]);
-    let Results { rows, weights, bias, routes, .. } = results;
-    let (dtype, row_bytes, top_k) = (rows.dtype, rows.row_bytes, routes.top_k);
+    let Results { rows, weights, bias, routes, top_k, .. } = results;
+    let (dtype, row_bytes, top_k) = (rows.dtype, rows.row_bytes, *top_k);
     let mut at = vec![rank * chunk; gathered.calls.len()];
     let (mut sum, mut row) = (RowSum::new(row_bytes / dtype.size()), vec![0; row_bytes]);
     let (mut weight_sum, mut weight_row) = (RowSum::new(top_k), vec![0; top_k * 4]);

@@ -1,6 +1,8 @@
 //! What a round belongs to, as a rank tells it to the others: the words that must be equal on all, and its own number of tokens.
 
 use unisono_core::DType;
+#[cfg(feature = "cuda")]
+use unisono_core::device::layout::HEADER_WORDS;
 use unisono_core::ep::CALL_WORDS;
 
 /// The operations of a buffer.
@@ -34,6 +36,25 @@ impl Operation {
             Self::LowLatencyWeights | Self::LowLatencyCombine => "low_latency_combine",
         }
     }
+}
+
+/// The name of the operation with this number, as reports of kernels tell it.
+#[cfg(feature = "cuda")]
+pub(super) fn operation_name(number: u8) -> &'static str {
+    Operation::ALL.into_iter().find(|known| *known as u8 == number).map_or("a call", Operation::name)
+}
+
+/// What a rank tells of its own in a round on GPUs: how many rows it has room for, and where they lie, in lines of 128 bytes from the start
+/// of its memory.
+#[cfg(feature = "cuda")]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) struct ToldWords {
+    pub(super) rows: u32,
+    pub(super) x: u32,
+    pub(super) scales: u32,
+    pub(super) indices: u32,
+    pub(super) weights: u32,
+    pub(super) tokens: u32,
 }
 
 /// One call, as its rounds tell it.
@@ -109,6 +130,35 @@ impl CallWords {
         }
     }
 
+    /// The header of a round on GPUs: five words that are compared, of which the last is the `stage` of the call, and what is told.
+    #[cfg(feature = "cuda")]
+    pub(super) fn to_header(self, stage: u64, told: &ToldWords) -> [u64; HEADER_WORDS] {
+        let words = self.to_words(stage);
+        let pair = |low: u32, high: u32| u64::from(high) << 32 | u64::from(low);
+        [
+            words[0],
+            words[2],
+            words[3] | words[6] << 32,
+            words[5],
+            stage,
+            pair(told.rows, told.x),
+            pair(told.scales, told.indices),
+            pair(told.weights, told.tokens),
+            pair(self.number as u32, self.tokens as u32),
+            0,
+        ]
+    }
+
+    /// The call of a header.
+    #[cfg(feature = "cuda")]
+    pub(super) fn from_header(header: &[u64; HEADER_WORDS]) -> Self {
+        let low = |word: u64| u64::from(word as u32);
+        let mut words = [0; CALL_WORDS];
+        (words[0], words[2], words[3], words[5]) = (header[0], header[1], low(header[2]), header[3]);
+        (words[1], words[6], words[7]) = (low(header[8]), header[2] >> 32, header[8] >> 32);
+        Self::from_words(&words)
+    }
+
     /// Whether both are the same call.
     pub(super) fn fits(&self, other: &Self) -> bool {
         Self { tokens: other.tokens, ..*self } == *other
@@ -157,6 +207,15 @@ mod tests {
             "combine #7 of an ep::Buffer on rank 1 (bf16, top-8, 4 i32 scales, weights, 2 rows per token, handle of #6)"
         );
         assert!(call.fits(&CallWords { tokens: 1, ..call }) && !call.fits(&CallWords { top_k: 4, ..call }));
+        #[cfg(feature = "cuda")]
+        {
+            let header = call.to_header(1, &ToldWords { rows: 9, x: 8, ..ToldWords::default() });
+            assert_eq!((CallWords::from_header(&header), header[5]), (call, 8 << 32 | 9));
+            // What differs between the ranks of one call is not compared.
+            let other = CallWords { tokens: 3, number: 8, ..call };
+            assert_eq!(other.to_header(1, &ToldWords::default())[..5], header[..5]);
+            assert_eq!((operation_name(3), operation_name(0)), ("combine", "a call"));
+        }
         let mut nonsense = words;
         nonsense[0] ^= 0xf0;
         assert_ne!(CallWords::from_words(&nonsense).to_words(12), nonsense);

@@ -5,7 +5,7 @@ use smallvec::SmallVec;
 use unisono_core::DType;
 use unisono_core::call;
 use unisono_core::device::Form;
-use unisono_cuda::{Function, Grid, Module, Result as CudaResult, Stream};
+use unisono_cuda::{Function, Module, Result as CudaResult, Stream};
 
 use super::Gpu;
 use super::args::{Counted, HEADER_LAUNCH, Messages};
@@ -83,11 +83,8 @@ impl Gpu {
             reserved: 0,
         };
         let function = &self.kernels.all_to_all_v().counted[usize::from(launch.form == Form::OneShot)];
-        let grid = Grid {
-            blocks: launch.blocks * lanes as u32 + 1,
-            threads: launch.threads.max(256),
-            shared_bytes: if launch.by_copies { counted_room(self.room_bytes) } else { 0 },
-        };
+        let shared_bytes = if launch.by_copies { counted_room(self.room_bytes) } else { 0 };
+        let grid = self.grid((launch.blocks * lanes as u32 + 1, launch.threads.max(256)), shared_bytes);
         // SAFETY: the kernel takes `Counted`; what it names lives as long as this communicator, which waits for its kernels before it lets
         // go, and the buffers are valid until the stream has passed, as whoever made the call promised.
         let launched = unsafe { function.launch(stream, grid, (&raw mut counted).cast()) };

@@ -266,14 +266,14 @@ mod tests {
         args.header[HEADER_WORDS - 1] = 6;
         args.targets[0] = facts.address();
         let stream = Stream::new(&device).unwrap();
-        let grid = Grid { blocks: 1, threads: 1, shared_bytes: 0 };
+        let grid = Grid { blocks: 1, threads: 1, shared_bytes: 0, is_early: false };
         // SAFETY: the kernel takes `Args` and writes 21 words to the first target.
         unsafe { probe.launch(&stream, grid, (&raw mut args).cast()) }.unwrap();
         stream.synchronize().unwrap();
         let mut bytes = [0; 21 * 8];
         facts.read(0, &mut bytes).unwrap();
         let facts: Vec<u64> = bytes.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect();
-        assert_eq!(facts[..3], [size_of::<Args>() as u64, 64 + 2 * 88, 32]);
+        assert_eq!(facts[..3], [size_of::<Args>() as u64, 64 + 2 * 88, 36]);
         assert_eq!(facts[3..17], [1, 2, 3, 4, 5, 6, 7, 71, 72, 8, 9, 10, 11, 12]);
         assert_eq!(facts[17], layout.packet_bytes() as u64);
         let scratch_end = facts[18] as usize + 2 * layout.scratch_half_bytes();

@@ -3,7 +3,8 @@
 //! Kernels of collectives wait for those of other ranks, so all blocks of a kernel must run at once, and if two communicators
 //! are under way in another order on another rank, those of both. The first communicator of a process on a device gets half of
 //! its multiprocessors: a block for bulk copies takes one, of others two fit on one. Later ones get some of the other half, as long
-//! as there is any. So whatever is begun first, there is room for all. Whoever comes then gets few, and says so: more communicators
+//! as there is any, and of each one there is room for a small kernel that is brought there while the one before still runs. So whatever is
+//! begun first, there is room for all. Whoever comes then gets few, and says so: more communicators
 //! at once than fit wait for each other where ranks begin them in different orders.
 
 use std::collections::HashMap;
@@ -13,8 +14,13 @@ use unisono_core::device::layout::MAX_BLOCKS;
 use unisono_core::device::multiprocessors::{LEAST_MULTIPROCESSORS, blocks_on};
 use unisono_cuda::Device;
 
-/// Blocks of a communicator that is not the first, and the one that exchanges headers.
+/// Multiprocessors of a communicator that is not the first.
 const SHARE: u32 = 25;
+/// Multiprocessors for a kernel of the first communicator that is brought to the device early, in the half of the others; and for one
+/// of each other, in its share.
+const EARLY: (u32, u32) = (7, 4);
+/// Threads of kernels without bulk copies that share a multiprocessor in any case.
+const THREADS: u32 = 1024;
 
 /// What is taken of each device, by its ordinal.
 static TAKEN: Mutex<Option<HashMap<u32, Taken>>> = Mutex::new(None);
@@ -34,12 +40,14 @@ impl Taken {
         if !std::mem::replace(&mut self.has_first, true) {
             // One more exchanges headers, and one multiprocessor may be left with a single block.
             let blocks = (2 * half - 2).clamp(1, MAX_BLOCKS as u32).min(blocks_on(most));
-            return Share { is_first: true, taken: 0, blocks };
+            let early = if most < half { 0 } else { EARLY.0 };
+            return Share { is_first: true, taken: 0, blocks, early };
         }
-        let left = (multiprocessors - half).saturating_sub(self.by_others);
+        let left = (multiprocessors - half).saturating_sub(EARLY.0 + self.by_others);
         let taken = if left < LEAST_MULTIPROCESSORS { 0 } else { left.min(SHARE).min(most) };
         self.by_others += taken;
-        Share { is_first: false, taken, blocks: taken.max(LEAST_MULTIPROCESSORS) - 1 }
+        let early = if taken < SHARE { 0 } else { EARLY.1 };
+        Share { is_first: false, taken, blocks: taken.max(LEAST_MULTIPROCESSORS) - early - 1, early }
     }
 
     fn give_back(&mut self, share: Share) {
@@ -56,12 +64,15 @@ struct Share {
     is_first: bool,
     taken: u32,
     blocks: u32,
+    /// Multiprocessors for a kernel that waits for the end of the one before.
+    early: u32,
 }
 
 /// A communicator's part of a device, until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Budget {
     ordinal: u32,
+    multiprocessors: u32,
     share: Share,
 }
 
@@ -70,13 +81,14 @@ impl Budget {
     pub(crate) fn take(device: &Device, most: Option<u32>) -> Self {
         let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
         let of_device = taken.get_or_insert_default().entry(device.ordinal()).or_default();
-        let share = of_device.take(device.facts().multiprocessors.max(2), most.unwrap_or(u32::MAX));
+        let multiprocessors = device.facts().multiprocessors.max(2);
+        let share = of_device.take(multiprocessors, most.unwrap_or(u32::MAX));
         if !share.is_first && share.taken == 0 {
             tracing::warn!(
                 "so many communicators share {device:?} that not all of them can wait there at once: ranks must begin their calls in the same order"
             );
         }
-        Self { ordinal: device.ordinal(), share }
+        Self { ordinal: device.ordinal(), multiprocessors, share }
     }
 
     /// Whether no other communicator of this process works on the device.
@@ -84,6 +96,20 @@ impl Budget {
         let taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
         let of_device = taken.as_ref().and_then(|taken| taken.get(&self.ordinal));
         of_device.is_none_or(|of_device| of_device.communicators < 2)
+    }
+
+    /// Threads of a kernel for which there is room while the one before still runs.
+    pub(crate) const fn early_threads(&self) -> u32 {
+        self.share.early * THREADS
+    }
+
+    /// Multiprocessors that are neither the first communicator's nor taken by any other than this: for kernels that take what there is, and
+    /// do not keep it. A communicator that comes later may take some of them.
+    pub(crate) fn spare(&self) -> u32 {
+        let taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+        let others =
+            taken.as_ref().and_then(|taken| taken.get(&self.ordinal)).map_or(0, |taken| taken.by_others);
+        (self.multiprocessors / 2 + self.share.taken).saturating_sub(EARLY.0 + others)
     }
 
     /// Blocks that may wait at once, beside the one that exchanges headers.
@@ -110,8 +136,10 @@ mod tests {
         let mut taken = Taken::default();
         let shares: Vec<Share> = (0..6).map(|_| taken.take(132, u32::MAX)).collect();
         let blocks: Vec<u32> = shares.iter().map(|share| share.blocks).collect();
-        assert_eq!(blocks, [130, 24, 24, 15, 8, 8]);
-        assert_eq!((taken.by_others, taken.communicators), (66, 6));
+        assert_eq!(blocks, [130, 20, 20, 8, 8, 8]);
+        assert_eq!((taken.by_others, taken.communicators), (59, 6));
+        let early: Vec<u32> = shares.iter().map(|share| share.early).collect();
+        assert_eq!(early, [7, 4, 4, 0, 0, 0]);
         // What is given back is there for the next.
         taken.give_back(shares[1]);
         assert_eq!(taken.take(132, u32::MAX), shares[1]);
@@ -131,8 +159,8 @@ mod tests {
             .map(|most| taken.take(132, most).blocks)
             .collect();
         // The half of the first one is kept for whoever is first next.
-        assert_eq!(blocks, [15, 9, 24, 24, 8]);
-        assert_eq!(taken.by_others, 60);
+        assert_eq!(blocks, [15, 9, 20, 23, 8]);
+        assert_eq!(taken.by_others, 59);
         assert_eq!(Taken::default().take(132, 40).blocks, 78);
         assert_eq!(Taken::default().take(132, 100).blocks, 130);
     }

@@ -21,7 +21,7 @@ use crate::collectives::Plan;
 use crate::error::Error;
 
 /// As many as `ENGINE_THREADS` of the kernels.
-const GRID: Grid = Grid { blocks: 1, threads: 32, shared_bytes: 0 };
+const GRID: Grid = Grid { blocks: 1, threads: 32, shared_bytes: 0, is_early: false };
 
 /// What calls need that are not captured.
 #[derive(Debug)]

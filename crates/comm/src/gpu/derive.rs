@@ -101,7 +101,7 @@ impl Communicator {
     }
 
     /// The least of what all ranks say. Collective.
-    pub(super) fn least_of_all(&self, ours: u8, patience: Option<Duration>) -> Result<u8> {
+    pub(crate) fn least_of_all(&self, ours: u8, patience: Option<Duration>) -> Result<u8> {
         let mut all = [ours];
         let call = Call::new(Kind::AllReduce { op: ReduceOp::Min }, [BufMut::from(&mut all).raw()]);
         self.engine().with_patience(patience, |engine| engine.submit(&call))?;

@@ -4,7 +4,7 @@
 use smallvec::SmallVec;
 use unisono_core::ReduceOp;
 use unisono_core::call::{self, Kind};
-use unisono_core::device::select::{Question, TEAM_BLOCKS};
+use unisono_core::device::select::{Question, ROW_THREADS};
 use unisono_core::device::{Form, Launch};
 use unisono_core::fused::NormOutput;
 use unisono_cuda::{Function, Grid, Stream};
@@ -14,9 +14,11 @@ use super::{Gpu, launch_word};
 use crate::collectives::Plan;
 use crate::error::Result;
 
-/// The most blocks of the kernel behind an all-reduce: none waits, so these are as many as a device has at once.
-const BEHIND_BLOCKS: u32 = 1056;
-const THREADS: u32 = 256;
+/// The most blocks of the kernel behind an all-reduce, each of which loads its next row before it ends the one at hand: about as many as
+/// a device has multiprocessors.
+const BEHIND_BLOCKS: u32 = 132;
+/// Threads that count for a block, which fills a multiprocessor by its registers.
+const MULTIPROCESSOR_THREADS: u32 = 1024;
 
 impl Gpu {
     /// Puts a call on rows, of which there are some, into `stream`.
@@ -92,7 +94,7 @@ impl Gpu {
         args.bytes = u64::from(rows.rows) * u64::from(rows.hidden) * plan.dtype.size() as u64;
         (args.tile, args.root, args.is_same) = (0, 0, 0);
         (args.sources[rank], args.targets[rank]) = (input, rows.residual_out);
-        let grid = Grid { blocks: launch.blocks + TEAM_BLOCKS, threads: launch.threads, shared_bytes: 0 };
+        let grid = self.rows_grid(launch.blocks + 1);
         let Some(kernels) = self.kernels.find(plan.header.kind, plan.dtype).and_then(|loaded| loaded.rows())
         else {
             unreachable!("kernels of rows are loaded before")
@@ -100,6 +102,11 @@ impl Gpu {
         let kernel = if launch.form == Form::OneShot { &kernels.one_shot } else { &kernels.two_shot };
         let launched = run(kernel, FusedArgs { args: self.args, rows }, grid, stream);
         launched.map_err(|error| self.refused(error))
+    }
+
+    /// The grid of so many blocks for rows.
+    fn rows_grid(&self, blocks: u32) -> Grid {
+        Grid { threads: ROW_THREADS, ..self.grid((blocks, MULTIPROCESSOR_THREADS), 0) }
     }
 
     /// The sum by a kernel of its own, to `sums`, and a second kernel for all else.
@@ -116,7 +123,7 @@ impl Gpu {
         self.launch(&sum, &plan.header.to_words(), stream)?;
         let mut args = self.args;
         args.sources[args.rank as usize] = sums;
-        let grid = Grid { blocks: rows.rows.min(BEHIND_BLOCKS), threads: THREADS, shared_bytes: 0 };
+        let grid = self.rows_grid(rows.rows.min(BEHIND_BLOCKS));
         let Some(kernels) = self.kernels.find(plan.header.kind, plan.dtype).and_then(|loaded| loaded.rows())
         else {
             unreachable!("kernels of rows are loaded before")

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use unisono_core::call::Kind;
 use unisono_core::device::{ArenaLayout, Form, Link};
 use unisono_core::{DType, ReduceOp};
-use unisono_cuda::{Architecture, Cache, Compiler, Device, Function, Module, Result, Source};
+use unisono_cuda::{Architecture, Cache, Compiler, Device, Function, Launching, Module, Result, Source};
 
 use super::all_to_all_v::AllToAllFunctions;
 use super::args::{Args, Counted, FusedArgs, Messages, StepArgs, UnevenArgs};
@@ -21,13 +21,14 @@ use super::copy_engines::EngineFunctions;
 const ALL_TO_ALL_V: &str = include_str!("../../kernels/all_to_all_v.cu");
 const MESSAGES: &str = include_str!("../../kernels/messages.cu");
 const COLLECTIVES: &str = include_str!("../../kernels/collectives.cu");
-const HEADERS: [(&str, &str); 18] = [
+const HEADERS: [(&str, &str); 19] = [
     ("ptx.cuh", include_str!("../../kernels/ptx.cuh")),
     ("element.cuh", include_str!("../../kernels/element.cuh")),
     ("call.cuh", include_str!("../../kernels/call.cuh")),
     ("buffers.cuh", include_str!("../../kernels/buffers.cuh")),
     ("flow.cuh", include_str!("../../kernels/flow.cuh")),
     ("flags.cuh", include_str!("../../kernels/flags.cuh")),
+    ("units.cuh", include_str!("../../kernels/units.cuh")),
     ("one_shot.cuh", include_str!("../../kernels/one_shot.cuh")),
     ("two_shot.cuh", include_str!("../../kernels/two_shot.cuh")),
     ("pipeline.cuh", include_str!("../../kernels/pipeline.cuh")),
@@ -202,7 +203,7 @@ pub fn architecture(device: &Device) -> Architecture {
     Architecture { major, minor }
 }
 
-/// Whether kernels for `device` let its copies run on their own, over this link.
+/// Whether kernels for `device` let its copies run on their own, over this link; then there are also those of forms in lines.
 pub(crate) fn has_bulk_copies(device: &Device, link: Link) -> bool {
     link == Link::Device && device.facts().capability >= (9, 0)
 }
@@ -309,16 +310,22 @@ pub(crate) const fn has_kernels(kind: Kind) -> bool {
 }
 
 impl Loaded {
-    fn load(device: &Device, layout: &ArenaLayout, purpose: Purpose) -> Result<Self> {
+    fn load(
+        device: &Device,
+        (layout, launching): (&ArenaLayout, Launching),
+        purpose: Purpose,
+    ) -> Result<Self> {
         let cubin = Cache::of_user().cubin(&source(layout, purpose), architecture(device), Compiler::find)?;
-        let module = Module::load(device, &cubin)?;
+        let module = Module::load_for(device, &cubin, launching)?;
         let mut functions: [[Option<Function>; Form::ALL.len()]; OPERATIONS] = Default::default();
         let dtype = DType::U8;
         for (kind, functions) in Kind::EQUAL_PARTS.iter().chain(&OF_OTHER_PARTS).zip(&mut functions) {
             if Purpose::of(*kind, dtype).code() != purpose.code() {
                 continue;
             }
-            for form in Form::ALL.into_iter().filter(|form| form.serves(*kind)) {
+            let have_lines = has_bulk_copies(device, layout.link());
+            let is_there = |form: &Form| form.serves(*kind) && (have_lines || !form.is_lines());
+            for form in Form::ALL.into_iter().filter(is_there) {
                 let symbol = match form {
                     // The first of all calls by copy engines.
                     Form::Engine => "engine_begin".to_owned(),
@@ -377,13 +384,14 @@ impl Loaded {
     }
 }
 
-type Key = (u32, usize, Link, Purpose);
+type Key = (u32, usize, Link, Launching, Purpose);
 
 /// The kernels of one communicator.
 #[derive(Debug)]
 pub(crate) struct Kernels {
     device: Device,
     layout: ArenaLayout,
+    launching: Launching,
     ranks: usize,
     loaded: HashMap<Purpose, Arc<Loaded>>,
     copies: Arc<Loaded>,
@@ -394,7 +402,7 @@ impl Kernels {
     /// Loads what is needed at once, on several threads: compiling takes seconds where nothing is cached.
     pub(crate) fn new(
         device: &Device,
-        layout: ArenaLayout,
+        (layout, launching): (ArenaLayout, Launching),
         ranks: usize,
         purposes: &[Purpose],
     ) -> Result<Self> {
@@ -404,7 +412,7 @@ impl Kernels {
         let load = |worker: usize| {
             let share = all.iter().skip(worker).step_by(workers);
             share
-                .map(|purpose| Ok((*purpose, loaded(device, layout, ranks, *purpose)?)))
+                .map(|purpose| Ok((*purpose, loaded(device, (layout, launching), ranks, *purpose)?)))
                 .collect::<Result<_>>()
         };
         let shares: Vec<Result<Vec<_>>> = std::thread::scope(|scope| {
@@ -420,7 +428,7 @@ impl Kernels {
             loaded.extend(share?);
         }
         let [copies, messages] = [Purpose::Copies, Purpose::Messages].map(|purpose| loaded[&purpose].clone());
-        Ok(Self { device: device.clone(), layout, ranks, loaded, copies, messages })
+        Ok(Self { device: device.clone(), layout, launching, ranks, loaded, copies, messages })
     }
 
     /// The kernels for a call, if they are loaded.
@@ -435,7 +443,8 @@ impl Kernels {
     /// Takes the kernels for a call that this process has loaded into the device before, if it has.
     pub(crate) fn adopt(&mut self, kind: Kind, dtype: DType) -> bool {
         let purpose = Purpose::of(kind, dtype);
-        match loaded_before(&(self.device.ordinal(), self.ranks, self.layout.link(), purpose)) {
+        let key = (self.device.ordinal(), self.ranks, self.layout.link(), self.launching, purpose);
+        match loaded_before(&key) {
             Some(loaded) => self.loaded.insert(purpose, loaded).is_none(),
             None => false,
         }
@@ -444,9 +453,14 @@ impl Kernels {
     /// Loads the kernels for a call.
     pub(crate) fn load(&mut self, kind: Kind, dtype: DType) -> Result<()> {
         let purpose = Purpose::of(kind, dtype);
-        let loaded = loaded(&self.device, self.layout, self.ranks, purpose)?;
+        let loaded = self.load_into(&self.device, purpose)?;
         self.loaded.insert(purpose, loaded);
         Ok(())
+    }
+
+    /// Loads kernels as ours are into another device of this process, or into ours.
+    pub(crate) fn load_into(&self, device: &Device, purpose: Purpose) -> Result<Arc<Loaded>> {
+        loaded(device, (self.layout, self.launching), self.ranks, purpose)
     }
 
     /// Those of messages.
@@ -476,18 +490,18 @@ fn loaded_before(key: &Key) -> Option<Arc<Loaded>> {
 }
 
 /// What this process has loaded into `device`, loaded now if it must be.
-pub(crate) fn loaded(
+fn loaded(
     device: &Device,
-    layout: ArenaLayout,
+    (layout, launching): (ArenaLayout, Launching),
     ranks: usize,
     purpose: Purpose,
 ) -> Result<Arc<Loaded>> {
-    let key = (device.ordinal(), ranks, layout.link(), purpose);
+    let key = (device.ordinal(), ranks, layout.link(), launching, purpose);
     if let Some(loaded) = loaded_before(&key) {
         return Ok(loaded);
     }
     // Not under the lock: others compile meanwhile. Who was first stands.
-    let fresh = Arc::new(Loaded::load(device, &layout, purpose)?);
+    let fresh = Arc::new(Loaded::load(device, (&layout, launching), purpose)?);
     let mut all = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
     Ok(all.get_or_insert_default().entry(key).or_insert(fresh).clone())
 }

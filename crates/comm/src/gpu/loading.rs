@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use unisono_cuda::{Event, Stream};
 
 use super::budget::Budget;
-use super::{ArenaLayout, Gpu, kernels};
+use super::{Gpu, kernels};
 use crate::collectives::Plan;
 use crate::error::{Error, Result};
 
@@ -27,10 +27,9 @@ impl Gpu {
             let why = "other calls of this process wait for their peers";
             return Err(Error::NotPrepared { call: kind.name(), rank, what, why });
         }
-        let layout = ArenaLayout::new(self.rules.ranks, self.rules.link);
         let purpose = kernels::Purpose::of(kind, plan.dtype);
         for sibling in &self.siblings {
-            kernels::loaded(sibling, layout, self.rules.ranks, purpose).map_err(failed)?;
+            self.kernels.load_into(sibling, purpose).map_err(failed)?;
         }
         self.kernels.load(kind, plan.dtype).map_err(failed)
     }

@@ -223,9 +223,8 @@ impl Gpu {
             is_captured |= self.keep_if_captured(*sides, stream)?;
         }
         let launch = self.rules.messages(self.lanes.lanes, self.lanes.most_bytes);
-        let messages = &mut self.lanes.messages;
-        messages.call = self.args;
-        messages.blocks = launch.blocks as u16;
+        self.lanes.messages.call = self.args;
+        self.lanes.messages.blocks = launch.blocks as u16;
         let is_collective = made != Made::Messages;
         let function = match made {
             Made::InPlace => self.kernels.all_to_all_v().in_place(launch.form),
@@ -235,10 +234,11 @@ impl Gpu {
         let shared_bytes = if launch.by_copies { self.room_bytes } else { 0 };
         // The block that exchanges headers has a warp for each of some peers.
         let threads = if is_collective { launch.threads.max(256) } else { launch.threads };
-        let grid = Grid { blocks, threads, shared_bytes };
+        let grid = self.grid((blocks, threads), shared_bytes);
+        let messages = &raw mut self.lanes.messages;
         // SAFETY: the kernel takes `Messages`; what they name lives as long as this communicator, which waits for its kernels before it
         // lets go, and the buffers are valid until the stream has passed, as whoever made the call promised.
-        let launched = unsafe { function.launch(stream, grid, (&raw mut *messages).cast()) };
+        let launched = unsafe { function.launch(stream, grid, messages.cast()) };
         launched.map_err(|error| self.refused(error))?;
         sides.into_iter().try_for_each(|sides| self.conclude(sides, stream, is_captured))
     }
@@ -275,7 +275,7 @@ impl Gpu {
         messages.call = self.args;
         messages.first = self.lanes.next as u32;
         messages.list[0] = Message { tag, ..Message::default() };
-        let grid = Grid { blocks: 1, threads: 1, shared_bytes: 0 };
+        let grid = Grid { blocks: 1, threads: 1, shared_bytes: 0, is_early: false };
         // SAFETY: the kernel takes `Messages`; what they name lives as long as this communicator, which waits for it here.
         let launched =
             unsafe { self.kernels.messages().find.launch(stream, grid, (&raw mut *messages).cast()) };

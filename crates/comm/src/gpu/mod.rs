@@ -38,6 +38,7 @@ use pinned::Enqueued;
 use recorder::Copier;
 use seats::Seat;
 use watch::Watch;
+pub(crate) use watch::lost_context;
 use windows::Windows;
 
 mod all_to_all_v;
@@ -97,6 +98,8 @@ pub(crate) struct Gpu {
     failed: Option<Error>,
     memory: Option<Memory>,
     /// Until it is dropped.
+    /// The most threads of a kernel that is brought onto the device while the one before still runs.
+    early_threads: u32,
     budget: Option<Budget>,
     watch: Option<Watch>,
     /// What becomes of the memory when this is dropped.
@@ -115,7 +118,8 @@ impl Gpu {
         let failed = |error| Error::Cuda { rank, error };
         let rules = config.rules;
         let layout = ArenaLayout::new(seat.all, rules.link);
-        let kernels = Kernels::new(device, layout, seat.all, &config.prepare).map_err(failed)?;
+        let kernels =
+            Kernels::new(device, (layout, config.launching), seat.all, &config.prepare).map_err(failed)?;
         let mut state = DeviceBuffer::new(device, DEVICE_BYTES).map_err(failed)?;
         state.write(0, &layout.device_words(config.epoch)).map_err(failed)?;
         let memory = control.memory();
@@ -177,6 +181,7 @@ impl Gpu {
             enqueued: None,
             failed: None,
             memory: Some(memory),
+            early_threads: config.gpu_launch.early_threads(budget.early_threads()),
             budget: Some(budget),
             watch: Some(watch),
             end: End::WhenQuiet,
@@ -191,6 +196,11 @@ impl Gpu {
     /// The device itself.
     pub(crate) const fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// The control memory as kernels reach it, the word that ends all waits first.
+    pub(crate) fn control_pages(&self) -> Option<Arc<RegisteredHost>> {
+        self.memory.as_ref().map(|memory| memory.control_pages.clone())
     }
 
     /// How the GPUs reach each other, and the rules that follow.
@@ -315,7 +325,7 @@ impl Gpu {
                 self.windows.place(target, (&mut args.targets, &mut args.header[HEADER_OFFSETS + 1]));
         }
         let shared_bytes = if launch.by_copies { self.room_bytes } else { 0 };
-        let grid = Grid { blocks: launch.workers() + 1, threads: launch.threads, shared_bytes };
+        let grid = self.grid((launch.workers() + 1, launch.threads), shared_bytes);
         let args = match &mut uneven {
             Some(uneven) => (&raw mut *uneven).cast(),
             None => (&raw mut self.args).cast(),
@@ -331,6 +341,12 @@ impl Gpu {
             self.launch_copies(plan, launch, stream)?;
         }
         self.conclude(sides, stream, is_captured)
+    }
+
+    /// So many blocks of so many threads.
+    #[inline]
+    fn grid(&self, (blocks, threads): (u32, u32), shared_bytes: u32) -> Grid {
+        Grid { blocks, threads, shared_bytes, is_early: blocks.saturating_mul(threads) <= self.early_threads }
     }
 
     /// What follows a launch: others may wait for it.
@@ -426,7 +442,7 @@ impl Gpu {
     #[cold]
     fn refused(&mut self, error: unisono_cuda::Error) -> Error {
         let rank = self.seat.rank();
-        if let Some(cause) = watch::lost_context(&error, &self.control) {
+        if let Some(cause) = lost_context(&error, &self.control) {
             self.control.fail(&cause);
             self.failed = Some(Error::Cuda { rank, error: error.clone() });
         }

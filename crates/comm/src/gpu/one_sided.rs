@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use unisono_core::device::layout::MAX_RANKS;
 use unisono_core::layout::{SIGNAL_STRIDE, WindowLayout};
+use unisono_cuda::capture::Kept;
 use unisono_cuda::{RegisteredHost, Stream};
 use unisono_sync::Stopped;
 
@@ -61,7 +62,7 @@ impl DeviceView {
 }
 
 /// At least one, if there is a limit.
-pub(super) fn nanoseconds(patience: Option<Duration>) -> u64 {
+pub(crate) fn nanoseconds(patience: Option<Duration>) -> u64 {
     patience.map_or(0, |patience| patience.as_nanos().clamp(1, u64::MAX.into()) as u64)
 }
 
@@ -167,10 +168,14 @@ impl OneSided {
             return Ok(());
         }
         match stream.capture()? {
-            // Not the same `Arc`: a graph waits for nobody before it lets go.
-            Some(capture) => capture.keep(Arc::new((*self.reached).clone())),
+            Some(capture) => capture.keep(self.kept()),
             None => Ok(()),
         }
+    }
+
+    /// What keeps all copies mapped, and the word that ends waits. Not the same `Arc` as the communicator's: who holds this waits for nobody.
+    pub(crate) fn kept(&self) -> Kept {
+        Arc::new((*self.reached).clone())
     }
 
     fn rank(&self) -> usize {

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use unisono_core::device::Link;
 use unisono_core::device::select::Rules;
-use unisono_core::settings::{HandleKind, PinnedWay, Settings};
-use unisono_cuda::{Device, Uuid};
+use unisono_core::settings::{GpuLaunch, HandleKind, PinnedWay, Settings};
+use unisono_cuda::{Device, Launching, Uuid};
 
 use super::kernels::Purpose;
 use super::one_sided;
@@ -133,6 +133,8 @@ pub(crate) struct Config {
     pub(crate) prepare: Vec<Purpose>,
     pub(crate) pinned_way: PinnedWay,
     pub(crate) handles: HandleKind,
+    pub(crate) launching: Launching,
+    pub(crate) gpu_launch: GpuLaunch,
     pub(crate) is_crowded: bool,
     pub(crate) drives_peers: bool,
 }
@@ -169,6 +171,8 @@ impl Config {
             prepare,
             pinned_way: settings.pinned,
             handles: settings.handles,
+            launching: Launching { is_remote: settings.gpu_launch.is_remote() },
+            gpu_launch: settings.gpu_launch,
             is_crowded: origin.is_crowded,
             drives_peers: !origin.siblings.is_empty() || world.is_of_devices,
         }

@@ -110,7 +110,7 @@ pub(super) fn compare_clocks(
     page: &[impl Word<u64>],
 ) -> unisono_cuda::Result<()> {
     let (stream, ticks) = (side_stream(device)?, Ticks::here());
-    let grid = Grid { blocks: 1, threads: 1, shared_bytes: 0 };
+    let grid = Grid { blocks: 1, threads: 1, shared_bytes: 0, is_early: false };
     let [at_device, at_host] = REPORT_CLOCKS;
     let mut best: Option<(u64, [u64; 2])> = None;
     for _ in 0..ATTEMPTS {

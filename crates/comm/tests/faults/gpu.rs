@@ -383,7 +383,11 @@ fn lose_context(stream: &CudaStream) -> Result<()> {
     let mut nowhere = 8u64;
     // SAFETY: the argument is as the kernel takes it. That it points nowhere is the point.
     let launched = unsafe {
-        function.launch(stream, Grid { blocks: 1, threads: 1, shared_bytes: 0 }, (&raw mut nowhere).cast())
+        function.launch(
+            stream,
+            Grid { blocks: 1, threads: 1, shared_bytes: 0, is_early: false },
+            (&raw mut nowhere).cast(),
+        )
     };
     launched.unwrap();
     std::thread::sleep(Duration::from_secs(30));

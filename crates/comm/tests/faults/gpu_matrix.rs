@@ -57,6 +57,8 @@ pub(crate) fn play(part: &Part) -> Result<()> {
     let forms = [
         Some((Form::OneShot, 0)),
         Some((Form::TwoShot, 0)),
+        Some((Form::OneShotLines, 0)),
+        Some((Form::TwoShotLines, 0)),
         Some((Form::Bulk, 0)),
         Some((Form::Bulk, 90)),
         Some((Form::Ring, 0)),

@@ -88,7 +88,7 @@ pub(crate) fn play(part: &Part) -> Result<()> {
     let rounds_done = answer.address();
     let mut arguments = Arguments { shared: shared.device_view()?, rounds_done, first_round: 1, rounds };
     communicator.barrier()?;
-    let grid = Grid { blocks: 1, threads: PACKETS as u32, shared_bytes: 0 };
+    let grid = Grid { blocks: 1, threads: PACKETS as u32, shared_bytes: 0, is_early: false };
     // SAFETY: the kernel takes these arguments; what they name stays until the stream was waited for.
     unsafe { kernel.launch(&stream, grid, (&raw mut arguments).cast()) }.unwrap();
     println!("ready");

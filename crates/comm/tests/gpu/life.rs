@@ -256,7 +256,8 @@ fn parts_that_differ_are_named_on_both_ranks() {
 
 #[test]
 fn a_rank_that_does_not_come_is_named_when_patience_ends() {
-    for count in [10, 3_000_000] {
+    // As packets, in lines, and in tiles.
+    for count in [10, 150_000, 3_000_000] {
         let limited = |builder: Builder| builder.timeout(Some(Duration::from_millis(2500)));
         let Some(world) = pair(limited) else { return };
         let buffer = memory(&world, 0, &vec![1; count]);
@@ -287,7 +288,8 @@ fn a_rank_that_does_not_come_is_named_when_patience_ends() {
 
 #[test]
 fn an_abort_ends_kernels_that_wait_and_leaves_the_device_in_order() {
-    for count in [10, 3_000_000] {
+    // As packets, in lines, and in tiles.
+    for count in [10, 150_000, 3_000_000] {
         let Some(world) = pair(|builder| builder) else { return };
         let buffer = memory(&world, 0, &vec![1; count]);
         let call = || world.ranks[0].on(&world.streams[0]).all_reduce(all(&world, 0, &buffer), ReduceOp::Sum);
@@ -312,7 +314,8 @@ fn an_abort_ends_kernels_that_wait_and_leaves_the_device_in_order() {
 
 #[test]
 fn a_rank_that_leaves_is_named_where_kernels_wait_for_it() {
-    for count in [10, 3_000_000] {
+    // As packets, in lines, and in tiles.
+    for count in [10, 150_000, 3_000_000] {
         let Some(mut world) = pair(|builder| builder) else { return };
         let buffer = memory(&world, 0, &vec![1; count]);
         world.ranks[0].on(&world.streams[0]).all_reduce(all(&world, 0, &buffer), ReduceOp::Sum).unwrap();

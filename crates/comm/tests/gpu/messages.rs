@@ -276,6 +276,47 @@ fn a_group_meets_single_calls() {
     world.end();
 }
 
+/// More packets than a ring has, by many blocks on the one side and few on the other: the sender goes on by what was taken meanwhile.
+#[test]
+fn packets_of_a_group_that_fill_the_ring_meet_single_calls() {
+    const LENGTHS: [usize; 7] = [1 << 20, 5, 900_000, 0, 1 << 20, 700_001, 2 << 20];
+    let Some(devices) = Some(devices()).filter(|devices| !devices.is_empty()) else { return };
+    let world = World::new(2, &devices, |builder| builder);
+    for turn in 0..3 {
+        let content = |at: usize| data(0, 1, turn * 7 + at, LENGTHS[at]);
+        let inputs: Vec<Room> =
+            (0..LENGTHS.len()).map(|at| Room::new(&world, turn % 2, at, &content(at))).collect();
+        let outputs: Vec<Room> =
+            LENGTHS.iter().map(|length| Room::empty(&world, 1 - turn % 2, 0, *length)).collect();
+        let (from, to) = (turn % 2, 1 - turn % 2);
+        let send = || {
+            group(|group| {
+                let on = group.on(&world.ranks[from], &world.streams[from]);
+                inputs.iter().enumerate().try_for_each(|(at, room)| on.send(room.input(), to, at as u32))
+            })
+        };
+        let receive = || {
+            let on = world.ranks[to].on(&world.streams[to]);
+            outputs.iter().enumerate().for_each(|(at, room)| {
+                on.recv(room.output(), from, at as u32).unwrap();
+            });
+        };
+        // The first to come waits for the other.
+        if turn == 2 {
+            receive();
+            send().unwrap();
+        } else {
+            send().unwrap();
+            receive();
+        }
+        finish(&world);
+        for (at, room) in outputs.iter().enumerate() {
+            room.check(&content(at), &format!("message {at} of turn {turn}"));
+        }
+    }
+    world.end();
+}
+
 #[test]
 fn small_messages_do_not_wait_for_their_receiver() {
     let devices = devices();
@@ -364,10 +405,10 @@ fn packets_and_rounds_that_wrap_go_on() {
             return;
         }
         let world = World::new(ranks, devices, |builder| builder.first_epoch(0xffff_fffa));
-        // Three of the first kind go once around the ring; a few of the second end the era of every channel.
+        // Three of the first kind go about once around the ring; a few of the second end the era of every channel.
         for turn in 0..14 {
-            ring(&world, 32_700 + turn, (0, 0), turn);
-            ring(&world, (1 << 20) + turn, (0, 0), turn);
+            ring(&world, 524_000 + turn, (0, 0), turn);
+            ring(&world, (1 << 20) + 1 + turn, (0, 0), turn);
             ring(&world, turn, (0, 0), turn);
         }
         // The epochs of collectives wrap meanwhile.

@@ -12,10 +12,11 @@ use unisono::{Builder, Call, Counts, DType, Form, Kind, Operations, Order, Place
 use crate::case::{Case, Operation, scalar};
 use crate::numbers::{self, Random};
 use crate::pairs;
+use crate::random_more::{self, More};
 use crate::world::{World, devices};
 
 /// Elements after which inputs repeat.
-const PERIOD: usize = 1021;
+pub(crate) const PERIOD: usize = 1021;
 /// Bytes of each input and output, without the room for large ones.
 const ROOM: usize = 2 << 20;
 const LARGE: usize = 96 << 20;
@@ -42,17 +43,17 @@ struct Compare {
 }
 
 /// Log-uniform up to `most`, zero among them.
-fn size(random: &mut Random, most: usize) -> usize {
+pub(crate) fn size(random: &mut Random, most: usize) -> usize {
     let bits = random.below(most.ilog2() + 1);
     random.below(1 << bits << u32::from(bits < most.ilog2())).min(most)
 }
 
-struct Rank {
+pub(crate) struct Rank {
     /// Inputs by dtype.
-    inputs: HashMap<DType, DeviceBuffer>,
-    target: DeviceBuffer,
+    pub(crate) inputs: HashMap<DType, DeviceBuffer>,
+    pub(crate) target: DeviceBuffer,
     /// A period of each input, by dtype and rank, and of each reduction.
-    parts: HashMap<(DType, usize), DeviceBuffer>,
+    pub(crate) parts: HashMap<(DType, usize), DeviceBuffer>,
     sums: HashMap<(DType, u8), DeviceBuffer>,
     wrong: DeviceBuffer,
     compare: Function,
@@ -101,7 +102,7 @@ impl Rank {
         Self { inputs, target, parts, sums, wrong: upload(&[0; 8]), compare }
     }
 
-    fn compare(
+    pub(crate) fn compare(
         &self,
         world: &World,
         rank: usize,
@@ -122,7 +123,7 @@ impl Rank {
         let launched = unsafe {
             self.compare.launch(
                 &world.raw_streams[rank],
-                Grid { blocks, threads: 256, shared_bytes: 0 },
+                Grid { blocks, threads: 256, shared_bytes: 0, is_early: false },
                 (&raw mut args).cast(),
             )
         };
@@ -131,6 +132,12 @@ impl Rank {
 }
 
 /// One operation, the same on all ranks.
+#[derive(Clone, Debug)]
+enum Drawn {
+    Collective(Trial),
+    More(More),
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Trial {
     case: Case,
@@ -262,15 +269,24 @@ fn random_operations_have_the_bits_of_the_reference() {
     let world = World::new(devices.len().max(2), &devices, |builder| {
         let prepare =
             |builder: Builder, (dtype, op): &(DType, ReduceOp)| builder.prepare(*dtype, *op).unwrap();
-        reductions.iter().fold(builder.order(Order::Rank), prepare)
+        reductions.iter().fold(random_more::prepared(builder).order(Order::Rank), prepare)
     });
     let ranks: Vec<Rank> = (0..world.ranks.len()).map(|rank| Rank::new(&world, rank, &reductions)).collect();
+    let cases = random_more::Cases::new(&world, &mut random);
     let mut recent = Vec::new();
     for number in 0..operations {
         let is_large = number % (operations / 50).max(1) == 7;
-        let operation = Trial::random(&mut random, world.ranks.len(), &reductions, is_large);
-        recent.push(operation);
-        ranks.iter().enumerate().for_each(|(at, rank)| operation.run(&world, at, rank));
+        let drawn = match random.below(3) {
+            0 if !is_large => Drawn::More(More::random(&mut random, world.ranks.len())),
+            _ => Drawn::Collective(Trial::random(&mut random, world.ranks.len(), &reductions, is_large)),
+        };
+        for (at, rank) in ranks.iter().enumerate() {
+            match &drawn {
+                Drawn::Collective(trial) => trial.run(&world, at, rank),
+                Drawn::More(more) => more.run(&world, at, rank, &cases),
+            }
+        }
+        recent.push(drawn);
         if number % 100 == 99 || number + 1 == operations {
             for (at, rank) in ranks.iter().enumerate() {
                 world.raw_streams[at].synchronize().unwrap();

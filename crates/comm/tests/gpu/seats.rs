@@ -205,7 +205,15 @@ fn check_all(communicator: &Communicator, tools: &mut Tools, counts: &[usize]) {
 
 #[test]
 fn buffers_of_all_devices_are_reduced_and_filled_in_every_form() {
-    let forms = [None, Some(Form::OneShot), Some(Form::TwoShot), Some(Form::Bulk), Some(Form::Ring)];
+    let forms = [
+        None,
+        Some(Form::OneShot),
+        Some(Form::TwoShot),
+        Some(Form::Bulk),
+        Some(Form::Ring),
+        Some(Form::OneShotLines),
+        Some(Form::TwoShotLines),
+    ];
     for layout in layouts() {
         for form in forms {
             let configure = |builder| match form {

@@ -49,7 +49,7 @@ impl Kernel {
     }
 
     fn launch<A>(&self, tools: &Tools, (blocks, threads): (u32, u32), mut arguments: A) {
-        let grid = Grid { blocks, threads, shared_bytes: 0 };
+        let grid = Grid { blocks, threads, shared_bytes: 0, is_early: false };
         // SAFETY: the arguments are those of the kernel, and what they name stays until the stream was waited for.
         unsafe { self.function.launch(&tools.raw, grid, (&raw mut arguments).cast()) }.unwrap();
     }

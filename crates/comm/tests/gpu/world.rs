@@ -30,6 +30,19 @@ pub(crate) struct World {
     pub(crate) devices: Vec<Device>,
 }
 
+/// A case, and what it is carried out with.
+struct Prepared {
+    case: Case,
+    form: Option<Form>,
+    /// The form that it takes.
+    taken: Option<Form>,
+    /// Bytes before each buffer.
+    offset: usize,
+    inputs: Vec<Vec<u8>>,
+    /// Of each rank: input, output, and what the latter holds before.
+    memory: Vec<(DeviceBuffer, DeviceBuffer, Vec<u8>)>,
+}
+
 impl World {
     /// Ranks that are dealt to `devices` in turn.
     pub(crate) fn new(ranks: usize, devices: &[u32], configure: impl FnOnce(Builder) -> Builder) -> Self {
@@ -47,15 +60,47 @@ impl World {
 
     /// Runs a case and compares every byte of every rank's output, those around it included.
     pub(crate) fn check(&self, case: &Case, form: Option<Form>) {
+        let mut prepared = self.prepare(case, form);
+        self.submit(&prepared);
+        self.wait(&format!("{case:?} {form:?} of {} ranks", self.ranks.len()));
+        self.compare(&mut prepared);
+    }
+
+    /// The same for many calls that follow each other at once; `choose` brings about that the next one takes its form.
+    pub(crate) fn check_all(
+        &mut self,
+        cases: &[(Case, Option<Form>)],
+        choose: impl Fn(&mut Self, Option<Form>),
+    ) {
+        // Nothing is allocated while kernels wait for each other.
+        let mut prepared = Vec::new();
+        for (case, form) in cases {
+            choose(self, *form);
+            prepared.push(self.prepare(case, *form));
+        }
+        for prepared in &prepared {
+            choose(self, prepared.form);
+            self.submit(prepared);
+        }
+        self.wait("calls that follow each other");
+        prepared.iter_mut().for_each(|prepared| self.compare(prepared));
+    }
+
+    /// Makes the buffers of a case.
+    fn prepare(&self, case: &Case, form: Option<Form>) -> Prepared {
         let ranks = self.ranks.len();
         let (bytes, size) = (case.most_bytes(ranks), case.dtype.size());
         let offset = case.offset.next_multiple_of(size);
         let inputs: Vec<Vec<u8>> = (0..ranks).map(|rank| input(case, rank, ranks)).collect();
         let taken = self.ranks[0].gpu_choice(case.kind(0), bytes, size).map(|launch| launch.form);
-        // Copy engines serve ranks that have a device each.
+        // Copy engines serve ranks that have a device each, and not all devices have lines.
         let is_shared = (1..ranks).any(|rank| self.devices[..rank].contains(&self.devices[rank]));
-        let must_be =
-            form.is_some_and(|form| form.serves(case.kind(0)) && !(form == Form::Engine && is_shared));
+        let have_lines = self.ranks[0].gpu_rules().is_some_and(|rules| rules.have_lines());
+        let must_be = form.is_some_and(|form| {
+            form.serves(case.kind(0))
+                && !(form == Form::Engine && is_shared)
+                && (!form.is_lines() || have_lines)
+        });
         assert!(
             !must_be || ranks == 1 || bytes == 0 || taken == form || bytes > 64 << 10,
             "{case:?} {taken:?} {form:?}"
@@ -75,24 +120,32 @@ impl World {
             target.write(0, &before).unwrap();
             memory.push((source, target, before));
         }
+        Prepared { case: *case, form, taken, offset, inputs, memory }
+    }
+
+    fn submit(&self, Prepared { case, offset, memory, .. }: &Prepared) {
         for (rank, (source, target, _)) in memory.iter().enumerate() {
             let raw = |buffer: &DeviceBuffer| RawBuffer {
-                ptr: buffer.address() + offset as u64,
+                ptr: buffer.address() + *offset as u64,
                 count: 0,
                 dtype: case.dtype,
                 place: Place::Cuda { ordinal: self.devices[rank].ordinal() },
             };
-            let shape = case.shape(rank, ranks);
+            let shape = case.shape(rank, self.ranks.len());
             let buffers = shape.buffers(raw(source), raw(target));
-            // SAFETY: both buffers live until the streams were waited for, below.
+            // SAFETY: both buffers live until the streams were waited for, behind this.
             let call = unsafe { Call::from_raw(case.kind(rank), &buffers, &shape.views()) };
             self.ranks[rank].on(&self.streams[rank]).submit(call).unwrap();
         }
-        self.wait(&format!("{case:?} {form:?} of {ranks} ranks"));
+    }
+
+    /// Once the streams were waited for.
+    fn compare(&self, Prepared { case, form, taken, offset, inputs, memory }: &mut Prepared) {
+        let (ranks, size, offset) = (self.ranks.len(), case.dtype.size(), *offset);
         for (rank, (_, target, before)) in memory.iter_mut().enumerate() {
             // In place, what is not written stays as it was.
             let shape = case.shape(rank, ranks);
-            for (at, piece) in expected(case, &inputs, taken, rank) {
+            for (at, piece) in expected(case, inputs, *taken, rank) {
                 let begin = offset + (shape.output_at + at) * size;
                 before[begin..][..piece.len()].copy_from_slice(&piece);
             }

@@ -1,16 +1,20 @@
-//! Where everything lies in the arena of a GPU's rank: the memory that its peers write into.
+//! Where everything lies in the arena of a GPU's rank: the memory that its peers write into. Over 500 lines because each place begins
+//! where the one before ends.
 //!
 //! ```text
-//! headers │ flags │ packets: half 0, half 1 │ gates │ scratch: half 0, half 1 │ messages: flags │ credits │ rings │ slots
-//! └────────────── tagged with epochs ─────┘
+//! headers │ flags │ packets: half 0, half 1 │ lines: 2 areas │ gates │ scratch: half 0, half 1 │ messages: flags │ credits │ rings │ slots
+//! └────────────────────── tagged with epochs ──────────────┘
 //! ```
 //! Half h serves the epochs with that lowest bit. Messages from rank to rank have no epochs, and places of their own for each source: a
 //! ring of packets, and slots for the tiles of large ones. Kernels get the offsets through a header that is made here
 //! ([`ArenaLayout::definitions`]), so they are written down once. An example of the sums, for eight ranks over NVLink: two
 //! halves of 6 MiB carry all-reduces of up to 2¼ MiB in two shots, because 12 bytes travel as 16 and both stages
-//! need room for the whole message (2 · 4/3 · S ≤ 6 MiB); the pipeline for large ones has six buffers of 512 KiB for each of eight
-//! ranks, twice.
+//! need room for the whole message (2 · 4/3 · S ≤ 6 MiB); two areas of 7½ MiB carry all-reduces of 8 MiB in lines, because 120 bytes
+//! travel as 128, each stage has an area, and nothing comes from a rank itself (7/8 · 16/15 · S ≤ 7½ MiB); the pipeline for large ones
+//! has six buffers of 512 KiB for each of eight ranks, twice. Areas of lines belong to no epoch: which of them is free follows from the
+//! calls before (kernels/units.cuh), and so two are enough where halves would take four.
 
+use super::select::{Form, ROW_THREADS};
 use crate::call;
 use crate::layout::Field;
 use crate::quantised::{GROUP, GROUP_BYTES};
@@ -50,8 +54,12 @@ pub const RECORDER_BYTES: usize = STATE_BYTES + RECORDS * RECORD_WORDS * 8;
 const TRACKS_AT: usize = RECORDER_BYTES;
 /// Bytes of these counts for one direction of one pair of ranks.
 pub const TRACK_BYTES: usize = 16 + 8 * MESSAGE_CHANNELS;
+/// Where blocks of a lane of messages are counted: for each lane, and for each message, behind as many as lanes are before it.
+const COUNTS_AT: usize = TRACKS_AT + 2 * MAX_RANKS * TRACK_BYTES;
+/// Lanes of messages in one kernel, at most.
+const MAX_LANES: usize = 2 * MAX_RANKS;
 /// Bytes that a device has for itself.
-pub const DEVICE_BYTES: usize = TRACKS_AT + 2 * MAX_RANKS * TRACK_BYTES;
+pub const DEVICE_BYTES: usize = COUNTS_AT + 4 * (2 * MAX_LANES + MAX_MESSAGES);
 /// From so many bytes on, every block stamps its end: the data goes on for longer than the headers do.
 pub const STAMPED_BYTES: usize = 256 << 10;
 /// The word of a rank's report page that says whether its recorder is read for who asks: 0 there is none, else
@@ -77,6 +85,17 @@ pub const HEADER_SCALAR: usize = 5;
 const HEADER_BYTES: usize = 256;
 /// Bytes of data in a packet.
 pub const PACKET_DATA: usize = 12;
+/// Bytes of a line, which eight lanes of a warp store and load at once.
+const LINE_BYTES: usize = 128;
+/// Bytes of data in a line: the last eight tell its epoch. Of elements of 16 bytes there are seven.
+const LINE_DATA: usize = 120;
+const WIDE_LINE_DATA: usize = 112;
+/// Lines that travel as one unit: so that all but two of its 16 lanes move 16 bytes on lines of 16.
+const UNIT_LINES: usize = 2;
+/// Threads that move a unit of lines.
+pub const UNIT_LANES: usize = UNIT_LINES * LINE_BYTES / 16;
+/// Bytes of data in a unit of lines, of elements of at most eight bytes.
+pub const UNIT_DATA: usize = UNIT_LINES * LINE_DATA;
 /// Packets that a group of a quantised sum takes: all of their data.
 const GROUP_PACKETS: usize = GROUP_BYTES / PACKET_DATA;
 const _: () = assert!(GROUP_BYTES.is_multiple_of(PACKET_DATA));
@@ -95,10 +114,6 @@ const PAGE: usize = 4096;
 pub const MAX_MESSAGES: usize = 128;
 /// Channels that the tiles of a message are dealt to, the same whatever blocks each side has.
 pub const MESSAGE_CHANNELS: usize = 32;
-/// Messages of at most so many bytes travel as packets.
-pub const MESSAGE_PACKETS_TO: usize = 32 << 10;
-/// Packets in the ring of a source, a power of two.
-const RING_PACKETS: usize = 8192;
 /// Tiles after which the rounds of a channel are counted anew.
 const ERA_ROUNDS: usize = 1 << 28;
 /// Bytes from one rank's credit to the next one's.
@@ -162,15 +177,27 @@ impl ArenaLayout {
     }
 
     /// Bytes of packets for one epoch.
-    const fn half_bytes(&self) -> usize {
+    pub const fn half_bytes(&self) -> usize {
         match self.link {
             Link::Device => 6 << 20,
             Link::Host => 1 << 20,
         }
     }
 
-    const fn gates_at(&self) -> usize {
+    const fn lines_at(&self) -> usize {
         self.packets_at() + 2 * self.half_bytes()
+    }
+
+    /// Bytes of an area of lines, of which there are two; none where lines are not whole.
+    const fn lines_area_bytes(&self) -> usize {
+        match self.link {
+            Link::Device => 15 << 19,
+            Link::Host => 0,
+        }
+    }
+
+    const fn gates_at(&self) -> usize {
+        self.lines_at() + 2 * self.lines_area_bytes()
     }
 
     const fn scratch_at(&self) -> usize {
@@ -181,6 +208,11 @@ impl ArenaLayout {
     /// The 64-bit flags: all of them hold an epoch in their high half.
     pub const fn flags(&self) -> Field {
         Field { offset: self.flags_at(), bytes: self.flags_bytes() }
+    }
+
+    /// The packets of both halves, each [`ArenaLayout::half_bytes`] long.
+    pub const fn packets(&self) -> Field {
+        Field { offset: self.packets_at(), bytes: 2 * self.half_bytes() }
     }
 
     /// The scratch, both halves.
@@ -229,13 +261,32 @@ impl ArenaLayout {
     }
 
     const fn slots_at(&self) -> usize {
-        let rings = self.ranks * RING_PACKETS * self.packet_bytes();
+        let rings = self.ranks * self.ring_packets() * self.packet_bytes();
         (self.rings_at() + rings).next_multiple_of(2 << 20)
+    }
+
+    /// Messages of at most so many bytes travel as packets.
+    pub const fn message_packets_to(&self) -> usize {
+        // 4/3 of the bytes, at 300 GB/s over as many blocks as tiles have: 1 MiB is 4.7 µs and what the smallest takes, 4.4. In tiles it
+        // took 15.7 (four H200, docs/gpu-results).
+        match self.link {
+            Link::Device => 1 << 20,
+            Link::Host => 32 << 10,
+        }
+    }
+
+    /// Packets in the ring of a source, a power of two: the largest message of packets, and half of the next.
+    const fn ring_packets(&self) -> usize {
+        match self.link {
+            Link::Device => 131_072,
+            Link::Host => 8192,
+        }
     }
 
     /// Slots of a channel, a power of two.
     const fn message_slots(&self) -> usize {
-        // Tiles are on their way for some 8 µs, there and back: 4 MiB of them from one source fill the links.
+        // A tile has left its slot some 12 µs after it set out, and the sender knows: 8 MiB of them from one source are more than links
+        // carry in that time. Of each channel four are on their way to the far end at once, 4 MiB of all, for 4 to 6 µs.
         match self.link {
             Link::Device if self.ranks <= 8 => 8,
             _ => 4,
@@ -245,7 +296,7 @@ impl ArenaLayout {
     /// Bytes of the largest tiles of messages: of those that fill all channels more than once.
     pub const fn message_tile_bytes(&self) -> usize {
         match self.link {
-            Link::Device => 16 << 10,
+            Link::Device => 32 << 10,
             Link::Host => 4 << 10,
         }
     }
@@ -255,7 +306,7 @@ impl ArenaLayout {
     pub const fn message_start(&self, epoch: u32) -> (u64, u32) {
         match (epoch, self.link) {
             (0, _) | (_, Link::Host) => (0, 0),
-            _ => ((u32::MAX as u64 - 1) * RING_PACKETS as u64, ERA_ROUNDS as u32 - FLAG_WAYS as u32),
+            _ => ((u32::MAX as u64 - 1) * self.ring_packets() as u64, ERA_ROUNDS as u32 - FLAG_WAYS as u32),
         }
     }
 
@@ -264,7 +315,7 @@ impl ArenaLayout {
         let mut bytes = vec![0; DEVICE_BYTES];
         bytes[..4].copy_from_slice(&epoch.to_le_bytes());
         let (packets, rounds) = self.message_start(epoch);
-        for track in bytes[TRACKS_AT..].chunks_mut(TRACK_BYTES) {
+        for track in bytes[TRACKS_AT..COUNTS_AT].chunks_mut(TRACK_BYTES) {
             track[..8].copy_from_slice(&packets.to_le_bytes());
             let channels = track[TRACK_BYTES - 8 * MESSAGE_CHANNELS..].chunks_mut(8);
             channels.for_each(|channel| channel[4..].copy_from_slice(&rounds.to_le_bytes()));
@@ -293,6 +344,14 @@ impl ArenaLayout {
         self.data_in(self.half_bytes() / (2 * self.ranks), size) * self.ranks
     }
 
+    /// The same two in lines. An area has a slot for each peer.
+    pub const fn lines_capacity(&self, size: usize) -> [usize; 2] {
+        let peers = if self.ranks > 1 { self.ranks - 1 } else { 1 };
+        let data = if size <= 8 { LINE_DATA } else { WIDE_LINE_DATA };
+        let slot = self.lines_area_bytes() / peers / (UNIT_LINES * LINE_BYTES) * UNIT_LINES * data;
+        [slot, slot * self.ranks]
+    }
+
     /// The same two of an all-reduce that is quantised: bytes of elements of `size`, in whole groups.
     pub const fn quantised_capacity(&self, size: usize) -> [usize; 2] {
         let group = self.packet_bytes() * GROUP_PACKETS;
@@ -319,15 +378,22 @@ impl ArenaLayout {
             ("HEADER_PACKETS", HEADER_PACKETS),
             ("HEADER_BYTES", HEADER_BYTES),
             ("PACKET_BYTES", self.packet_bytes()),
+            ("LINE_BYTES", LINE_BYTES),
+            ("LINE_DATA", LINE_DATA),
+            ("WIDE_LINE_DATA", WIDE_LINE_DATA),
+            ("UNIT_LINES", UNIT_LINES),
+            ("ONE_SHOT_LINES", Form::OneShotLines as usize),
             ("FLAG_WAYS", FLAG_WAYS),
             ("RECORDS", RECORDS),
             ("RECORD_BYTES", RECORD_WORDS * 8),
             ("REPORT_CLOCK", REPORT_CLOCKS[0]),
             ("MAX_MESSAGES", MAX_MESSAGES),
+            ("ROW_THREADS", ROW_THREADS as usize),
+            ("MAX_LANES", MAX_LANES),
             ("CHANNELS", MESSAGE_CHANNELS),
             ("MESSAGE_SLOTS", self.message_slots()),
             ("SLOT_BYTES", self.message_tile_bytes()),
-            ("RING_PACKETS", RING_PACKETS),
+            ("RING_PACKETS", self.ring_packets()),
             ("ERA_ROUNDS", ERA_ROUNDS),
             ("MESSAGE_STAGE", self.message_stage()),
             ("MESSAGE_RECORD_BYTES", MESSAGE_RECORD_WORDS * 8),
@@ -346,13 +412,16 @@ impl ArenaLayout {
             ("FLAGS_BYTES", self.flags_bytes()),
             ("PACKETS_AT", self.packets_at()),
             ("HALF_BYTES", self.half_bytes()),
+            ("LINES_AT", self.lines_at()),
+            ("LINES_AREA_BYTES", self.lines_area_bytes()),
             ("TAGGED_BYTES", self.gates_at()),
             ("GATES_AT", self.gates_at()),
             ("SCRATCH_AT", self.scratch_at()),
             ("SCRATCH_HALF_BYTES", self.scratch_half_bytes()),
             ("MESSAGE_RECORDS_AT", MESSAGE_RECORDS_AT),
             ("TRACKS_AT", TRACKS_AT),
-            ("MESSAGE_PACKETS_TO", MESSAGE_PACKETS_TO),
+            ("MESSAGE_PACKETS_TO", self.message_packets_to()),
+            ("COUNTS_AT", COUNTS_AT),
             ("CREDITS_AT", self.credits().offset),
             ("RINGS_AT", self.rings_at()),
             ("SLOTS_AT", self.slots_at()),
@@ -384,15 +453,25 @@ mod tests {
                     assert!(ranks * units * unit / 12 * layout.packet_bytes() <= layout.half_bytes());
                     let shard = layout.two_shot_capacity(size) / ranks / unit;
                     assert!(2 * ranks * shard * unit / 12 * layout.packet_bytes() <= layout.half_bytes());
+                    // Units of lines: as many as the largest part or shard has, from each peer, fit into an area.
+                    let unit = if size <= 8 { 240 } else { 224 };
+                    assert!(unit % size == 0 && UNIT_LANES * 16 == UNIT_LINES * LINE_BYTES);
+                    let [one, two] = layout.lines_capacity(size);
+                    let shard = two.div_ceil(unit).div_ceil(ranks);
+                    assert!((ranks - 1) * one.div_ceil(unit) * 256 <= layout.lines_area_bytes());
+                    assert!((ranks - 1) * shard * 256 <= layout.lines_area_bytes());
+                    assert_eq!(link == Link::Host, [one, two] == [0, 0]);
                 }
+                let lines = [layout.lines_at(), layout.lines_at() + layout.lines_area_bytes()];
                 for at in [layout.flags_at(), layout.packets_at(), layout.gates_at(), layout.scratch_at()] {
-                    assert!(at.is_multiple_of(PAGE));
+                    assert!(lines.into_iter().chain([at]).all(|at| at.is_multiple_of(PAGE)));
                 }
                 // A message of packets fits into its ring, and every way of a flag has slots.
                 let (flags, credits) = (layout.message_flags(), layout.credits());
                 assert!(flags.offset >= layout.scratch_end() && credits.offset >= flags.offset + flags.bytes);
                 assert!(layout.rings_at() >= credits.offset + ranks * CREDIT_STRIDE);
-                assert!(2 + MESSAGE_PACKETS_TO.div_ceil(PACKET_DATA) <= RING_PACKETS);
+                let packets = 2 + layout.message_packets_to().div_ceil(PACKET_DATA);
+                assert!(packets <= layout.ring_packets() && layout.ring_packets().is_power_of_two());
                 assert!(layout.message_slots().is_power_of_two() && layout.message_slots() >= FLAG_WAYS);
                 assert!(ERA_ROUNDS.is_multiple_of(layout.message_slots()) && MESSAGE_CHANNELS <= MAX_BLOCKS);
             }
@@ -413,10 +492,15 @@ mod tests {
     }
 
     #[test]
-    fn eight_ranks_over_nvlink_take_less_than_64_mib_and_32_for_messages() {
+    fn eight_ranks_over_nvlink_take_less_than_64_mib_and_15_for_lines_and_10_for_messages_of_each() {
         let layout = ArenaLayout::new(8, Link::Device);
-        assert!(layout.scratch_end() <= 62 << 20, "{}", layout.scratch_end());
-        assert!(layout.total_bytes() <= 96 << 20, "{}", layout.total_bytes());
+        let lines = 2 * layout.lines_area_bytes();
+        assert!(lines <= 15 << 20 && layout.scratch_end() - lines <= 62 << 20, "{}", layout.scratch_end());
+        assert!(layout.total_bytes() <= (64 + 15 + 8 * 10) << 20, "{}", layout.total_bytes());
+        let lines = layout.lines_capacity(2);
+        assert!(lines[0] >= 1 << 20 && lines[1] >= 8 << 20, "{lines:?}");
+        let four = ArenaLayout::new(4, Link::Device).lines_capacity(2);
+        assert!(four[0] >= 2 << 20 && four[1] >= 8 << 20, "{four:?}");
         assert_eq!(layout.area_bytes(), 512 << 10);
         assert!(layout.two_shot_capacity(2) >= 2 << 20, "{}", layout.two_shot_capacity(2));
         assert!(layout.definitions().contains("#define SCRATCH_HALF_BYTES 25165824ull\n"));

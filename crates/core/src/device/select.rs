@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use super::engine::{MOST_LANES, slot_bytes};
 use super::layout::{
-    ArenaLayout, Link, MAX_BLOCKS, MESSAGE_CHANNELS, MESSAGE_PACKETS_TO, PACKET_DATA, RING_SLOTS,
+    ArenaLayout, Link, MAX_BLOCKS, MESSAGE_CHANNELS, PACKET_DATA, RING_SLOTS, UNIT_DATA, UNIT_LANES,
 };
 use super::table::{Table, WIDE_BLOCKS};
 use crate::call::Kind;
@@ -32,22 +32,40 @@ pub enum Form {
     Ring,
     /// From neighbour to neighbour, by copy engines.
     Engine,
+    /// As one-shot, in lines of 128 bytes instead of packets.
+    OneShotLines,
+    /// As two-shot, in lines.
+    TwoShotLines,
 }
 
 impl Form {
-    /// Every form.
-    pub const ALL: [Self; 6] =
-        [Self::OneShot, Self::TwoShot, Self::Bulk, Self::Direct, Self::Ring, Self::Engine];
+    /// Every form, in the order of their numbers.
+    pub const ALL: [Self; 8] = [
+        Self::OneShot,
+        Self::TwoShot,
+        Self::Bulk,
+        Self::Direct,
+        Self::Ring,
+        Self::Engine,
+        Self::OneShotLines,
+        Self::TwoShotLines,
+    ];
+
+    /// Whether data travels in lines: those need devices that move them whole.
+    pub const fn is_lines(self) -> bool {
+        matches!(self, Self::OneShotLines | Self::TwoShotLines)
+    }
 
     /// Whether there are kernels of this form for an operation.
     pub const fn serves(self, kind: Kind) -> bool {
         match self {
             Self::OneShot => true,
             // What is larger than packets have room for goes as several calls.
-            Self::Bulk => !matches!(kind, Kind::AllReduceQuantised),
+            Self::Bulk | Self::OneShotLines => !matches!(kind, Kind::AllReduceQuantised),
             Self::TwoShot => {
                 matches!(kind, Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::AllReduceQuantised)
             }
+            Self::TwoShotLines => matches!(kind, Kind::AllReduce { .. } | Kind::Broadcast { .. }),
             Self::Direct => {
                 matches!(kind, Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::AllGather)
             }
@@ -74,6 +92,8 @@ impl Form {
             Self::Direct => "direct",
             Self::Ring => "ring",
             Self::Engine => "engine",
+            Self::OneShotLines => "one-shot-lines",
+            Self::TwoShotLines => "two-shot-lines",
         }
     }
 }
@@ -146,12 +166,15 @@ impl Launch {
     }
 }
 
-/// Blocks that share a row where rows are normalised, and threads of each. Two of them fit on a multiprocessor.
+/// The most blocks that push one row where rows are normalised, and threads of each. A block takes a multiprocessor, for its registers.
 pub const TEAM_BLOCKS: u32 = 8;
 /// See [`TEAM_BLOCKS`].
-pub const TEAM_THREADS: u32 = 256;
-/// The most teams: as many blocks as move data elsewhere.
-const MOST_TEAMS: usize = 16;
+pub const ROW_THREADS: u32 = 512;
+/// Blocks for rows that are brought onto the device while the kernel before still runs: a budget has room for these and the one for headers.
+const EARLY_ROW_BLOCKS: usize = 6;
+
+/// The most threads of a block that move packets of messages.
+const PACKET_MOVERS: usize = 480;
 
 /// Threads that quantise a group together.
 const GROUP_THREADS: usize = 16;
@@ -195,7 +218,8 @@ pub struct Rules {
     pub crowd: usize,
     /// The order of sums.
     pub order: Order,
-    /// Whether the devices have bulk copies that run on their own: then few blocks nearly fill the links.
+    /// Whether the devices have bulk copies that run on their own: then few blocks nearly fill the links. Such devices (Hopper and
+    /// later) also move lines whole, as far as was measured.
     pub bulk_copies: bool,
     /// Blocks that this communicator may have wait on a device at once, unless more are asked for. Few ([below 64](Self::is_narrow)) may
     /// take a multiprocessor each; of more, two share one, and those that need one take half as many.
@@ -232,6 +256,11 @@ impl Rules {
         })
     }
 
+    /// Whether data can travel in lines. Between ranks of one device it does for who asks for it: that was not measured.
+    pub const fn have_lines(&self) -> bool {
+        self.ranks > 1 && matches!(self.link, Link::Device) && self.bulk_copies
+    }
+
     /// Whether `form` can serve the call.
     fn can(&self, form: Form, question: &Question) -> bool {
         if !form.serves(question.kind) {
@@ -242,6 +271,7 @@ impl Rules {
             Kind::AllReduceQuantised => layout.quantised_capacity(question.size),
             _ => [layout.one_shot_capacity(question.size), layout.two_shot_capacity(question.size)],
         };
+        let lines = layout.lines_capacity(question.size);
         match form {
             // Who is alone keeps everything where it is.
             Form::OneShot => self.ranks == 1 || question.bytes <= one_shot,
@@ -257,6 +287,8 @@ impl Rules {
                 self.ranks > 1 && !changes_order
             }
             Form::Engine => self.lanes().is_some(),
+            Form::OneShotLines => self.have_lines() && question.bytes <= lines[0],
+            Form::TwoShotLines => self.have_lines() && question.bytes <= lines[1],
         }
     }
 
@@ -281,8 +313,15 @@ impl Rules {
             Kind::AllReduceQuantised => usize::MAX,
             _ => row.two_shot_to,
         };
+        let in_lines = |bytes: usize| bytes >= row.lines_from && self.crowd == 1;
         let form = match question.travelling() {
             bytes if bytes >= row.direct_from && can(Form::Direct) => Form::Direct,
+            bytes if in_lines(bytes) && bytes <= row.one_shot_lines_to && can(Form::OneShotLines) => {
+                Form::OneShotLines
+            }
+            bytes if in_lines(bytes) && bytes <= row.two_shot_lines_to && can(Form::TwoShotLines) => {
+                Form::TwoShotLines
+            }
             bytes if bytes <= row.one_shot_to && can(Form::OneShot) => Form::OneShot,
             bytes if bytes <= two_shot_to && can(Form::TwoShot) => Form::TwoShot,
             // Packets are the quickest, and have no room.
@@ -305,8 +344,8 @@ impl Rules {
         }
     }
 
-    /// The form and grid of an all-reduce of rows of 16-bit elements with what follows it in one kernel; the grid is a multiple of
-    /// [`TEAM_BLOCKS`]. `None` where packets have no room: an all-reduce then, and the rest in a kernel behind it.
+    /// The form and grid of an all-reduce of rows of 16-bit elements with what follows it in one kernel; either a multiple of the rows or
+    /// fewer blocks than these. `None` where packets have no room: an all-reduce then, and the rest in a kernel behind it.
     pub fn decide_rows(&self, rows: usize, hidden: usize) -> Option<Launch> {
         let sum = Question {
             kind: Kind::AllReduce { op: ReduceOp::Sum },
@@ -318,7 +357,10 @@ impl Rules {
         let forced = self.forced.filter(|wish| self.can(wish.form, &sum));
         let form = match forced {
             Some(wish) => wish.form,
-            None if sum.bytes <= self.table.row(sum.kind).one_shot_to && self.can(Form::OneShot, &sum) => {
+            // Two ranks send as many bytes in either form, and one-shot is a hop less.
+            None if (self.ranks == 2 || sum.bytes <= self.table.row(sum.kind).one_shot_to)
+                && self.can(Form::OneShot, &sum) =>
+            {
                 Form::OneShot
             }
             None if self.can(Form::TwoShot, &sum) => Form::TwoShot,
@@ -336,28 +378,43 @@ impl Rules {
     }
 
     fn rows_grid(&self, form: Form, rows: usize, asked: u32) -> Launch {
-        let room = if self.crowd > 1 { CROWDED_BLOCKS / self.crowd } else { MAX_BLOCKS };
-        let most = if asked == 0 { self.most_blocks } else { asked } as usize;
-        let most_teams = match self.ranks {
-            // Who is alone waits for nobody, and fills the device.
-            1 => 8 * MOST_TEAMS,
-            _ => (most.min(room) / TEAM_BLOCKS as usize).clamp(1, MOST_TEAMS),
+        let room = (WIDE_BLOCKS / self.crowd.max(1)).max(1);
+        let most = match asked {
+            0 if self.is_narrow() => self.most_blocks as usize,
+            0 => (self.most_blocks as usize).div_ceil(2),
+            asked => asked as usize,
         };
-        let teams = rows.clamp(1, most_teams) as u32;
-        Launch { form, blocks: teams * TEAM_BLOCKS, threads: TEAM_THREADS, tile: 0, by_copies: false }
+        let most = most.clamp(1, room);
+        let rows = rows.max(1);
+        // What one multiprocessor sends of a row takes 0.5 µs for each peer; a kernel that is not there early begins some 0.8 µs later.
+        let all = (most / rows).min(TEAM_BLOCKS as usize);
+        let early = all.min(EARLY_ROW_BLOCKS / rows);
+        let sharers = match self.ranks {
+            1 => 1,
+            ranks if ranks - 1 <= 2 * early => early,
+            _ => all.max(1),
+        };
+        let blocks = (rows.min(most) * sharers) as u32;
+        Launch { form, blocks, threads: ROW_THREADS, tile: 0, by_copies: false }
     }
 
     /// The grid of messages in so many lanes (a peer and a direction each), the largest of `bytes`; `blocks` are those of a lane. Each
     /// rank's own: ranks need not have the same.
     pub fn messages(&self, lanes: usize, bytes: usize) -> Launch {
-        if bytes <= MESSAGE_PACKETS_TO {
-            // A packet for each thread, and a warp for the header.
-            let packets = bytes.div_ceil(PACKET_DATA).clamp(1, 480);
-            let threads = packets.next_multiple_of(32) as u32 + 32;
-            return Launch { form: Form::OneShot, blocks: 1, threads, tile: 0, by_copies: false };
-        }
         let room = if self.crowd > 1 { (CROWDED_BLOCKS / self.crowd).max(1) } else { MAX_BLOCKS };
         let most = (self.most_blocks as usize).min(room);
+        if bytes <= self.layout().message_packets_to() {
+            // A packet for each thread, or two where that takes several blocks; and a warp for the header.
+            let packets = bytes.div_ceil(PACKET_DATA).max(1);
+            let threads = packets.min(PACKET_MOVERS).next_multiple_of(32) as u32 + 32;
+            let due = packets.div_ceil(2 * PACKET_MOVERS);
+            let all = match self.forced {
+                Some(wish) if wish.blocks > 0 => (wish.blocks as usize).min(room),
+                _ => most,
+            };
+            let blocks = due.min(all / lanes.max(1)).clamp(1, MESSAGE_CHANNELS) as u32;
+            return Launch { form: Form::OneShot, blocks, threads, tile: 0, by_copies: false };
+        }
         let all = match self.forced {
             Some(wish) if wish.blocks > 0 => (wish.blocks as usize).min(room),
             _ if self.bulk_copies && !self.is_narrow() => most.div_ceil(2).min(WIDE_BLOCKS),
@@ -414,11 +471,13 @@ impl Rules {
         };
         let threads = 512;
         match form {
-            Form::OneShot | Form::TwoShot => {
+            Form::OneShot | Form::TwoShot | Form::OneShotLines | Form::TwoShotLines => {
                 let units = match (question.kind, form) {
                     (Kind::AllReduceQuantised, Form::OneShot) => question.groups(1) * GROUP_THREADS,
                     (Kind::AllReduceQuantised, _) => question.groups(ranks) * GROUP_THREADS,
                     (_, Form::OneShot) => question.bytes.div_ceil(PACKET_DATA),
+                    (_, Form::OneShotLines) => question.bytes.div_ceil(UNIT_DATA) * UNIT_LANES,
+                    (_, Form::TwoShotLines) => shard.div_ceil(UNIT_DATA) * UNIT_LANES,
                     _ => shard.div_ceil(PACKET_DATA),
                 };
                 // One unit for each thread while that takes few blocks.
@@ -444,9 +503,7 @@ impl Rules {
                 // By copies, some rounds at least, so that the steps overlap.
                 let tile = match by_copies(blocks) {
                     false => due,
-                    true if blocks <= WIDE_BLOCKS / 2 || question.bytes >= row.wide_tile_from => {
-                        due.div_ceil(2).min(2 * row.bulk_tile)
-                    }
+                    true if blocks <= WIDE_BLOCKS / 2 => due.div_ceil(2).min(2 * row.bulk_tile),
                     true => due.div_ceil(2).min(row.bulk_tile),
                 };
                 // Those of one peer have the room of all.
@@ -558,24 +615,72 @@ mod tests {
         for (most_blocks, crowd) in [(130, 1), (24, 1), (8, 1), (130, 16), (130, 2)] {
             let rules = Rules { most_blocks, crowd, ..rules(16) };
             for lanes in 1..=31 {
-                for bytes in [0, 1, MESSAGE_PACKETS_TO, MESSAGE_PACKETS_TO + 1, 1 << 33] {
+                let packets_to = rules.layout().message_packets_to();
+                for bytes in [0, 1, packets_to, packets_to + 1, 1 << 33] {
                     let launch = rules.messages(lanes, bytes);
                     assert!((1..=MESSAGE_CHANNELS as u32).contains(&launch.blocks), "{launch:?}");
                     let whole = (most_blocks as usize).min(CROWDED_BLOCKS / crowd).max(1);
                     let all = lanes * launch.blocks as usize;
                     // As many threads as one block of a multiprocessor may have, for each that is counted.
-                    let few = bytes <= MESSAGE_PACKETS_TO;
-                    assert!(
-                        few || all * launch.threads as usize <= (whole * 1024).max(lanes * 256),
-                        "{launch:?}"
-                    );
+                    let least = if bytes <= packets_to { 512 } else { 256 };
+                    assert!(all * launch.threads as usize <= (whole * 1024).max(lanes * least), "{launch:?}");
                     assert!(!launch.by_copies || launch.threads == 1024 && all <= WIDE_BLOCKS);
                 }
             }
         }
         let ring = rules(8).messages(2, 1 << 30);
         assert_eq!((ring.blocks, ring.by_copies), (32, true));
-        assert_eq!([0, 8192].map(|bytes| rules(8).messages(2, bytes).threads), [64, 512]);
+        let small = |bytes: usize| (rules(8).messages(2, bytes).blocks, rules(8).messages(2, bytes).threads);
+        assert_eq!([0, 8192, 64 << 10, 1 << 20].map(small), [(1, 64), (1, 512), (6, 512), (32, 512)]);
+    }
+
+    #[test]
+    fn lines_serve_where_they_are_whole_and_have_room() {
+        let sum = |bytes| question(bytes);
+        let of = |kind, bytes| Question { kind, ..question(bytes) };
+        let form = |rules: &Rules, question: &Question| rules.decide(question).form;
+        let rules = |ranks| Rules { most_blocks: 130, ..rules(ranks) };
+        assert_eq!(form(&rules(8), &sum(8 << 20)), Form::TwoShotLines);
+        assert_eq!(form(&rules(4), &sum(512 << 10)), Form::OneShotLines);
+        assert_eq!(form(&rules(4), &of(Kind::AllGather, 2 << 20)), Form::OneShotLines);
+        assert_eq!(form(&rules(8), &of(Kind::AllToAll, 1 << 20)), Form::OneShotLines);
+        for barred in [
+            Rules { bulk_copies: false, ..rules(4) },
+            Rules { link: Link::Host, bulk_copies: false, ..rules(4) },
+            Rules { ranks: 1, ..rules(4) },
+        ] {
+            assert!(!barred.have_lines());
+            for wish in [None, "one-shot-lines".parse().ok(), "two-shot-lines".parse().ok()] {
+                for bytes in [8, 512 << 10, 4 << 20] {
+                    assert!(!form(&Rules { forced: wish, ..barred }, &sum(bytes)).is_lines());
+                }
+            }
+        }
+        // Between ranks of one device, for who asks.
+        let crowded = Rules { crowd: 2, ..rules(4) };
+        assert_eq!(form(&crowded, &sum(512 << 10)), Form::TwoShot);
+        for (text, form) in [("one-shot-lines", Form::OneShotLines), ("two-shot-lines", Form::TwoShotLines)] {
+            let asked = Rules { forced: text.parse().ok(), ..crowded };
+            assert_eq!(asked.decide(&sum(1)).form, form);
+            // A half-warp moves 240 bytes.
+            let asked = Rules { forced: text.parse().ok(), ..rules(2) };
+            let launch = asked.decide(&sum(480 * 1024));
+            let units = if form == Form::OneShotLines { 2048 } else { 1024 };
+            assert_eq!((launch.form, launch.blocks * launch.threads), (form, units * 16), "{launch:?}");
+            assert!(!form.serves(Kind::AllReduceQuantised) && asked.decide_rows(1, 64).is_none());
+        }
+        for ranks in 2..=MAX_RANKS {
+            for size in [1, 8, 16] {
+                let [one, two] = rules(ranks).layout().lines_capacity(size);
+                for (text, form, bytes) in
+                    [("one-shot-lines", Form::OneShotLines, one), ("two-shot-lines", Form::TwoShotLines, two)]
+                {
+                    let asked = Rules { forced: text.parse().ok(), ..rules(ranks) };
+                    assert_eq!(asked.decide(&Question { size, ..sum(bytes) }).form, form);
+                    assert_ne!(asked.decide(&Question { size, ..sum(bytes + 1) }).form, form);
+                }
+            }
+        }
     }
 
     #[test]
@@ -644,21 +749,31 @@ mod tests {
         for rows in 1..=128 {
             let launch = rules(8).decide_rows(rows, 8192).unwrap();
             assert_eq!(launch.form, if rows <= 6 { Form::OneShot } else { Form::TwoShot });
-            assert_eq!(launch.blocks as usize, 8 * rows.min(16));
+            // Several blocks push a row, as long as they are few.
+            let blocks = match rows {
+                1 => 6,
+                2..=8 => 8 * rows,
+                _ => (64 / rows).max(1) * rows.min(64),
+            };
+            assert_eq!(launch.blocks as usize, blocks, "{rows}");
+            assert_eq!(rules(2).decide_rows(rows, 8192).unwrap().form, Form::OneShot);
         }
+        let blocks = |ranks, rows| rules(ranks).decide_rows(rows, 8192).unwrap().blocks;
+        assert_eq!([1, 2, 3, 4, 6, 7, 16].map(|rows| blocks(2, rows)), [6, 6, 6, 4, 6, 56, 64]);
+        assert_eq!([1, 2, 3, 4].map(|rows| blocks(4, rows)), [6, 6, 6, 32]);
         assert_eq!(form(&rules(8), 1000, 8192), None);
         assert_eq!(form(&rules(1), 100_000, 8192), Some(Form::OneShot));
-        assert_eq!(rules(1).decide_rows(100_000, 8).unwrap().blocks, 1024);
+        assert_eq!(rules(1).decide_rows(100_000, 8).unwrap().blocks, 64);
         let asked = |text: &str| Rules { forced: text.parse().ok(), ..rules(4) };
         assert_eq!(form(&asked("two-shot"), 1, 8), Some(Form::TwoShot));
         assert_eq!(form(&asked("bulk"), 1, 8), None);
-        assert_eq!(asked("one-shot:17").decide_rows(5, 1024).unwrap().blocks, 16);
+        assert_eq!(asked("one-shot:17").decide_rows(5, 1024).unwrap().blocks, 15);
         for ranks in 2..=MAX_RANKS {
             for link in [Link::Device, Link::Host] {
                 let rules = Rules { link, most_blocks: 3, ..rules(ranks) };
                 for hidden in [8, 7168, crate::fused::MAX_HIDDEN] {
                     let (rows, launch) = rules.two_shot_rows(hidden);
-                    assert!(rows > 0 && launch.blocks == 8);
+                    assert!(rows > 0 && launch.blocks == 3, "{launch:?}");
                     let units = (rows * hidden.div_ceil(UNIT)).div_ceil(ranks) * ranks;
                     let half = rules.layout().two_shot_capacity(2) / ranks / 12 * ranks;
                     assert!(units <= half, "{units} {half}");

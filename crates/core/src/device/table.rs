@@ -27,6 +27,12 @@ pub struct Row {
     pub one_shot_to: usize,
     /// Two-shot above that and up to here, where packets have room.
     pub two_shot_to: usize,
+    /// In lines from here on, where data can travel so.
+    pub lines_from: usize,
+    /// These are one-shot up to here, where lines have room.
+    pub one_shot_lines_to: usize,
+    /// Two-shot above that and up to here, where lines have room.
+    pub two_shot_lines_to: usize,
     /// Direct from here on, and below where packets have no room, if all buffers lie where all ranks reach them.
     pub direct_from: usize,
     /// Else a ring from here on, and the pipeline (bulk) below.
@@ -35,7 +41,7 @@ pub struct Row {
     pub narrow_ring_from: usize,
     /// Copy engines from here on, where they may serve calls that nobody asked it for.
     pub engine_from: usize,
-    /// The most blocks of one-shot and two-shot.
+    /// The most blocks of one-shot and two-shot, in packets or in lines.
     pub packet_blocks: usize,
     /// The most blocks of direct.
     pub direct_blocks: usize,
@@ -47,8 +53,6 @@ pub struct Row {
     pub bulk_blocks: usize,
     /// Vectors of 16 bytes in a tile of the pipeline, by bulk copies; twice as many where few blocks have a lot to do.
     pub bulk_tile: usize,
-    /// From here on tiles are twice as large in any case.
-    pub wide_tile_from: usize,
     /// The most blocks of a ring.
     pub ring_blocks: usize,
 }
@@ -65,9 +69,12 @@ enum Values {
 type Field = (&'static str, Values, fn(&mut Row) -> &mut usize);
 
 /// Name, values and place of each field, in the order of text.
-const FIELDS: [Field; 14] = [
+const FIELDS: [Field; 16] = [
     ("one_shot_to", Values::Bytes, |row| &mut row.one_shot_to),
     ("two_shot_to", Values::Bytes, |row| &mut row.two_shot_to),
+    ("lines_from", Values::Bytes, |row| &mut row.lines_from),
+    ("one_shot_lines_to", Values::Bytes, |row| &mut row.one_shot_lines_to),
+    ("two_shot_lines_to", Values::Bytes, |row| &mut row.two_shot_lines_to),
     ("direct_from", Values::Bytes, |row| &mut row.direct_from),
     ("ring_from", Values::Bytes, |row| &mut row.ring_from),
     ("narrow_ring_from", Values::Bytes, |row| &mut row.narrow_ring_from),
@@ -78,7 +85,6 @@ const FIELDS: [Field; 14] = [
     ("thread_blocks", Values::UpTo(MAX_BLOCKS), |row| &mut row.thread_blocks),
     ("bulk_blocks", Values::UpTo(WIDE_BLOCKS), |row| &mut row.bulk_blocks),
     ("bulk_tile", Values::UpTo(MAX_TILE), |row| &mut row.bulk_tile),
-    ("wide_tile_from", Values::Bytes, |row| &mut row.wide_tile_from),
     ("ring_blocks", Values::UpTo(MAX_BLOCKS), |row| &mut row.ring_blocks),
 ];
 
@@ -86,6 +92,9 @@ impl Row {
     const EMPTY: Self = Self {
         one_shot_to: 0,
         two_shot_to: 0,
+        lines_from: 0,
+        one_shot_lines_to: 0,
+        two_shot_lines_to: 0,
         direct_from: 0,
         ring_from: 0,
         narrow_ring_from: 0,
@@ -96,7 +105,6 @@ impl Row {
         thread_blocks: 0,
         bulk_blocks: 0,
         bulk_tile: 0,
-        wide_tile_from: 0,
         ring_blocks: 0,
     };
 }

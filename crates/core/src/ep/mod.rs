@@ -1,15 +1,20 @@
 //! Expert parallelism as pure functions: which rank has which expert ([`Placement`]), where tokens go ([`Routing`]), how a row is cast
-//! to 8 bits ([`cast`]), in which order rows are summed ([`RowSum`]), and where all of it lies in shared memory ([`ArenaLayout`]).
+//! to 8 bits ([`cast`]), in which order rows are summed ([`RowSum`]), and where all of it lies in shared memory ([`ArenaLayout`]) and in memory
+//! of GPUs ([`DeviceLayout`]).
 //!
 //! The CPU backend runs these, and kernels are tested against them, bit for bit.
 
 mod arena;
 pub mod cast;
+mod device;
+mod low_latency;
 mod placement;
 mod routing;
 mod rows;
 
 pub use arena::{ArenaLayout, ArenaShape, CALL_WORDS, CALLS, DataFields, WeightFields};
+pub use device::{DEVICE_LINE, DeviceLayout, MOST_LOCAL_EXPERTS};
+pub use low_latency::{HEAD_WORDS, LowLatencyLayout, PIECE};
 pub use placement::Placement;
 pub use routing::{Routing, send_slots, source_prefix};
 pub use rows::{RowSum, is_summed};

@@ -47,6 +47,7 @@ fn every_setting_is_read_into_its_own_field() {
         ("UNISONO_PEER_ACCESS", "off"),
         ("UNISONO_PINNED", "numa"),
         ("UNISONO_HANDLES", "Fabric"),
+        ("UNISONO_GPU_LAUNCH", "both"),
     ]);
     let expected = Settings {
         log: "debug,mio=warn".to_owned(),
@@ -67,6 +68,7 @@ fn every_setting_is_read_into_its_own_field() {
         peer_access: false,
         pinned: PinnedWay::Numa,
         handles: HandleKind::Fabric,
+        gpu_launch: GpuLaunch::Both,
     };
     assert_eq!(settings.unwrap(), expected);
 }

@@ -7,14 +7,16 @@ use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use unisono::ep::Settings;
-use unisono::{DType, Error};
+use unisono::{DType, Error, Stream};
 
 use super::inputs::Inputs;
-use super::outputs::Framework;
+use super::outputs::Outputs;
+use crate::array::StreamOf;
+use crate::call::Way;
 use crate::communicator::{Communicator, Failure};
 use crate::symmetric::dtype_of;
 use crate::view::View;
-use crate::{errors, interrupt, options};
+use crate::{errors, interrupt, options, stream};
 
 /// Moves tokens of a mixture of experts to the ranks that have their experts, and brings results back.
 ///
@@ -23,7 +25,8 @@ use crate::{errors, interrupt, options};
 /// low-latency call; default 128), ``top_k`` (the most experts of a token, at most 32; default 32), ``dtype`` (the widest that travels:
 /// "bfloat16", the default, "float16" or "float32"), ``low_latency`` (whether there is memory for low-latency calls), ``masking`` (whether a
 /// dead or silent rank is left out instead of failing the communicator), ``deadline`` (how long a living rank may be silent in a call; 10 s,
-/// ten times as long in the first call).
+/// ten times as long in the first call). On GPUs also ``pool_bytes`` (memory for outputs, which peers write; default: for a dispatch of 4,096
+/// tokens of every rank) and ``multiprocessors`` (the most that a call takes; default 12).
 ///
 /// It can be used once all ranks have called ``exchange()``, as ``with`` does. All ranks make the same calls in the same order, with the same
 /// dtype, top-k and options; numbers of tokens are each rank's own. Arrays are those of any framework, as for a ``Communicator``; where a
@@ -45,7 +48,7 @@ use crate::{errors, interrupt, options};
 /// True
 #[pyclass(frozen, module = "unisono.ep")]
 pub(crate) struct Buffer {
-    communicator: Py<Communicator>,
+    pub(super) communicator: Py<Communicator>,
     shared: Arc<Shared>,
     pub(super) hidden: usize,
 }
@@ -70,7 +73,7 @@ pub(super) struct State {
 #[pyclass(frozen, module = "unisono.ep")]
 pub(crate) struct Layout {
     pub(super) layout: unisono::ep::Layout,
-    framework: Framework,
+    outputs: Outputs,
 }
 
 #[pymethods]
@@ -78,19 +81,19 @@ impl Layout {
     /// int32 ``[ranks]``: tokens to each rank; one that several experts of a rank take counts once.
     #[getter]
     fn tokens_per_rank(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        self.framework.array(py, self.layout.tokens_per_rank())
+        self.outputs.array(py, self.layout.tokens_per_rank())
     }
 
     /// int32 ``[experts]``: selections of each expert.
     #[getter]
     fn tokens_per_expert(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        self.framework.array(py, self.layout.tokens_per_expert())
+        self.outputs.array(py, self.layout.tokens_per_expert())
     }
 
     /// bool ``[tokens, ranks]``: which token goes to which rank.
     #[getter]
     fn is_token_in_rank(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        self.framework.array(py, self.layout.is_token_in_rank())
+        self.outputs.array(py, self.layout.is_token_in_rank())
     }
 }
 
@@ -105,6 +108,8 @@ fn settings(hidden: usize, experts: usize, options: Option<&Bound<'_, PyDict>>) 
             "top_k" => settings.top_k = value.extract()?,
             "dtype" => settings.dtype = dtype_of(&value, call, 0)?,
             "low_latency" => settings.low_latency = value.extract()?,
+            "pool_bytes" => settings.pool_bytes = value.extract()?,
+            "multiprocessors" => settings.multiprocessors = value.extract()?,
             "masking" => settings.masking = value.extract()?,
             "deadline" => {
                 let finite =
@@ -188,6 +193,24 @@ impl Buffer {
         settings.bytes(world_size).map_err(|error| errors::raised(py, &error))
     }
 
+    /// Bytes of memory that each of ``world_size`` ranks needs on its GPU for a buffer of these settings.
+    ///
+    /// >>> import unisono
+    /// >>> unisono.ep.Buffer.device_bytes(8, hidden=7168, experts=256) > 8 * 4096 * 7168 * 2
+    /// True
+    #[staticmethod]
+    #[pyo3(signature = (world_size, hidden, experts, **options))]
+    fn device_bytes(
+        py: Python<'_>,
+        world_size: usize,
+        hidden: usize,
+        experts: usize,
+        options: Option<&Bound<'_, PyDict>>,
+    ) -> PyResult<usize> {
+        let settings = settings(hidden, experts, options)?;
+        settings.device_bytes(world_size).map_err(|error| errors::raised(py, &error))
+    }
+
     /// Makes the buffer available: compares settings and shares memory. Collective: every rank calls it, once.
     ///
     /// Raises ``BufferSettingsError`` on all ranks, naming one whose settings differ; ``BufferStateError`` if it was called before.
@@ -222,6 +245,26 @@ impl Buffer {
         })?;
         self.communicator()
             .interruptibly(py, call, |communicator| self.shared.0.lock().buffer.end(communicator))
+    }
+
+    /// Raises the first cause if this buffer has failed, on the host or in kernels that ran so far. On a GPU it also tells, once, of selections
+    /// that are no expert, and of more rows than ``worst_tokens``, as ``ArgumentError``; the buffer works on after these. Waits for nobody.
+    ///
+    /// >>> import unisono
+    /// >>> with unisono.ep.Buffer(unisono.Communicator.threads(1)[0], 64, experts=8) as buffer:
+    /// ...     buffer.check()
+    fn check(&self, py: Python<'_>) -> PyResult<()> {
+        self.with(py, "check", |state| state.buffer.check())
+    }
+
+    /// How calls of this buffer went, as text.
+    ///
+    /// >>> import unisono
+    /// >>> with unisono.ep.Buffer(unisono.Communicator.threads(1)[0], 64, experts=8) as buffer:
+    /// ...     buffer.explain()
+    /// 'through shared memory of the host, ...'
+    fn explain(&self, py: Python<'_>) -> PyResult<String> {
+        self.with(py, "explain", |state| Ok(state.buffer.explain()))
     }
 
     /// Whether it was exchanged, has not failed and is not closed.
@@ -268,12 +311,18 @@ impl Buffer {
     ) -> PyResult<Layout> {
         let mut inputs = Inputs::new(self, "layout", topk_idx.py(), stream)?;
         let (indices, shape) = inputs.take_of(DType::I64, "topk_idx", topk_idx, &[None, None])?;
-        let layout = inputs.run(|buffer, lender, _| buffer.layout(lender.buf::<i64>(indices), shape[1]))?;
-        Ok(Layout { layout, framework: Framework::of(topk_idx)? })
+        let layout = inputs.run(|buffer, lender, stream| {
+            let indices = lender.buf::<i64>(indices);
+            match stream {
+                None => buffer.layout(indices, shape[1]),
+                Some(stream) => buffer.layout_on(indices, shape[1], stream),
+            }
+        })?;
+        Ok(Layout { layout, outputs: Outputs::of(self, topk_idx)? })
     }
 
     /// The layout that says this: ``is_token_in_rank`` is bool ``[tokens, ranks]``, ``tokens_per_expert`` int32 ``[experts]`` the selections
-    /// of each expert. Local.
+    /// of each expert. Local, and on the host: on a GPU it raises ``DeviceError``.
     ///
     /// >>> import numpy as np, unisono
     /// >>> with unisono.ep.Buffer(unisono.Communicator.threads(1)[0], 8, experts=2) as buffer:
@@ -294,27 +343,44 @@ impl Buffer {
         let layout = inputs.run(|buffer, lender, _| {
             buffer.layout_of_ranks(lender.buf::<unisono::Bool8>(table), lender.buf::<i32>(counts))
         })?;
-        Ok(Layout { layout, framework: Framework::of(is_token_in_rank)? })
+        Ok(Layout { layout, outputs: Outputs::of(self, is_token_in_rank)? })
     }
 
     /// Memory of this buffer for the results of a low-latency combine, which takes them from there if it is given None: a ``View`` of
-    /// ``[L, M, hidden]``, zeroed when it is first asked for, and as it was left later. Every call for one buffer has the same ``dtype``.
+    /// ``[L, M, hidden]``, zeroed when it is first asked for (on a GPU anything), and as it was left later. Every call for one buffer has the same ``dtype``.
     ///
     /// >>> import unisono
     /// >>> with unisono.ep.Buffer(unisono.Communicator.threads(1)[0], 8, experts=2, low_latency=True, capacity=4) as buffer:
     /// ...     buffer.combine_buffer("bfloat16")
     /// <unisono.View [2, 4, 8] bfloat16 in host memory>
-    #[pyo3(signature = (dtype=None))]
-    fn combine_buffer(&self, py: Python<'_>, dtype: Option<&Bound<'_, PyAny>>) -> PyResult<View> {
-        let (call, rank) = ("combine_buffer", self.communicator().rank);
+    #[pyo3(signature = (dtype=None, *, stream=None))]
+    fn combine_buffer(
+        &self,
+        py: Python<'_>,
+        dtype: Option<&Bound<'_, PyAny>>,
+        stream: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<View> {
+        let (call, communicator) = ("combine_buffer", self.communicator());
+        let rank = communicator.rank;
         let asked = dtype.map(|dtype| dtype_of(dtype, call, rank)).transpose()?;
+        let given =
+            stream.map(|stream| stream::handle(stream, communicator.site(call, "stream"))).transpose()?;
+        let on_device = communicator.devices.first().map(|ordinal| (*ordinal, StreamOf::Torch));
+        let way = communicator.way(py, call, on_device, given)?;
+        let stream = match way {
+            Way::Host => Ok(Arc::new(Stream::host())),
+            Way::Stream(handle, ordinal) => {
+                py.detach(|| communicator.lock().and_then(|mut inner| Ok(inner.stream(handle, ordinal)?)))
+            }
+        };
+        let stream = stream.map_err(|failure| self.raised(py, failure, call))?;
         let (memory, dimensions) = self.with(py, call, |state| {
             let dtype = asked.unwrap_or(state.lent_as.unwrap_or(DType::BF16));
             if let Some(lent_as) = state.lent_as.filter(|lent_as| *lent_as != dtype) {
                 let (expected, got) = (format!("{lent_as}, as before"), dtype.to_string());
                 return Err(Error::Argument { call, rank, what: "dtype", expected, got });
             }
-            let tensor = state.buffer.combine_buffer(dtype)?;
+            let tensor = state.buffer.combine_buffer_on(dtype, &stream)?;
             let lent = (tensor.raw(), tensor.shape().to_vec());
             state.lent_as = Some(dtype);
             Ok(lent)

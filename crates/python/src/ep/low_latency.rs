@@ -9,7 +9,7 @@ use unisono::ep::{self, ScaleKind};
 
 use super::buffer::Buffer;
 use super::inputs::Inputs;
-use super::outputs::Framework;
+use super::outputs::Outputs;
 use crate::errors;
 
 /// What a low-latency dispatch brought. L is the number of experts of this rank, M = ranks · capacity. Made by
@@ -38,7 +38,7 @@ pub(crate) struct LowLatencyDispatched {
 #[pyclass(frozen, module = "unisono.ep")]
 pub(crate) struct LowLatencyHandle {
     handle: ep::LowLatencyHandle,
-    framework: Framework,
+    outputs: Outputs,
 }
 
 /// What came of the tokens of a rank. Made by ``Buffer.low_latency_combine``.
@@ -56,7 +56,7 @@ pub(crate) struct LowLatencyCombined {
 #[pyclass(frozen, module = "unisono.ep")]
 pub(crate) struct SentDispatch {
     buffer: Py<Buffer>,
-    framework: Framework,
+    outputs: Outputs,
     sent: Mutex<Option<ep::SentDispatch>>,
 }
 
@@ -64,7 +64,7 @@ pub(crate) struct SentDispatch {
 #[pyclass(frozen, module = "unisono.ep")]
 pub(crate) struct SentCombine {
     buffer: Py<Buffer>,
-    framework: Framework,
+    outputs: Outputs,
     sent: Mutex<Option<ep::SentCombine>>,
 }
 
@@ -73,13 +73,13 @@ impl LowLatencyHandle {
     /// int32 ``[L, M]``: the index of each row's token at its source; only those of rows that came have a meaning.
     #[getter]
     fn source_tokens(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        self.framework.array(py, self.handle.source_tokens())
+        self.outputs.array(py, self.handle.source_tokens())
     }
 
     /// int64 ``[L, ranks]``: the rows of each source within the block of an expert, as first << 32 | number.
     #[getter]
     fn layout_range(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        self.framework.array(py, self.handle.layout_range())
+        self.outputs.array(py, self.handle.layout_range())
     }
 }
 
@@ -89,15 +89,15 @@ impl SentDispatch {
     ///
     /// Raises ``ArgumentError`` if an earlier one was not received, or this one was; else as ``low_latency_dispatch``.
     fn receive(&self, py: Python<'_>) -> PyResult<LowLatencyDispatched> {
-        let (buffer, call, framework) = (self.buffer.get(), "receive_dispatch", self.framework);
+        let (buffer, call, outputs) = (self.buffer.get(), "receive_dispatch", &self.outputs);
         let sent = taken(py, buffer, &self.sent, call)?;
         let received = buffer.with(py, call, |state| state.buffer.receive_dispatch(sent))?;
         Ok(LowLatencyDispatched {
-            x: framework.array(py, received.x)?,
-            scales: framework.array_of(py, received.scales)?,
-            counts: framework.array(py, received.counts)?,
-            waited: framework.array(py, received.waited)?,
-            handle: Py::new(py, LowLatencyHandle { handle: received.handle, framework })?,
+            x: outputs.array(py, received.x)?,
+            scales: outputs.array_of(py, received.scales)?,
+            counts: outputs.array(py, received.counts)?,
+            waited: outputs.array(py, received.waited)?,
+            handle: Py::new(py, LowLatencyHandle { handle: received.handle, outputs: outputs.later(py) })?,
         })
     }
 }
@@ -109,12 +109,12 @@ impl SentCombine {
     ///
     /// Raises ``ArgumentError`` if an earlier one was not received, or this one was; else as ``low_latency_dispatch``.
     fn receive(&self, py: Python<'_>) -> PyResult<LowLatencyCombined> {
-        let (buffer, call, framework) = (self.buffer.get(), "receive_combine", self.framework);
+        let (buffer, call, outputs) = (self.buffer.get(), "receive_combine", &self.outputs);
         let sent = taken(py, buffer, &self.sent, call)?;
         let received = buffer.with(py, call, |state| state.buffer.receive_combine(sent))?;
         Ok(LowLatencyCombined {
-            x: framework.array(py, received.x)?,
-            waited: framework.array(py, received.waited)?,
+            x: outputs.array(py, received.x)?,
+            waited: outputs.array(py, received.waited)?,
         })
     }
 }
@@ -190,7 +190,7 @@ impl Buffer {
         cast: Option<&Bound<'py, PyAny>>,
         stream: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<SentDispatch> {
-        let (me, framework) = (this.get(), Framework::of(x)?);
+        let (me, outputs) = (this.get(), Outputs::of(this.get(), x)?);
         let cast = cast.map(|cast| cast_of(cast, me.communicator().rank)).transpose()?;
         let mut inputs = Inputs::new(me, "low_latency_dispatch", this.py(), stream)?;
         let (rows, shape) = inputs.rows("x", x, &[None, Some(me.hidden)])?;
@@ -206,7 +206,7 @@ impl Buffer {
             }
             buffer.low_latency_dispatch_send(&dispatch)
         })?;
-        Ok(SentDispatch { buffer: this.clone().unbind(), framework, sent: Mutex::new(Some(sent)) })
+        Ok(SentDispatch { buffer: this.clone().unbind(), outputs, sent: Mutex::new(Some(sent)) })
     }
 
     /// Brings results back to the sources of their tokens, as a ``LowLatencyCombined``: the sum of weight · result over the selections of each.
@@ -260,8 +260,8 @@ impl Buffer {
         quantised: bool,
         stream: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<SentCombine> {
-        let (me, framework, handle) =
-            (this.get(), Framework::of(x.unwrap_or(topk_idx))?, &handle.get().handle);
+        let (me, handle) = (this.get(), &handle.get().handle);
+        let outputs = Outputs::of(me, x.unwrap_or(topk_idx))?;
         let mut inputs = Inputs::new(me, "low_latency_combine", this.py(), stream)?;
         let rows = x.map(|x| inputs.rows("x", x, &[None, None, Some(me.hidden)])).transpose()?;
         let (indices, shape) = inputs.take_of(DType::I64, "topk_idx", topk_idx, &[None, None])?;
@@ -281,6 +281,6 @@ impl Buffer {
             }
             buffer.low_latency_combine_send(&combine)
         })?;
-        Ok(SentCombine { buffer: this.clone().unbind(), framework, sent: Mutex::new(Some(sent)) })
+        Ok(SentCombine { buffer: this.clone().unbind(), outputs, sent: Mutex::new(Some(sent)) })
     }
 }

@@ -7,12 +7,21 @@ use pyo3::prelude::*;
 use unisono::ep::Tensor;
 use unisono::{DType, Place};
 
-use crate::array::{imported, is_torch_tensor};
+use super::buffer::Buffer;
+use crate::array::{StreamOf, imported, is_torch_tensor};
+use crate::communicator::Communicator;
+use crate::stream;
 use crate::view::View;
+
+/// Makes arrays of what the calls of a buffer give.
+pub(super) struct Outputs {
+    framework: Framework,
+    communicator: Py<Communicator>,
+}
 
 /// Whose arrays a call was given.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Framework {
+enum Framework {
     Torch,
     Cupy,
     Numpy,
@@ -20,8 +29,41 @@ pub(super) enum Framework {
     Other,
 }
 
+impl Outputs {
+    /// As arrays of the framework of `like`.
+    pub(super) fn of(buffer: &Buffer, like: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let communicator = buffer.communicator.clone_ref(like.py());
+        Ok(Self { framework: Framework::of(like)?, communicator })
+    }
+
+    /// The same for what is made later.
+    pub(super) fn later(&self, py: Python<'_>) -> Self {
+        Self { framework: self.framework, communicator: self.communicator.clone_ref(py) }
+    }
+
+    /// `tensor` as an array. On a GPU its memory is used again only behind the work that the framework's current stream has by then, too.
+    pub(super) fn array(&self, py: Python<'_>, tensor: Tensor) -> PyResult<Py<PyAny>> {
+        let (memory, dimensions) = (tensor.raw(), tensor.shape().to_vec());
+        if let Place::Cuda { ordinal } = memory.place {
+            let of = if self.framework == Framework::Torch { StreamOf::Torch } else { StreamOf::Unknown };
+            let (handle, communicator) = (stream::current(py, of, ordinal)?, self.communicator.get());
+            let current =
+                py.detach(|| communicator.lock().and_then(|mut inner| Ok(inner.stream(handle, ordinal)?)));
+            let current = current.map_err(|failure| communicator.raised(py, failure, "an output"))?;
+            tensor.use_on(&current);
+        }
+        let view = View { memory, dimensions, mapping: Some(Arc::new(tensor)) };
+        Ok(self.framework.over(py, view)?.unbind())
+    }
+
+    /// The same of what may be nothing.
+    pub(super) fn array_of(&self, py: Python<'_>, tensor: Option<Tensor>) -> PyResult<Option<Py<PyAny>>> {
+        tensor.map(|tensor| self.array(py, tensor)).transpose()
+    }
+}
+
 impl Framework {
-    pub(super) fn of(object: &Bound<'_, PyAny>) -> PyResult<Self> {
+    fn of(object: &Bound<'_, PyAny>) -> PyResult<Self> {
         let py = object.py();
         if is_torch_tensor(object)? {
             return Ok(Self::Torch);
@@ -33,18 +75,6 @@ impl Framework {
         }
         let has_numpy = imported(py, intern!(py, "numpy"))?.is_some();
         Ok(if has_numpy { Self::Numpy } else { Self::Other })
-    }
-
-    /// `tensor` as an array.
-    pub(super) fn array(self, py: Python<'_>, tensor: Tensor) -> PyResult<Py<PyAny>> {
-        let (memory, dimensions) = (tensor.raw(), tensor.shape().to_vec());
-        let view = View { memory, dimensions, mapping: Some(Arc::new(tensor)) };
-        Ok(self.over(py, view)?.unbind())
-    }
-
-    /// The same of what may be nothing.
-    pub(super) fn array_of(self, py: Python<'_>, tensor: Option<Tensor>) -> PyResult<Option<Py<PyAny>>> {
-        tensor.map(|tensor| self.array(py, tensor)).transpose()
     }
 
     fn over(self, py: Python<'_>, view: View) -> PyResult<Bound<'_, PyAny>> {

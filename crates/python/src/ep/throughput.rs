@@ -9,7 +9,7 @@ use unisono::ep;
 
 use super::buffer::{Buffer, Layout};
 use super::inputs::{Given, Inputs};
-use super::outputs::Framework;
+use super::outputs::Outputs;
 
 /// What a dispatch brought: N rows, by source rank and then by the token's index there. Made by ``Buffer.dispatch``.
 #[pyclass(frozen, module = "unisono.ep")]
@@ -38,7 +38,7 @@ pub(crate) struct Dispatched {
 #[pyclass(frozen, module = "unisono.ep")]
 pub(crate) struct Handle {
     handle: ep::Handle,
-    framework: Framework,
+    outputs: Outputs,
 }
 
 /// What came of the tokens of a rank. Made by ``Buffer.combine``.
@@ -57,19 +57,19 @@ impl Handle {
     /// int32 ``[ranks, ranks]``: at ``[i][r]`` the number of tokens that ranks 0 to i send to rank r.
     #[getter]
     fn rank_prefix(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        self.framework.array(py, self.handle.rank_prefix())
+        self.outputs.array(py, self.handle.rank_prefix())
     }
 
     /// int32 ``[N]``: the index of each row's token at its source, −1 behind the last row.
     #[getter]
     fn source_tokens(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        self.framework.array(py, self.handle.source_tokens())
+        self.outputs.array(py, self.handle.source_tokens())
     }
 
     /// bool ``[tokens, ranks]``: which tokens of this rank went to which rank.
     #[getter]
     fn is_token_in_rank(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        self.framework.array(py, self.handle.is_token_in_rank())
+        self.outputs.array(py, self.handle.is_token_in_rank())
     }
 
     /// Rows of what was dispatched: N.
@@ -94,7 +94,8 @@ impl Buffer {
     /// ``[tokens, top-k]``, the experts of each token, −1 for none; ``topk_weights`` float32 of the same shape; ``scales`` float32 or int32
     /// ``[tokens, any]``, at any strides. ``layout``, if it is known, is not computed again, and alone it may stand for ``topk_idx``.
     /// ``expert_alignment`` rounds ``tokens_per_expert`` up. With ``worst_tokens`` outputs have so many rows, however many come: rows behind
-    /// the last have index −1, weight 0 and unspecified elements, and nobody waits for the number.
+    /// the last have index −1, weight 0 and unspecified elements, and nobody waits for the number. ``multiprocessors``: the most of the GPU that
+    /// this call takes (default: as the buffer says).
     ///
     /// Raises ``ArgumentError`` before anything is sent, or if more rows came than ``worst_tokens`` (the buffer still works);
     /// ``MismatchError``, ``PeerDiedError``, ``TimeoutError`` naming the rank; ``GivenUpError`` if this rank was masked.
@@ -107,7 +108,7 @@ impl Buffer {
     /// ...         return sent.x[:, 0].tolist(), sent.topk_idx.tolist(), sent.tokens_per_expert
     /// >>> unisono.on_threads(2, main)
     /// [([1.0, 2.0], [[0], [0]], [2]), ([1.0, 2.0], [[0], [0]], [2])]
-    #[pyo3(signature = (x, topk_idx=None, *, topk_weights=None, scales=None, layout=None, expert_alignment=1, worst_tokens=None, stream=None))]
+    #[pyo3(signature = (x, topk_idx=None, *, topk_weights=None, scales=None, layout=None, expert_alignment=1, worst_tokens=None, multiprocessors=None, stream=None))]
     fn dispatch<'py>(
         &self,
         x: &Bound<'py, PyAny>,
@@ -117,9 +118,10 @@ impl Buffer {
         layout: Option<&Bound<'py, Layout>>,
         expert_alignment: usize,
         worst_tokens: Option<usize>,
+        multiprocessors: Option<u32>,
         stream: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Dispatched> {
-        let (py, framework) = (x.py(), Framework::of(x)?);
+        let (py, outputs) = (x.py(), Outputs::of(self, x)?);
         let mut inputs = Inputs::new(self, "dispatch", py, stream)?;
         let (rows, shape) = inputs.rows("x", x, &[None, Some(self.hidden)])?;
         let tokens = shape[0];
@@ -146,18 +148,21 @@ impl Buffer {
             if let Some(rows) = worst_tokens {
                 dispatch = dispatch.worst_tokens(rows);
             }
+            if let Some(count) = multiprocessors {
+                dispatch = dispatch.multiprocessors(count);
+            }
             if let Some(stream) = stream {
                 dispatch = dispatch.on(stream);
             }
             buffer.dispatch(&dispatch)
         })?;
         Ok(Dispatched {
-            x: framework.array(py, sent.x)?,
-            scales: framework.array_of(py, sent.scales)?,
-            topk_idx: framework.array_of(py, sent.topk_idx)?,
-            topk_weights: framework.array_of(py, sent.topk_weights)?,
+            x: outputs.array(py, sent.x)?,
+            scales: outputs.array_of(py, sent.scales)?,
+            topk_idx: outputs.array_of(py, sent.topk_idx)?,
+            topk_weights: outputs.array_of(py, sent.topk_weights)?,
             tokens_per_expert: sent.tokens_per_expert,
-            handle: Py::new(py, Handle { handle: sent.handle, framework })?,
+            handle: Py::new(py, Handle { handle: sent.handle, outputs: outputs.later(py) })?,
         })
     }
 
@@ -172,26 +177,30 @@ impl Buffer {
     /// ...     x, scales = buffer.dispatch_cached(np.ones((2, 8), np.float32), sent.handle)
     /// ...     x.shape, scales
     /// ((1, 8), None)
-    #[pyo3(signature = (x, handle, *, scales=None, stream=None))]
+    #[pyo3(signature = (x, handle, *, scales=None, multiprocessors=None, stream=None))]
     fn dispatch_cached<'py>(
         &self,
         x: &Bound<'py, PyAny>,
         handle: &Bound<'py, Handle>,
         scales: Option<&Bound<'py, PyAny>>,
+        multiprocessors: Option<u32>,
         stream: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<(Py<PyAny>, Option<Py<PyAny>>)> {
-        let (py, framework, handle) = (x.py(), Framework::of(x)?, &handle.get().handle);
+        let (py, outputs, handle) = (x.py(), Outputs::of(self, x)?, &handle.get().handle);
         let mut inputs = Inputs::new(self, "dispatch_cached", py, stream)?;
         let (rows, _) = inputs.rows("x", x, &[Some(handle.tokens()), Some(self.hidden)])?;
         let scales = scales.map(|scales| inputs.scales(scales, handle.tokens())).transpose()?;
         let (x, scales) = inputs.run(|buffer, lender, stream| {
             let mut dispatch = ep::CachedDispatch::new(lender.tokens(rows, scales), handle);
+            if let Some(count) = multiprocessors {
+                dispatch = dispatch.multiprocessors(count);
+            }
             if let Some(stream) = stream {
                 dispatch = dispatch.on(stream);
             }
             buffer.dispatch_cached(&dispatch)
         })?;
-        Ok((framework.array(py, x)?, framework.array_of(py, scales)?))
+        Ok((outputs.array(py, x)?, outputs.array_of(py, scales)?))
     }
 
     /// Brings results back to the sources of their tokens, as a ``Combined``: the unweighted sum over the ranks that a token went to, in the
@@ -209,16 +218,17 @@ impl Buffer {
     /// ...     of_experts = np.stack([sent.x * 2, sent.x * 3], axis=1)  # what both experts made of it
     /// ...     buffer.combine(of_experts, sent.handle, bias=np.full((1, 8), 0.5, np.float32)).x[0, 0].item()
     /// 5.5
-    #[pyo3(signature = (x, handle, *, topk_weights=None, bias=None, stream=None))]
+    #[pyo3(signature = (x, handle, *, topk_weights=None, bias=None, multiprocessors=None, stream=None))]
     fn combine<'py>(
         &self,
         x: &Bound<'py, PyAny>,
         handle: &Bound<'py, Handle>,
         topk_weights: Option<&Bound<'py, PyAny>>,
         bias: Option<&Bound<'py, PyAny>>,
+        multiprocessors: Option<u32>,
         stream: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Combined> {
-        let (py, framework, handle) = (x.py(), Framework::of(x)?, &handle.get().handle);
+        let (py, outputs, handle) = (x.py(), Outputs::of(self, x)?, &handle.get().handle);
         let mut inputs = Inputs::new(self, "combine", py, stream)?;
         let (count, hidden) = (Some(handle.rows()), Some(self.hidden));
         let sizes: &[_] =
@@ -250,14 +260,17 @@ impl Buffer {
             if let [_, second] = bias[..] {
                 combine = combine.second_bias(lender.input(second));
             }
+            if let Some(count) = multiprocessors {
+                combine = combine.multiprocessors(count);
+            }
             if let Some(stream) = stream {
                 combine = combine.on(stream);
             }
             buffer.combine(&combine)
         })?;
         Ok(Combined {
-            x: framework.array(py, combined.x)?,
-            topk_weights: framework.array_of(py, combined.topk_weights)?,
+            x: outputs.array(py, combined.x)?,
+            topk_weights: outputs.array_of(py, combined.topk_weights)?,
         })
     }
 }

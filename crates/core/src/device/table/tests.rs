@@ -107,10 +107,38 @@ fn borders(kind: Kind, ranks: usize) -> (usize, usize, Option<usize>) {
     }
 }
 
+/// From which size on an operation goes in lines, one-shot and then two-shot up to which, where data can travel so. Measured among two,
+/// beyond them calculated from what a link moves and what a hop takes; one-shot parts end where lines have no more room.
+fn lines(kind: Kind, ranks: usize) -> (usize, usize, usize) {
+    if ranks == 2 {
+        let (one_shot, two_shot) = match kind {
+            Kind::AllReduce { .. } => (384 << 10, 8 << 20),
+            Kind::Broadcast { .. } => (2560 << 10, 0),
+            Kind::AllGather => (3 << 20, 0),
+            _ => (7 << 20, 0),
+        };
+        return ((128 << 10) + 1, one_shot, two_shot);
+    }
+    let parts = 112 / (ranks - 1) * 65_536;
+    let few = (768 << 10) / (ranks - 1);
+    let many = few.clamp(256 << 10, 512 << 10);
+    const ONE_SHOT: [usize; 4] = [1_835_008, 786_432, 524_288, 393_216];
+    let one_shot = ONE_SHOT.get(ranks - 3).copied().unwrap_or(262_144);
+    match (kind, ranks) {
+        (Kind::AllReduce { .. }, 3..=8) => (many + 1, one_shot, 8 << 20),
+        (Kind::AllReduce { .. }, _) => (many + 1, one_shot, 7 << 20),
+        (Kind::Broadcast { .. }, _) => (many + 1, one_shot, 4 << 20),
+        (Kind::Scatter { .. }, _) => (few + 1, parts.min(1 << 20), 0),
+        _ => (few + 1, parts, 0),
+    }
+}
+
 /// 1 B to 4 GiB: powers of two, what lies between them, and both sides of every border.
 fn sizes(kind: Kind, ranks: usize) -> Vec<usize> {
     let (one, two, ring) = borders(kind, ranks);
-    let around = [one, two, ring.unwrap_or(0)].into_iter().flat_map(|at| [at, at + 1, at.max(2) - 1]);
+    let (lines, one_line, two_lines) = lines(kind, ranks);
+    let borders = [one, two, ring.unwrap_or(0), lines, one_line, two_lines];
+    let around = borders.into_iter().flat_map(|at| [at, at + 1, at.max(2) - 1]);
     let powers = (0..=32).flat_map(|shift| [1usize << shift, (1 << shift) + 1, (3 << shift) / 2]);
     powers.chain(around).filter(|bytes| (1..=4 << 30).contains(bytes)).collect()
 }
@@ -127,9 +155,17 @@ fn without_a_tuning_file_forms_change_where_they_were_measured_to() {
                     bytes if bytes <= two => Some(Form::TwoShot),
                     _ => None,
                 };
+                let (from, one_line, two_lines) = lines(kind, ranks);
+                let in_lines = match bytes {
+                    bytes if bytes < from => None,
+                    bytes if bytes <= one_line => Some(Form::OneShotLines),
+                    bytes if bytes <= two_lines => Some(Form::TwoShotLines),
+                    _ => None,
+                };
                 let rings = |is_taken: bool| {
                     let is_ring = is_taken && ring.is_some_and(|from| bytes >= from);
-                    packets.unwrap_or(if is_ring { Form::Ring } else { Form::Bulk })
+                    let tiled = if is_ring { Form::Ring } else { Form::Bulk };
+                    in_lines.or(packets).unwrap_or(tiled)
                 };
                 let form = |rules: Rules| rules.decide(&question).form;
                 let what = format!("{} of {bytes} bytes among {ranks}", kind.name());
@@ -142,8 +178,18 @@ fn without_a_tuning_file_forms_change_where_they_were_measured_to() {
                 let reaches = Question { is_reachable: true, ..question };
                 let is_direct =
                     matches!(kind, Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::AllGather);
-                let expected = if is_direct { packets.unwrap_or(Form::Direct) } else { rings(true) };
+                // From a round size on, and where packets end a little below for lack of room.
+                let direct_from = match kind {
+                    Kind::AllGather if ranks <= 4 => 1_048_577,
+                    Kind::AllGather => 524_289,
+                    _ => 2_097_153,
+                };
+                let staged = in_lines.or(packets).filter(|_| bytes < direct_from);
+                let expected = if is_direct { staged.unwrap_or(Form::Direct) } else { rings(true) };
                 assert_eq!(rules(ranks).decide(&reaches).form, expected, "{what}, in windows");
+                // Where lines are not whole, nothing takes them.
+                let older = Rules { bulk_copies: false, ..rules(ranks) };
+                assert!(!form(older).is_lines(), "{what}");
             }
         }
     }
@@ -160,11 +206,15 @@ fn without_a_tuning_file_grids_are_those_that_were_measured() {
         (wide(4), all_reduce, 8 << 10, (Form::OneShot, 2, 512, 0, false)),
         (wide(4), all_reduce, 64 << 10, (Form::OneShot, 11, 512, 0, false)),
         (wide(4), all_reduce, 256 << 10, (Form::OneShot, 43, 512, 0, false)),
-        (wide(4), all_reduce, 1 << 20, (Form::TwoShot, 43, 512, 0, false)),
-        (wide(4), all_reduce, 4 << 20, (Form::Bulk, 63, 1024, 800, true)),
+        (wide(4), all_reduce, 512 << 10, (Form::OneShotLines, 64, 512, 0, false)),
+        (by_threads(4), all_reduce, 1 << 20, (Form::TwoShot, 43, 512, 0, false)),
+        (wide(4), all_reduce, 1 << 20, (Form::TwoShotLines, 35, 512, 0, false)),
+        (wide(4), all_reduce, 4 << 20, (Form::TwoShotLines, 64, 512, 0, false)),
+        (wide(4), all_reduce, (8 << 20) + 1, (Form::Bulk, 63, 1024, 800, true)),
         (wide(4), all_reduce, 64 << 20, (Form::Ring, 128, 512, 4096, false)),
-        (wide(4), Kind::AllGather, 2 << 20, (Form::Bulk, 64, 1024, 800, true)),
-        (wide(4), Kind::Scatter { root: 0 }, 1 << 20, (Form::Bulk, 128, 512, 4096, false)),
+        (wide(4), Kind::AllGather, 2 << 20, (Form::OneShotLines, 64, 512, 0, false)),
+        (wide(4), Kind::AllGather, 4 << 20, (Form::Bulk, 64, 1024, 800, true)),
+        (by_threads(4), Kind::Scatter { root: 0 }, 1 << 20, (Form::Bulk, 128, 512, 4096, false)),
         (wide(4), Kind::Scatter { root: 0 }, 16 << 20, (Form::Bulk, 64, 1024, 3200, true)),
         (wide(4), Kind::AllToAll, 128 << 20, (Form::Bulk, 64, 1024, 3200, true)),
         (by_threads(4), all_reduce, 4 << 20, (Form::Bulk, 120, 512, 1632, false)),
@@ -188,6 +238,9 @@ fn a_table_decides() {
     *rules.table.row_mut(KINDS[0]) = Row {
         one_shot_to: 99,
         two_shot_to: 1 << 20,
+        lines_from: usize::MAX,
+        one_shot_lines_to: 300_000,
+        two_shot_lines_to: 5 << 20,
         direct_from: 64 << 20,
         ring_from: 32 << 20,
         narrow_ring_from: usize::MAX,
@@ -198,7 +251,6 @@ fn a_table_decides() {
         thread_blocks: 90,
         bulk_blocks: 30,
         bulk_tile: 104,
-        wide_tile_from: usize::MAX,
         ring_blocks: 40,
     };
     let taken = |rules: &Rules, bytes, is_reachable| {
@@ -213,6 +265,14 @@ fn a_table_decides() {
     assert_eq!(taken(&rules, 32 << 20, false), (Form::Ring, 40, 2400));
     assert_eq!(taken(&rules, 4 << 20, true).0, Form::Bulk);
     assert_eq!(taken(&rules, 64 << 20, true), (Form::Direct, 7, 0));
+    // Lines take what lies between their borders.
+    rules.table.row_mut(KINDS[0]).lines_from = 90;
+    assert_eq!(taken(&rules, 89, false), (Form::OneShot, 1, 0));
+    assert_eq!(taken(&rules, 90, false), (Form::OneShotLines, 1, 0));
+    assert_eq!(taken(&rules, 300_000, true), (Form::OneShotLines, 5, 0));
+    assert_eq!(taken(&rules, 300_001, false), (Form::TwoShotLines, 5, 0));
+    assert_eq!(taken(&rules, (5 << 20) + 1, false).0, Form::Bulk);
+    rules.table.row_mut(KINDS[0]).lines_from = usize::MAX;
     // Where packets would be taken, but have no room, direct is.
     rules.table.row_mut(KINDS[0]).two_shot_to = 16 << 20;
     assert_eq!(taken(&rules, 16 << 20, true).0, Form::Direct);
