@@ -322,6 +322,10 @@ __device__ __noinline__ bool renew(const Args& args, const Entry& entry) {
     uint4 fill = is_flag ? make_uint4(0, epoch - 1, 0, epoch - 1) : make_uint4(never, never, never, never);
     *reinterpret_cast<uint4*>(arena + at) = fill;
   }
+  // Leaves of rows are tagged as well.
+  for (u64 at = first; at < LEAVES_BYTES; at += step) {
+    *reinterpret_cast<uint4*>(reinterpret_cast<u8*>(state) + LEAVES_AT + at) = make_uint4(0, 0, 0, never);
+  }
   __syncthreads();
   bool is_open = true;
   if (threadIdx.x == 0) {

@@ -1,5 +1,4 @@
-//! Where everything lies in the arena of a GPU's rank: the memory that its peers write into. Over 500 lines because each place begins
-//! where the one before ends.
+//! Where everything lies in the arena of a GPU's rank: the memory that its peers write into.
 //!
 //! ```text
 //! headers │ flags │ packets: half 0, half 1 │ lines: 2 areas │ gates │ scratch: half 0, half 1 │ messages: flags │ credits │ rings │ slots
@@ -54,8 +53,14 @@ pub const RECORDER_BYTES: usize = STATE_BYTES + RECORDS * RECORD_WORDS * 8;
 const TRACKS_AT: usize = RECORDER_BYTES;
 /// Bytes of these counts for one direction of one pair of ranks.
 pub const TRACK_BYTES: usize = 16 + 8 * MESSAGE_CHANNELS;
+/// Teams of blocks that normalise rows, at most: 128 blocks, as many as move data elsewhere.
+const MAX_TEAMS: usize = 16;
+/// Where blocks of a team tell each other their parts of a sum, behind these counts.
+const LEAVES_AT: usize = TRACKS_AT + 2 * MAX_RANKS * TRACK_BYTES;
+/// Two of each, in turn; for each up to two packets of 64 warps.
+const LEAVES_BYTES: usize = MAX_TEAMS * 2 * 2 * 64 * 16;
 /// Where blocks of a lane of messages are counted: for each lane, and for each message, behind as many as lanes are before it.
-const COUNTS_AT: usize = TRACKS_AT + 2 * MAX_RANKS * TRACK_BYTES;
+const COUNTS_AT: usize = LEAVES_AT + LEAVES_BYTES;
 /// Lanes of messages in one kernel, at most.
 const MAX_LANES: usize = 2 * MAX_RANKS;
 /// Bytes that a device has for itself.
@@ -315,7 +320,7 @@ impl ArenaLayout {
         let mut bytes = vec![0; DEVICE_BYTES];
         bytes[..4].copy_from_slice(&epoch.to_le_bytes());
         let (packets, rounds) = self.message_start(epoch);
-        for track in bytes[TRACKS_AT..COUNTS_AT].chunks_mut(TRACK_BYTES) {
+        for track in bytes[TRACKS_AT..LEAVES_AT].chunks_mut(TRACK_BYTES) {
             track[..8].copy_from_slice(&packets.to_le_bytes());
             let channels = track[TRACK_BYTES - 8 * MESSAGE_CHANNELS..].chunks_mut(8);
             channels.for_each(|channel| channel[4..].copy_from_slice(&rounds.to_le_bytes()));
@@ -420,6 +425,8 @@ impl ArenaLayout {
             ("SCRATCH_HALF_BYTES", self.scratch_half_bytes()),
             ("MESSAGE_RECORDS_AT", MESSAGE_RECORDS_AT),
             ("TRACKS_AT", TRACKS_AT),
+            ("LEAVES_AT", LEAVES_AT),
+            ("LEAVES_BYTES", LEAVES_BYTES),
             ("MESSAGE_PACKETS_TO", self.message_packets_to()),
             ("COUNTS_AT", COUNTS_AT),
             ("CREDITS_AT", self.credits().offset),
@@ -483,6 +490,7 @@ mod tests {
         const { assert!(RECORDS.is_power_of_two() && STATE_BYTES.is_multiple_of(RECORD_WORDS * 8)) };
         const { assert!(MESSAGE_RECORDS_AT + 2 * MAX_RANKS * MESSAGE_RECORD_WORDS * 8 <= STATE_BYTES) };
         const { assert!(TRACKS_AT.is_multiple_of(8) && TRACK_BYTES.is_multiple_of(8)) };
+        const { assert!(LEAVES_AT.is_multiple_of(crate::layout::LINE)) };
         const { assert!(STATE_EXPECTED_AT < MESSAGE_RECORDS_AT && REPORT_ANSWER * 8 < crate::layout::PAGE) };
         // Kernels write what comes first, this rank's host the next, readers the request.
         let report = 8 + 2 * (HEADER_WORDS + 1);
