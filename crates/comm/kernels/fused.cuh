@@ -59,7 +59,7 @@ struct FusedArgs {
 static_assert(sizeof(FusedArgs) == FUSED_ARGS_BYTES, "the host lays arguments out differently");
 
 // Lanes that the units of a row are dealt to, and their warps. A thread is four lanes, and a warp four.
-constexpr u32 LANES = 2048, SLOTS = LANES / ROW_THREADS, LEAVES_OF_ROW = LANES / 32;
+constexpr u32 ROW_THREADS = 512, LANES = 2048, SLOTS = LANES / ROW_THREADS, LEAVES_OF_ROW = LANES / 32;
 static_assert(SLOTS == 4, "four lanes of a thread are summed together");
 constexpr u32 UNIT_ELEMENTS = 6, UNIT_BYTES = 12;
 constexpr u32 ALL_LANES = 0xffffffff;

@@ -13,7 +13,7 @@
 //! has six buffers of 512 KiB for each of eight ranks, twice. Areas of lines belong to no epoch: which of them is free follows from the
 //! calls before (kernels/units.cuh), and so two are enough where halves would take four.
 
-use super::select::{Form, ROW_THREADS};
+use super::select::Form;
 use crate::call;
 use crate::layout::Field;
 use crate::quantised::{GROUP, GROUP_BYTES};
@@ -54,7 +54,7 @@ const TRACKS_AT: usize = RECORDER_BYTES;
 /// Bytes of these counts for one direction of one pair of ranks.
 pub const TRACK_BYTES: usize = 16 + 8 * MESSAGE_CHANNELS;
 /// Teams of blocks that normalise rows, at most: 128 blocks, as many as move data elsewhere.
-const MAX_TEAMS: usize = 16;
+pub const MAX_TEAMS: usize = 16;
 /// Where blocks of a team tell each other their parts of a sum, behind these counts.
 const LEAVES_AT: usize = TRACKS_AT + 2 * MAX_RANKS * TRACK_BYTES;
 /// Two of each, in turn; for each up to two packets of 64 warps.
@@ -393,7 +393,7 @@ impl ArenaLayout {
             ("RECORD_BYTES", RECORD_WORDS * 8),
             ("REPORT_CLOCK", REPORT_CLOCKS[0]),
             ("MAX_MESSAGES", MAX_MESSAGES),
-            ("ROW_THREADS", ROW_THREADS as usize),
+            ("MAX_TEAMS", MAX_TEAMS),
             ("MAX_LANES", MAX_LANES),
             ("CHANNELS", MESSAGE_CHANNELS),
             ("MESSAGE_SLOTS", self.message_slots()),
