@@ -72,7 +72,7 @@ UNEVEN(reduce_scatter_v_bulk, TILE_THREADS, (bulk<REDUCE_SCATTER_V, CALL_DTYPE, 
 UNEVEN(reduce_scatter_v_ring, TILE_THREADS, (ring<REDUCE_SCATTER_V, CALL_DTYPE, CALL_OP>))
 #elif PURPOSE == FUSED
 #define ROW_KERNEL(NAME, BODY)                                                                        \
-  extern "C" __global__ void __launch_bounds__(ROW_THREADS, 1) NAME(const __grid_constant__ FusedArgs all) { \
+  extern "C" __global__ void __launch_bounds__(256, 2) NAME(const __grid_constant__ FusedArgs all) {  \
     if (is_header_block()) {                                                                          \
       Entry entry = enter(all.args);                                                                  \
       if (entry.is_poisoned) return;                                                                  \
@@ -86,7 +86,7 @@ UNEVEN(reduce_scatter_v_ring, TILE_THREADS, (ring<REDUCE_SCATTER_V, CALL_DTYPE, 
 
 ROW_KERNEL(rows_one_shot_of_all, rows_one_shot)
 ROW_KERNEL(rows_two_shot_of_all, rows_two_shot)
-extern "C" __global__ void __launch_bounds__(ROW_THREADS, 1) rows_behind_all(const __grid_constant__ FusedArgs all) {
+extern "C" __global__ void __launch_bounds__(256, 4) rows_behind_all(const __grid_constant__ FusedArgs all) {
   rows_behind<CALL_DTYPE>(all);
 }
 #elif PURPOSE == QUANTISED

@@ -4,7 +4,7 @@
 use smallvec::SmallVec;
 use unisono_core::ReduceOp;
 use unisono_core::call::{self, Kind};
-use unisono_core::device::select::{Question, ROW_THREADS};
+use unisono_core::device::select::Question;
 use unisono_core::device::{Form, Launch};
 use unisono_core::fused::NormOutput;
 use unisono_cuda::{Function, Grid, Stream};
@@ -14,11 +14,9 @@ use super::{Gpu, launch_word};
 use crate::collectives::Plan;
 use crate::error::Result;
 
-/// The most blocks of the kernel behind an all-reduce, each of which loads its next row before it ends the one at hand: about as many as
-/// a device has multiprocessors.
-const BEHIND_BLOCKS: u32 = 132;
-/// Threads that count for a block, which fills a multiprocessor by its registers.
-const MULTIPROCESSOR_THREADS: u32 = 1024;
+/// The most blocks of the kernel behind an all-reduce: none waits, so these are as many as a device has at once.
+const BEHIND_BLOCKS: u32 = 1056;
+const THREADS: u32 = 256;
 
 impl Gpu {
     /// Puts a call on rows, of which there are some, into `stream`.
@@ -94,7 +92,7 @@ impl Gpu {
         args.bytes = u64::from(rows.rows) * u64::from(rows.hidden) * plan.dtype.size() as u64;
         (args.tile, args.root, args.is_same) = (0, 0, 0);
         (args.sources[rank], args.targets[rank]) = (input, rows.residual_out);
-        let grid = self.rows_grid(launch.blocks + 1);
+        let grid = self.grid((launch.blocks + 1, launch.threads), 0);
         let Some(kernels) = self.kernels.find(plan.header.kind, plan.dtype).and_then(|loaded| loaded.rows())
         else {
             unreachable!("kernels of rows are loaded before")
@@ -102,11 +100,6 @@ impl Gpu {
         let kernel = if launch.form == Form::OneShot { &kernels.one_shot } else { &kernels.two_shot };
         let launched = run(kernel, FusedArgs { args: self.args, rows }, grid, stream);
         launched.map_err(|error| self.refused(error))
-    }
-
-    /// The grid of so many blocks for rows.
-    fn rows_grid(&self, blocks: u32) -> Grid {
-        Grid { threads: ROW_THREADS, ..self.grid((blocks, MULTIPROCESSOR_THREADS), 0) }
     }
 
     /// The sum by a kernel of its own, to `sums`, and a second kernel for all else.
@@ -123,7 +116,7 @@ impl Gpu {
         self.launch(&sum, &plan.header.to_words(), stream)?;
         let mut args = self.args;
         args.sources[args.rank as usize] = sums;
-        let grid = self.rows_grid(rows.rows.min(BEHIND_BLOCKS));
+        let grid = self.grid((rows.rows.min(BEHIND_BLOCKS), THREADS), 0);
         let Some(kernels) = self.kernels.find(plan.header.kind, plan.dtype).and_then(|loaded| loaded.rows())
         else {
             unreachable!("kernels of rows are loaded before")

@@ -266,7 +266,7 @@ fn ranks_that_differ_in_their_rows_are_named() {
     }
 }
 
-/// The threads of a block leave together, whichever of them gives up.
+/// Blocks that share a row leave together, so that none writes into the shared memory of one that is gone.
 #[test]
 fn rows_end_when_patience_does_or_at_an_abort_and_the_device_is_in_order() {
     for form in [Form::OneShot, Form::TwoShot] {

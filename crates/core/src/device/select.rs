@@ -7,7 +7,8 @@ use std::str::FromStr;
 
 use super::engine::{MOST_LANES, slot_bytes};
 use super::layout::{
-    ArenaLayout, Link, MAX_BLOCKS, MESSAGE_CHANNELS, PACKET_DATA, RING_SLOTS, UNIT_DATA, UNIT_LANES,
+    ArenaLayout, Link, MAX_BLOCKS, MAX_TEAMS, MESSAGE_CHANNELS, PACKET_DATA, RING_SLOTS, UNIT_DATA,
+    UNIT_LANES,
 };
 use super::table::{Table, WIDE_BLOCKS};
 use crate::call::Kind;
@@ -166,12 +167,10 @@ impl Launch {
     }
 }
 
-/// The most blocks that push one row where rows are normalised, and threads of each. A block takes a multiprocessor, for its registers.
+/// Blocks that share a row where rows are normalised, and threads of each. Two of them fit on a multiprocessor.
 pub const TEAM_BLOCKS: u32 = 8;
 /// See [`TEAM_BLOCKS`].
-pub const ROW_THREADS: u32 = 512;
-/// Blocks for rows that are brought onto the device while the kernel before still runs: a budget has room for these and the one for headers.
-const EARLY_ROW_BLOCKS: usize = 6;
+pub const TEAM_THREADS: u32 = 256;
 
 /// The most threads of a block that move packets of messages.
 const PACKET_MOVERS: usize = 480;
@@ -344,8 +343,8 @@ impl Rules {
         }
     }
 
-    /// The form and grid of an all-reduce of rows of 16-bit elements with what follows it in one kernel; either a multiple of the rows or
-    /// fewer blocks than these. `None` where packets have no room: an all-reduce then, and the rest in a kernel behind it.
+    /// The form and grid of an all-reduce of rows of 16-bit elements with what follows it in one kernel; the grid is a multiple of
+    /// [`TEAM_BLOCKS`]. `None` where packets have no room: an all-reduce then, and the rest in a kernel behind it.
     pub fn decide_rows(&self, rows: usize, hidden: usize) -> Option<Launch> {
         let sum = Question {
             kind: Kind::AllReduce { op: ReduceOp::Sum },
@@ -357,10 +356,7 @@ impl Rules {
         let forced = self.forced.filter(|wish| self.can(wish.form, &sum));
         let form = match forced {
             Some(wish) => wish.form,
-            // Two ranks send as many bytes in either form, and one-shot is a hop less.
-            None if (self.ranks == 2 || sum.bytes <= self.table.row(sum.kind).one_shot_to)
-                && self.can(Form::OneShot, &sum) =>
-            {
+            None if sum.bytes <= self.table.row(sum.kind).one_shot_to && self.can(Form::OneShot, &sum) => {
                 Form::OneShot
             }
             None if self.can(Form::TwoShot, &sum) => Form::TwoShot,
@@ -378,24 +374,11 @@ impl Rules {
     }
 
     fn rows_grid(&self, form: Form, rows: usize, asked: u32) -> Launch {
-        let room = (WIDE_BLOCKS / self.crowd.max(1)).max(1);
-        let most = match asked {
-            0 if self.is_narrow() => self.most_blocks as usize,
-            0 => (self.most_blocks as usize).div_ceil(2),
-            asked => asked as usize,
-        };
-        let most = most.clamp(1, room);
-        let rows = rows.max(1);
-        // What one multiprocessor sends of a row takes 0.5 µs for each peer; a kernel that is not there early begins some 0.8 µs later.
-        let all = (most / rows).min(TEAM_BLOCKS as usize);
-        let early = all.min(EARLY_ROW_BLOCKS / rows);
-        let sharers = match self.ranks {
-            1 => 1,
-            ranks if ranks - 1 <= 2 * early => early,
-            _ => all.max(1),
-        };
-        let blocks = (rows.min(most) * sharers) as u32;
-        Launch { form, blocks, threads: ROW_THREADS, tile: 0, by_copies: false }
+        let room = if self.crowd > 1 { CROWDED_BLOCKS / self.crowd } else { MAX_BLOCKS };
+        let most = if asked == 0 { self.most_blocks } else { asked } as usize;
+        let most_teams = (most.min(room) / TEAM_BLOCKS as usize).clamp(1, MAX_TEAMS);
+        let teams = rows.clamp(1, most_teams) as u32;
+        Launch { form, blocks: teams * TEAM_BLOCKS, threads: TEAM_THREADS, tile: 0, by_copies: false }
     }
 
     /// The grid of messages in so many lanes (a peer and a direction each), the largest of `bytes`; `blocks` are those of a lane. Each
@@ -749,31 +732,21 @@ mod tests {
         for rows in 1..=128 {
             let launch = rules(8).decide_rows(rows, 8192).unwrap();
             assert_eq!(launch.form, if rows <= 6 { Form::OneShot } else { Form::TwoShot });
-            // Several blocks push a row, as long as they are few.
-            let blocks = match rows {
-                1 => 6,
-                2..=8 => 8 * rows,
-                _ => (64 / rows).max(1) * rows.min(64),
-            };
-            assert_eq!(launch.blocks as usize, blocks, "{rows}");
-            assert_eq!(rules(2).decide_rows(rows, 8192).unwrap().form, Form::OneShot);
+            assert_eq!(launch.blocks as usize, 8 * rows.min(16));
         }
-        let blocks = |ranks, rows| rules(ranks).decide_rows(rows, 8192).unwrap().blocks;
-        assert_eq!([1, 2, 3, 4, 6, 7, 16].map(|rows| blocks(2, rows)), [6, 6, 6, 4, 6, 56, 64]);
-        assert_eq!([1, 2, 3, 4].map(|rows| blocks(4, rows)), [6, 6, 6, 32]);
         assert_eq!(form(&rules(8), 1000, 8192), None);
         assert_eq!(form(&rules(1), 100_000, 8192), Some(Form::OneShot));
-        assert_eq!(rules(1).decide_rows(100_000, 8).unwrap().blocks, 64);
+        assert_eq!(rules(1).decide_rows(100_000, 8).unwrap().blocks, 128);
         let asked = |text: &str| Rules { forced: text.parse().ok(), ..rules(4) };
         assert_eq!(form(&asked("two-shot"), 1, 8), Some(Form::TwoShot));
         assert_eq!(form(&asked("bulk"), 1, 8), None);
-        assert_eq!(asked("one-shot:17").decide_rows(5, 1024).unwrap().blocks, 15);
+        assert_eq!(asked("one-shot:17").decide_rows(5, 1024).unwrap().blocks, 16);
         for ranks in 2..=MAX_RANKS {
             for link in [Link::Device, Link::Host] {
                 let rules = Rules { link, most_blocks: 3, ..rules(ranks) };
                 for hidden in [8, 7168, crate::fused::MAX_HIDDEN] {
                     let (rows, launch) = rules.two_shot_rows(hidden);
-                    assert!(rows > 0 && launch.blocks == 3, "{launch:?}");
+                    assert!(rows > 0 && launch.blocks == 8);
                     let units = (rows * hidden.div_ceil(UNIT)).div_ceil(ranks) * ranks;
                     let half = rules.layout().two_shot_capacity(2) / ranks / 12 * ranks;
                     assert!(units <= half, "{units} {half}");
