@@ -431,7 +431,7 @@ impl Buffer {
         }
         let state = self.wrong_state(call, "all ranks have exchanged", "is only constructed");
         let Some(gpu) = &mut self.gpu else { return Err(state) };
-        if let Err(error) = gpu.check(call) {
+        if let Err(error) = gpu.check(&format!("{call} of an ep::Buffer")) {
             self.failed = Some(error.clone());
             return Err(error);
         }

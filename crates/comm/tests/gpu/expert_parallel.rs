@@ -3,10 +3,11 @@
 
 use unisono::cuda::{Device, DeviceBuffer, Stream as CudaStream};
 use unisono::ep::{
-    Buffer, CachedDispatch, Combine, Dispatch, Dispatched, Input, RowScales, Settings, Tensor, Tokens,
+    Buffer, CachedDispatch, Combine, Combined, Dispatch, Dispatched, Input, Layout, RowScales, Settings,
+    Tensor, Tokens,
 };
 use unisono::half::{bf16, f16};
-use unisono::{Buf, Builder, Communicator, DType, Stream, f8e4m3};
+use unisono::{Buf, Builder, Communicator, DType, Error, Operations, Stream, f8e4m3};
 
 use crate::numbers::{self, Random};
 use crate::world::{PATIENCE, devices, on_threads};
@@ -22,6 +23,14 @@ struct Tools {
     raw: CudaStream,
 }
 
+impl Tools {
+    fn new(host: Communicator, ordinal: u32) -> Self {
+        let device = Device::new(ordinal).unwrap();
+        let raw = CudaStream::new(&device).unwrap();
+        Self { host: Some(host), device, stream: Stream::from(raw.clone()), raw }
+    }
+}
+
 fn run(
     ranks: usize,
     configure: impl Fn(Builder) -> Builder,
@@ -31,12 +40,7 @@ fn run(
         return;
     }
     let hosts = std::cell::RefCell::new(Communicator::threads(ranks).unwrap());
-    let tools = |_: usize, ordinal: u32| {
-        let device = Device::new(ordinal).unwrap();
-        let raw = CudaStream::new(&device).unwrap();
-        let host = Some(hosts.borrow_mut().remove(0));
-        Tools { host, device, stream: Stream::from(raw.clone()), raw }
-    };
+    let tools = |_: usize, ordinal: u32| Tools::new(hosts.borrow_mut().remove(0), ordinal);
     on_threads(
         ranks,
         |builder| configure(builder.timeout(PATIENCE)),
@@ -108,7 +112,7 @@ fn upload(tools: &Tools, bytes: &[u8]) -> DeviceBuffer {
 }
 
 /// i64 or f32 on the device.
-fn uploaded<T: unisono::Element>(tools: &Tools, bytes: &[u8]) -> (DeviceBuffer, Buf<'static, T>) {
+fn uploaded<T: unisono::Element>(tools: &Tools, bytes: &[u8]) -> Uploaded<T> {
     let buffer = upload(tools, bytes);
     // SAFETY: as above.
     let buf = unsafe { Buf::cuda(buffer.address(), bytes.len() / size_of::<T>(), tools.device.ordinal()) };
@@ -194,7 +198,7 @@ fn settings(random: &mut Random, ranks: usize) -> Settings {
         placement,
         top_k: if random.once_in(2) { 32 } else { random.count(32) },
         dtype: random.pick(&[DType::BF16, DType::F16, DType::F32]),
-        pool_bytes: random.pick(&[None, None, Some(256 << 20), Some(1 << 20)]),
+        pool_bytes: random.pick(&[None, Some(96 << 20)]),
         masking: random.once_in(3),
         deadline: std::time::Duration::from_secs(60),
         ..Settings::new(hidden, experts)
@@ -283,6 +287,11 @@ impl Case {
         bytes
     }
 
+    /// Of results: what is 8 bits wide cannot be added.
+    fn combined_dtype(&self) -> DType {
+        if self.dtype == DType::F8E4M3 { self.settings.dtype } else { self.dtype }
+    }
+
     fn what(&self, rank: usize) -> String {
         let Self { seed, number, top_k, dtype, scales, worst, tokens, per_token, settings, .. } = self;
         format!(
@@ -297,11 +306,6 @@ fn le<T: unisono::Element, const N: usize>(values: &[T], bytes: impl Fn(T) -> [u
     values.iter().flat_map(|value| bytes(*value)).collect()
 }
 
-/// Rows that came, of those that there is room for.
-fn came(host: &Dispatched, ranks: usize, rank: usize) -> usize {
-    host.handle.rank_prefix().as_slice::<i32>().unwrap()[(ranks - 1) * ranks + rank] as usize
-}
-
 /// Scales as a call takes them.
 fn scaled<'b>(x: Input<'b>, scales: Input<'b>, case: &Case, rank: usize) -> Tokens<'b> {
     match case.scales {
@@ -313,141 +317,192 @@ fn scaled<'b>(x: Input<'b>, scales: Input<'b>, case: &Case, rank: usize) -> Toke
     }
 }
 
-fn check_case(
-    gpu: &mut Buffer,
-    host: &mut Buffer,
-    tools: &Tools,
-    case: &Case,
-    (rank, ranks): (usize, usize),
-) {
+/// What the host gives for a case, and the same input on the device. Memory is taken and freed where no kernel of any rank waits: that may
+/// wait for all of them.
+struct Prepared {
+    x: Both,
+    other: Both,
+    scales: Both,
+    on_device: (Uploaded<i64>, Uploaded<f32>),
+    expected: Expected,
+    results: Results,
+}
+
+/// What comes.
+struct Expected {
+    layout: Layout,
+    sent: Dispatched,
+    again: Tensor,
+    came: usize,
+    combined: Combined,
+}
+
+/// What is combined.
+struct Results {
+    x: Both,
+    bias: Vec<Both>,
+    weights: (Vec<f32>, Uploaded<f32>),
+}
+
+type Uploaded<T> = (DeviceBuffer, Buf<'static, T>);
+
+impl Prepared {
+    fn new(host: &mut Buffer, tools: &Tools, case: &Case, (rank, ranks): (usize, usize)) -> Self {
+        let (tokens, row) = (case.tokens[rank], case.settings.hidden * case.dtype.size());
+        let of_tokens = |key| Both::new(tools, case.dtype, &case.bits(key, rank, tokens * row));
+        let (x, other) = (of_tokens(3), of_tokens(6));
+        let scales = Both::new(tools, DType::F32, &case.bits(4, rank, tokens * case.scales * 4));
+        let selections = case.selections(rank);
+        let weights_bytes = case.numbers(5, rank, tokens * case.top_k, DType::F32);
+        let weights = floats(&weights_bytes);
+        let on_device =
+            (uploaded(tools, &le(&selections, i64::to_le_bytes)), uploaded(tools, &weights_bytes));
+        let layout = host.layout(&selections, case.top_k).unwrap();
+        let mut call =
+            Dispatch::new(scaled(x.on_host(), scales.on_host(), case, rank)).expert_alignment(case.alignment);
+        if case.with_top_k {
+            call = call.top_k(&selections, case.top_k);
+        }
+        if case.with_weights {
+            call = call.weights(&weights);
+        }
+        if case.with_layout {
+            call = call.layout(&layout);
+        }
+        if let Some(rows) = case.worst {
+            call = call.worst_tokens(rows);
+        }
+        let sent = host.dispatch(&call).unwrap();
+        let prefix = sent.handle.rank_prefix();
+        let came = prefix.as_slice::<i32>().unwrap()[(ranks - 1) * ranks + rank] as usize;
+        let (again, _) = host.dispatch_cached(&CachedDispatch::new(other.on_host(), &sent.handle)).unwrap();
+        let results = Results::new(tools, case, sent.handle.rows(), rank);
+        let mut call = Combine::new(results.x.on_host(), &sent.handle).per_token(case.per_token);
+        if let Some(bias) = results.bias.first() {
+            call = call.bias(bias.on_host());
+        }
+        if let Some(bias) = results.bias.get(1) {
+            call = call.second_bias(bias.on_host());
+        }
+        if case.with_weights {
+            call = call.weights(&results.weights.0);
+        }
+        let combined = host.combine(&call).unwrap();
+        let expected = Expected { layout, sent, again, came, combined };
+        Self { x, other, scales, on_device, expected, results }
+    }
+}
+
+impl Results {
+    fn new(tools: &Tools, case: &Case, rows: usize, rank: usize) -> Self {
+        let (dtype, hidden) = (case.combined_dtype(), case.settings.hidden);
+        let of_rows =
+            |key, rows: usize| Both::new(tools, dtype, &case.numbers(key, rank, rows * hidden, dtype));
+        let bytes = case.numbers(10, rank, rows * case.top_k, DType::F32);
+        Self {
+            x: of_rows(7, rows * case.per_token),
+            bias: (0..case.biases as u64).map(|which| of_rows(8 + which, case.tokens[rank])).collect(),
+            weights: (floats(&bytes), uploaded(tools, &bytes)),
+        }
+    }
+}
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.as_chunks().0.iter().map(|x| f32::from_le_bytes(*x)).collect()
+}
+
+fn check_case(gpu: &mut Buffer, tools: &Tools, case: &Case, prepared: &Prepared, rank: usize) {
     let (what, stream) = (case.what(rank), &tools.stream);
-    let (tokens, row) = (case.tokens[rank], case.settings.hidden * case.dtype.size());
-    let x = Both::new(tools, case.dtype, &case.bits(3, rank, tokens * row));
-    let scales = Both::new(tools, DType::F32, &case.bits(4, rank, tokens * case.scales * 4));
-    let selections = case.selections(rank);
-    let (selections_memory, on_device) = uploaded::<i64>(tools, &le(&selections, i64::to_le_bytes));
-    let weights_bytes = case.numbers(5, rank, tokens * case.top_k, DType::F32);
-    let weights: Vec<f32> = weights_bytes.as_chunks().0.iter().map(|x| f32::from_le_bytes(*x)).collect();
-    let (weights_memory, weights_on_device) = uploaded::<f32>(tools, &weights_bytes);
-    let layouts = case.with_layout.then(|| {
-        let host = host.layout(&selections, case.top_k).unwrap();
-        let gpu = gpu.layout_on(on_device, case.top_k, stream).unwrap();
-        same(
-            &gpu.tokens_per_rank(),
-            &host.tokens_per_rank(),
-            None,
-            stream,
-            &format!("{what}: tokens per rank"),
-        );
-        same(
-            &gpu.tokens_per_expert(),
-            &host.tokens_per_expert(),
-            None,
-            stream,
-            &format!("{what}: per expert"),
-        );
-        same(&gpu.is_token_in_rank(), &host.is_token_in_rank(), None, stream, &format!("{what}: in rank"));
-        (gpu, host)
+    let Prepared { x, other, scales, on_device, expected, .. } = prepared;
+    let ((_, selections), (_, weights)) = on_device;
+    let named = |name: &str| format!("{what}: {name}");
+    let layout = case.with_layout.then(|| {
+        let (layout, expected) = (gpu.layout_on(*selections, case.top_k, stream).unwrap(), &expected.layout);
+        same(&layout.tokens_per_rank(), &expected.tokens_per_rank(), None, stream, &named("tokens per rank"));
+        same(&layout.tokens_per_expert(), &expected.tokens_per_expert(), None, stream, &named("per expert"));
+        same(&layout.is_token_in_rank(), &expected.is_token_in_rank(), None, stream, &named("in rank"));
+        layout
     });
-    let mut on_gpu = Dispatch::new(scaled(x.on_device(), scales.on_device(), case, rank))
+    let mut call = Dispatch::new(scaled(x.on_device(), scales.on_device(), case, rank))
         .expert_alignment(case.alignment)
         .multiprocessors(case.multiprocessors)
         .on(stream);
-    let mut on_host =
-        Dispatch::new(scaled(x.on_host(), scales.on_host(), case, rank)).expert_alignment(case.alignment);
     if case.with_top_k {
-        (on_gpu, on_host) = (on_gpu.top_k(on_device, case.top_k), on_host.top_k(&selections, case.top_k));
+        call = call.top_k(*selections, case.top_k);
     }
     if case.with_weights {
-        (on_gpu, on_host) = (on_gpu.weights(weights_on_device), on_host.weights(&weights));
+        call = call.weights(*weights);
     }
-    if let Some((of_gpu, of_host)) = &layouts {
-        (on_gpu, on_host) = (on_gpu.layout(of_gpu), on_host.layout(of_host));
+    if let Some(layout) = &layout {
+        call = call.layout(layout);
     }
     if let Some(rows) = case.worst {
-        (on_gpu, on_host) = (on_gpu.worst_tokens(rows), on_host.worst_tokens(rows));
+        call = call.worst_tokens(rows);
     }
-    let got = gpu.dispatch(&on_gpu).unwrap_or_else(|error| panic!("{what}: {error}"));
-    let expected = host.dispatch(&on_host).unwrap();
-    let came = came(&expected, ranks, rank);
-    let named = |name: &str| format!("{what}: {name}");
-    same(&got.handle.rank_prefix(), &expected.handle.rank_prefix(), None, stream, &named("prefix"));
-    same(
-        &got.handle.source_tokens(),
-        &expected.handle.source_tokens(),
-        None,
-        stream,
-        &named("source tokens"),
-    );
-    same(&got.x, &expected.x, Some(came), stream, &named("x"));
-    same_or_none(got.scales.as_ref(), expected.scales.as_ref(), Some(came), stream, &named("scales"));
-    same_or_none(got.topk_idx.as_ref(), expected.topk_idx.as_ref(), None, stream, &named("indices"));
-    same_or_none(got.topk_weights.as_ref(), expected.topk_weights.as_ref(), None, stream, &named("weights"));
-    assert_eq!(got.tokens_per_expert, expected.tokens_per_expert, "{what}");
-    let is_in_rank = (got.handle.is_token_in_rank(), expected.handle.is_token_in_rank());
-    same(&is_in_rank.0, &is_in_rank.1, None, stream, &named("is in rank"));
-    // Other tokens, of another size of element where there is one.
-    let other = Both::new(tools, case.dtype, &case.bits(6, rank, tokens * row));
-    let (again, none) =
-        gpu.dispatch_cached(&CachedDispatch::new(other.on_device(), &got.handle).on(stream)).unwrap();
-    let (same_again, _) =
-        host.dispatch_cached(&CachedDispatch::new(other.on_host(), &expected.handle)).unwrap();
+    let got = gpu.dispatch(&call).unwrap_or_else(|error| panic!("{what}: {error}"));
+    check_dispatched(&got, expected, stream, &named);
+    // Other tokens go the same way.
+    let call = CachedDispatch::new(other.on_device(), &got.handle).on(stream);
+    let (again, none) = gpu.dispatch_cached(&call).unwrap_or_else(|error| panic!("{what}: {error}"));
     assert!(none.is_none());
-    same(&again, &same_again, Some(came), stream, &named("cached"));
-    check_combine((gpu, host), tools, case, (&got, &expected), rank);
+    same(&again, &expected.again, Some(expected.came), stream, &named("cached"));
+    check_combine(gpu, tools, case, prepared, (&got, rank));
     gpu.check().unwrap_or_else(|error| panic!("{what}: {error}"));
-    drop((selections_memory, weights_memory));
+}
+
+fn check_dispatched(got: &Dispatched, expected: &Expected, stream: &Stream, named: &dyn Fn(&str) -> String) {
+    let Expected { sent, came, .. } = expected;
+    let handles = (&got.handle, &sent.handle);
+    same(&handles.0.rank_prefix(), &handles.1.rank_prefix(), None, stream, &named("prefix"));
+    same(&handles.0.source_tokens(), &handles.1.source_tokens(), None, stream, &named("source tokens"));
+    same(&handles.0.is_token_in_rank(), &handles.1.is_token_in_rank(), None, stream, &named("is in rank"));
+    assert_eq!(
+        (handles.0.rows(), handles.0.tokens()),
+        (handles.1.rows(), handles.1.tokens()),
+        "{}",
+        named("sizes")
+    );
+    same(&got.x, &sent.x, Some(*came), stream, &named("x"));
+    same_or_none(got.scales.as_ref(), sent.scales.as_ref(), Some(*came), stream, &named("scales"));
+    same_or_none(got.topk_idx.as_ref(), sent.topk_idx.as_ref(), None, stream, &named("indices"));
+    same_or_none(got.topk_weights.as_ref(), sent.topk_weights.as_ref(), None, stream, &named("weights"));
+    assert_eq!(got.tokens_per_expert, sent.tokens_per_expert, "{}", named("tokens per expert"));
 }
 
 fn check_combine(
-    (gpu, host): (&mut Buffer, &mut Buffer),
+    gpu: &mut Buffer,
     tools: &Tools,
     case: &Case,
-    (got, expected): (&Dispatched, &Dispatched),
-    rank: usize,
+    prepared: &Prepared,
+    (got, rank): (&Dispatched, usize),
 ) {
-    let stream = &tools.stream;
-    let dtype = if case.dtype == DType::F8E4M3 { case.settings.dtype } else { case.dtype };
-    let (rows, hidden) = (expected.handle.rows(), case.settings.hidden);
-    let count = rows * case.per_token * hidden;
-    let x = Both::new(tools, dtype, &case.numbers(7, rank, count, dtype));
-    let bias: Vec<Both> = (0..case.biases as u64)
-        .map(|which| {
-            Both::new(tools, dtype, &case.numbers(8 + which, rank, case.tokens[rank] * hidden, dtype))
-        })
-        .collect();
-    let weights_bytes = case.numbers(10, rank, rows * case.top_k, DType::F32);
-    let weights: Vec<f32> = weights_bytes.as_chunks().0.iter().map(|x| f32::from_le_bytes(*x)).collect();
-    let (weights_memory, weights_on_device) = uploaded::<f32>(tools, &weights_bytes);
+    let (what, stream) = (case.what(rank), &tools.stream);
+    let Results { x, bias, weights } = &prepared.results;
     // Over what was dispatched, where that has the same size: then peers read it in place.
-    let in_place = case.in_place && case.per_token == 1 && dtype == case.dtype && count > 0;
+    let in_place = case.in_place && case.per_token == 1 && case.combined_dtype() == case.dtype && x.count > 0;
     if in_place {
-        let bytes = count * dtype.size();
         // SAFETY: both are as long, and live until the stream was waited for.
-        unsafe { tools.raw.copy(got.x.raw().ptr, x.device.address(), bytes) }.unwrap();
+        unsafe { tools.raw.copy(got.x.raw().ptr, x.device.address(), x.count * case.dtype.size()) }.unwrap();
     }
     let results = if in_place { Input::from(&got.x) } else { x.on_device() };
-    let mut on_gpu = Combine::new(results, &got.handle)
+    let mut call = Combine::new(results, &got.handle)
         .per_token(case.per_token)
         .multiprocessors(case.multiprocessors)
         .on(stream);
-    let mut on_host = Combine::new(x.on_host(), &expected.handle).per_token(case.per_token);
     if let Some(bias) = bias.first() {
-        (on_gpu, on_host) = (on_gpu.bias(bias.on_device()), on_host.bias(bias.on_host()));
+        call = call.bias(bias.on_device());
     }
     if let Some(bias) = bias.get(1) {
-        (on_gpu, on_host) = (on_gpu.second_bias(bias.on_device()), on_host.second_bias(bias.on_host()));
+        call = call.second_bias(bias.on_device());
     }
     if case.with_weights {
-        (on_gpu, on_host) = (on_gpu.weights(weights_on_device), on_host.weights(&weights));
+        call = call.weights(weights.1.1);
     }
-    let what = case.what(rank);
-    let combined = gpu.combine(&on_gpu).unwrap_or_else(|error| panic!("{what}: {error}"));
-    let reference = host.combine(&on_host).unwrap();
-    same(&combined.x, &reference.x, None, stream, &format!("{what}: combined, in place {in_place}"));
-    let weights = (combined.topk_weights.as_ref(), reference.topk_weights.as_ref());
+    let combined = gpu.combine(&call).unwrap_or_else(|error| panic!("{what}: {error}"));
+    let expected = &prepared.expected.combined;
+    same(&combined.x, &expected.x, None, stream, &format!("{what}: combined, in place {in_place}"));
+    let weights = (combined.topk_weights.as_ref(), expected.topk_weights.as_ref());
     same_or_none(weights.0, weights.1, None, stream, &format!("{what}: combined weights"));
-    drop(weights_memory);
 }
 
 fn random_cases(ranks: usize, buffers: u64, cases: u64) {
@@ -466,7 +521,12 @@ fn random_cases(ranks: usize, buffers: u64, cases: u64) {
                 on_host.exchange(host).unwrap();
                 for at in 0..cases {
                     let case = Case::draw((seed, number << 8 | at), &settings, ranks);
-                    check_case(&mut on_gpu, &mut on_host, tools, &case, (rank, ranks));
+                    let prepared = Prepared::new(&mut on_host, tools, &case, (rank, ranks));
+                    host.barrier().unwrap();
+                    check_case(&mut on_gpu, tools, &case, &prepared, rank);
+                    host.barrier().unwrap();
+                    drop(prepared);
+                    host.barrier().unwrap();
                 }
                 assert!(on_gpu.masked().is_empty());
                 if rank == 0 {
@@ -497,4 +557,301 @@ fn random_cases_of_three_ranks_have_the_bits_of_the_host() {
 #[test]
 fn random_cases_of_eight_ranks_have_the_bits_of_the_host() {
     random_cases(8, 3, 6);
+}
+
+/// A small buffer, exchanged.
+fn exchanged(gpu: &Communicator, settings: Settings) -> Buffer {
+    let mut buffer = Buffer::new(gpu, settings).unwrap();
+    buffer.exchange(gpu).unwrap();
+    buffer
+}
+
+/// `count` tokens of 64 elements, all with the value `value`.
+fn tokens_of(tools: &Tools, count: usize, value: f32) -> Both {
+    Both::new(tools, DType::BF16, &bf16::from_f32(value).to_le_bytes().repeat(count * 64))
+}
+
+#[test]
+fn graphs_dispatch_and_combine_as_often_as_they_are_launched() {
+    run(
+        2,
+        |builder| builder,
+        |gpu, host, tools| {
+            let (rank, stream) = (gpu.rank(), &tools.stream);
+            let mut buffer = exchanged(gpu, Settings::new(64, 4));
+            // Token t goes to expert t mod 4, and every third one to expert 3 as well.
+            let count = 50;
+            let selections: Vec<i64> =
+                (0..count).flat_map(|t: i64| [t % 4, if t % 3 == 0 { 3 } else { -1 }]).collect();
+            let (_memory, topk_idx) = uploaded::<i64>(tools, &le(&selections, i64::to_le_bytes));
+            let x = tokens_of(tools, count as usize, 1.0 + rank as f32);
+            let call = |buffer: &mut Buffer| {
+                let call = Dispatch::new(x.on_device()).top_k(topk_idx, 2).worst_tokens(120).on(stream);
+                let sent = buffer.dispatch(&call).unwrap();
+                let combined = buffer.combine(&Combine::new(&sent.x, &sent.handle).on(stream)).unwrap();
+                (sent, combined)
+            };
+            // Without a number of rows the host would have to wait.
+            host.barrier().unwrap();
+            let (eager, _) = call(&mut buffer);
+            tools.raw.synchronize().unwrap();
+            host.barrier().unwrap();
+            tools.raw.begin_capture().unwrap();
+            let refused = buffer.dispatch(&Dispatch::new(x.on_device()).top_k(topk_idx, 2).on(stream));
+            assert!(matches!(refused, Err(Error::Argument { what: "worst_tokens", .. })), "{refused:?}");
+            let (sent, combined) = call(&mut buffer);
+            let graph = tools.raw.end_capture().unwrap();
+            for round in 0..10 {
+                graph.launch(&tools.raw).unwrap();
+                if round % 3 == 0 {
+                    let (again, _) = call(&mut buffer);
+                    same(
+                        &again.handle.rank_prefix(),
+                        &eager.handle.rank_prefix(),
+                        None,
+                        stream,
+                        "eager between",
+                    );
+                }
+                same(
+                    &sent.handle.source_tokens(),
+                    &eager.handle.source_tokens(),
+                    None,
+                    stream,
+                    "source tokens",
+                );
+                same_or_none(sent.topk_idx.as_ref(), eager.topk_idx.as_ref(), None, stream, "indices");
+                let got = bytes(&combined.x, stream);
+                for token in 0..count as usize {
+                    let ranks = if token % 3 == 0 && token % 4 < 2 { 2.0 } else { 1.0 };
+                    let expected = bf16::from_f32(ranks * (1.0 + rank as f32)).to_le_bytes();
+                    assert_eq!(
+                        got[token * 128..][..2],
+                        expected,
+                        "token {token} of rank {rank} in round {round}"
+                    );
+                }
+            }
+            buffer.check().unwrap();
+            host.barrier().unwrap();
+            drop((eager, sent, combined, graph));
+            buffer.close(gpu).unwrap();
+            host.barrier().unwrap();
+        },
+    );
+}
+
+#[test]
+fn outputs_of_different_calls_never_alias_and_go_back_in_the_order_of_streams() {
+    run(
+        2,
+        |builder| builder,
+        |gpu, host, tools| {
+            let (rank, stream) = (gpu.rank(), &tools.stream);
+            let second = Stream::from(CudaStream::new(&tools.device).unwrap());
+            // Room for four outputs.
+            let settings = Settings { pool_bytes: Some(64 << 10), ..Settings::new(64, 2) };
+            let mut buffer = exchanged(gpu, settings);
+            let count = 64;
+            let (_memory, topk_idx) =
+                uploaded::<i64>(tools, &le(&vec![1 - rank as i64; count], i64::to_le_bytes));
+            let inputs: Vec<Both> =
+                (0..12).map(|at| tokens_of(tools, count, at as f32 + 20.0 * rank as f32)).collect();
+            host.barrier().unwrap();
+            let mut held = Vec::new();
+            for (at, x) in inputs.iter().enumerate() {
+                let stream = if at % 2 == 0 { stream } else { &second };
+                let sent =
+                    buffer.dispatch(&Dispatch::new(x.on_device()).top_k(topk_idx, 1).on(stream)).unwrap();
+                assert_eq!(sent.tokens_per_expert, [count]);
+                held.push((at, sent));
+                // Some are kept beyond what the pool has room for, others go back at once.
+                if at % 4 == 3 {
+                    held.retain(|(at, _)| at % 4 != 3);
+                }
+            }
+            for (at, sent) in &held {
+                let value = bf16::from_f32(*at as f32 + 20.0 * (1 - rank) as f32).to_le_bytes();
+                let stream = if at % 2 == 0 { stream } else { &second };
+                assert!(
+                    bytes(&sent.x, stream).as_chunks().0.iter().all(|x| *x == value),
+                    "call {at} on rank {rank}"
+                );
+            }
+            let text = buffer.explain();
+            assert!(text.contains("through staging, because the pool was full"), "{text}");
+            buffer.check().unwrap();
+            host.barrier().unwrap();
+            drop(held);
+            buffer.close(gpu).unwrap();
+            host.barrier().unwrap();
+        },
+    );
+}
+
+#[test]
+fn what_does_not_fit_is_refused_and_the_buffer_works_on() {
+    run(
+        2,
+        |builder| builder,
+        |gpu, host, tools| {
+            let (rank, stream) = (gpu.rank(), &tools.stream);
+            let mut buffer = exchanged(gpu, Settings { pool_bytes: Some(32 << 10), ..Settings::new(64, 4) });
+            assert!(matches!(buffer.exchange(gpu), Err(Error::BufferState { .. })));
+            let (_memory, topk_idx) = uploaded::<i64>(tools, &le(&[0i64, 3, 9, 2], i64::to_le_bytes));
+            let (_many, of_many) =
+                uploaded::<i64>(tools, &le(&vec![2 - 2 * rank as i64; 1000], i64::to_le_bytes));
+            let (x, many) = (tokens_of(tools, 4, 1.0), tokens_of(tools, 1000, 1.0));
+            host.barrier().unwrap();
+            // Refused before anything is sent.
+            let on_host = buffer.dispatch(&Dispatch::new(x.on_host()).top_k(&[0, 1, 2, 3], 1).on(stream));
+            assert!(matches!(on_host, Err(Error::Place { .. })), "{on_host:?}");
+            let no_stream = buffer.dispatch(&Dispatch::new(x.on_device()).top_k(topk_idx, 1));
+            assert!(matches!(no_stream, Err(Error::Place { .. })), "{no_stream:?}");
+            assert!(matches!(buffer.layout(topk_idx, 1), Err(Error::Place { .. })));
+            // An index that is no expert's selects nothing, and is told.
+            let told = buffer.dispatch(&Dispatch::new(x.on_device()).top_k(topk_idx, 1).on(stream));
+            let text = told.unwrap_err().to_string();
+            assert!(text.contains("below 4 experts, got 9 for token 2"), "{text}");
+            // More rows than there is room for: told later, as nobody waits for their number.
+            let few = Dispatch::new(x.on_device()).top_k(topk_idx, 1).worst_tokens(1).on(stream);
+            let sent = buffer.dispatch(&few).unwrap();
+            tools.raw.synchronize().unwrap();
+            let text = buffer.check().unwrap_err().to_string();
+            assert!(text.contains("worst_tokens") && text.contains("as many as came"), "{text}");
+            assert_eq!(sent.x.shape(), [1, 64]);
+            let _ = buffer.check();
+            // Rows for which neither the pool nor the staging has room.
+            let large = buffer.dispatch(&Dispatch::new(many.on_device()).top_k(of_many, 1).on(stream));
+            let text = large.unwrap_err().to_string();
+            assert!(text.contains("pool_bytes") && text.contains("room for"), "{text}");
+            // Everybody refused the same, and goes on.
+            let sent = buffer
+                .dispatch(&Dispatch::new(x.on_device()).top_k(first_four(of_many), 1).on(stream))
+                .unwrap();
+            assert_eq!(sent.x.shape(), [4, 64]);
+            buffer.check().unwrap();
+            host.barrier().unwrap();
+            drop(sent);
+            buffer.close(gpu).unwrap();
+            host.barrier().unwrap();
+        },
+    );
+}
+
+/// The first four elements.
+fn first_four(all: Buf<'static, i64>) -> Buf<'static, i64> {
+    let raw = all.raw();
+    let unisono::Place::Cuda { ordinal } = raw.place else { unreachable!("{raw:?}") };
+    // SAFETY: a part of what is valid.
+    unsafe { Buf::cuda(raw.ptr, 4, ordinal) }
+}
+
+#[test]
+fn calls_that_differ_and_ranks_that_do_not_come_are_named() {
+    run_failing(2, |gpu, host, tools| {
+        let (rank, stream) = (gpu.rank(), &tools.stream);
+        let mut buffer = exchanged(gpu, Settings::new(64, 4));
+        let (_memory, topk_idx) = uploaded::<i64>(tools, &le(&[0i64, 3, 1, 2], i64::to_le_bytes));
+        let x = tokens_of(tools, 4, 1.0);
+        host.barrier().unwrap();
+        // One gives two experts for each of two tokens.
+        let top_k = 1 + rank;
+        let part = if rank == 0 { x.on_device() } else { tokens_part(&x) };
+        let error = buffer.dispatch(&Dispatch::new(part).top_k(topk_idx, top_k).on(stream)).unwrap_err();
+        let text = error.to_string();
+        assert!(
+            matches!(error, Error::Mismatch { .. }) && text.contains("top-1") && text.contains("top-2"),
+            "{text}"
+        );
+        assert!(!buffer.is_available());
+        host.barrier().unwrap();
+    });
+    run_failing(2, |gpu, host, tools| {
+        let (rank, stream) = (gpu.rank(), &tools.stream);
+        let deadline = std::time::Duration::from_millis(30);
+        let mut buffer = exchanged(gpu, Settings { deadline, ..Settings::new(64, 4) });
+        let (_memory, topk_idx) = uploaded::<i64>(tools, &le(&[0i64, 3, 1, 2], i64::to_le_bytes));
+        let x = tokens_of(tools, 4, 1.0);
+        host.barrier().unwrap();
+        if rank == 0 {
+            let error =
+                buffer.dispatch(&Dispatch::new(x.on_device()).top_k(topk_idx, 1).on(stream)).unwrap_err();
+            let Error::Timeout { rank: 0, call, missing, .. } = &error else { panic!("{error}") };
+            assert!(
+                call.contains("dispatch") && missing.len() == 1 && missing[0].contains("rank 1"),
+                "{error}"
+            );
+            // The context is whole.
+            tools.raw.synchronize().unwrap();
+        }
+        host.barrier().unwrap();
+    });
+}
+
+/// The first half of the tokens.
+fn tokens_part(x: &Both) -> Input<'static> {
+    // SAFETY: a part of what is valid.
+    unsafe { Buf::<bf16>::cuda(x.device.address(), x.count / 2, x.device.device().ordinal()) }.into()
+}
+
+/// As `run`, where the communicators of the GPUs fail.
+fn run_failing(ranks: usize, work: impl Fn(&Communicator, &Communicator, &Tools) + Sync) {
+    if devices().is_empty() {
+        return;
+    }
+    let hosts = std::cell::RefCell::new(Communicator::threads(ranks).unwrap());
+    let tools = |_: usize, ordinal: u32| Tools::new(hosts.borrow_mut().remove(0), ordinal);
+    on_threads(
+        ranks,
+        |builder| builder.timeout(PATIENCE),
+        tools,
+        |gpu, tools| {
+            let host = tools.host.take().unwrap();
+            work(&gpu, &host, tools);
+            drop(gpu);
+            host.destroy().unwrap();
+        },
+    );
+}
+
+#[test]
+fn a_silent_rank_is_left_out_and_the_others_complete_the_call() {
+    run_failing(3, |gpu, host, tools| {
+        let (rank, stream) = (gpu.rank(), &tools.stream);
+        let deadline = std::time::Duration::from_millis(500);
+        let mut buffer = exchanged(gpu, Settings { deadline, masking: true, ..Settings::new(64, 3) });
+        let (_memory, topk_idx) = uploaded::<i64>(tools, &le(&[0i64, 1, 2, 0, 1, 2], i64::to_le_bytes));
+        let x = tokens_of(tools, 2, 1.0 + rank as f32);
+        host.barrier().unwrap();
+        // Rank 2 takes part in the first call only. The others do without it from the second on.
+        for turn in 0..3 {
+            if rank == 2 && turn > 0 {
+                break;
+            }
+            let sent = buffer.dispatch(&Dispatch::new(x.on_device()).top_k(topk_idx, 3).on(stream)).unwrap();
+            let came: &[f32] =
+                if turn == 0 { &[1.0, 1.0, 2.0, 2.0, 3.0, 3.0] } else { &[1.0, 1.0, 2.0, 2.0] };
+            let got = bytes(&sent.x, stream);
+            let firsts: Vec<f32> =
+                got.chunks(128).map(|row| bf16::from_le_bytes([row[0], row[1]]).to_f32()).collect();
+            assert_eq!(firsts, came, "turn {turn} on rank {rank}");
+            let combined = buffer.combine(&Combine::new(&sent.x, &sent.handle).on(stream)).unwrap();
+            let times = if turn == 0 { 3.0 } else { 2.0 };
+            let expected = bf16::from_f32(times * (1.0 + rank as f32)).to_le_bytes();
+            assert!(
+                bytes(&combined.x, stream).as_chunks().0.iter().all(|x| *x == expected),
+                "turn {turn} on {rank}"
+            );
+            buffer.check().unwrap();
+            let masked = if turn == 0 { Vec::new() } else { vec![2] };
+            assert_eq!(buffer.masked(), masked);
+        }
+        host.barrier().unwrap();
+        if rank == 2 {
+            let late = buffer.dispatch(&Dispatch::new(x.on_device()).top_k(topk_idx, 3).on(stream));
+            assert!(matches!(late, Err(Error::GivenUp { rank: 2, .. })), "{late:?}");
+        }
+        host.barrier().unwrap();
+    });
 }

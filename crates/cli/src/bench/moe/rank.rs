@@ -36,6 +36,7 @@ impl Moe {
             top_k: self.top_k,
             dtype,
             low_latency: has_low_latency(tokens),
+            multiprocessors: self.multiprocessors,
             ..Settings::new(self.hidden, self.experts)
         }
     }
@@ -53,14 +54,14 @@ pub(crate) fn run(workload: &Workload) -> Result<(), String> {
     measured.map_err(|error| error.to_string())
 }
 
-struct Rank<'a> {
-    workload: &'a Workload,
-    communicator: &'a Communicator,
-    tokens: Tokens,
-    buffer: Buffer,
+pub(super) struct Rank<'a> {
+    pub(super) workload: &'a Workload,
+    pub(super) communicator: &'a Communicator,
+    pub(super) tokens: Tokens,
+    pub(super) buffer: Buffer,
     /// Of every rank.
-    selections: Vec<Vec<i64>>,
-    x: Vec<u8>,
+    pub(super) selections: Vec<Vec<i64>>,
+    pub(super) x: Vec<u8>,
 }
 
 /// Elements of the dtype that is measured.
@@ -89,7 +90,7 @@ impl Elements {
 }
 
 /// The bytes of a tensor.
-fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
+pub(super) fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
     Ok(match tensor.dtype() {
         DType::F32 => tensor.as_slice::<f32>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
         DType::F16 => tensor.as_slice::<f16>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
@@ -99,18 +100,26 @@ fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
 }
 
 /// What one operation moved.
-struct Moved {
+pub(super) struct Moved {
     /// Rows that came here, and that left for other ranks.
-    rows: (usize, usize),
+    pub(super) rows: (usize, usize),
     /// Bytes of one, as they are counted and as they travel.
-    row_bytes: (usize, usize),
-    wrong: u64,
+    pub(super) row_bytes: (usize, usize),
+    pub(super) wrong: u64,
 }
 
 impl<'a> Rank<'a> {
     fn new(workload: &'a Workload, communicator: &'a Communicator, count: usize) -> Result<Self> {
+        Self::with(workload, communicator, (count, workload.moe.settings(count, workload.dtype)))
+    }
+
+    pub(super) fn with(
+        workload: &'a Workload,
+        communicator: &'a Communicator,
+        (count, settings): (usize, Settings),
+    ) -> Result<Self> {
         let tokens = Tokens::new(&workload.moe, count, workload.dtype);
-        let mut buffer = Buffer::new(communicator, workload.moe.settings(count, workload.dtype))?;
+        let mut buffer = Buffer::new(communicator, settings)?;
         buffer.exchange(communicator)?;
         let selections = (0..communicator.world_size()).map(|rank| tokens.selections(rank)).collect();
         let x = tokens.rows(communicator.rank());
@@ -149,14 +158,7 @@ impl<'a> Rank<'a> {
             buffer.dispatch_cached(&CachedDispatch::new(x.input(), &sent.handle)).map(drop)
         })?;
         let combined = self.buffer.combine(&Combine::new(&sent.x, &sent.handle))?;
-        let mut expected = vec![0; self.x.len()];
-        let mut sum = RowSum::new(self.tokens.hidden);
-        for (token, target) in expected.chunks_mut(row).enumerate() {
-            sum.clear();
-            let times = (0..ranks).filter(|to| self.goes_to(rank, token, *to)).count();
-            (0..times).for_each(|_| sum.add(dtype, &self.x[token * row..][..row]));
-            sum.write(dtype, target);
-        }
+        let expected = self.sums();
         // What came goes back: as many rows leave as came from others.
         let back = origins.iter().filter(|(source, _)| *source != rank).count();
         let rows = (origins.len(), back);
@@ -167,26 +169,55 @@ impl<'a> Rank<'a> {
         })
     }
 
-    /// Rows that are 8 bits already, with scales.
-    fn dispatch_fp8(&mut self, mine: &[i64], origins: &[(usize, usize)], left: usize) -> Result<()> {
-        let (hidden, top_k) = (self.tokens.hidden, self.tokens.top_k);
-        let row = hidden * self.tokens.dtype.size();
+    /// What a combine without weights gives.
+    pub(super) fn sums(&self) -> Vec<u8> {
+        let (rank, ranks, dtype) =
+            (self.communicator.rank(), self.communicator.world_size(), self.tokens.dtype);
+        let row = self.tokens.hidden * dtype.size();
+        let mut expected = vec![0; self.x.len()];
+        let mut sum = RowSum::new(self.tokens.hidden);
+        for (token, target) in expected.chunks_mut(row).enumerate() {
+            sum.clear();
+            let times = (0..ranks).filter(|to| self.goes_to(rank, token, *to)).count();
+            (0..times).for_each(|_| sum.add(dtype, &self.x[token * row..][..row]));
+            sum.write(dtype, target);
+        }
+        expected
+    }
+
+    /// Our tokens in 8 bits, and their scales.
+    pub(super) fn in_fp8(&self) -> (Vec<u8>, Vec<f32>) {
+        let row = self.tokens.hidden * self.tokens.dtype.size();
         let (mut codes, mut scales) = (Vec::new(), Vec::new());
         for token in self.x.chunks(row) {
             let (of_token, its_scales) = self.tokens.cast(token);
-            codes.extend(of_token.into_iter().map(f8e4m3));
+            codes.extend(of_token);
             scales.extend(its_scales);
         }
-        let per_token = hidden.div_ceil(128);
-        let call =
-            || Dispatch::new(Sent::scaled(&codes, RowScales::rows(&scales, per_token))).top_k(mine, top_k);
-        let sent = self.buffer.dispatch(&call())?;
+        (codes, scales)
+    }
+
+    /// What comes of rows in 8 bits: codes, and scales as bytes.
+    pub(super) fn expected_fp8(&self, origins: &[(usize, usize)]) -> (Vec<u8>, Vec<u8>) {
         let (mut expected, mut expected_scales) = (Vec::new(), Vec::new());
         for (source, token) in origins {
             let (codes, scales) = self.tokens.cast(&self.tokens.row(*source, *token));
             expected.extend(codes);
             expected_scales.extend(scales.into_iter().flat_map(f32::to_le_bytes));
         }
+        (expected, expected_scales)
+    }
+
+    /// Rows that are 8 bits already, with scales.
+    fn dispatch_fp8(&mut self, mine: &[i64], origins: &[(usize, usize)], left: usize) -> Result<()> {
+        let (hidden, top_k) = (self.tokens.hidden, self.tokens.top_k);
+        let (codes, scales) = self.in_fp8();
+        let codes: Vec<f8e4m3> = codes.into_iter().map(f8e4m3).collect();
+        let per_token = hidden.div_ceil(128);
+        let call =
+            || Dispatch::new(Sent::scaled(&codes, RowScales::rows(&scales, per_token))).top_k(mine, top_k);
+        let sent = self.buffer.dispatch(&call())?;
+        let (expected, expected_scales) = self.expected_fp8(origins);
         let got_scales = sent.scales.as_ref().map(bytes).transpose()?.unwrap_or_default();
         let wrong = wrong(&bytes(&sent.x)?, &expected, 1) + wrong(&got_scales, &expected_scales, 4);
         let bytes = hidden + per_token * 4;
@@ -302,14 +333,14 @@ impl<'a> Rank<'a> {
     }
 
     /// The (source, token) of each row that comes to `rank`.
-    fn origins(&self, rank: usize) -> Vec<(usize, usize)> {
+    pub(super) fn origins(&self, rank: usize) -> Vec<(usize, usize)> {
         let all = |source| (0..self.tokens.count).map(move |token| (source, token));
         let ranks = 0..self.communicator.world_size();
         ranks.flat_map(all).filter(|(source, token)| self.goes_to(*source, *token, rank)).collect()
     }
 
     /// Tokens of `from` that go to rank `to`.
-    fn goes(&self, from: usize, to: usize) -> usize {
+    pub(super) fn goes(&self, from: usize, to: usize) -> usize {
         (0..self.tokens.count).filter(|token| self.goes_to(from, *token, to)).count()
     }
 
@@ -339,7 +370,19 @@ impl<'a> Rank<'a> {
         for time in &mut times {
             *time = timed(communicator)?;
         }
-        communicator.all_reduce(&mut times, ReduceOp::Max)?;
+        self.tell(operation, moved, &mut times, None)
+    }
+
+    /// Tells the parent of calls that took so long here, in microseconds.
+    pub(super) fn tell(
+        &self,
+        operation: &str,
+        moved: &Moved,
+        times: &mut [f64],
+        multiprocessors: Option<u32>,
+    ) -> Result<()> {
+        let communicator = self.communicator;
+        communicator.all_reduce(&mut *times, ReduceOp::Max)?;
         times.sort_by(f64::total_cmp);
         let wire = moved.rows.1 * moved.row_bytes.1;
         let mut sums = [moved.rows.0 as f64, wire as f64, moved.wrong as f64];
@@ -362,7 +405,7 @@ impl<'a> Rank<'a> {
             p99_us: times[times.len() * 99 / 100],
             min_us: times[0],
             gbps: rows * moved.row_bytes.0 as f64 / p50_us / 1e3,
-            multiprocessors: None,
+            multiprocessors,
             wrong: sums[2] as u64,
         };
         Line::Moe(measured).tell(communicator.rank());
