@@ -195,7 +195,7 @@ part_tune() {
 
 # Tests, kills and figures of expert parallelism, each of which another part has, too, or (the figures) nobody else.
 part_experts() {
-    run_modules gpu experts 200 expert_parallel
+    run_modules gpu experts 200 expert_
     run_modules faults_processes experts 150 gpu_experts
     bench_moe 12 12
     bench_moe 16 16

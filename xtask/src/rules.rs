@@ -21,6 +21,7 @@ const UNSAFE_FILES: &[&str] = &[
     // Describes its own buffers to the library, as a binding does; opens NCCL, and calls it.
     "crates/cli/src/bench/gpu.rs",
     "crates/cli/src/bench/gpu/rows.rs",
+    "crates/cli/src/bench/moe/gpu.rs",
     "crates/cli/src/bench/nccl.rs",
     "crates/cli/src/bench/rank.rs",
     // Signals as a descriptor.
@@ -110,6 +111,7 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/tests/faults/forks.rs",
     // Device buffers, and a kernel that goes where it must not.
     "crates/comm/tests/faults/gpu.rs",
+    "crates/comm/tests/faults/gpu_experts.rs",
     "crates/comm/tests/faults/gpu_hangs.rs",
     "crates/comm/tests/faults/gpu_matrix.rs",
     "crates/comm/tests/faults/gpu_seats.rs",
@@ -127,7 +129,9 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/tests/gpu/derive.rs",
     "crates/comm/tests/gpu/engine.rs",
     "crates/comm/tests/gpu/quantised.rs",
+    "crates/comm/tests/gpu/expert_life.rs",
     "crates/comm/tests/gpu/expert_parallel.rs",
+    "crates/comm/tests/gpu/expert_tools.rs",
     "crates/comm/tests/gpu/fused.rs",
     "crates/comm/tests/gpu/group.rs",
     "crates/comm/tests/gpu/life.rs",

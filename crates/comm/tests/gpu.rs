@@ -13,8 +13,14 @@ mod counted;
 mod derive;
 #[path = "gpu/engine.rs"]
 mod engine;
+#[path = "gpu/expert_cases.rs"]
+mod expert_cases;
+#[path = "gpu/expert_life.rs"]
+mod expert_life;
 #[path = "gpu/expert_parallel.rs"]
 mod expert_parallel;
+#[path = "gpu/expert_tools.rs"]
+mod expert_tools;
 #[path = "gpu/fused.rs"]
 mod fused;
 #[path = "gpu/group.rs"]

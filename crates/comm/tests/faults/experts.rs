@@ -107,7 +107,7 @@ pub(crate) fn lost_ranks_are_masked_and_the_others_go_on() {
 }
 
 /// The same of ranks that play `part`.
-pub(super) fn lose_ranks(part: &str) {
+pub(super) fn lose_ranks(part: &'static str) {
     let server = server();
     let seed = random::seed();
     println!("seed {seed}");
@@ -173,7 +173,7 @@ pub(crate) fn a_killed_rank_is_named_without_masking() {
 }
 
 /// The same of ranks that play `part`.
-pub(super) fn kill_one(part: &str) {
+pub(super) fn kill_one(part: &'static str) {
     let server = server();
     let mut random = Random::new(random::seed());
     let mut samples = Vec::new();
