@@ -47,6 +47,8 @@ mod recorder;
 mod registration;
 #[path = "support/rows.rs"]
 mod rows;
+#[path = "support/scale.rs"]
+mod scale;
 #[path = "gpu/seats.rs"]
 mod seats;
 #[path = "gpu/symmetric.rs"]

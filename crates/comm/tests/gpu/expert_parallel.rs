@@ -9,6 +9,8 @@ use unisono::{DType, Operations, Stream};
 use crate::expert_cases::{Case, settings};
 use crate::expert_tools::{Both, Tools, Uploaded, le, run, same, same_or_none, uploaded};
 use crate::numbers::{self, Random};
+use crate::scale::scale;
+use crate::world::devices;
 
 /// Scales as a call takes them.
 fn scaled<'b>(x: Input<'b>, scales: Input<'b>, case: &Case, rank: usize) -> Tokens<'b> {
@@ -215,7 +217,7 @@ fn random_cases(ranks: usize, buffers: u64, cases: u64) {
         |builder| builder,
         |gpu, host, tools| {
             let rank = gpu.rank();
-            for number in 0..buffers {
+            for number in 0..buffers * scale() as u64 {
                 let settings = settings(&mut Random::of(&[seed, number, 89]), ranks);
                 let mut on_gpu = Buffer::new(gpu, settings.clone()).unwrap();
                 let mut on_host = Buffer::new(host, settings.clone()).unwrap();
@@ -256,7 +258,8 @@ fn random_cases_of_three_ranks_have_the_bits_of_the_host() {
     random_cases(3, 4, 6);
 }
 
+/// A device has queues for some streams only, and kernels that share one may wait for each other.
 #[test]
-fn random_cases_of_eight_ranks_have_the_bits_of_the_host() {
-    random_cases(8, 3, 6);
+fn random_cases_of_many_ranks_have_the_bits_of_the_host() {
+    random_cases(if devices().len() < 2 { 5 } else { 8 }, 3, 6);
 }

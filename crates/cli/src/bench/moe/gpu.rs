@@ -63,10 +63,10 @@ fn measure(workload: &Workload) -> Result<()> {
 }
 
 impl Moe {
-    /// With room for what lives at a time: three outputs of all tokens at each rank.
+    /// With room for what lives at a time: four outputs of all tokens at each rank.
     fn settings_on_gpus(&self, tokens: usize, workload: &Workload) -> unisono::ep::Settings {
         let row = self.hidden * workload.dtype.size() + self.hidden / 32 + 12 * self.top_k + 128;
-        let bytes = 3 * workload.ranks * tokens * row;
+        let bytes = 4 * workload.ranks * tokens * row;
         let settings = self.settings(tokens, workload.dtype);
         unisono::ep::Settings { pool_bytes: Some(bytes.max(64 << 20)), low_latency: false, ..settings }
     }
