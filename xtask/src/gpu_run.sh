@@ -105,7 +105,7 @@ nvidia-smi topo -m >"$logs/topology.txt" 2>&1
 # Kernels that tests and benchmarks need, on all processors at once; otherwise each would compile its own when it comes to them.
 part_prepare() {
     step prepare 120 ./unisono kernels build --quiet --all --ranks 3
-    step prepare-worlds 120 ./unisono kernels build --quiet --ranks "1,2,5,$count"
+    step prepare-worlds 120 ./unisono kernels build --quiet --ranks "1,2,5,8,$count"
     step prepare-host 120 ./unisono kernels build --quiet --ranks "2,$count" --link host
 }
 
