@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use unisono::cuda::Stream as CudaStream;
+use unisono::ep::reference::{Placement, Routing};
 use unisono::ep::{Buffer, Combine, Dispatch, Input, Settings};
 use unisono::half::bf16;
 use unisono::{Buf, Communicator, DType, Error, Operations, Stream};
@@ -284,4 +285,68 @@ fn a_silent_rank_is_left_out_and_the_others_complete_the_call() {
         }
         host.barrier().unwrap();
     });
+}
+
+#[test]
+fn rounds_that_wrap_clear_the_memory_and_go_on() {
+    for epoch in [0x7fff_fffa, 0xffff_fffa] {
+        for masking in [false, true] {
+            run(
+                2,
+                |builder| builder.first_epoch(epoch),
+                |gpu, host, tools| {
+                    let (rank, stream) = (gpu.rank(), &tools.stream);
+                    let mut buffer = exchanged(gpu, Settings { masking, ..Settings::new(64, 2) });
+                    let (_memory, topk_idx) = uploaded::<i64>(tools, &le(&[0i64, 1, 0], i64::to_le_bytes));
+                    let x = tokens_of(tools, 3, 1.0 + rank as f32);
+                    host.barrier().unwrap();
+                    // Three rounds each.
+                    for turn in 0..4 {
+                        let call = Dispatch::new(x.on_device()).top_k(topk_idx, 1).on(stream);
+                        let sent = buffer.dispatch(&call).unwrap_or_else(|error| panic!("{turn}: {error}"));
+                        assert_eq!(sent.tokens_per_expert, [4 - 2 * rank]);
+                        let combined =
+                            buffer.combine(&Combine::new(&sent.x, &sent.handle).on(stream)).unwrap();
+                        let expected = bf16::from_f32(1.0 + rank as f32).to_le_bytes();
+                        let got = bytes(&combined.x, stream);
+                        assert!(
+                            got.as_chunks().0.iter().all(|x| *x == expected),
+                            "turn {turn} on rank {rank}"
+                        );
+                    }
+                    buffer.check().unwrap();
+                    host.barrier().unwrap();
+                    buffer.close(gpu).unwrap();
+                    host.barrier().unwrap();
+                },
+            );
+        }
+    }
+}
+
+#[test]
+fn layouts_count_more_experts_than_a_block_has_room_for() {
+    run(
+        1,
+        |builder| builder,
+        |gpu, host, tools| {
+            let (experts, top_k, tokens) = (9_000, 32, 3_000);
+            let selections: Vec<i64> = (0..tokens * top_k)
+                .map(|at| if at % 11 == 0 { -1 } else { (at * 7919 % experts) as i64 })
+                .collect();
+            let placement = Placement::even(experts, 1).unwrap();
+            let expected = Routing::of(&selections, top_k, &placement).unwrap();
+            let mut buffer = exchanged(gpu, Settings::new(8, experts));
+            let (_memory, topk_idx) = uploaded::<i64>(tools, &le(&selections, i64::to_le_bytes));
+            let layout = buffer.layout_on(topk_idx, top_k, &tools.stream).unwrap();
+            let counts = layout.tokens_per_expert().to_host(&tools.stream).unwrap();
+            let counts: Vec<u32> =
+                counts.as_slice::<i32>().unwrap().iter().map(|count| *count as u32).collect();
+            assert_eq!(counts, expected.tokens_per_expert);
+            buffer.check().unwrap();
+            host.barrier().unwrap();
+            drop(layout);
+            buffer.close(gpu).unwrap();
+        },
+    );
 }
