@@ -65,6 +65,7 @@ const UNSAFE_FILES: &[&str] = &[
     // Kernels of a buffer are launched with addresses that were checked; its page of reports is registered.
     "crates/comm/src/ep/gpu/combine.rs",
     "crates/comm/src/ep/gpu/layout.rs",
+    "crates/comm/src/ep/gpu/low_latency.rs",
     "crates/comm/src/ep/gpu/making.rs",
     "crates/comm/src/ep/gpu/mod.rs",
     "crates/comm/src/ep/gpu/throughput.rs",
@@ -135,6 +136,7 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/tests/gpu/fused.rs",
     "crates/comm/tests/gpu/group.rs",
     "crates/comm/tests/gpu/life.rs",
+    "crates/comm/tests/gpu/low_latency.rs",
     "crates/comm/tests/gpu/message_ends.rs",
     "crates/comm/tests/gpu/messages.rs",
     "crates/comm/tests/gpu/pinned.rs",

@@ -33,10 +33,10 @@ fn kernels_are_built_once_and_listed() {
     let table = text(&first.stdout);
     assert_eq!(
         table.lines().filter(|line| line.starts_with("sm_90    device     2  ")).count(),
-        11,
+        12,
         "{table}"
     );
-    assert!(table.contains("\n11 sets: 11 compiled in "), "{table}");
+    assert!(table.contains("\n12 sets: 12 compiled in "), "{table}");
     let second: Value = serde_json::from_slice(&build("--json").stdout).unwrap();
     let sets = second["sets"].as_array().unwrap();
     let purposes: Vec<&str> = sets.iter().map(|set| set["purpose"].as_str().unwrap()).collect();
@@ -53,7 +53,8 @@ fn kernels_are_built_once_and_listed() {
             "f32 sum, parts",
             "f16 sum, parts",
             "bf16 sum, parts",
-            "expert parallel"
+            "expert parallel",
+            "low latency"
         ]
     );
     for set in sets {
@@ -63,7 +64,7 @@ fn kernels_are_built_once_and_listed() {
     let listed: Value = serde_json::from_slice(&kernels(folder.path(), &["list", "--json"]).stdout).unwrap();
     assert_eq!(
         (listed["entries"].as_u64(), listed["compilers"][0]["entries"].as_u64()),
-        (Some(11), Some(11))
+        (Some(12), Some(12))
     );
 }
 

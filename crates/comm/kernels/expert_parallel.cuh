@@ -76,14 +76,14 @@ __device__ __forceinline__ u64* attendance_of(const BufferArgs& buffer, u32 rank
   return reinterpret_cast<u64*>(buffer.arenas[rank] + ATTENDANCE_AT);
 }
 
-enum Judgement { IS_AWAITED, TOOK_PART, IS_LEFT_OUT };
+// Whether `peer` is lost, or silent for too long.
+__device__ __forceinline__ bool is_suspect(const BufferArgs& buffer, const Entry& entry, u32 peer) {
+  const u64 suspects = load_word(buffer.suspects) | load_word(buffer.suspects + 1);
+  return (suspects >> peer & 1) != 0 || now_ns() - entry.started_ns >= buffer.deadline_ns;
+}
 
-// Looked at now and then by whoever waits for `peer` where ranks may be left out.
-__device__ __noinline__ Judgement judge(const BufferArgs& buffer, const Entry& entry, u32 spins, u32 peer) {
-  if (is_masked(buffer, peer)) return IS_LEFT_OUT;
-  if ((spins & 1023) != 0) return IS_AWAITED;
-  const bool is_suspect = ((load_word(buffer.suspects) | load_word(buffer.suspects + 1)) >> peer & 1) != 0;
-  if (!is_suspect && now_ns() - entry.started_ns < buffer.deadline_ns) return IS_AWAITED;
+// Closes the attendance of `peer`, unless somebody has; the rounds in which it took part.
+__device__ __forceinline__ u32 close_attendance(const BufferArgs& buffer, u32 peer) {
   u64* word = attendance_of(buffer, peer);
   u64 seen = load_word(word);
   while ((seen & 1) == 0) {
@@ -93,9 +93,22 @@ __device__ __noinline__ Judgement judge(const BufferArgs& buffer, const Entry& e
   }
   // SYNC: what a rank pushed in a round is visible to who sees that it took part in it.
   fence_all();
-  if (i32(u32(seen >> 1) - entry.epoch) >= 0) return TOOK_PART;
+  return u32(seen >> 1);
+}
+
+__device__ __forceinline__ void leave_out(const BufferArgs& buffer, u32 peer) {
   store_own_word(&words_of(buffer)->masked[peer], 1);
   store_word(buffer.masked + peer, 1);
+}
+
+enum Judgement { IS_AWAITED, TOOK_PART, IS_LEFT_OUT };
+
+// Looked at now and then by whoever waits for `peer` where ranks may be left out.
+__device__ __noinline__ Judgement judge(const BufferArgs& buffer, const Entry& entry, u32 spins, u32 peer) {
+  if (is_masked(buffer, peer)) return IS_LEFT_OUT;
+  if ((spins & 1023) != 0 || !is_suspect(buffer, entry, peer)) return IS_AWAITED;
+  if (i32(close_attendance(buffer, peer) - entry.epoch) >= 0) return TOOK_PART;
+  leave_out(buffer, peer);
   return IS_LEFT_OUT;
 }
 

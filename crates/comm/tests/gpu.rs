@@ -13,6 +13,8 @@ mod counted;
 mod derive;
 #[path = "gpu/engine.rs"]
 mod engine;
+#[path = "ep/cases.rs"]
+mod ep;
 #[path = "gpu/expert_cases.rs"]
 mod expert_cases;
 #[path = "gpu/expert_life.rs"]
@@ -27,30 +29,25 @@ mod fused;
 mod group;
 #[path = "gpu/life.rs"]
 mod life;
+#[path = "gpu/low_latency.rs"]
+mod low_latency;
 #[path = "gpu/message_ends.rs"]
 mod message_ends;
 #[path = "gpu/messages.rs"]
 mod messages;
-#[path = "support/random.rs"]
-mod numbers;
 #[path = "gpu/pinned.rs"]
 mod pinned;
 #[path = "gpu/quantised.rs"]
 mod quantised;
-#[path = "support/quantised.rs"]
-mod quantised_sums;
 #[path = "gpu/random.rs"]
 mod random;
 #[path = "gpu/recorder.rs"]
 mod recorder;
 #[path = "gpu/registration.rs"]
 mod registration;
-#[path = "support/rows.rs"]
-mod rows;
-#[path = "support/scale.rs"]
-mod scale;
 #[path = "gpu/seats.rs"]
 mod seats;
+mod support;
 #[path = "gpu/symmetric.rs"]
 mod symmetric;
 #[path = "gpu/tuning.rs"]
@@ -59,6 +56,8 @@ mod tuning;
 mod windows;
 #[path = "gpu/world.rs"]
 mod world;
+
+use support::{quantised as quantised_sums, random as numbers, rows, scale};
 
 use numbers::Random;
 use unisono::{Builder, DType, ReduceOp};

@@ -11,9 +11,14 @@ use unisono_core::ep::is_summed;
 use super::Buffer;
 use super::arena::{Arena, Lane, Round};
 use super::arguments::{Rows, Tokens, indices};
+#[cfg(feature = "cuda")]
+use super::gpu::{Inputs, OnGpu, Phases, SentOnGpu};
+use super::low_latency_handle::{HostOrigins, LowLatencyHandle, Origins, Places};
 use super::tensor::{Input, Tensor, bytes_of, bytes_of_mut};
 use super::words::{CallWords, Operation};
 use crate::buffer::Buf;
+#[cfg(feature = "cuda")]
+use crate::buffer::Place;
 use crate::error::Result;
 use crate::stream::Stream;
 
@@ -44,7 +49,7 @@ impl<'b> LowLatencyDispatch<'b> {
         self
     }
 
-    /// In the order of `stream`: the host's, until there are GPUs.
+    /// In the order of `stream`, which a buffer on GPUs needs.
     pub const fn on(mut self, stream: &'b Stream) -> Self {
         self.stream = Some(stream);
         self
@@ -54,60 +59,34 @@ impl<'b> LowLatencyDispatch<'b> {
 /// What a low-latency dispatch brought. L is the number of experts of this rank, M = ranks × capacity.
 #[derive(Clone, Debug)]
 pub struct LowLatencyDispatched {
-    /// `[L, M, hidden]`: of each expert first the rows that came, by source rank and token; behind them zeros (on GPUs unspecified). f8e4m3 if cast.
+    /// `[L, M, hidden]`: of each expert first the rows that came, by source rank and token; behind them zeros (on GPUs anything). f8e4m3 if cast.
     pub x: Tensor,
     /// The scales, if cast: f32 `[L, blocks, M]`, or with [`ScaleKind::Ue8m0`] i32 `[L, blocks / 4, M]`. The tokens are the last dimension.
     pub scales: Option<Tensor>,
     /// i32 `[L]`: rows that came for each expert of this rank.
     pub counts: Tensor,
-    /// i64 `[ranks]`: how long each rank was waited for, in nanoseconds.
+    /// i64 `[ranks]`: how long each rank was waited for, in nanoseconds. On GPUs it is how long after the beginning of the kernel something
+    /// of the rank came last that was waited for.
     pub waited: Tensor,
     /// For combine.
     pub handle: LowLatencyHandle,
-}
-
-/// Where the rows of a low-latency dispatch came from. Clones are the same.
-#[derive(Clone, Debug)]
-pub struct LowLatencyHandle(pub(super) Arc<Origins>);
-
-/// What a handle holds.
-#[derive(Debug)]
-pub(super) struct Origins {
-    pub(super) call: u64,
-    pub(super) top_k: usize,
-    /// Tokens that this rank sent.
-    pub(super) tokens: usize,
-    /// Rows of a block.
-    pub(super) rows: usize,
-    /// `[L, rows]`: the token's index at its source.
-    pub(super) source_tokens: Vec<i32>,
-    /// `[L, ranks]`: where the rows of a source begin, and how many they are.
-    pub(super) ranges: Vec<(u32, u32)>,
-}
-
-impl LowLatencyHandle {
-    /// i32 `[L, M]`: the index of each row's token at its source; only those of rows that came have a meaning.
-    pub fn source_tokens(&self) -> Tensor {
-        let Origins { source_tokens, rows, .. } = &*self.0;
-        Tensor::of(source_tokens, &[source_tokens.len() / rows, *rows])
-    }
-
-    /// i64 `[L, ranks]`: the rows of each source within the block of an expert, as first << 32 | number.
-    pub fn layout_range(&self) -> Tensor {
-        let experts = self.0.source_tokens.len() / self.0.rows;
-        let pack = |range: &(u32, u32)| i64::from(range.0) << 32 | i64::from(range.1);
-        let ranges: Vec<i64> = self.0.ranges.iter().map(pack).collect();
-        Tensor::of(&ranges, &[experts, ranges.len() / experts.max(1)])
-    }
 }
 
 /// A low-latency dispatch that was sent and not yet received: [`Buffer::receive_dispatch`] takes it.
 #[derive(Debug)]
 #[must_use = "until it is received, the buffer takes at most one more"]
 pub struct SentDispatch {
-    round: Round,
+    sent: Sent,
     words: CallWords,
     cast: Option<ScaleKind>,
+}
+
+/// How a call was sent.
+#[derive(Debug)]
+pub(super) enum Sent {
+    Host(Round),
+    #[cfg(feature = "cuda")]
+    Device(SentOnGpu),
 }
 
 impl Buffer {
@@ -120,6 +99,13 @@ impl Buffer {
         &mut self,
         dispatch: &LowLatencyDispatch<'_>,
     ) -> Result<LowLatencyDispatched> {
+        #[cfg(feature = "cuda")]
+        if self.place() != Place::Host {
+            let (words, inputs) = self.dispatch_inputs(dispatch)?;
+            self.ready_for_whole(words.operation.name())?;
+            let (_, dispatched) = self.put_dispatch(&words, &inputs, (Phases::Both, dispatch.stream))?;
+            return Ok(dispatched.unwrap_or_else(|| unreachable!("both halves receive")));
+        }
         let sent = self.low_latency_dispatch_send(dispatch)?;
         self.receive_dispatch(sent)
     }
@@ -130,10 +116,29 @@ impl Buffer {
     /// # Errors
     /// As [`Buffer::low_latency_dispatch`].
     pub fn low_latency_dispatch_send(&mut self, dispatch: &LowLatencyDispatch<'_>) -> Result<SentDispatch> {
-        let call = "low_latency_dispatch";
+        let (call, cast) = ("low_latency_dispatch", dispatch.cast);
+        #[cfg(feature = "cuda")]
+        if self.place() != Place::Host {
+            let (words, inputs) = self.dispatch_inputs(dispatch)?;
+            let (sent, _) = self.put_dispatch(&words, &inputs, (Phases::Send, dispatch.stream))?;
+            return Ok(SentDispatch { sent: Sent::Device(sent), words, cast });
+        }
+        let (words, rows) = self.check_dispatch(call, dispatch)?;
+        let selections = self.selections(call, (&dispatch.topk_idx, dispatch.top_k), rows.count)?;
+        self.calls += 1;
+        let sent = self.send_tokens(&words, cast, &rows, &selections);
+        let round = self.remember(sent)?;
+        Ok(SentDispatch { sent: Sent::Host(round), words, cast })
+    }
+
+    /// Checks all but the selections.
+    fn check_dispatch<'b>(
+        &mut self,
+        call: &'static str,
+        dispatch: &LowLatencyDispatch<'b>,
+    ) -> Result<(CallWords, Rows<'b>)> {
         self.ready_to_send(call, dispatch.stream)?;
         let rows = self.low_latency_rows(call, &dispatch.x)?;
-        let selections = self.selections(call, (&dispatch.topk_idx, dispatch.top_k), rows.count)?;
         let hidden = self.settings.hidden;
         if dispatch.cast == Some(ScaleKind::Ue8m0) && !hidden.is_multiple_of(BLOCK * PACKED) {
             let expected = format!("a multiple of {} for UE8M0 scales", BLOCK * PACKED);
@@ -142,10 +147,7 @@ impl Buffer {
         let mut words = CallWords::new(Operation::LowLatencyDispatch, self.calls + 1, rows.dtype);
         (words.top_k, words.tokens) = (dispatch.top_k, rows.count);
         words.cast = dispatch.cast.map_or(0, |kind| kind as u8 + 1);
-        self.calls += 1;
-        let sent = self.send_tokens(&words, dispatch.cast, &rows, &selections);
-        let round = self.remember(sent)?;
-        Ok(SentDispatch { round, words, cast: dispatch.cast })
+        Ok((words, rows))
     }
 
     /// The second half: waits for what the others sent. Calls are received in the order in which they were sent.
@@ -153,14 +155,25 @@ impl Buffer {
     /// # Errors
     /// [`crate::Error::Argument`] if an earlier one was not received; the others as [`Buffer::dispatch`].
     pub fn receive_dispatch(&mut self, sent: SentDispatch) -> Result<LowLatencyDispatched> {
-        self.ready_to_receive("receive_dispatch", sent.round)?;
-        let received = self.receive_tokens(&sent);
-        self.remember(received)
+        self.ready_to_receive("receive_dispatch", &sent.sent)?;
+        match &sent.sent {
+            Sent::Host(round) => {
+                let received = self.receive_tokens(*round, &sent);
+                self.remember(received)
+            }
+            #[cfg(feature = "cuda")]
+            Sent::Device(other_half) => {
+                let stream = Stream::from(other_half.stream().clone());
+                let how = (Phases::Receive, Some(&stream));
+                let (_, dispatched) = self.put_dispatch(&sent.words, &other_half.inputs, how)?;
+                Ok(dispatched.unwrap_or_else(|| unreachable!("this half receives")))
+            }
+        }
     }
 
     pub(super) fn ready_to_send(&mut self, call: &'static str, stream: Option<&Stream>) -> Result<()> {
-        self.check_stream(call, stream)?;
-        let open = self.available(call)?.open_rounds();
+        self.reachable(call, stream)?;
+        let open = self.open_calls();
         if !self.settings.low_latency {
             return Err(self.refuse(call, "settings", "low_latency".to_owned(), "none"));
         }
@@ -171,8 +184,33 @@ impl Buffer {
         Ok(())
     }
 
-    pub(super) fn ready_to_receive(&mut self, call: &'static str, round: Round) -> Result<()> {
-        if self.available(call)?.is_next(round) {
+    /// Checks that calls can be made in the order of `stream`.
+    pub(super) fn reachable(&mut self, call: &'static str, stream: Option<&Stream>) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if self.place() != Place::Host {
+            self.available_on_gpu(call)?;
+            return self.check_stream(call, stream);
+        }
+        self.check_stream(call, stream)?;
+        self.available(call).map(drop)
+    }
+
+    /// Calls that are sent and not received.
+    fn open_calls(&self) -> usize {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = &self.gpu {
+            return gpu.open_calls();
+        }
+        self.arena.as_ref().map_or(0, Arena::open_rounds)
+    }
+
+    pub(super) fn ready_to_receive(&mut self, call: &'static str, sent: &Sent) -> Result<()> {
+        let is_next = match sent {
+            Sent::Host(round) => self.available(call)?.is_next(*round),
+            #[cfg(feature = "cuda")]
+            Sent::Device(sent) => self.available_on_gpu(call)?.is_next(sent),
+        };
+        if is_next {
             return Ok(());
         }
         let expected = "the first of this buffer that is not received".to_owned();
@@ -244,8 +282,8 @@ impl Buffer {
         Ok(round)
     }
 
-    fn receive_tokens(&mut self, sent: &SentDispatch) -> Result<LowLatencyDispatched> {
-        let SentDispatch { round, words, cast } = sent;
+    fn receive_tokens(&mut self, round: Round, sent: &SentDispatch) -> Result<LowLatencyDispatched> {
+        let SentDispatch { words, cast, .. } = sent;
         let during = words.during();
         let (rank, ranks, hidden) = (self.rank, self.world_size, self.settings.hidden);
         let (placement, capacity) = (self.placement.clone(), self.settings.capacity);
@@ -254,7 +292,7 @@ impl Buffer {
         let mut received = Received::new(words.dtype, *cast, (experts, block, hidden));
         let mut ranges = vec![(0, 0); experts * ranks];
         let arena = self.available(words.operation.name())?;
-        let gathered = arena.gather(*round, words, &during)?;
+        let gathered = arena.gather(round, words, &during)?;
         for source in 0..ranks {
             received.counts.iter().enumerate().for_each(|(expert, count)| {
                 ranges[expert * ranks + source].0 = *count as u32;
@@ -277,23 +315,89 @@ impl Buffer {
                 if received.counts[expert] == block {
                     return Err(arena.damaged(source, "it selects an expert too often", &during));
                 }
-                received.take(arena, *round, (source, at / words.top_k, expert));
+                received.take(arena, round, (source, at / words.top_k, expert));
                 ranges[expert * ranks + source].1 += 1;
             }
         }
-        arena.finish(*round, &during)?;
+        arena.finish(round, &during)?;
         let Received { x, scales, counts, source_tokens, .. } = received;
         let handle = LowLatencyHandle(Arc::new(Origins {
             call: words.number,
             top_k: words.top_k,
             tokens: words.tokens,
-            rows: block,
-            source_tokens,
-            ranges,
+            places: Places::Host(HostOrigins { rows: block, source_tokens, ranges }),
         }));
         let counts: Vec<i32> = counts.iter().map(|count| *count as i32).collect();
         let counts = Tensor::of(&counts, &[experts]);
         Ok(LowLatencyDispatched { x, scales, counts, waited: gathered.waited(), handle })
+    }
+}
+
+/// The same on GPUs, where kernels find out what is wrong with selections.
+#[cfg(feature = "cuda")]
+impl Buffer {
+    fn dispatch_inputs(&mut self, dispatch: &LowLatencyDispatch<'_>) -> Result<(CallWords, Inputs)> {
+        let call = "low_latency_dispatch";
+        let (words, rows) = self.check_dispatch(call, dispatch)?;
+        self.check_top_k(call, words.top_k)?;
+        let count = (DType::I64, words.tokens * words.top_k);
+        let selections = self.exactly((call, "topk_idx"), &dispatch.topk_idx, count)?.address;
+        Ok((words, Inputs { x: rows.lent.address, selections, weights: 0 }))
+    }
+
+    fn put_dispatch(
+        &mut self,
+        words: &CallWords,
+        inputs: &Inputs,
+        (phases, stream): (Phases, Option<&Stream>),
+    ) -> Result<(SentOnGpu, Option<LowLatencyDispatched>)> {
+        let (gpu, stream) = self.on_gpu(words.operation.name(), stream)?;
+        let put = gpu.low_latency_dispatch(words, inputs, (phases, stream));
+        let has_sent = gpu.has_sent();
+        self.count_call(words, has_sent);
+        let (sent, arrived) = self.remember_failures(put)?;
+        let (call, top_k, tokens) = (words.number, words.top_k, words.tokens);
+        let dispatched = arrived.map(|arrived| LowLatencyDispatched {
+            x: arrived.x,
+            scales: arrived.scales,
+            counts: arrived.counts,
+            waited: arrived.waited,
+            handle: LowLatencyHandle(Arc::new(Origins {
+                call,
+                top_k,
+                tokens,
+                places: Places::Device(arrived.origins),
+            })),
+        });
+        Ok((sent, dispatched))
+    }
+
+    /// Counts a call that peers know of, or will: with its first half.
+    pub(super) fn count_call(&mut self, words: &CallWords, has_sent: bool) {
+        self.calls += u64::from(has_sent && words.number > self.calls);
+    }
+
+    /// Refuses to receive at once what is sent, while other calls were sent and not received.
+    pub(super) fn ready_for_whole(&self, call: &'static str) -> Result<()> {
+        match self.open_calls() {
+            0 => Ok(()),
+            open => {
+                let expected = "none that is sent and not received".to_owned();
+                Err(self.refuse(call, "low-latency calls", expected, open))
+            }
+        }
+    }
+
+    /// The GPU's side, and the stream of a call that was checked.
+    pub(super) fn on_gpu<'s>(
+        &mut self,
+        call: &'static str,
+        stream: Option<&'s Stream>,
+    ) -> Result<(&mut OnGpu, &'s unisono_cuda::Stream)> {
+        let Some(stream) = stream.and_then(Stream::as_cuda) else {
+            return Err(self.refuse(call, "stream", "one of its GPU".to_owned(), "none"));
+        };
+        Ok((self.available_on_gpu(call)?, stream))
     }
 }
 

@@ -9,10 +9,15 @@ use unisono_core::ep::{Placement, RowSum, is_summed};
 
 use super::Buffer;
 use super::arena::{Arena, Gathered, Lane, Round};
-use super::low_latency::{LowLatencyHandle, Origins};
-use super::tensor::{Input, Tensor, bytes_of, bytes_of_mut};
+#[cfg(feature = "cuda")]
+use super::gpu::{DeviceOrigins, Inputs, Phases, SentOnGpu};
+use super::low_latency::Sent;
+use super::low_latency_handle::{HostOrigins, LowLatencyHandle};
+use super::tensor::{Input, Lent, Tensor, bytes_of, bytes_of_mut};
 use super::words::{CallWords, Operation};
 use crate::buffer::Buf;
+#[cfg(feature = "cuda")]
+use crate::buffer::Place;
 use crate::cause::Cause;
 use crate::error::Result;
 use crate::stream::Stream;
@@ -57,7 +62,7 @@ impl<'b> LowLatencyCombine<'b> {
         self
     }
 
-    /// In the order of `stream`: the host's, until there are GPUs.
+    /// In the order of `stream`, which a buffer on GPUs needs.
     pub const fn on(mut self, stream: &'b Stream) -> Self {
         self.stream = Some(stream);
         self
@@ -77,9 +82,9 @@ pub struct LowLatencyCombined {
 #[derive(Debug)]
 #[must_use = "until it is received, the buffer takes at most one more"]
 pub struct SentCombine {
-    round: Round,
+    sent: Sent,
     words: CallWords,
-    /// The ranks of each token.
+    /// The ranks of each token; none on GPUs.
     destinations: Vec<u64>,
 }
 
@@ -88,7 +93,7 @@ struct Results<'a> {
     bytes: &'a [u8],
     selections: &'a [i64],
     weights: &'a [u8],
-    origins: &'a Origins,
+    origins: &'a HostOrigins,
 }
 
 impl Buffer {
@@ -102,6 +107,11 @@ impl Buffer {
     /// [`crate::Error::Argument`] if shapes or dtypes do not fit, before anything is sent; [`crate::Error::Mismatch`] if a rank gives other indices
     /// than it dispatched; the others as [`Buffer::dispatch`].
     pub fn low_latency_combine(&mut self, combine: &LowLatencyCombine<'_>) -> Result<LowLatencyCombined> {
+        #[cfg(feature = "cuda")]
+        if self.place() != Place::Host {
+            let (_, _, combined) = self.combine_on_gpu(combine, Phases::Both)?;
+            return Ok(combined.unwrap_or_else(|| unreachable!("both halves receive")));
+        }
         let sent = self.low_latency_combine_send(combine)?;
         self.receive_combine(sent)
     }
@@ -111,32 +121,86 @@ impl Buffer {
     /// # Errors
     /// As [`Buffer::low_latency_combine`].
     pub fn low_latency_combine_send(&mut self, combine: &LowLatencyCombine<'_>) -> Result<SentCombine> {
-        let (call, rank) = ("low_latency_combine", self.rank);
+        let call = "low_latency_combine";
+        #[cfg(feature = "cuda")]
+        if self.place() != Place::Host {
+            let (words, sent, _) = self.combine_on_gpu(combine, Phases::Send)?;
+            return Ok(SentCombine { sent: Sent::Device(sent), words, destinations: Vec::new() });
+        }
         self.ready_to_send(call, combine.stream)?;
         let origins = &*combine.handle.0;
-        let experts = self.placement.local_experts(rank);
+        let experts = self.placement.local_experts(self.rank);
         let block = self.world_size * self.settings.capacity;
-        let is_ours = origins.rows == block && origins.source_tokens.len() == experts * block;
-        if !is_ours || origins.ranges.len() != experts * self.world_size || origins.call > self.calls {
+        let is_ours = origins.on_host().is_some_and(|host| {
+            host.rows == block
+                && host.source_tokens.len() == experts * block
+                && host.ranges.len() == experts * self.world_size
+        });
+        let Some(host) = origins.on_host().filter(|_| is_ours && origins.call <= self.calls) else {
             return Err(self.refuse(call, "handle", "one of this buffer".to_owned(), "another one's"));
-        }
+        };
         let (tokens, top_k) = (origins.tokens, origins.top_k);
         let selections = self.selections(call, (&combine.topk_idx, top_k), tokens)?;
         let count = (DType::F32, tokens * top_k);
         let weights = self.exactly((call, "topk_weights"), &combine.topk_weights, count)?.bytes;
+        let routing = self.route(call, &selections, top_k)?;
+        self.with_results(call, combine, |buffer, words, lent| {
+            buffer.calls += 1;
+            let results = Results { bytes: lent.bytes, selections: &selections, weights, origins: host };
+            let sent = buffer.send_results(words, &results);
+            let round = buffer.remember(sent)?;
+            let destinations = routing.destinations.clone();
+            Ok(SentCombine { sent: Sent::Host(round), words: *words, destinations })
+        })
+    }
+
+    /// Calls `send` with what the call is and where its results lie, if they fit.
+    fn with_results<R>(
+        &mut self,
+        call: &'static str,
+        combine: &LowLatencyCombine<'_>,
+        send: impl FnOnce(&mut Self, &CallWords, Lent<'_>) -> Result<R>,
+    ) -> Result<R> {
         let staged = self.staged.take();
         let x = match (&combine.x, &staged) {
-            (Some(x), _) => *x,
-            (None, Some(staged)) => Input::from(staged),
+            (Some(x), _) => Ok(*x),
+            (None, Some(staged)) => Ok(Input::from(staged)),
             (None, None) => {
                 let expected = "results in combine_buffer()".to_owned();
-                return Err(self.refuse(call, "x", expected, "none; it was not asked for"));
+                Err(self.refuse(call, "x", expected, "none; it was not asked for"))
             }
         };
-        let sent = self.check_and_send(call, (&x, combine.quantised), (&selections, weights), origins);
+        let checked = x.and_then(|x| self.check_results(call, combine, &x));
+        let sent = checked.and_then(|(words, lent)| send(self, &words, lent));
         // The caller may fill it again.
         self.staged = staged;
         sent
+    }
+
+    fn check_results<'b>(
+        &self,
+        call: &'static str,
+        combine: &LowLatencyCombine<'_>,
+        x: &Input<'b>,
+    ) -> Result<(CallWords, Lent<'b>)> {
+        let dtype = x.raw().dtype;
+        self.check_summed(call, dtype)?;
+        let experts = self.placement.local_experts(self.rank);
+        let count = experts * self.world_size * self.settings.capacity * self.settings.hidden;
+        let lent = self.exactly((call, "x"), x, (dtype, count))?;
+        let origins = &combine.handle.0;
+        let mut words = CallWords::new(Operation::LowLatencyCombine, self.calls + 1, dtype);
+        (words.top_k, words.tokens, words.handle) = (origins.top_k, origins.tokens, origins.call);
+        words.cast = u8::from(combine.quantised);
+        Ok((words, lent))
+    }
+
+    fn check_summed(&self, call: &'static str, dtype: DType) -> Result<()> {
+        if is_summed(dtype) && dtype.size() <= self.settings.dtype.size() {
+            return Ok(());
+        }
+        let expected = format!("bf16, f16 or f32, no wider than {}", self.settings.dtype);
+        Err(self.refuse(call, "dtype", expected, dtype))
     }
 
     /// The second half: waits for the results of the others, and adds them. Calls are received in the order in which they were sent.
@@ -144,55 +208,62 @@ impl Buffer {
     /// # Errors
     /// [`crate::Error::Argument`] if an earlier one was not received; the others as [`Buffer::dispatch`].
     pub fn receive_combine(&mut self, sent: SentCombine) -> Result<LowLatencyCombined> {
-        self.ready_to_receive("receive_combine", sent.round)?;
-        let combined = self.add_results(&sent);
-        self.remember(combined)
+        self.ready_to_receive("receive_combine", &sent.sent)?;
+        match &sent.sent {
+            Sent::Host(round) => {
+                let combined = self.add_results(*round, &sent);
+                self.remember(combined)
+            }
+            #[cfg(feature = "cuda")]
+            Sent::Device(other_half) => {
+                let stream = Stream::from(other_half.stream().clone());
+                let how = (Phases::Receive, Some(&stream));
+                let (_, combined) = self.put_combine(&sent.words, (&other_half.inputs, None), how)?;
+                Ok(combined.unwrap_or_else(|| unreachable!("this half receives")))
+            }
+        }
     }
 
-    /// Memory of this buffer for the results of a combine ([`LowLatencyCombine::of_buffer`]): `[L, M, hidden]` of `dtype`, zeroed when it is first
-    /// asked for, and as it was left later.
+    /// As [`Buffer::combine_buffer_on`], in the order of the host.
+    ///
+    /// # Errors
+    /// As [`Buffer::combine_buffer_on`].
+    pub fn combine_buffer(&mut self, dtype: DType) -> Result<&mut Tensor> {
+        self.combine_buffer_on(dtype, &Stream::host())
+    }
+
+    /// Memory of this buffer for the results of a combine ([`LowLatencyCombine::of_buffer`]): `[L, M, hidden]` of `dtype`, on the host zeroed when
+    /// it is first asked for (on GPUs anything), and as it was left later. On GPUs it is there in the order of `stream`.
     ///
     /// # Errors
     /// [`crate::Error::Argument`] if the dtype is none of bf16, f16 and f32 or wider than the settings say, or these have no
-    /// [`Settings::low_latency`](super::Settings::low_latency); [`crate::Error::BufferState`] before the exchange.
-    pub fn combine_buffer(&mut self, dtype: DType) -> Result<&mut Tensor> {
+    /// [`Settings::low_latency`](super::Settings::low_latency); [`crate::Error::Place`] if the stream is not where this buffer works;
+    /// [`crate::Error::BufferState`] before the exchange.
+    pub fn combine_buffer_on(&mut self, dtype: DType, stream: &Stream) -> Result<&mut Tensor> {
         let call = "combine_buffer";
-        self.available(call)?;
+        self.reachable(call, Some(stream))?;
         if !self.settings.low_latency {
             return Err(self.refuse(call, "settings", "low_latency".to_owned(), "none"));
         }
-        if !is_summed(dtype) || dtype.size() > self.settings.dtype.size() {
-            let expected = format!("bf16, f16 or f32, no wider than {}", self.settings.dtype);
-            return Err(self.refuse(call, "dtype", expected, dtype));
-        }
+        self.check_summed(call, dtype)?;
         let experts = self.placement.local_experts(self.rank);
         let shape = [experts, self.world_size * self.settings.capacity, self.settings.hidden];
         let kept = self.staged.take().filter(|tensor| tensor.dtype() == dtype);
-        Ok(self.staged.insert(kept.unwrap_or_else(|| Tensor::zeros(dtype, &shape))))
+        let staged = match kept {
+            Some(kept) => kept,
+            None => self.room_for_results(dtype, &shape, stream)?,
+        };
+        Ok(self.staged.insert(staged))
     }
 
-    fn check_and_send(
-        &mut self,
-        call: &'static str,
-        (x, quantised): (&Input<'_>, bool),
-        (selections, weights): (&[i64], &[u8]),
-        origins: &Origins,
-    ) -> Result<SentCombine> {
-        let dtype = x.raw().dtype;
-        if !is_summed(dtype) || dtype.size() > self.settings.dtype.size() {
-            let expected = format!("bf16, f16 or f32, no wider than {}", self.settings.dtype);
-            return Err(self.refuse(call, "dtype", expected, dtype));
+    fn room_for_results(&mut self, dtype: DType, shape: &[usize], stream: &Stream) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if self.place() != Place::Host {
+            let (gpu, stream) = self.on_gpu("combine_buffer", Some(stream))?;
+            return gpu.room_for_results(dtype, shape, stream);
         }
-        let count = origins.source_tokens.len() * self.settings.hidden;
-        let bytes = self.exactly((call, "x"), x, (dtype, count))?.bytes;
-        let routing = self.route(call, selections, origins.top_k)?;
-        let mut words = CallWords::new(Operation::LowLatencyCombine, self.calls + 1, dtype);
-        (words.top_k, words.tokens, words.handle) = (origins.top_k, origins.tokens, origins.call);
-        words.cast = u8::from(quantised);
-        self.calls += 1;
-        let sent = self.send_results(&words, &Results { bytes, selections, weights, origins });
-        let round = self.remember(sent)?;
-        Ok(SentCombine { round, words, destinations: routing.destinations.clone() })
+        let _ = stream;
+        Ok(Tensor::zeros(dtype, shape))
     }
 
     fn send_results(&mut self, words: &CallWords, results: &Results<'_>) -> Result<Round> {
@@ -229,13 +300,13 @@ impl Buffer {
         Ok(round)
     }
 
-    fn add_results(&mut self, sent: &SentCombine) -> Result<LowLatencyCombined> {
-        let SentCombine { round, words, destinations } = sent;
+    fn add_results(&mut self, round: Round, sent: &SentCombine) -> Result<LowLatencyCombined> {
+        let SentCombine { words, destinations, .. } = sent;
         let during = words.during();
         let (rank, hidden, capacity) = (self.rank, self.settings.hidden, self.settings.capacity);
         let mut x = Tensor::zeros(words.dtype, &[words.tokens, hidden]);
         let arena = self.available(words.operation.name())?;
-        let gathered = arena.gather(*round, words, &during)?;
+        let gathered = arena.gather(round, words, &during)?;
         let (layout, fields) = (arena.layout(), &arena.layout().data[round.half]);
         let (mut sum, row_bytes) = (RowSum::new(hidden), x.row_bytes());
         let (mut row, mut values) = (vec![0; row_bytes], vec![0f32; hidden]);
@@ -258,8 +329,53 @@ impl Buffer {
             }
             sum.write(words.dtype, &mut x.bytes_mut()[token * row_bytes..][..row_bytes]);
         }
-        arena.finish(*round, &during)?;
+        arena.finish(round, &during)?;
         Ok(LowLatencyCombined { x, waited: gathered.waited() })
+    }
+}
+
+/// The same on GPUs.
+#[cfg(feature = "cuda")]
+impl Buffer {
+    fn combine_on_gpu(
+        &mut self,
+        combine: &LowLatencyCombine<'_>,
+        phases: Phases,
+    ) -> Result<(CallWords, SentOnGpu, Option<LowLatencyCombined>)> {
+        let call = "low_latency_combine";
+        self.ready_to_send(call, combine.stream)?;
+        if phases == Phases::Both {
+            self.ready_for_whole(call)?;
+        }
+        let of_device = combine.handle.0.on_device();
+        let is_ours = |origins: &&DeviceOrigins| self.gpu.as_ref().is_some_and(|gpu| origins.is_of(gpu));
+        let Some(origins) = of_device.filter(is_ours) else {
+            return Err(self.refuse(call, "handle", "one of this buffer".to_owned(), "another one's"));
+        };
+        let count = combine.handle.0.tokens * combine.handle.0.top_k;
+        let selections = self.exactly((call, "topk_idx"), &combine.topk_idx, (DType::I64, count))?.address;
+        let weights =
+            self.exactly((call, "topk_weights"), &combine.topk_weights, (DType::F32, count))?.address;
+        self.with_results(call, combine, |buffer, words, lent| {
+            let inputs = Inputs { x: lent.address, selections, weights };
+            let how = (phases, combine.stream);
+            let (sent, combined) = buffer.put_combine(words, (&inputs, Some(origins)), how)?;
+            Ok((*words, sent, combined))
+        })
+    }
+
+    fn put_combine(
+        &mut self,
+        words: &CallWords,
+        (inputs, origins): (&Inputs, Option<&DeviceOrigins>),
+        (phases, stream): (Phases, Option<&Stream>),
+    ) -> Result<(SentOnGpu, Option<LowLatencyCombined>)> {
+        let (gpu, stream) = self.on_gpu(words.operation.name(), stream)?;
+        let put = gpu.low_latency_combine(words, (inputs, origins), (phases, stream));
+        let has_sent = gpu.has_sent();
+        self.count_call(words, has_sent);
+        let (sent, combined) = self.remember_failures(put)?;
+        Ok((sent, combined.map(|(x, waited)| LowLatencyCombined { x, waited })))
     }
 }
 

@@ -47,10 +47,14 @@
 //! other operations.
 //!
 //! # On GPUs
-//! A buffer over a communicator with GPUs that reach each other's memory works on device memory, in throughput mode: inputs are
+//! A buffer over a communicator with GPUs that reach each other's memory works on device memory: inputs are
 //! [`Buf::cuda`](crate::Buf::cuda), outputs tensors of its GPU, and calls name a stream (`on`). They return when their kernels are enqueued; a
 //! dispatch also waits until it is known how many rows come, unless it says so itself ([`Dispatch::worst_tokens`]), which CUDA graphs need.
-//! Results are undefined until [`Buffer::check`], or the next call, finds no failure. Low-latency calls work on the host in this release.
+//! Results are undefined until [`Buffer::check`], or the next call, finds no failure.
+//!
+//! A low-latency call is one kernel, or one for each half; between the halves nothing of it runs. It never waits on the host, so it can be
+//! captured, and several buffers may be in one graph; each counts its calls on the device. Selections are looked at by kernels: one that is no
+//! expert, or an expert that a token selects twice, is a failure of the communicator that names the rank and the token.
 //!
 //! Outputs come from a pool that peers write into ([`Settings::pool_bytes`]); what has no room there takes a way through staging and is copied,
 //! and [`Buffer::explain`] says how often. Combine reads results where they lie if that is in the pool, so experts best write them over what
@@ -64,6 +68,7 @@ mod handle;
 mod incoming;
 mod low_latency;
 mod low_latency_combine;
+mod low_latency_handle;
 mod settings;
 mod tensor;
 mod throughput;
@@ -89,8 +94,9 @@ use crate::stream::Stream;
 use arena::Arena;
 pub use arguments::{RowScales, Tokens};
 pub use handle::Handle;
-pub use low_latency::{LowLatencyDispatch, LowLatencyDispatched, LowLatencyHandle, SentDispatch};
+pub use low_latency::{LowLatencyDispatch, LowLatencyDispatched, SentDispatch};
 pub use low_latency_combine::{LowLatencyCombine, LowLatencyCombined, SentCombine};
+pub use low_latency_handle::LowLatencyHandle;
 pub use settings::Settings;
 pub use tensor::{Input, Tensor};
 pub use throughput::{CachedDispatch, Dispatch, Dispatched};
@@ -264,6 +270,7 @@ impl Buffer {
             let crowd = all.iter().filter(|theirs| &theirs[mine.len()..] == ours).count();
             let settings = &self.settings;
             let shape = gpu::Shape {
+                arena: settings.shape(self.world_size),
                 layout: settings.device_layout(("exchange", self.rank), &self.placement)?,
                 placement: &self.placement,
                 masking: settings.masking,

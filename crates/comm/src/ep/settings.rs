@@ -93,13 +93,18 @@ impl Settings {
         const TOKENS: usize = 4096;
         let shape = self.shape(placement.world_size());
         let local = (0..shape.world_size).map(|rank| placement.local_experts(rank)).max().unwrap_or(0);
+        let rows = local.saturating_mul(shape.world_size * self.capacity);
+        if self.low_latency && i32::try_from(rows).is_err() {
+            let expected = "below 2³¹ rows of a rank (its experts · ranks · capacity)".to_owned();
+            return Err(Error::Argument { call, rank, what: "capacity", expected, got: rows.to_string() });
+        }
         let row = shape.hidden * shape.element_bytes + cast::blocks(shape.hidden) * 4 + self.top_k * 12 + 4;
         let all = (shape.world_size * self.capacity.max(TOKENS)).saturating_mul(row);
         let pool_bytes = self.pool_bytes.unwrap_or(all.max(LEAST));
         DeviceLayout::new(&shape, local, pool_bytes).map_err(|error| argument(call, rank, "settings", error))
     }
 
-    const fn shape(&self, world_size: usize) -> ArenaShape {
+    pub(super) const fn shape(&self, world_size: usize) -> ArenaShape {
         ArenaShape {
             world_size,
             experts: self.experts,

@@ -340,13 +340,9 @@ impl Buffer {
 
     /// Whether a throughput call can begin.
     pub(super) fn ready(&mut self, call: &'static str, stream: Option<&Stream>) -> Result<()> {
-        #[cfg(feature = "cuda")]
-        if self.place() != Place::Host {
-            self.available_on_gpu(call)?;
-            return self.check_stream(call, stream);
-        }
-        self.check_stream(call, stream)?;
-        let open = self.available(call)?.open_rounds();
+        self.reachable(call, stream)?;
+        // On GPUs they have memory of their own.
+        let open = self.arena.as_ref().map_or(0, Arena::open_rounds);
         if open > 0 {
             let expected = "none that is sent and not received".to_owned();
             return Err(self.refuse(call, "low-latency calls", expected, open));

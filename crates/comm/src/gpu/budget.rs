@@ -62,6 +62,7 @@ struct Share {
 #[derive(Debug)]
 pub(crate) struct Budget {
     ordinal: u32,
+    multiprocessors: u32,
     share: Share,
 }
 
@@ -70,13 +71,14 @@ impl Budget {
     pub(crate) fn take(device: &Device, most: Option<u32>) -> Self {
         let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
         let of_device = taken.get_or_insert_default().entry(device.ordinal()).or_default();
-        let share = of_device.take(device.facts().multiprocessors.max(2), most.unwrap_or(u32::MAX));
+        let multiprocessors = device.facts().multiprocessors.max(2);
+        let share = of_device.take(multiprocessors, most.unwrap_or(u32::MAX));
         if !share.is_first && share.taken == 0 {
             tracing::warn!(
                 "so many communicators share {device:?} that not all of them can wait there at once: ranks must begin their calls in the same order"
             );
         }
-        Self { ordinal: device.ordinal(), share }
+        Self { ordinal: device.ordinal(), multiprocessors, share }
     }
 
     /// Whether no other communicator of this process works on the device.
@@ -84,6 +86,15 @@ impl Budget {
         let taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
         let of_device = taken.as_ref().and_then(|taken| taken.get(&self.ordinal));
         of_device.is_none_or(|of_device| of_device.communicators < 2)
+    }
+
+    /// Multiprocessors that are neither the first communicator's nor taken by any other than this: for kernels that take what there is, and
+    /// do not keep it. A communicator that comes later may take some of them.
+    pub(crate) fn spare(&self) -> u32 {
+        let taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+        let others =
+            taken.as_ref().and_then(|taken| taken.get(&self.ordinal)).map_or(0, |taken| taken.by_others);
+        (self.multiprocessors / 2 + self.share.taken).saturating_sub(others)
     }
 
     /// Blocks that may wait at once, beside the one that exchanges headers.

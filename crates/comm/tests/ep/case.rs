@@ -25,6 +25,8 @@ pub(crate) enum Of {
 pub(crate) struct Case {
     pub(crate) seed: u64,
     pub(crate) number: u64,
+    /// What `random` draws from beside the seed: equal for cases of one shape.
+    pub(crate) shape: u64,
     pub(crate) settings: Settings,
     pub(crate) owners: Vec<usize>,
     pub(crate) top_k: usize,
@@ -33,14 +35,14 @@ pub(crate) struct Case {
     pub(crate) scales: usize,
     /// Tokens of each rank.
     pub(crate) tokens: Vec<usize>,
-    drawn: Drawn,
+    pub(crate) drawn: Drawn,
 }
 
 /// What each rank's tokens select, and by which weight.
 #[derive(Clone, Default)]
-struct Drawn {
-    selections: Vec<Vec<i64>>,
-    weights: Vec<Vec<f32>>,
+pub(crate) struct Drawn {
+    pub(crate) selections: Vec<Vec<i64>>,
+    pub(crate) weights: Vec<Vec<f32>>,
 }
 
 impl std::fmt::Debug for Drawn {
@@ -89,6 +91,7 @@ impl Case {
         let case = Self {
             seed,
             number,
+            shape: number,
             top_k: random.count(settings.top_k),
             dtype: random.pick(&fits),
             scales: if random.once_in(2) { random.count(most_scales) } else { 0 },
@@ -100,7 +103,7 @@ impl Case {
         case.with_tokens(true)
     }
 
-    fn with_tokens(mut self, may_repeat: bool) -> Self {
+    pub(crate) fn with_tokens(mut self, may_repeat: bool) -> Self {
         self.drawn = Drawn {
             selections: (0..self.ranks()).map(|rank| self.draw_selections(rank, may_repeat)).collect(),
             weights: (0..self.ranks()).map(|rank| self.draw_weights(rank)).collect(),
@@ -123,7 +126,7 @@ impl Case {
     }
 
     pub(crate) fn random(&self, key: u64) -> Random {
-        Random::of(&[self.seed, self.number, 79, key])
+        Random::of(&[self.seed, self.shape, 79, key])
     }
 
     /// `hidden` elements of what `of` says, of `dtype`: by rank and two more numbers.

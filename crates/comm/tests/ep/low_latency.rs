@@ -1,8 +1,6 @@
 //! One rank of random low-latency cases: dispatch and combine, whole and in halves, compared with the naive reference.
 
-use unisono::ep::{
-    Buffer, LowLatencyCombine, LowLatencyCombined, LowLatencyDispatch, LowLatencyDispatched, ScaleKind,
-};
+use unisono::ep::{Buffer, LowLatencyCombine, LowLatencyDispatch, LowLatencyDispatched, ScaleKind, Tensor};
 use unisono::half::{bf16, f16};
 use unisono::{Communicator, DType, Result, f8e4m3};
 
@@ -10,7 +8,7 @@ use super::case::{Case, Of, narrow, sum, widen};
 use super::throughput::{bytes, typed};
 
 /// How rows travel in a case.
-fn cast(case: &Case) -> Option<ScaleKind> {
+pub(crate) fn cast(case: &Case) -> Option<ScaleKind> {
     let kinds = [None, Some(ScaleKind::F32), Some(ScaleKind::PowerOfTwo), Some(ScaleKind::Ue8m0)];
     let kind = case.random(3).pick(&kinds);
     if case.settings.hidden.is_multiple_of(512) {
@@ -20,7 +18,7 @@ fn cast(case: &Case) -> Option<ScaleKind> {
     }
 }
 
-fn is_quantised(case: &Case) -> bool {
+pub(crate) fn is_quantised(case: &Case) -> bool {
     case.random(4).once_in(4)
 }
 
@@ -33,9 +31,9 @@ pub(crate) fn run(buffer: &mut Buffer, communicator: &Communicator, cases: [&Cas
                 let sent = dispatch(buffer, case, rank)?;
                 buffer.receive_dispatch(sent)?
             };
-            check_dispatched(case, rank, &dispatched);
+            check_dispatched(case, rank, &Seen::of(&dispatched), true);
             let sent = combine(buffer, case, rank, &dispatched)?;
-            check_combined(case, rank, &buffer.receive_combine(sent)?);
+            check_combined(case, rank, &buffer.receive_combine(sent)?.x);
         }
         return Ok(());
     }
@@ -43,19 +41,41 @@ pub(crate) fn run(buffer: &mut Buffer, communicator: &Communicator, cases: [&Cas
     let [a, b] = cases;
     let (sent_a, sent_b) = (dispatch(buffer, a, rank)?, dispatch(buffer, b, rank)?);
     let of_a = buffer.receive_dispatch(sent_a)?;
-    check_dispatched(a, rank, &of_a);
+    check_dispatched(a, rank, &Seen::of(&of_a), true);
     let sent_a = combine(buffer, a, rank, &of_a)?;
     let of_b = buffer.receive_dispatch(sent_b)?;
-    check_dispatched(b, rank, &of_b);
+    check_dispatched(b, rank, &Seen::of(&of_b), true);
     let sent_b = combine(buffer, b, rank, &of_b)?;
-    check_combined(a, rank, &buffer.receive_combine(sent_a)?);
-    check_combined(b, rank, &buffer.receive_combine(sent_b)?);
+    check_combined(a, rank, &buffer.receive_combine(sent_a)?.x);
+    check_combined(b, rank, &buffer.receive_combine(sent_b)?.x);
     Ok(())
 }
 
+/// What a dispatch gave, on the host.
+pub(crate) struct Seen {
+    pub(crate) x: Tensor,
+    pub(crate) scales: Option<Tensor>,
+    pub(crate) counts: Tensor,
+    pub(crate) source_tokens: Tensor,
+    pub(crate) ranges: Tensor,
+    pub(crate) waited: Tensor,
+}
+
+impl Seen {
+    fn of(dispatched: &LowLatencyDispatched) -> Self {
+        let LowLatencyDispatched { x, scales, counts, waited, handle } = dispatched.clone();
+        let (source_tokens, ranges) = (handle.source_tokens(), handle.layout_range());
+        Self { x, scales, counts, source_tokens, ranges, waited }
+    }
+}
+
+/// The tokens of `rank`.
+pub(crate) fn tokens(case: &Case, rank: usize) -> Vec<u8> {
+    (0..case.tokens[rank]).flat_map(|t| case.row(Of::Token, (rank, t, 0), case.dtype)).collect()
+}
+
 fn dispatch(buffer: &mut Buffer, case: &Case, rank: usize) -> Result<unisono::ep::SentDispatch> {
-    let x: Vec<u8> =
-        (0..case.tokens[rank]).flat_map(|t| case.row(Of::Token, (rank, t, 0), case.dtype)).collect();
+    let x = tokens(case, rank);
     let selections = case.selections(rank);
     typed!(case.dtype, x, |x| {
         let mut call = LowLatencyDispatch::new(&x, selections, case.top_k);
@@ -98,14 +118,15 @@ fn cast_naively(values: &[f32], kind: ScaleKind) -> (Vec<u8>, f32) {
     (values.iter().map(code).collect(), scale)
 }
 
-fn check_dispatched(case: &Case, rank: usize, got: &LowLatencyDispatched) {
+/// Compares all of a dispatch; what lies behind the rows that came only if that `is_zeroed`.
+pub(crate) fn check_dispatched(case: &Case, rank: usize, got: &Seen, is_zeroed: bool) {
     let (ranks, hidden) = (case.ranks(), case.settings.hidden);
     let (experts, block) = (case.experts_of(rank), ranks * case.settings.capacity);
     assert_eq!(got.x.shape(), [experts.len(), block, hidden], "{case:?}");
     let kind = cast(case);
     assert_eq!(got.x.dtype(), if kind.is_some() { DType::F8E4M3 } else { case.dtype });
     let (x, row_bytes) = (bytes(&got.x), hidden * got.x.dtype().size());
-    let (source_tokens, ranges) = (got.handle.source_tokens(), got.handle.layout_range());
+    let (source_tokens, ranges) = (&got.source_tokens, &got.ranges);
     for (local, expert) in experts.iter().enumerate() {
         let rows = origins(case, *expert);
         assert_eq!(got.counts.as_slice::<i32>().unwrap()[local] as usize, rows.len(), "{case:?}");
@@ -133,17 +154,14 @@ fn check_dispatched(case: &Case, rank: usize, got: &LowLatencyDispatched) {
                 check_scale(got, kind, (local, column, at, block), scale);
             }
         }
-        assert!(
-            x[(local * block + rows.len()) * row_bytes..(local + 1) * block * row_bytes]
-                .iter()
-                .all(|x| *x == 0)
-        );
+        let behind = &x[(local * block + rows.len()) * row_bytes..(local + 1) * block * row_bytes];
+        assert!(!is_zeroed || behind.iter().all(|x| *x == 0));
     }
     assert_eq!(got.waited.shape(), [ranks]);
 }
 
 fn check_scale(
-    got: &LowLatencyDispatched,
+    got: &Seen,
     kind: ScaleKind,
     (expert, column, row, block): (usize, usize, usize, usize),
     scale: f32,
@@ -165,13 +183,8 @@ fn result(case: &Case, expert: usize, (source, token): (usize, usize)) -> Vec<u8
     case.row(Of::Result, (expert * 100 + source, token, 0), case.dtype)
 }
 
-fn combine(
-    buffer: &mut Buffer,
-    case: &Case,
-    rank: usize,
-    dispatched: &LowLatencyDispatched,
-) -> Result<unisono::ep::SentCombine> {
-    let (selections, weights) = (case.selections(rank), case.weights(rank));
+/// What the experts of `rank` made of all rows that came, in their places.
+pub(crate) fn results(case: &Case, rank: usize) -> Vec<u8> {
     let (experts, block) = (case.experts_of(rank), case.ranks() * case.settings.capacity);
     let row_bytes = case.settings.hidden * case.dtype.size();
     // What lies behind the rows that came must not matter.
@@ -182,6 +195,17 @@ fn combine(
                 .copy_from_slice(&result(case, *expert, origin));
         }
     }
+    x
+}
+
+fn combine(
+    buffer: &mut Buffer,
+    case: &Case,
+    rank: usize,
+    dispatched: &LowLatencyDispatched,
+) -> Result<unisono::ep::SentCombine> {
+    let (selections, weights) = (case.selections(rank), case.weights(rank));
+    let x = results(case, rank);
     let in_buffer = case.random(6).once_in(2);
     typed!(case.dtype, x, |x| {
         let handle = &dispatched.handle;
@@ -198,7 +222,8 @@ fn combine(
     })
 }
 
-fn check_combined(case: &Case, rank: usize, got: &LowLatencyCombined) {
+/// Compares the sums of a combine.
+pub(crate) fn check_combined(case: &Case, rank: usize, got: &Tensor) {
     let (selections, weights, hidden) = (case.selections(rank), case.weights(rank), case.settings.hidden);
     let mut expected = Vec::new();
     for (token, row) in selections.chunks(case.top_k).enumerate() {
@@ -220,8 +245,8 @@ fn check_combined(case: &Case, rank: usize, got: &LowLatencyCombined) {
             expected.extend(narrow(case.dtype, sum(parts.iter().map(|part| part[at]))));
         }
     }
-    assert_eq!(got.x.shape(), [case.tokens[rank], hidden]);
-    assert!(bytes(&got.x) == expected, "{case:?}: combined on rank {rank}");
+    assert_eq!(got.shape(), [case.tokens[rank], hidden]);
+    assert!(bytes(got) == expected, "{case:?}: combined on rank {rank}");
 }
 
 /// What of the sums of one rank arrives.

@@ -1,13 +1,13 @@
 //! Where everything lies in the memory that an expert-parallel buffer has on each rank's GPU, all ranks alike.
 //!
 //! ```text
-//! headers │ flags │ packets │ gates │ attendance │ low latency, twice │ pool │ staging
+//! headers │ flags │ packets │ gates │ attendance │ low latency │ pool │ staging
 //! └─ as in the arena of a communicator ┘
 //! ```
 //! What comes first is laid out as in [`device::ArenaLayout`](crate::device::ArenaLayout), so that kernels enter calls, poll and tell flags in the
 //! same way; the packets are counts of tokens here. Peers write into all of it but the attendance, which they only close.
 
-use super::ArenaShape;
+use super::{ArenaShape, LowLatencyLayout};
 use crate::device::layout::{ArenaLayout, Link, PACKET_DATA};
 use crate::error::{Error, Result};
 use crate::layout::Field;
@@ -23,8 +23,10 @@ const LARGE_PAGE: usize = 2 << 20;
 pub struct DeviceLayout {
     /// `u64`: rounds in which the rank took part, and whether it takes part no more.
     pub attendance: Field,
-    /// Halves that low-latency calls use in turn; empty without them.
-    pub low_latency: [Field; 2],
+    /// What low-latency calls need; empty without them.
+    pub low_latency: Field,
+    /// Where everything lies in that.
+    pub low_latency_layout: Option<LowLatencyLayout>,
     /// What outputs are made of.
     pub pool: Field,
     /// Where rows arrive for which the pool has no room.
@@ -53,8 +55,13 @@ impl DeviceLayout {
         let words = shape.world_size + local_experts;
         let counts_stride =
             ((words * 4).div_ceil(PACKET_DATA) * front.packet_bytes()).next_multiple_of(DEVICE_LINE);
-        let half = if shape.low_latency { low_latency_bytes(shape) } else { 0 };
-        let all = 2 * half + 2 * pool_bytes as u128 + front.scratch().offset as u128 + 4 * LARGE_PAGE as u128;
+        let low_latency_layout =
+            shape.low_latency.then(|| LowLatencyLayout::new(shape, local_experts)).transpose()?;
+        let low_latency_bytes = low_latency_layout.map_or(0, |layout| layout.total_bytes());
+        let all = low_latency_bytes as u128
+            + 2 * pool_bytes as u128
+            + front.scratch().offset as u128
+            + 4 * LARGE_PAGE as u128;
         if all > 1 << 40 {
             return Err(too_large("size of an expert-parallel buffer", all, 1 << 40));
         }
@@ -65,27 +72,16 @@ impl DeviceLayout {
             field
         };
         let attendance = take(8, DEVICE_LINE);
-        let low_latency = [take(half as usize, DEVICE_LINE), take(half as usize, LARGE_PAGE)];
+        let low_latency = take(low_latency_bytes, LARGE_PAGE);
         let pool = take(pool_bytes.next_multiple_of(DEVICE_LINE), DEVICE_LINE);
         let staging = take((pool_bytes / 2).next_multiple_of(DEVICE_LINE), DEVICE_LINE);
-        Ok(Self { attendance, low_latency, pool, staging, counts_stride, total })
+        Ok(Self { attendance, low_latency, low_latency_layout, pool, staging, counts_stride, total })
     }
 
     /// Bytes of one rank's memory.
     pub const fn total_bytes(&self) -> usize {
         self.total
     }
-}
-
-/// Bytes of one half of what low-latency calls need: for each token of each rank a row as it travels, with its scales and selections, and a
-/// row that comes back.
-fn low_latency_bytes(shape: &ArenaShape) -> u128 {
-    let line = |bytes: usize| bytes.next_multiple_of(DEVICE_LINE) as u128;
-    let row = shape.hidden * shape.element_bytes;
-    let scales = shape.hidden.div_ceil(super::cast::BLOCK) * 4;
-    let sent = line(row + scales + shape.top_k * 12 + 32);
-    let rows = (shape.world_size * shape.capacity) as u128;
-    rows * (sent + line(row)) + line(shape.experts * shape.world_size * 8) + line(shape.world_size * 256)
 }
 
 #[cfg(test)]
@@ -108,8 +104,8 @@ mod tests {
             let shape = ArenaShape { low_latency, ..SHAPE };
             let layout = DeviceLayout::new(&shape, 36, 1 << 28).unwrap();
             let front = ArenaLayout::new(8, Link::Device);
-            let [first, second] = layout.low_latency;
-            let fields = [front.packets(), layout.attendance, first, second, layout.pool, layout.staging];
+            let fields =
+                [front.packets(), layout.attendance, layout.low_latency, layout.pool, layout.staging];
             for pair in fields.windows(2) {
                 assert!(pair[1].offset >= pair[0].end(), "{layout:?}");
             }

@@ -1,5 +1,7 @@
 //! What the kernels of a buffer are given, as it lies in memory. The other side is `kernels/expert_parallel.cuh` and `.cu`.
 
+use unisono_core::device::layout::MAX_RANKS;
+
 use crate::gpu::args::Args;
 
 /// What every kernel that meets others is given.
@@ -115,4 +117,53 @@ pub(super) struct AddArgs {
     pub(super) rows: u64,
     pub(super) row_bytes: u32,
     pub(super) parts: u32,
+}
+
+/// Bytes of what low-latency calls count in memory of the device: calls sent and received, when each rank was heard, and who is left out.
+pub(super) const PROGRESS_BYTES: usize = 16 + 8 * MAX_RANKS + 8;
+
+/// A low-latency call, or one half of it. The other side is `kernels/low_latency.cuh`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(super) struct LowLatencyArgs {
+    pub(super) buffer: BufferArgs,
+    pub(super) progress: u64,
+    pub(super) credits_at: u64,
+    pub(super) halves: [u64; 2],
+    pub(super) counts_at: u64,
+    pub(super) choices_told_at: u64,
+    pub(super) choices_at: u64,
+    pub(super) pieces_told_at: u64,
+    pub(super) scales_at: u64,
+    pub(super) rows_at: u64,
+    pub(super) x: u64,
+    pub(super) selections: u64,
+    pub(super) weights: u64,
+    /// Of each expert its rank and number.
+    pub(super) placement: u64,
+    pub(super) out: u64,
+    pub(super) out_scales: u64,
+    pub(super) counts: u64,
+    pub(super) ranges: u64,
+    pub(super) source_tokens: u64,
+    pub(super) slots: u64,
+    pub(super) waited: u64,
+    pub(super) tokens: u32,
+    pub(super) top_k: u32,
+    pub(super) hidden: u32,
+    pub(super) experts: u32,
+    /// Experts of each rank, in equal blocks; 0: as the table says.
+    pub(super) per_rank: u32,
+    pub(super) capacity: u32,
+    pub(super) most_top_k: u32,
+    pub(super) most_experts: u32,
+    pub(super) pieces: u32,
+    pub(super) row_scales: u32,
+    pub(super) row_stride: u32,
+    /// 1: sends, 2: receives.
+    pub(super) phases: u32,
+    /// 0: none, else one more than the kind of scales.
+    pub(super) cast: u32,
+    pub(super) reserved: u32,
+    pub(super) experts_of: [u32; MAX_RANKS],
 }

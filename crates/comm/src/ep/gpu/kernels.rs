@@ -7,12 +7,29 @@ use std::sync::{Arc, Mutex, PoisonError};
 use sha2::{Digest, Sha256};
 use unisono_core::DType;
 use unisono_core::device::{ArenaLayout, Link};
+use unisono_core::ep::LowLatencyLayout;
 use unisono_cuda::{Cache, Compiler, Device, Function, Module, Result, Source};
 
-use super::args::{AddArgs, BufferArgs, CombineArgs, CountsArgs, DispatchArgs, LayoutArgs};
+use super::args::{
+    AddArgs, BufferArgs, CombineArgs, CountsArgs, DispatchArgs, LayoutArgs, LowLatencyArgs, PROGRESS_BYTES,
+};
+use crate::ep::words::Operation;
+use crate::gpu::args::UnevenArgs;
 use crate::gpu::kernels::{architecture, room_bytes};
 
 const THROUGHPUT: (&str, &str) = ("expert_parallel.cu", include_str!("../../../kernels/expert_parallel.cu"));
+const LOW_LATENCY: (&str, &str) = ("low_latency.cu", include_str!("../../../kernels/low_latency.cu"));
+/// Those of low-latency calls alone.
+const LOW_LATENCY_HEADERS: [(&str, &str); 8] = [
+    ("buffers.cuh", include_str!("../../../kernels/buffers.cuh")),
+    ("flow.cuh", include_str!("../../../kernels/flow.cuh")),
+    ("one_shot.cuh", include_str!("../../../kernels/one_shot.cuh")),
+    ("two_shot.cuh", include_str!("../../../kernels/two_shot.cuh")),
+    ("quantised.cuh", include_str!("../../../kernels/quantised.cuh")),
+    ("low_latency.cuh", include_str!("../../../kernels/low_latency.cuh")),
+    ("low_latency_dispatch.cuh", include_str!("../../../kernels/low_latency_dispatch.cuh")),
+    ("low_latency_combine.cuh", include_str!("../../../kernels/low_latency_combine.cuh")),
+];
 const HEADERS: [(&str, &str); 5] = [
     ("ptx.cuh", include_str!("../../../kernels/ptx.cuh")),
     ("element.cuh", include_str!("../../../kernels/element.cuh")),
@@ -24,11 +41,15 @@ const HEADERS: [(&str, &str); 5] = [
 /// Where the words of a buffer begin behind those that every communicator has on its device; then those of the layout.
 const BUFFER_STATE_AT: usize = 128;
 pub(super) const LAYOUT_FINISHED_AT: usize = 512;
+/// And what low-latency calls count.
+pub(super) const PROGRESS_AT: usize = 1024;
 /// Bytes of these words.
 pub(super) const STATE_BYTES: usize = 4096;
 pub(super) const LAYOUT_THREADS: u32 = 512;
 pub(super) const COUNTS_THREADS: u32 = 512;
 pub(super) const DISPATCH_THREADS: u32 = 1024;
+/// Two blocks share a multiprocessor, with 80 registers for each thread.
+pub(super) const LOW_LATENCY_THREADS: u32 = 384;
 
 /// A warp holds a vector of each rank.
 pub(super) const fn combine_threads(ranks: usize) -> u32 {
@@ -37,8 +58,27 @@ pub(super) const fn combine_threads(ranks: usize) -> u32 {
 
 /// The sources for worlds of `ranks` GPUs that reach each other.
 pub fn sources(ranks: usize) -> Vec<Source> {
+    vec![throughput(ranks), low_latency(ranks)]
+}
+
+fn throughput(ranks: usize) -> Source {
     let (name, text) = THROUGHPUT;
-    vec![Source { name, text, headers: headers(ranks), definitions: definitions(ranks) }]
+    Source { name, text, headers: headers(ranks), definitions: definitions(ranks) }
+}
+
+fn low_latency(ranks: usize) -> Source {
+    let (name, text) = LOW_LATENCY;
+    let (mut headers, mut definitions) = (headers(ranks), definitions(ranks));
+    headers.extend(LOW_LATENCY_HEADERS.iter().map(|(name, text)| (*name, (*text).to_owned())));
+    let sizes = [
+        ("UNEVEN_ARGS_BYTES", size_of::<UnevenArgs>()),
+        ("LOW_LATENCY_BYTES", size_of::<LowLatencyArgs>()),
+        ("PROGRESS_BYTES", PROGRESS_BYTES),
+        ("LOW_LATENCY_THREADS", LOW_LATENCY_THREADS as usize),
+    ];
+    let sizes = sizes.into_iter().chain(LowLatencyLayout::definitions());
+    definitions.extend(sizes.map(|(name, value)| (name, value.to_string())));
+    Source { name, text, headers, definitions }
 }
 
 fn headers(ranks: usize) -> Vec<(&'static str, String)> {
@@ -68,7 +108,7 @@ fn definitions(ranks: usize) -> Vec<(&'static str, String)> {
 /// What tells these kernels from those of another version: SHA-256 over names and texts of all files, as hexadecimal digits.
 pub fn sources_hash() -> String {
     let mut hash = Sha256::new();
-    for (name, text) in HEADERS.iter().chain([&THROUGHPUT]) {
+    for (name, text) in HEADERS.iter().chain(&LOW_LATENCY_HEADERS).chain([&THROUGHPUT, &LOW_LATENCY]) {
         for part in [name, text] {
             hash.update((part.len() as u64).to_le_bytes());
             hash.update(part.as_bytes());
@@ -92,9 +132,7 @@ pub(super) struct Loaded {
 
 impl Loaded {
     fn load(device: &Device, ranks: usize) -> Result<Self> {
-        let [source] = &sources(ranks)[..] else { unreachable!("there is one") };
-        let cubin = Cache::of_user().cubin(source, architecture(device), Compiler::find)?;
-        let module = Module::load(device, &cubin)?;
+        let module = load(device, &throughput(ranks))?;
         // What the kernel declares itself has to fit beside it.
         let beside = device.facts().shared_bytes.saturating_sub(8 << 10);
         let room_bytes = room_bytes(device, Link::Device).min(beside);
@@ -116,26 +154,79 @@ impl Loaded {
 
     /// That combines rows of `dtype`, and that adds the parts of one.
     pub(super) fn sums(&self, dtype: DType) -> (&Function, &Function) {
-        let at = match dtype {
-            DType::F32 => 2,
-            DType::F16 => 1,
-            _ => 0,
-        };
+        let at = index(dtype);
         (&self.combine[at], &self.add[at])
     }
 }
 
+/// Where kernels for sums of `dtype` stand among those of bf16, f16 and f32.
+const fn index(dtype: DType) -> usize {
+    match dtype {
+        DType::F32 => 2,
+        DType::F16 => 1,
+        _ => 0,
+    }
+}
+
+fn load(device: &Device, source: &Source) -> Result<Module> {
+    let cubin = Cache::of_user().cubin(source, architecture(device), Compiler::find)?;
+    Module::load(device, &cubin)
+}
+
+/// The kernels of low-latency calls.
+#[derive(Debug)]
+pub(super) struct LowLatencyFunctions {
+    dispatch: [Function; 3],
+    combine: [Function; 3],
+}
+
+impl LowLatencyFunctions {
+    fn load(device: &Device, ranks: usize) -> Result<Self> {
+        let module = load(device, &low_latency(ranks))?;
+        let of = |name: &str| -> Result<[Function; 3]> {
+            let function = |dtype| module.function(&format!("low_latency_{name}_{dtype}"));
+            Ok([function("bf16")?, function("f16")?, function("f32")?])
+        };
+        Ok(Self { dispatch: of("dispatch")?, combine: of("combine")? })
+    }
+
+    /// That of an operation on rows of `dtype`.
+    pub(super) const fn of(&self, operation: Operation, dtype: DType) -> &Function {
+        match operation {
+            Operation::LowLatencyDispatch => &self.dispatch[index(dtype)],
+            _ => &self.combine[index(dtype)],
+        }
+    }
+}
+
+/// What a process has loaded, by device and ranks.
+type Known<T> = Mutex<BTreeMap<(u32, usize), Arc<T>>>;
+
 /// What this process has loaded into `device` for worlds of `ranks`, loaded now if it must be.
 pub(super) fn loaded(device: &Device, ranks: usize) -> Result<Arc<Loaded>> {
-    /// By device and ranks.
-    static LOADED: Mutex<BTreeMap<(u32, usize), Arc<Loaded>>> = Mutex::new(BTreeMap::new());
+    static LOADED: Known<Loaded> = Mutex::new(BTreeMap::new());
+    once(&LOADED, device, ranks, Loaded::load)
+}
+
+/// The same of low-latency calls.
+pub(super) fn loaded_low_latency(device: &Device, ranks: usize) -> Result<Arc<LowLatencyFunctions>> {
+    static LOADED: Known<LowLatencyFunctions> = Mutex::new(BTreeMap::new());
+    once(&LOADED, device, ranks, LowLatencyFunctions::load)
+}
+
+fn once<T>(
+    known: &Known<T>,
+    device: &Device,
+    ranks: usize,
+    load: impl FnOnce(&Device, usize) -> Result<T>,
+) -> Result<Arc<T>> {
     let key = (device.ordinal(), ranks);
-    let known = || LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+    let known = || known.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(loaded) = known().get(&key) {
         return Ok(loaded.clone());
     }
     // Not under the lock: others compile meanwhile. Who was first stands.
-    let fresh = Arc::new(Loaded::load(device, ranks)?);
+    let fresh = Arc::new(load(device, ranks)?);
     Ok(known().entry(key).or_insert(fresh).clone())
 }
 
@@ -149,6 +240,7 @@ mod tests {
         // C++ puts what a structure adds into the padding of its base.
         assert_eq!(size_of::<BufferArgs>(), size_of::<crate::gpu::args::Args>() + 4 * 8 + 8);
         assert_eq!(size_of::<DispatchArgs>(), size_of::<BufferArgs>() + 24 + 9 * 8 + 6 * 4);
+        assert_eq!(size_of::<LowLatencyArgs>(), size_of::<BufferArgs>() + 21 * 8 + 14 * 4 + 16 * 4);
         assert_eq!(sources_hash().len(), 64);
     }
 }

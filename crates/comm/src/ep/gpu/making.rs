@@ -11,6 +11,7 @@ use unisono_sync::SpinBudget;
 use super::args::BufferArgs;
 use super::core::Core;
 use super::kernels::{self, STATE_BYTES};
+use super::low_latency::{LowLatency, Places};
 use super::pool::Pool;
 use super::report::{ABORT, MASKED, SUSPECTS, TOLD_AT};
 use super::watch::Watch;
@@ -69,8 +70,22 @@ impl OnGpu {
         let neighbours = communicator.neighbours.clone();
         let watch = Watch::start(&control, neighbours, ours.page_memory.clone(), shape.masking);
         let blocks = Budget::take(&ours.device, None);
+        let crowd = shape.crowd.max(1) as u32;
+        // Two on each multiprocessor.
+        let wide = 2 * (blocks.spare() / crowd).max(1);
+        let low_latency = ours.low_latency.zip(shape.layout.low_latency_layout).map(|(functions, layout)| {
+            let places = Places {
+                shape: &shape.arena,
+                placement: shape.placement,
+                layout: &layout,
+                offset: shape.layout.low_latency.offset,
+                state: ours.state.address(),
+                experts: tables.experts,
+            };
+            LowLatency::new(functions, wide, &places)
+        });
         let multiprocessors = ours.device.facts().multiprocessors.max(4);
-        let room = (multiprocessors / 2 / shape.crowd.max(1) as u32).max(2);
+        let room = (multiprocessors / 2 / crowd).max(2);
         let policy = communicator.engine().policy();
         let core = Core {
             pool: Pool::new(memory.address(rank)?, shape.layout.pool),
@@ -96,6 +111,7 @@ impl OnGpu {
             latest: 0,
             kept_by: None,
             ticket: 0,
+            low_latency,
             blocks: room.min(blocks.blocks() + 1).max(2),
             multiprocessors: shape.multiprocessors,
             masking: shape.masking,
@@ -129,6 +145,7 @@ impl OnGpu {
 struct Ours {
     device: Device,
     kernels: Arc<kernels::Loaded>,
+    low_latency: Option<Arc<kernels::LowLatencyFunctions>>,
     state: DeviceBuffer,
     tables: (DeviceBuffer, [usize; 3]),
     page: Arc<RegisteredHost>,
@@ -149,7 +166,10 @@ impl Ours {
             None => return Err(crate::gpu::without_gpu(rank)),
         };
         let Some(control_pages) = control_pages else { return Err(crate::gpu::without_gpu(rank)) };
-        let kernels = kernels::loaded(&device, communicator.world_size()).map_err(failed)?;
+        let ranks = communicator.world_size();
+        let kernels = kernels::loaded(&device, ranks).map_err(failed)?;
+        let low_latency = shape.arena.low_latency.then(|| kernels::loaded_low_latency(&device, ranks));
+        let low_latency = low_latency.transpose().map_err(failed)?;
         let mut state = DeviceBuffer::new(&device, STATE_BYTES).map_err(failed)?;
         let mut words = vec![0; STATE_BYTES];
         words[..4].copy_from_slice(&first_epoch(communicator).to_le_bytes());
@@ -161,7 +181,7 @@ impl Ours {
             .map_err(failed)?;
         let tables = tables(&device, shape.placement).map_err(failed)?;
         let order = Event::new(&device, false).map_err(failed)?;
-        Ok(Self { device, kernels, state, tables, page, page_memory, control_pages, order })
+        Ok(Self { device, kernels, low_latency, state, tables, page, page_memory, control_pages, order })
     }
 }
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use unisono_core::device::Link;
-use unisono_core::ep::{DeviceLayout, Placement};
+use unisono_core::ep::{ArenaShape, DeviceLayout, Placement};
 use unisono_core::layout::Field;
 use unisono_core::settings::format_size;
 use unisono_cuda::{Event, Function, Grid, Stream};
@@ -27,6 +27,7 @@ use crate::operations::Operations;
 use crate::symmetric::Symmetric;
 use args::BufferArgs;
 use core::Core;
+use low_latency::LowLatency;
 use pool::{For, Slab};
 use report::{COMPLAINT, MASKED, OVERFLOW, REPORT, Report, SUSPECTS};
 use watch::Watch;
@@ -36,6 +37,7 @@ mod combine;
 pub(super) mod core;
 pub mod kernels;
 mod layout;
+mod low_latency;
 mod making;
 mod pool;
 mod report;
@@ -44,6 +46,7 @@ mod watch;
 
 pub(super) use combine::Results;
 pub(super) use layout::DeviceRouting;
+pub(super) use low_latency::{DeviceOrigins, Inputs, Phases, SentOnGpu};
 pub(super) use pool::Slab as Memory;
 pub(super) use throughput::{DeviceRoutes, Outgoing, OutgoingScales, Wanted};
 
@@ -69,6 +72,8 @@ pub(super) struct OnGpu {
     kept_by: Option<u64>,
     /// The latest exchange of counts that the host waits for.
     ticket: u64,
+    /// Where the settings ask for them.
+    low_latency: Option<LowLatency>,
     /// Blocks that may wait at once, and as many as calls take that ask for nothing else.
     blocks: u32,
     multiprocessors: u32,
@@ -109,6 +114,7 @@ struct Tables {
 
 /// The settings of a buffer that matter here.
 pub(super) struct Shape<'a> {
+    pub(super) arena: ArenaShape,
     pub(super) layout: DeviceLayout,
     pub(super) placement: &'a Placement,
     pub(super) masking: bool,

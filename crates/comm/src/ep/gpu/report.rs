@@ -30,6 +30,7 @@ const REASON: usize = 0;
 const PEER: usize = 1;
 const EPOCH: usize = 2;
 const WHAT: usize = 3;
+const EXPECTED: usize = 3;
 const SEEN: usize = 4;
 const WAITED_NS: usize = 5;
 const MINE: usize = 8;
@@ -56,6 +57,13 @@ pub(super) enum Report {
     Damaged {
         peer: usize,
         seen: u64,
+    },
+    /// Ours: a selection that is no expert, or the same one again. A peer's: an expert that did not get the token.
+    Choice {
+        peer: usize,
+        epoch: u64,
+        token: u64,
+        chosen: u64,
     },
     Concurrent,
     /// The communicator failed meanwhile.
@@ -85,6 +93,7 @@ impl Report {
             6 => Self::Aborted,
             16 => Self::GivenUp,
             17 => Self::Damaged { peer, seen: word(SEEN) },
+            18 => Self::Choice { peer, epoch: word(EPOCH), token: word(EXPECTED), chosen: word(SEEN) },
             _ => Self::Unreadable,
         })
     }
@@ -113,6 +122,19 @@ impl Report {
                 rank: rank as u32,
                 who: name(peer),
                 word: format!("it tells of {seen} rows of an ep::Buffer outside of its memory"),
+            },
+            Self::Choice { peer, epoch, token, chosen } if peer == rank => Cause::Aborted {
+                rank: rank as u32,
+                reason: format!(
+                    "in low-latency call {epoch} of an ep::Buffer its token {token} selects {}: expected −1 or an expert, each once",
+                    chosen as i64
+                ),
+            },
+            Self::Choice { peer, epoch, token, chosen } => Cause::Mismatch {
+                left: format!(
+                    "low-latency call {epoch} of an ep::Buffer on rank {rank} (where expert {chosen} has no row for token {token} of rank {peer})"
+                ),
+                right: format!("the same on rank {peer} (which says it has)"),
             },
             Self::Concurrent => {
                 Cause::Aborted { rank: rank as u32, reason: Error::ConcurrentUse { rank }.to_string() }

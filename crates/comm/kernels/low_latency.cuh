@@ -1,0 +1,594 @@
+// Low-latency calls of expert parallelism: what dispatch and combine stand on. Every rank writes into the memory of its peers; nobody
+// reads across a link.
+//
+// Calls are numbered for ever, on the device (Progress), so a graph goes on where calls before it ended. They use two halves of the memory
+// in turn. In a half each rank has a place of its own for each of its tokens, at every receiver. There is no barrier: whatever is stored is
+// told by a word of 64 bits, which gets the number of the call. So nothing is cleared, and no number comes twice.
+//
+//   head     tokens of the call and what it is; with the selections of each expert in a dispatch     told once for each receiver
+//   choices  of a token: which experts of the receiver, and what goes with each                      told for each token, also that none
+//   piece    PIECE elements of a row, perhaps cast, with their scales                                told for each piece
+//
+// A warp works on a piece, or on the choices of a token, alone: it stores, meets, fences, tells. Pieces are dealt to the warps of the grid
+// whatever its size. All sending of a warp comes before all that waits for a peer's call of this number, but for the results of a combine,
+// which wait for choices; and no choice waits for anything of this call. So the blocks of a kernel wait for nobody in a circle, as long
+// as they run at once.
+//
+// Who has read a call tells every rank (its credit), before which nobody writes into that half again: two calls may be sent and not
+// read. A rank that is left out (masked) is waited for no more. The last block then does the receiving part once more without it, for the
+// whole call: so it took part in all sums of a rank or in none.
+
+#pragma once
+
+#include "expert_parallel.cuh"
+#include "quantised.cuh"
+
+enum Phase { SENDS = 1, RECEIVES = 2 };
+enum Cast { UNCAST, CAST_F32, CAST_POWER_OF_TWO, CAST_UE8M0 };
+
+// A selection that cannot be, or is not that of the dispatch: `peer` says whose, then the token and what is wrong.
+constexpr u32 REASON_CHOICE = REASON_DAMAGED + 1;
+
+// The word of a header that says which call it is, for messages.
+constexpr u32 NUMBERED = 8;
+static_assert(2 + COMPARED / 2 < HEAD_WORDS && NUMBERED < HEADER_WORDS, "a head has room for what is told of a call");
+
+constexpr u32 WARP = 32, STEP = WARP * LANE_ELEMENTS, STEPS = PIECE / STEP, PIECE_SCALES = PIECE / GROUP, NOBODY = 0xffffffff;
+constexpr u32 ALL_RANKS = (1u << RANKS) - 1;
+
+// In memory of this device.
+struct Progress {
+  u64 sent;                  // calls
+  u64 received;
+  u64 heard_ns[MAX_RANKS];   // when something of a rank came that was waited for
+  u32 left_out;              // ranks that had no part in the latest call that was received, by bits
+  u32 reserved;
+};
+
+static_assert(sizeof(Progress) == PROGRESS_BYTES, "the host makes another one");
+
+struct LowLatency {
+  BufferArgs buffer;
+  Progress* progress;
+  // Where things lie in the memory of each rank, and in a half: see LowLatencyLayout.
+  u64 credits_at;
+  u64 halves[2];
+  u64 counts_at;
+  u64 choices_told_at;
+  u64 choices_at;
+  u64 pieces_told_at;
+  u64 scales_at;
+  u64 rows_at;
+  const u8* x;
+  const i64* selections;     // tokens × top-k
+  const f32* weights;        // the same
+  const u32* placement;      // of each expert: rank << 24 | its number there
+  u8* out;
+  u32* out_scales;
+  i32* counts;               // rows of each of our experts
+  i64* ranges;               // our experts × ranks
+  i32* source_tokens;        // our experts × rows
+  i32* slots;                // ranks × capacity × top-k: the row of each selection
+  i64* waited;               // ranks
+  u32 tokens;
+  u32 top_k;
+  u32 hidden;
+  u32 experts;
+  u32 per_rank;              // experts of each rank, in equal blocks; 0: where the placement says
+  u32 capacity;
+  u32 most_top_k;
+  u32 most_experts;          // of a rank
+  u32 pieces;
+  u32 row_scales;
+  u32 row_stride;
+  u32 phases;
+  u32 cast;
+  u32 reserved;
+  u32 experts_of[MAX_RANKS];
+};
+
+static_assert(sizeof(LowLatency) == LOW_LATENCY_BYTES, "the host lays arguments out differently");
+static_assert(sizeof(LowLatency) <= 4096, "arguments of a kernel");
+
+__device__ __forceinline__ u32 lane_of_warp() { return threadIdx.x % WARP; }
+
+// Rows of an expert's block.
+__device__ __forceinline__ u32 block_rows(const LowLatency& ll) { return RANKS * ll.capacity; }
+
+// What call `number` uses in the memory of `rank`.
+__device__ __forceinline__ u8* half_at(const LowLatency& ll, u32 rank, u64 number) {
+  return ll.buffer.arenas[rank] + ll.halves[number & 1];
+}
+
+__device__ __forceinline__ u64* credit_of(const LowLatency& ll, u32 rank, u32 reader) {
+  return reinterpret_cast<u64*>(ll.buffer.arenas[rank] + ll.credits_at + reader * PLACE_STRIDE);
+}
+
+__device__ __forceinline__ u64* head_of(const LowLatency& ll, u32 rank, u64 number, u32 source) {
+  return reinterpret_cast<u64*>(half_at(ll, rank, number) + source * PLACE_STRIDE);
+}
+
+__device__ __forceinline__ u32* counts_of(const LowLatency& ll, u32 rank, u64 number, u32 source) {
+  return reinterpret_cast<u32*>(half_at(ll, rank, number) + ll.counts_at) + u64(source) * ll.most_experts;
+}
+
+__device__ __forceinline__ u64 place_of(const LowLatency& ll, u32 source, u32 token) { return u64(source) * ll.capacity + token; }
+
+__device__ __forceinline__ u64* choices_told(const LowLatency& ll, u32 rank, u64 number, u32 source, u32 token) {
+  return reinterpret_cast<u64*>(half_at(ll, rank, number) + ll.choices_told_at) + place_of(ll, source, token);
+}
+
+__device__ __forceinline__ u64* choices_in(const LowLatency& ll, u32 rank, u64 number, u32 source, u32 token) {
+  return reinterpret_cast<u64*>(half_at(ll, rank, number) + ll.choices_at) + place_of(ll, source, token) * ll.most_top_k;
+}
+
+__device__ __forceinline__ u64* piece_told(const LowLatency& ll, u32 rank, u64 number, u32 source, u32 token, u32 piece) {
+  return reinterpret_cast<u64*>(half_at(ll, rank, number) + ll.pieces_told_at) + place_of(ll, source, token) * ll.pieces + piece;
+}
+
+__device__ __forceinline__ u32* scales_in(const LowLatency& ll, u32 rank, u64 number, u32 source, u32 token) {
+  return reinterpret_cast<u32*>(half_at(ll, rank, number) + ll.scales_at) + place_of(ll, source, token) * ll.row_scales;
+}
+
+__device__ __forceinline__ u8* row_in(const LowLatency& ll, u32 rank, u64 number, u32 source, u32 token) {
+  return half_at(ll, rank, number) + ll.rows_at + place_of(ll, source, token) * ll.row_stride;
+}
+
+// A call of this buffer, as kernels tell what they wait for.
+__device__ __forceinline__ u32 work_of(const BufferArgs& buffer) { return 16 + u32(buffer.header[0] & 0xff); }
+
+// Warps of the grid, those of different multiprocessors side by side.
+__device__ __forceinline__ u32 warp_of_grid() { return threadIdx.x / WARP * gridDim.x + blockIdx.x; }
+
+__device__ __forceinline__ u32 warps_of_grid() { return blockDim.x / WARP * gridDim.x; }
+
+// What a block knows of its kernel, in shared memory.
+struct Turn {
+  Entry entry;
+  u64 sent, received;  // the numbers of the calls that it sends and receives
+  u32 left_out;        // ranks, before this kernel
+};
+
+// Every thread of every block calls this first. If the entry is poisoned, the block leaves.
+__device__ __forceinline__ void take_turn(const LowLatency& ll, Turn* turn) {
+  if (threadIdx.x == 0) {
+    turn->sent = load_word(&ll.progress->sent) + 1;
+    turn->received = load_word(&ll.progress->received) + 1;
+    turn->left_out = load_own_word(&ll.progress->left_out);
+  }
+  Entry entry = begin(ll.buffer);
+  entry.epoch = u32(ll.phases & SENDS ? turn->sent : turn->received);
+  entry.what = work_of(ll.buffer);
+  entry.tag = entry.epoch;
+  if (threadIdx.x == 0) turn->entry = entry;
+  __syncthreads();
+}
+
+// Pairs of an outer and an inner number, dealt to warps: `first` has the first one, and each `step`th from there.
+struct Walk {
+  u32 outer, inner, outers, inners, step;
+
+  __device__ __forceinline__ Walk(u32 first, u32 step, u32 outers, u32 inners)
+      : outer(first / inners), inner(first % inners), outers(outers), inners(inners), step(step) {}
+  __device__ __forceinline__ bool goes_on() const { return outer < outers; }
+  __device__ __forceinline__ void next() {
+    inner += step;
+    outer += inner / inners;
+    inner %= inners;
+  }
+};
+
+// Calls `body(rank)` for each of `ranks`, beginning behind our own, so that not all ranks store to the same one.
+template <class Body>
+__device__ __forceinline__ void for_ranks(const LowLatency& ll, u32 ranks, Body body) {
+  const u32 start = ll.buffer.rank + 1;
+#pragma unroll 1
+  for (u32 rest = (ranks >> start | ranks << (RANKS - start)) & ALL_RANKS; rest != 0; rest &= rest - 1) {
+    const u32 rank = start + __ffs(rest) - 1;
+    body(rank < RANKS ? rank : rank - RANKS);
+  }
+}
+
+// Waits. --------------------------------------------------------------------------------------------------------------------------
+
+// Looked at now and then by whoever waits for `rank` where ranks may be left out: whether this one is, or was closed by a peer.
+__device__ __noinline__ bool is_lost(const BufferArgs& buffer, const Entry& entry, u32 spins, u32 rank) {
+  if (is_masked(buffer, rank)) return true;
+  if ((spins & 1023) != 0 || rank == buffer.rank) return false;
+  const bool is_closed = (load_word(attendance_of(buffer, rank)) & 1) != 0;
+  if (!is_closed && !is_suspect(buffer, entry, rank)) return false;
+  close_attendance(buffer, rank);
+  leave_out(buffer, rank);
+  return true;
+}
+
+// One lane, or several for one rank each: until `is_ready`, or `rank` is left out.
+template <class Poll>
+__device__ __forceinline__ Came wait_for(const LowLatency& ll, const Turn& turn, u32 rank, Poll is_ready) {
+  if (is_ready()) return CAME;
+  u32 spins = 0;
+  while (!is_ready()) {
+    if ((++spins & 63) != 0) continue;
+    if (must_leave(ll.buffer, turn.entry, spins, rank, 0)) return MUST_LEAVE;
+    if (ll.buffer.is_masking && is_lost(ll.buffer, turn.entry, spins, rank)) return LEFT_OUT;
+  }
+  end_wait(ll.buffer, spins);
+  raise_own_later(&ll.progress->heard_ns[rank], now_ns());
+  return CAME;
+}
+
+// All lanes of a warp: until the word `at(rank)` of each of `ranks` is at least `due`; `there` are those that came. What they told is
+// visible to the warp then. False if one must leave.
+template <class At>
+__device__ __forceinline__ bool await_ranks(const LowLatency& ll, const Turn& turn, u32 ranks, At at, u64 due, u32* there) {
+  const u32 lane = lane_of_warp();
+  Came came = LEFT_OUT;
+  if (lane < RANKS && (ranks >> lane & 1)) {
+    const u64* word = at(lane);
+    came = wait_for(ll, turn, lane, [&] { return i64(load_word(word) - due) >= 0; });
+    // SYNC: what a word tells is visible after it; each side says which.
+    acquire_word(word);
+  }
+  *there = __ballot_sync(ALL_LANES, came == CAME);
+  const bool goes_on = __all_sync(ALL_LANES, came != MUST_LEAVE);
+  __syncwarp();
+  return goes_on;
+}
+
+// The same for one word of one rank, of which all but the lowest `BITS` bits must be `number`: the word.
+template <u32 BITS>
+__device__ __forceinline__ Came await_word(const LowLatency& ll, const Turn& turn, u32 rank, const u64* at, u64 number, u64* word) {
+  Came came = CAME;
+  u64 seen = 0;
+  if (lane_of_warp() == 0) {
+    came = wait_for(ll, turn, rank, [&] {
+      seen = load_word(at);
+      return seen >> BITS == number;
+    });
+    // SYNC: what a word tells is visible after it; each side says which.
+    acquire_word(at);
+  }
+  came = Came(__shfl_sync(ALL_LANES, u32(came), 0));
+  *word = __shfl_sync(ALL_LANES, seen, 0);
+  __syncwarp();
+  return came;
+}
+
+// All threads of a block, before it stores anything of the call: until every rank has read the call before the last one, which used the
+// same half. `present` are those that have. False if one must leave.
+__device__ __forceinline__ bool await_credits(const LowLatency& ll, const Turn& turn, u32* present) {
+  __shared__ u32 ranks;
+  bool goes_on = true;
+  if (threadIdx.x < WARP) {
+    const u64 due = turn.sent < 2 ? 0 : turn.sent - 2;
+    // SYNC: what lay in a half was read before the credit that counts its call.
+    auto at = [&](u32 rank) { return credit_of(ll, ll.buffer.rank, rank); };
+    u32 there;
+    goes_on = await_ranks(ll, turn, ALL_RANKS & ~turn.left_out, at, due, &there);
+    if (threadIdx.x == 0) ranks = there;
+  }
+  goes_on = __syncthreads_and(goes_on);
+  *present = ranks;
+  return goes_on;
+}
+
+// Choices. ------------------------------------------------------------------------------------------------------------------------
+
+struct Place {
+  u32 rank, expert;  // the expert's number there; both NOBODY if there is none
+};
+
+__device__ __forceinline__ Place find(const LowLatency& ll, i64 selection) {
+  if (u64(selection) >= ll.experts) return {NOBODY, NOBODY};
+  const u32 expert = u32(selection);
+  if (ll.per_rank == 0) return {ll.placement[expert] >> 24, ll.placement[expert] & 0xffffff};
+  const u32 rank = expert / ll.per_rank;
+  return {rank, expert - rank * ll.per_rank};
+}
+
+// What a token of this rank selects: lane k has selection k.
+struct Choices {
+  i64 selection;
+  Place place;
+  u32 ranks;  // of all lanes, by bits
+};
+
+__device__ __forceinline__ Choices choices_of(const LowLatency& ll, u32 token) {
+  const u32 lane = lane_of_warp();
+  Choices choices;
+  choices.selection = lane < ll.top_k ? ll.selections[u64(token) * ll.top_k + lane] : -1;
+  choices.place = find(ll, choices.selection);
+  choices.ranks = __reduce_or_sync(ALL_LANES, choices.place.rank < RANKS ? 1u << choices.place.rank : 0);
+  return choices;
+}
+
+// All lanes of a warp: whether each selection is an expert, once, or −1. If not, it is reported.
+__device__ __forceinline__ bool are_possible(const LowLatency& ll, const Turn& turn, u32 token, const Choices& choices) {
+  const u32 lane = lane_of_warp();
+  const bool is_none = choices.place.rank >= RANKS;
+  // A key of its own for each lane that selects nothing.
+  const u64 key = is_none ? u64(1) << 63 | lane : u64(choices.selection);
+  const bool is_wrong = (is_none && choices.selection != -1) || __ffs(__match_any_sync(ALL_LANES, key)) - 1 != lane;
+  const u32 wrong = __ballot_sync(ALL_LANES, is_wrong);
+  if (wrong == 0) return true;
+  if (lane == __ffs(wrong) - 1) {
+    give_up(ll.buffer, REASON_CHOICE, ll.buffer.rank, turn.entry.epoch, token, u64(choices.selection), 0);
+  }
+  return false;
+}
+
+// All lanes of a warp: tells each of `present` which of its experts the token goes to, and `value` with each.
+__device__ __forceinline__ void tell_choices(const LowLatency& ll, const Turn& turn, u32 token, const Choices& choices, u32 value,
+                                             u32 present) {
+  const u32 lane = lane_of_warp(), me = ll.buffer.rank;
+  for_ranks(ll, choices.ranks & present, [&](u32 rank) {
+    const u64 word = choices.place.rank == rank ? u64(value) << 32 | (choices.place.expert + 1) : 0;
+    if (lane < ll.top_k) store_word(choices_in(ll, rank, turn.sent, me, token) + lane, word);
+  });
+  __syncwarp();
+  if (lane < RANKS && (present >> lane & 1)) {
+    // SYNC: the choices of a token are visible before the word that tells them.
+    fence_all();
+    store_word(choices_told(ll, lane, turn.sent, me, token), turn.sent << 1 | (choices.ranks >> lane & 1));
+  }
+}
+
+// What a token of a peer selects here: lane k has selection k.
+struct Asked {
+  bool is_any;  // of all lanes
+  u32 expert;   // of ours, or NOBODY
+  u32 value;
+};
+
+// All lanes of a warp.
+__device__ __forceinline__ Came await_choices(const LowLatency& ll, const Turn& turn, u64 number, u32 source, u32 token, Asked* asked) {
+  const u32 lane = lane_of_warp(), me = ll.buffer.rank;
+  u64 word = 0;
+  // SYNC: the choices of a token are visible before the word that tells them.
+  const Came came = await_word<1>(ll, turn, source, choices_told(ll, me, number, source, token), number, &word);
+  asked->is_any = came == CAME && (word & 1) != 0;
+  const u64 choice = asked->is_any && lane < ll.top_k ? load_word(choices_in(ll, me, number, source, token) + lane) : 0;
+  asked->expert = u32(choice) - 1;
+  asked->value = u32(choice >> 32);
+  return came;
+}
+
+// Heads. --------------------------------------------------------------------------------------------------------------------------
+
+// All threads of a block: tells `rank` what the call is, and with COUNTS how many of our selections are its experts.
+template <bool COUNTS>
+__device__ __forceinline__ void tell_head(const LowLatency& ll, const Turn& turn, u32 rank) {
+  constexpr u32 CHUNK = 1024;
+  __shared__ u32 counts[CHUNK];
+  if constexpr (COUNTS) {
+    const u32 experts = ll.experts_of[rank], selections = ll.tokens * ll.top_k;
+    u32* told = counts_of(ll, rank, turn.sent, ll.buffer.rank);
+    for (u32 first = 0; first < experts; first += CHUNK) {
+      for (u32 i = threadIdx.x; i < CHUNK; i += blockDim.x) counts[i] = 0;
+      __syncthreads();
+      for (u32 i = threadIdx.x; i < selections; i += blockDim.x) {
+        const Place place = find(ll, ll.selections[i]);
+        if (place.rank == rank && place.expert - first < CHUNK) atomicAdd(&counts[place.expert - first], 1);
+      }
+      __syncthreads();
+      for (u32 i = threadIdx.x; i < CHUNK && first + i < experts; i += blockDim.x) told[first + i] = counts[i];
+      __syncthreads();
+    }
+  }
+  if (threadIdx.x == 0) {
+    u64* head = head_of(ll, rank, turn.sent, ll.buffer.rank);
+    store_word(head + 1, ll.tokens);
+    for (u32 i = 0; i < COMPARED / 2; i++) store_word(head + 2 + i, ll.buffer.header[i]);
+    store_word(head + 2 + COMPARED / 2, ll.buffer.header[NUMBERED]);
+    // SYNC: counts and words of a head are visible before its number.
+    fence_all();
+    store_word(head, turn.sent);
+  }
+}
+
+// One lane: tells the host that `rank` makes another call than we, and ends all waits of this device.
+__device__ __noinline__ void refuse_call(const LowLatency& ll, const Turn& turn, u32 rank, const u64* theirs) {
+  if (swap_own(&ll.buffer.state->reported, 0, 1) == 0) {
+    Report* report = ll.buffer.report;
+    for (u32 i = 0; i < COMPARED / 2; i++) {
+      store_word(reinterpret_cast<u64*>(report->mine) + i, ll.buffer.header[i]);
+      store_word(reinterpret_cast<u64*>(report->theirs) + i, load_word(theirs + i));
+    }
+    store_word(reinterpret_cast<u64*>(report->mine) + NUMBERED, ll.buffer.header[NUMBERED]);
+    store_word(reinterpret_cast<u64*>(report->theirs) + NUMBERED, load_word(theirs + COMPARED / 2));
+    store_word(&report->peer, rank);
+    store_word(&report->epoch, turn.entry.epoch);
+    // SYNC: what a report says is visible before its reason.
+    fence_all();
+    store_word(&report->reason, REASON_MISMATCH);
+  }
+  store_own_word(&ll.buffer.state->poison, 1);
+}
+
+// What the ranks told of a call.
+struct Heads {
+  u32 present;        // ranks, by bits
+  u32 most;           // tokens of a rank
+  u32 tokens[RANKS];  // none of those that are not there
+};
+
+// All threads of a block: what every rank but `left_out` told of call `number`, in memory that they share. False if one must leave.
+__device__ __forceinline__ bool await_heads(const LowLatency& ll, const Turn& turn, u64 number, u32 left_out, Heads* heads) {
+  const u32 lane = lane_of_warp(), me = ll.buffer.rank;
+  bool goes_on = true;
+  if (threadIdx.x < WARP) {
+    // SYNC: counts and words of a head are visible before its number.
+    auto at = [&](u32 rank) { return head_of(ll, me, number, rank); };
+    u32 present, tokens = 0;
+    goes_on = await_ranks(ll, turn, ALL_RANKS & ~left_out, at, number, &present);
+    if (goes_on && (present >> lane & 1)) {
+      const u64* head = at(lane);
+      const u64 told = load_word(head + 1);
+      tokens = told < ll.capacity ? u32(told) : ll.capacity;
+      for (u32 i = 0; i < COMPARED / 2; i++) goes_on &= load_word(head + 2 + i) == ll.buffer.header[i];
+      if (!goes_on) refuse_call(ll, turn, lane, head + 2);
+    }
+    const u32 most = __reduce_max_sync(ALL_LANES, tokens);
+    if (lane < RANKS) heads->tokens[lane] = tokens;
+    if (lane == 0) heads->present = present, heads->most = most;
+  }
+  return __syncthreads_and(goes_on);
+}
+
+// Rows. ---------------------------------------------------------------------------------------------------------------------------
+
+// Eight elements of a lane, as they lie in a buffer.
+template <int DTYPE>
+struct Slice {
+  using E = Element<DTYPE>;
+  static constexpr u32 WORDS = LANE_ELEMENTS * E::SIZE / 4;
+  u32 words[WORDS];
+
+  // From users' buffers; `is_wide`: on lines of 16 bytes.
+  __device__ __forceinline__ void load(const u8* at, bool is_wide) {
+    if (is_wide) {
+#pragma unroll
+      for (u32 i = 0; i < WORDS; i += 4) set(i, reinterpret_cast<const uint4*>(at)[i / 4]);
+    } else {
+      load_words<WORDS>(at, WORDS * 4, words);
+    }
+  }
+  __device__ __forceinline__ void store(u8* at, bool is_wide) const {
+    if (is_wide) {
+#pragma unroll
+      for (u32 i = 0; i < WORDS; i += 4) reinterpret_cast<uint4*>(at)[i / 4] = line(i);
+    } else {
+      store_words<WORDS>(at, WORDS * 4, words);
+    }
+  }
+  // From our memory that peers write, and to theirs.
+  __device__ __forceinline__ void take(const u8* at) {
+#pragma unroll
+    for (u32 i = 0; i < WORDS; i += 4) set(i, load_line(at + i * 4));
+  }
+  __device__ __forceinline__ void put(u8* at) const {
+#pragma unroll
+    for (u32 i = 0; i < WORDS; i += 4) reinterpret_cast<uint4*>(at)[i / 4] = line(i);
+  }
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (u32 i = 0; i < WORDS; i++) words[i] = 0;
+  }
+  __device__ __forceinline__ f32 value(u32 i) const { return E::read(words, i); }
+  __device__ __forceinline__ void round(const f32 (&values)[LANE_ELEMENTS]) {
+    Fold<DTYPE, SUM, WORDS> fold;
+#pragma unroll
+    for (u32 i = 0; i < LANE_ELEMENTS; i++) fold.values[i] = values[i];
+    fold.partial(words);
+  }
+
+ private:
+  __device__ __forceinline__ void set(u32 i, uint4 line) {
+    words[i] = line.x, words[i + 1] = line.y, words[i + 2] = line.z, words[i + 3] = line.w;
+  }
+  __device__ __forceinline__ uint4 line(u32 i) const { return make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]); }
+};
+
+// All lanes of a warp: eight f8e4m3 of each, and the scale that sixteen lanes share; see unisono_core::ep::cast.
+__device__ __forceinline__ u64 cast_slice(const f32 (&values)[LANE_ELEMENTS], u32 cast, f32* scale) {
+  f32 largest = 1e-4f;
+#pragma unroll
+  for (u32 i = 0; i < LANE_ELEMENTS; i++) largest = is_finite(values[i]) ? fmaxf(largest, fabsf(values[i])) : largest;
+#pragma unroll
+  for (u32 apart = 1; apart < GROUP_LANES; apart *= 2) largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, apart));
+  *scale = __fdiv_rn(largest, 448.0f);
+  f32 inverse = __fdiv_rn(448.0f, largest);
+  if (cast != CAST_F32) {
+    const u32 bits = __float_as_uint(*scale), up = (bits & 0x007fffff) != 0;
+    *scale = __uint_as_float(((bits >> 23) + up) << 23);
+    inverse = __fdiv_rn(1.0f, *scale);
+  }
+  f32 scaled[LANE_ELEMENTS];
+#pragma unroll
+  for (u32 i = 0; i < LANE_ELEMENTS; i++) scaled[i] = is_finite(values[i]) ? values[i] * inverse : __int_as_float(0x7fc00000);
+  u32 codes[2];
+  encode(scaled, codes);
+  return u64(codes[1]) << 32 | codes[0];
+}
+
+// All lanes of a warp, once it has stored its part of a piece of one of our tokens, or of one of theirs, at each of `ranks`.
+__device__ __forceinline__ void tell_piece(const LowLatency& ll, const Turn& turn, u32 token, u32 piece, u32 ranks) {
+  const u32 lane = lane_of_warp();
+  __syncwarp();
+  if (lane < RANKS && (ranks >> lane & 1)) {
+    // SYNC: a piece and its scales are visible before the word that tells it.
+    fence_all();
+    store_word(piece_told(ll, lane, turn.sent, ll.buffer.rank, token, piece), turn.sent);
+  }
+}
+
+// The end. ------------------------------------------------------------------------------------------------------------------------
+
+// Who receives what: warp `first` of `step`, from all but `left_out`.
+struct Share {
+  u32 first, step, left_out;
+};
+
+// Whether no peer has closed this rank. If one has, it is reported.
+__device__ __forceinline__ bool is_in(const LowLatency& ll, const Turn& turn) {
+  const u64 seen = ll.buffer.is_masking ? load_word(attendance_of(ll.buffer, ll.buffer.rank)) : 0;
+  if ((seen & 1) == 0) return true;
+  if (threadIdx.x == 0) give_up(ll.buffer, REASON_GIVEN_UP, ll.buffer.rank, turn.entry.epoch, 0, seen, 0);
+  return false;
+}
+
+// All threads of a block, once all of them have received their share; `is_last` says whether this is the last block. True if the last one
+// has to receive all once more, because a rank was left out meanwhile.
+__device__ __forceinline__ bool close(const LowLatency& ll, const Turn& turn, Share* share, bool* is_last) {
+  __shared__ bool are_all_through;
+  __shared__ u32 left_out;
+  Progress* progress = ll.progress;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    // SYNC: all blocks have read their numbers, and what came, before the last of them goes on.
+    are_all_through = *is_last || count_own(&words_of(ll.buffer)->finished, 1) == gridDim.x - 1;
+    left_out = 0;
+    for (u32 rank = 0; rank < RANKS; rank++) left_out |= u32(is_masked(ll.buffer, rank)) << rank;
+  }
+  __syncthreads();
+  *is_last = are_all_through;
+  if (!*is_last) return false;
+  if (!is_in(ll, turn)) return false;
+  if (ll.phases & RECEIVES) {
+    if (left_out != share->left_out) {
+      *share = {threadIdx.x / WARP, blockDim.x / WARP, left_out};
+      return true;
+    }
+    if (threadIdx.x < RANKS) {
+      const u64 heard_ns = load_word(&progress->heard_ns[threadIdx.x]), started_ns = turn.entry.started_ns;
+      ll.waited[threadIdx.x] = heard_ns > started_ns ? i64(heard_ns - started_ns) : 0;
+      // SYNC: what lay in a half was read before the credit that counts its call.
+      fence_all();
+      store_word(credit_of(ll, threadIdx.x, ll.buffer.rank), turn.received);
+    }
+  }
+  if (threadIdx.x == 0) {
+    store_own_word(&words_of(ll.buffer)->finished, 0);
+    if (ll.phases & SENDS) store_word(&progress->sent, turn.sent);
+    if (ll.phases & RECEIVES) {
+      store_word(&progress->received, turn.received);
+      store_own_word(&progress->left_out, share->left_out);
+    }
+  }
+  return false;
+}
+
+// All threads of a kernel: `send(turn)` and `receive(turn, share)`, as far as they are asked for; false from them if one must leave.
+template <class Send, class Receive>
+__device__ __forceinline__ void carry_out(const LowLatency& ll, Send send, Receive receive) {
+  __shared__ Turn turn;
+  take_turn(ll, &turn);
+  if (turn.entry.is_poisoned) return;
+  if ((ll.phases & SENDS) && !__syncthreads_and(send(turn))) return;
+  Share share = {warp_of_grid(), warps_of_grid(), turn.left_out};
+  bool is_last = false;
+  do {
+    if ((ll.phases & RECEIVES) && !__syncthreads_and(receive(turn, share))) return;
+  } while (close(ll, turn, &share, &is_last));
+  leave(ll.buffer);
+}
