@@ -196,9 +196,12 @@ part_tune() {
 # Tests, kills and figures of expert parallelism, each of which another part has, too, or (the figures) nobody else.
 part_experts() {
     run_modules gpu experts 200 expert_
+    run_modules gpu experts 200 low_latency
     run_modules faults_processes experts 150 gpu_experts
     bench_moe 12 12
     bench_moe 16 16
+    TAIL=40 step moe-low-latency 120 ./unisono bench moe --device cuda -n "$((count < 2 ? 2 : count))" --tokens 1,8,128 --hidden 7168 \
+        --top-k 8 --experts 288 --time 200ms "--json=$out/moe-low-latency.json"
 }
 
 bench_moe() { # NAME MULTIPROCESSORS

@@ -12,25 +12,26 @@ use unisono::launch::Launch;
 use unisono::{Buf, Builder, DType, Element, Operations, Stream, f8e4m3};
 
 use super::Moe;
-use super::rank::{Moved, Rank, bytes};
+use super::rank::{Moved, Rank, bytes, has_low_latency};
 use super::tokens::wrong;
 use crate::bench::gpu::facts;
 use crate::bench::record::Line;
 use crate::bench::workload::Workload;
 
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+pub(super) type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// Operations with one number of tokens.
+/// Operations with one number of tokens, and those of low latency beside them.
 const OPERATIONS: usize = 8;
+const LOW_LATENCY_OPERATIONS: usize = 6;
 /// Launches between two events take about so long, and are so many at least and at most.
 const BATCH_US: f64 = 10_000.0;
 const BATCHES: (usize, usize) = (4, 100);
 
 /// What the calls of a rank run on.
-struct OnGpu {
-    device: Device,
-    queue: CudaStream,
-    stream: Stream,
+pub(super) struct OnGpu {
+    pub(super) device: Device,
+    pub(super) queue: CudaStream,
+    pub(super) stream: Stream,
     events: [Event; 2],
 }
 
@@ -52,7 +53,9 @@ fn measure(workload: &Workload) -> Result<()> {
     };
     let facts = facts(&communicator, &gpu.device, workload, unisono::ep::kernels::sources_hash())?;
     Line::Gpus(facts).tell(communicator.rank());
-    Line::Ready { sizes: (workload.moe.tokens.len() * OPERATIONS) as u64 }.tell(communicator.rank());
+    let few = workload.moe.tokens.iter().filter(|tokens| has_low_latency(**tokens)).count();
+    let lines = workload.moe.tokens.len() * OPERATIONS + few * LOW_LATENCY_OPERATIONS;
+    Line::Ready { sizes: lines as u64 }.tell(communicator.rank());
     for tokens in &workload.moe.tokens {
         let settings = workload.moe.settings_on_gpus(*tokens, workload);
         let mut rank = Rank::with(workload, &communicator, (*tokens, settings))?;
@@ -68,24 +71,32 @@ impl Moe {
         let row = self.hidden * workload.dtype.size() + self.hidden / 32 + 12 * self.top_k + 128;
         let bytes = 4 * workload.ranks * tokens * row;
         let settings = self.settings(tokens, workload.dtype);
-        unisono::ep::Settings { pool_bytes: Some(bytes.max(64 << 20)), low_latency: false, ..settings }
+        unisono::ep::Settings { pool_bytes: Some(bytes.max(64 << 20)), ..settings }
     }
 }
 
 impl OnGpu {
-    fn upload(&self, bytes: &[u8]) -> Result<DeviceBuffer> {
+    pub(super) fn upload(&self, bytes: &[u8]) -> Result<DeviceBuffer> {
         let mut buffer = DeviceBuffer::new(&self.device, bytes.len())?;
         buffer.write(0, bytes)?;
         Ok(buffer)
     }
 
+    /// What `call` puts into our stream, as a graph.
+    pub(super) fn captured<T>(&self, call: impl FnOnce() -> unisono::Result<T>) -> Result<(Graph, T)> {
+        self.queue.begin_capture()?;
+        let done = call();
+        let graph = self.queue.end_capture()?;
+        Ok((graph, done?))
+    }
+
     /// `buffer` as elements; it outlives the work on it.
-    fn elements<T: Element>(&self, buffer: &DeviceBuffer) -> Buf<'static, T> {
+    pub(super) fn elements<T: Element>(&self, buffer: &DeviceBuffer) -> Buf<'static, T> {
         // SAFETY: streams are waited for before a buffer goes.
         unsafe { Buf::cuda(buffer.address(), buffer.bytes() / size_of::<T>(), self.device.ordinal()) }
     }
 
-    fn input(&self, buffer: &DeviceBuffer, dtype: DType) -> Input<'static> {
+    pub(super) fn input(&self, buffer: &DeviceBuffer, dtype: DType) -> Input<'static> {
         match dtype {
             DType::F32 => self.elements::<f32>(buffer).into(),
             DType::F16 => self.elements::<f16>(buffer).into(),
@@ -130,6 +141,9 @@ impl Rank<'_> {
         self.in_graphs(gpu, "dispatch_cached", &cached, |buffer| buffer.dispatch_cached(&call()).map(drop))?;
         self.fp8_on_gpu(gpu, topk_idx, (&origins, left))?;
         self.combine_on_gpu(gpu, &sent, &origins)?;
+        if has_low_latency(self.tokens.count) {
+            self.low_latency_on_gpu(gpu)?;
+        }
         if rank == 0 {
             tracing::info!("{}", self.buffer.explain());
         }
@@ -199,20 +213,27 @@ impl Rank<'_> {
         Ok(())
     }
 
-    /// Times a graph of one call.
+    /// Times a graph of one call in throughput mode, and tells.
     fn in_graphs(
         &mut self,
         gpu: &OnGpu,
         operation: &str,
         moved: &Moved,
-        mut call: impl FnMut(&mut Buffer) -> unisono::Result<()>,
+        call: impl FnMut(&mut Buffer) -> unisono::Result<()>,
     ) -> Result<()> {
+        let mut times = self.times_in_graphs(gpu, call)?;
+        Ok(self.tell(operation, moved, &mut times, Some(self.workload.moe.multiprocessors))?)
+    }
+
+    /// Times a graph of one call.
+    pub(super) fn times_in_graphs(
+        &mut self,
+        gpu: &OnGpu,
+        mut call: impl FnMut(&mut Buffer) -> unisono::Result<()>,
+    ) -> Result<Vec<f64>> {
         // What the driver does for the first time is done before.
         call(&mut self.buffer)?;
-        gpu.queue.begin_capture()?;
-        let captured = call(&mut self.buffer);
-        let graph = gpu.queue.end_capture()?;
-        captured?;
+        let (graph, ()) = gpu.captured(|| call(&mut self.buffer))?;
         let first = self.round(gpu, &graph, BATCHES.0)?;
         let mut slowest = [first];
         self.communicator.all_reduce(&mut slowest, unisono::ReduceOp::Max)?;
@@ -223,11 +244,11 @@ impl Rank<'_> {
             *time = self.round(gpu, &graph, batch)?;
         }
         self.buffer.check()?;
-        Ok(self.tell(operation, moved, &mut times, Some(self.workload.moe.multiprocessors))?)
+        Ok(times)
     }
 
     /// Microseconds of one of `batch` launches.
-    fn round(&self, gpu: &OnGpu, graph: &Graph, batch: usize) -> Result<f64> {
+    pub(super) fn round(&self, gpu: &OnGpu, graph: &Graph, batch: usize) -> Result<f64> {
         self.communicator.barrier()?;
         gpu.events[0].record(&gpu.queue)?;
         for _ in 0..batch {

@@ -9,6 +9,7 @@ use super::{Arguments, Place};
 use crate::Failure;
 
 mod gpu;
+mod gpu_low_latency;
 mod rank;
 mod tokens;
 
@@ -112,7 +113,8 @@ impl Moe {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub(crate) struct OnMoe {
     /// `dispatch`, `dispatch_fp8`, `dispatch_cached`, `combine`, `low_latency_dispatch_fp8`, `low_latency_combine`; on GPUs also `layout`,
-    /// `dispatch_fp8_cached`, `dispatch_eager`, where the host waits for the number of rows, and `combine_copied`, of results outside of the pool.
+    /// `dispatch_fp8_cached`, `dispatch_eager`, where the host waits for the number of rows, `combine_copied`, of results outside of the pool, and
+    /// low-latency calls in halves: `…_send` and `…_receive`.
     pub(crate) operation: String,
     /// Of each rank.
     pub(crate) tokens: u64,

@@ -99,6 +99,13 @@ pub(super) fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
     })
 }
 
+/// What a low-latency dispatch brought, on the host.
+pub(super) struct LowLatencyRows {
+    pub(super) x: Tensor,
+    pub(super) scales: Option<Tensor>,
+    pub(super) counts: Tensor,
+}
+
 /// What one operation moved.
 pub(super) struct Moved {
     /// Rows that came here, and that left for other ranks.
@@ -226,41 +233,56 @@ impl<'a> Rank<'a> {
     }
 
     fn low_latency(&mut self) -> Result<()> {
-        let (rank, ranks, dtype) =
-            (self.communicator.rank(), self.communicator.world_size(), self.tokens.dtype);
-        let (top_k, hidden, mine) = (self.tokens.top_k, self.tokens.hidden, self.selections[rank].clone());
+        let (rank, dtype) = (self.communicator.rank(), self.tokens.dtype);
+        let (top_k, mine) = (self.tokens.top_k, self.selections[rank].clone());
         let x = Elements::new(dtype, &self.x);
         let call = || LowLatencyDispatch::new(x.input(), &mine, top_k).cast(ScaleKind::F32);
         let sent = self.buffer.low_latency_dispatch(&call())?;
-        let (rows, wrong_rows) = self.check_blocks(&sent)?;
-        let bytes_of_row = hidden + hidden.div_ceil(128) * 4;
-        let left = (0..ranks).filter(|to| *to != rank).map(|to| self.goes(rank, to)).sum();
-        let moved = Moved {
-            rows: (rows, left),
-            row_bytes: (bytes_of_row + 16, bytes_of_row + top_k * 8),
-            wrong: wrong_rows,
-        };
+        let LowLatencyDispatched { x: rows, scales, counts, handle, .. } = sent;
+        let block = rows.shape()[1];
+        let moved = self.moved_in_low_latency(&LowLatencyRows { x: rows, scales, counts })?;
         self.measure("low_latency_dispatch_fp8", &moved, |buffer| {
             buffer.low_latency_dispatch(&call()).map(drop)
         })?;
-        // Each expert gives back the token of a row.
-        let row = hidden * dtype.size();
-        let block = sent.x.shape()[1];
-        let mut results = vec![0; sent.counts.len() * block * row];
-        for (expert, origins) in self.block_origins().into_iter().enumerate() {
+        let results = self.given_back(block);
+        let (results, weights) = (Elements::new(dtype, &results), self.tokens.weights());
+        let call = || LowLatencyCombine::new(results.input(), &mine, &weights, &handle);
+        let combined = self.buffer.low_latency_combine(&call())?;
+        let moved = self.summed_in_low_latency(&combined.x, &weights)?;
+        self.measure("low_latency_combine", &moved, |buffer| buffer.low_latency_combine(&call()).map(drop))
+    }
+
+    /// What a low-latency dispatch moved, of tensors on the host.
+    pub(super) fn moved_in_low_latency(&self, sent: &LowLatencyRows) -> Result<Moved> {
+        let (rank, ranks) = (self.communicator.rank(), self.communicator.world_size());
+        let (rows, wrong) = self.check_blocks(sent)?;
+        let row = self.tokens.hidden + self.tokens.hidden.div_ceil(128) * 4;
+        let left = (0..ranks).filter(|to| *to != rank).map(|to| self.goes(rank, to)).sum();
+        Ok(Moved { rows: (rows, left), row_bytes: (row + 16, row + self.tokens.top_k * 8), wrong })
+    }
+
+    /// Results in blocks of `block` rows: each expert gives back the token of a row.
+    pub(super) fn given_back(&self, block: usize) -> Vec<u8> {
+        let row = self.tokens.hidden * self.tokens.dtype.size();
+        let blocks = self.block_origins();
+        let mut results = vec![0; blocks.len() * block * row];
+        for (expert, origins) in blocks.into_iter().enumerate() {
             for (at, (source, token)) in origins.into_iter().enumerate() {
                 results[(expert * block + at) * row..][..row]
                     .copy_from_slice(&self.tokens.row(source, token));
             }
         }
-        let (results, weights) = (Elements::new(dtype, &results), self.tokens.weights());
-        let call = || LowLatencyCombine::new(results.input(), &mine, &weights, &sent.handle);
-        let combined = self.buffer.low_latency_combine(&call())?;
-        let expected = self.weighted(&weights);
+        results
+    }
+
+    /// What a low-latency combine moved, which gave `combined` on the host.
+    pub(super) fn summed_in_low_latency(&self, combined: &Tensor, weights: &[f32]) -> Result<Moved> {
+        let (rank, ranks, dtype) =
+            (self.communicator.rank(), self.communicator.world_size(), self.tokens.dtype);
+        let row = self.tokens.hidden * dtype.size();
         let back = (0..ranks).filter(|from| *from != rank).map(|from| self.goes(from, rank)).sum();
-        let wrong = wrong(&bytes(&combined.x)?, &expected, dtype.size());
-        let moved = Moved { rows: (self.tokens.count * top_k, back), row_bytes: (row, row), wrong };
-        self.measure("low_latency_combine", &moved, |buffer| buffer.low_latency_combine(&call()).map(drop))
+        let wrong = wrong(&bytes(combined)?, &self.weighted(weights), dtype.size());
+        Ok(Moved { rows: (self.tokens.count * self.tokens.top_k, back), row_bytes: (row, row), wrong })
     }
 
     /// What comes of our tokens when each expert gives back what it got.
@@ -288,7 +310,7 @@ impl<'a> Rank<'a> {
     }
 
     /// Rows that came, and wrong elements of them.
-    fn check_blocks(&self, sent: &LowLatencyDispatched) -> Result<(usize, u64)> {
+    fn check_blocks(&self, sent: &LowLatencyRows) -> Result<(usize, u64)> {
         let (hidden, block) = (self.tokens.hidden, sent.x.shape()[1]);
         let (got, mut rows, mut wrong_elements) = (bytes(&sent.x)?, 0, 0);
         let counts = sent.counts.as_slice::<i32>()?;
