@@ -1,9 +1,9 @@
-//! Expert parallelism on GPUs when ranks are killed or stopped: as on the host, in throughput mode. Without a GPU each test says so and passes.
+//! Expert parallelism on GPUs when ranks are killed or stopped: as on the host, in both modes. Without a GPU each test says so and passes.
 
 use std::time::Duration;
 
 use unisono::cuda::{Device, DeviceBuffer, Stream as CudaStream};
-use unisono::ep::{Buffer, Combine, Dispatch, Settings};
+use unisono::ep::{Buffer, Combine, Dispatch, LowLatencyCombine, LowLatencyDispatch, Settings};
 use unisono::half::bf16;
 use unisono::{Buf, Result, Stream};
 
@@ -13,6 +13,8 @@ use super::parts::{Part, expect, setting};
 
 const HIDDEN: usize = 64;
 const TOKENS: usize = 600;
+/// The same in a low-latency call.
+const FEW: usize = 48;
 
 /// Row 3: survivors leave lost ranks out, alike, and go on in the same context.
 pub(crate) fn lost_ranks_are_masked_and_the_others_go_on() {
@@ -37,6 +39,7 @@ struct Tools {
     selections: DeviceBuffer,
     /// As many as may come.
     ones: DeviceBuffer,
+    weights: DeviceBuffer,
 }
 
 /// The part `gpu experts`: steps, every result checked, until one that all survivors agree on after the input has ended.
@@ -59,11 +62,14 @@ pub(crate) fn play(part: &Part) -> Result<()> {
         tokens: [values(1.0, TOKENS), values(2.0, TOKENS)],
         selections: upload(selections),
         ones: values(1.0, TOKENS * ranks),
+        weights: upload(1f32.to_le_bytes().repeat(FEW * ranks)),
         device: device.clone(),
     };
     let settings = Settings {
         masking: setting("FAULTS_MASKING").unwrap_or(false),
         deadline: Duration::from_secs(20),
+        low_latency: true,
+        capacity: FEW,
         ..Settings::new(HIDDEN, ranks)
     };
     let mut buffer = Buffer::new(&communicator, settings)?;
@@ -96,5 +102,36 @@ fn step(buffer: &mut Buffer, tools: &Tools, (ranks, wants_to_end): (usize, bool)
     let expected = bf16::from_f32(left(buffer) as f32);
     let wrong = combined.as_slice::<bf16>()?.iter().find(|sum| **sum != expected);
     expect(wrong.is_none(), || format!("{wrong:?} for {expected}"));
+    few_tokens(buffer, tools, ranks)?;
     Ok(ends)
+}
+
+/// The same in low-latency mode, where a rank that is lost meanwhile is in all of a call or in nothing of it, for each survivor.
+fn few_tokens(buffer: &mut Buffer, tools: &Tools, ranks: usize) -> Result<()> {
+    let (ordinal, stream) = (tools.device.ordinal(), &tools.stream);
+    let bf16s = |buffer: &DeviceBuffer, rows: usize| {
+        // SAFETY: all of it lives as long as the stream.
+        unsafe { Buf::<bf16>::cuda(buffer.address(), rows * HIDDEN, ordinal) }
+    };
+    // SAFETY: as above.
+    let (topk_idx, weights) = unsafe {
+        let topk_idx = Buf::<i64>::cuda(tools.selections.address(), FEW * ranks, ordinal);
+        (topk_idx, Buf::<f32>::cuda(tools.weights.address(), FEW * ranks, ordinal))
+    };
+    let x = bf16s(&tools.ones, FEW);
+    let sent = buffer.low_latency_dispatch(&LowLatencyDispatch::new(x, topk_idx, ranks).on(stream))?;
+    let counts = sent.counts.to_host(stream)?;
+    buffer.check()?;
+    let left = |buffer: &Buffer| ranks - buffer.masked().len();
+    expect(counts.as_slice::<i32>()? == [(FEW * left(buffer)) as i32], || {
+        format!("{counts:?} rows without {:?}", buffer.masked())
+    });
+    let ones = bf16s(&tools.ones, FEW * ranks);
+    let call = LowLatencyCombine::new(ones, topk_idx, weights, &sent.handle).on(stream);
+    let combined = buffer.low_latency_combine(&call)?.x.to_host(stream)?;
+    buffer.check()?;
+    let expected = bf16::from_f32(left(buffer) as f32);
+    let wrong = combined.as_slice::<bf16>()?.iter().find(|sum| **sum != expected);
+    expect(wrong.is_none(), || format!("{wrong:?} for {expected}"));
+    Ok(())
 }
