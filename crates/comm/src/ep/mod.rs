@@ -452,7 +452,7 @@ impl Buffer {
         }
         #[cfg(feature = "cuda")]
         if self.place != Place::Host {
-            let reason = format!("{call} of an ep::Buffer works on the host in this release");
+            let reason = format!("{call} of an ep::Buffer on GPUs was given a call of one on the host");
             return Err(Error::Device { rank: self.rank, reason });
         }
         let needs = ("all ranks have exchanged", "is only constructed");
