@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Tests and measures on a machine with GPUs, from a bundle that `cargo xtask gpu-bundle` made; no Rust is needed there.
 #
-#   gpu_run.sh [prepare] [correct] [python] [sanitizer] [kill] [hang] [bench] [tune] [kernels]
+#   gpu_run.sh [prepare] [correct] [python] [sanitizer] [kill] [hang] [bench] [tune] [kernels] [experts]
 #
-# Without arguments all parts but the last two (the last compiles kernels and needs no GPU), within LIMIT_S seconds (480). Results go to $OUT, or to ./out, with all that was said in logs.tgz,
+# Without arguments all parts but the last three (tune, kernels, which compiles them and needs no GPU, and experts, which is all of expert parallelism), within LIMIT_S seconds (480). Results go to $OUT, or to ./out, with all that was said in logs.tgz,
 # and the ends of it to the terminal. The last table has the exit code of every step; the script fails if one is not 0.
 # UNISONO_TEST_SCALE makes random tests and kills longer. NCCL is measured without NVLink's multicast, unless NCCL_NVLS_ENABLE
 # says otherwise.
@@ -20,9 +20,9 @@ parts=("$@")
 [ ${#parts[@]} -gt 0 ] || parts=(prepare correct python kill hang bench sanitizer)
 for part in "${parts[@]}"; do
     case $part in
-        prepare | correct | python | sanitizer | kill | hang | bench | tune | kernels) ;;
+        prepare | correct | python | sanitizer | kill | hang | bench | tune | kernels | experts) ;;
         *)
-            echo "expected prepare, correct, python, sanitizer, kill, hang, bench, tune or kernels, got: $part" >&2
+            echo "expected prepare, correct, python, sanitizer, kill, hang, bench, tune, kernels or experts, got: $part" >&2
             exit 2
             ;;
     esac
@@ -105,7 +105,7 @@ nvidia-smi topo -m >"$logs/topology.txt" 2>&1
 # Kernels that tests and benchmarks need, on all processors at once; otherwise each would compile its own when it comes to them.
 part_prepare() {
     step prepare 120 ./unisono kernels build --quiet --all --ranks 3
-    step prepare-worlds 120 ./unisono kernels build --quiet --ranks "1,2,5,$count"
+    step prepare-worlds 120 ./unisono kernels build --quiet --ranks "1,2,5,8,$count"
     step prepare-host 120 ./unisono kernels build --quiet --ranks "2,$count" --link host
 }
 
@@ -153,6 +153,7 @@ part_kernels() {
 
 part_kill() {
     run_modules faults_processes kill 200 gpu_kill
+    run_modules faults_processes kill 150 gpu_experts
 }
 
 # A call that hangs, told of from outside as `unisono why` does.
@@ -204,6 +205,24 @@ part_tune() {
     TAIL=120 step tune 360 ./unisono tune "$out/gpus.tune" --device cuda "--json=$out/tune.json"
     TAIL=40 step tuned 60 env "UNISONO_TUNE_FILE=$out/gpus.tune" ./unisono bench $operations --device cuda -n "$count" \
         --sizes 8KiB,256KiB,1MiB,8MiB,64MiB --time 50ms
+}
+
+# Tests, kills and figures of expert parallelism, each of which another part has, too, or (the figures) nobody else.
+part_experts() {
+    run_modules gpu experts 200 expert_
+    run_modules gpu experts 200 low_latency
+    run_modules faults_processes experts 150 gpu_experts
+    bench_moe 12 12
+    bench_moe 16 16
+    TAIL=40 step moe-low-latency 120 ./unisono bench moe --device cuda -n "$((count < 2 ? 2 : count))" --tokens 1,8,128 --hidden 7168 \
+        --top-k 8 --experts 288 --time 200ms "--json=$out/moe-low-latency.json"
+}
+
+bench_moe() { # NAME MULTIPROCESSORS
+    local tokens=128,4096
+    [ "$count" -ge 2 ] || tokens=128,1024
+    TAIL=40 step "moe-$1" 150 ./unisono bench moe --device cuda -n "$((count < 2 ? 2 : count))" --tokens "$tokens" --hidden 7168 --top-k 8 \
+        --experts 256 --multiprocessors "$2" --time 200ms "--json=$out/moe-$1.json"
 }
 
 for part in "${parts[@]}"; do

@@ -21,6 +21,7 @@ const UNSAFE_FILES: &[&str] = &[
     // Describes its own buffers to the library, as a binding does; opens NCCL, and calls it.
     "crates/cli/src/bench/gpu.rs",
     "crates/cli/src/bench/gpu/rows.rs",
+    "crates/cli/src/bench/moe/gpu.rs",
     "crates/cli/src/bench/nccl.rs",
     "crates/cli/src/bench/rank.rs",
     // Signals as a descriptor.
@@ -64,6 +65,7 @@ const UNSAFE_FILES: &[&str] = &[
     // Kernels of a buffer are launched with addresses that were checked; its page of reports is registered.
     "crates/comm/src/ep/gpu/combine.rs",
     "crates/comm/src/ep/gpu/layout.rs",
+    "crates/comm/src/ep/gpu/low_latency.rs",
     "crates/comm/src/ep/gpu/making.rs",
     "crates/comm/src/ep/gpu/mod.rs",
     "crates/comm/src/ep/gpu/throughput.rs",
@@ -110,6 +112,7 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/tests/faults/forks.rs",
     // Device buffers, and a kernel that goes where it must not.
     "crates/comm/tests/faults/gpu.rs",
+    "crates/comm/tests/faults/gpu_experts.rs",
     "crates/comm/tests/faults/gpu_hangs.rs",
     "crates/comm/tests/faults/gpu_matrix.rs",
     "crates/comm/tests/faults/gpu_seats.rs",
@@ -127,11 +130,14 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/tests/gpu/derive.rs",
     "crates/comm/tests/gpu/engine.rs",
     "crates/comm/tests/gpu/quantised.rs",
+    "crates/comm/tests/gpu/expert_life.rs",
     "crates/comm/tests/gpu/expert_parallel.rs",
+    "crates/comm/tests/gpu/expert_tools.rs",
     "crates/comm/tests/gpu/fused.rs",
     "crates/comm/tests/gpu/group.rs",
     "crates/comm/tests/gpu/life.rs",
     "crates/comm/tests/gpu/lines.rs",
+    "crates/comm/tests/gpu/low_latency.rs",
     "crates/comm/tests/gpu/message_ends.rs",
     "crates/comm/tests/gpu/messages.rs",
     "crates/comm/tests/gpu/pinned.rs",

@@ -33,10 +33,10 @@ fn kernels_are_built_once_and_listed() {
     let table = text(&first.stdout);
     assert_eq!(
         table.lines().filter(|line| line.starts_with("sm_90    device     2  ")).count(),
-        10,
+        12,
         "{table}"
     );
-    assert!(table.contains("\n10 sets: 10 compiled in "), "{table}");
+    assert!(table.contains("\n12 sets: 12 compiled in "), "{table}");
     let second: Value = serde_json::from_slice(&build("--json").stdout).unwrap();
     let sets = second["sets"].as_array().unwrap();
     let purposes: Vec<&str> = sets.iter().map(|set| set["purpose"].as_str().unwrap()).collect();
@@ -52,7 +52,9 @@ fn kernels_are_built_once_and_listed() {
             "bf16 sum",
             "f32 sum, parts",
             "f16 sum, parts",
-            "bf16 sum, parts"
+            "bf16 sum, parts",
+            "expert parallel",
+            "low latency"
         ]
     );
     let packs = folder.path().join("packs");
@@ -71,7 +73,7 @@ fn kernels_are_built_once_and_listed() {
     let listed: Value = serde_json::from_slice(&kernels(folder.path(), &["list", "--json"]).stdout).unwrap();
     assert_eq!(
         (listed["entries"].as_u64(), listed["compilers"][0]["entries"].as_u64()),
-        (Some(10), Some(10))
+        (Some(12), Some(12))
     );
 }
 

@@ -51,16 +51,27 @@ struct LayoutArgs {
 
 static_assert(sizeof(LayoutArgs) == LAYOUT_ARGS_BYTES, "the host lays arguments out differently");
 
-// The ranks of a token, by bits.
-__device__ __forceinline__ u32 ranks_of_token(const LayoutArgs& args, u32 token) {
+// The ranks of a token, by bits. Counts selections of the first experts.
+__device__ __forceinline__ u32 ranks_of_token(const LayoutArgs& args, u32 token, u32* selected) {
+  // So many loads are under way at once.
+  constexpr u32 TOGETHER = 8;
   u32 ranks = 0;
-  for (u32 k = 0; k < args.top_k; k++) {
+  for (u32 k = 0; k < args.top_k; k += TOGETHER) {
     const u64 at = u64(token) * args.top_k + k;
-    const i64 selection = args.selections[at];
-    if (u64(selection) < args.number) {
-      ranks |= 1u << rank_of(args.experts[selection]);
-    } else if (selection != -1) {
-      store_word(args.complaint, (at + 1) << 32 | u32(selection));
+    i64 selections[TOGETHER];
+    u32 experts[TOGETHER];
+#pragma unroll
+    for (u32 j = 0; j < TOGETHER; j++) selections[j] = k + j < args.top_k ? args.selections[at + j] : -1;
+#pragma unroll
+    for (u32 j = 0; j < TOGETHER; j++) experts[j] = u64(selections[j]) < args.number ? args.experts[selections[j]] : ~0u;
+#pragma unroll
+    for (u32 j = 0; j < TOGETHER; j++) {
+      if (experts[j] != ~0u) {
+        ranks |= 1u << rank_of(experts[j]);
+        if (selections[j] < EXPERTS_AT_ONCE) atomicAdd(&selected[selections[j]], 1u);
+      } else if (selections[j] != -1) {
+        store_word(args.complaint, (at + j + 1) << 32 | u32(selections[j]));
+      }
     }
   }
   return ranks;
@@ -72,10 +83,11 @@ extern "C" __global__ void __launch_bounds__(LAYOUT_THREADS) ep_layout(const __g
   const u32 first = blockIdx.x * args.portion;
   const u32 end = first + args.portion < args.tokens ? first + args.portion : args.tokens;
   if (threadIdx.x < RANKS) running[threadIdx.x] = 0;
+  for (u32 i = threadIdx.x; i < EXPERTS_AT_ONCE && i < args.number; i += LAYOUT_THREADS) selected[i] = 0;
   __syncthreads();
   for (u32 base = first; base < end; base += LAYOUT_THREADS) {
     const u32 token = base + threadIdx.x;
-    const u32 ranks = token < end ? ranks_of_token(args, token) : 0;
+    const u32 ranks = token < end ? ranks_of_token(args, token, selected) : 0;
     u32 before[RANKS];
 #pragma unroll
     for (u32 r = 0; r < RANKS; r++) {
@@ -105,16 +117,18 @@ extern "C" __global__ void __launch_bounds__(LAYOUT_THREADS) ep_layout(const __g
     __syncthreads();
   }
   if (threadIdx.x < RANKS) args.portion_counts[blockIdx.x * RANKS + threadIdx.x] = running[threadIdx.x];
-  // Selections of each expert, as many experts at once as there is room for.
+  // Selections of each expert, as many experts at once as there is room for: the first ones are counted.
   for (u32 base = 0; base < args.number; base += EXPERTS_AT_ONCE) {
     const u32 some = args.number - base < EXPERTS_AT_ONCE ? args.number - base : EXPERTS_AT_ONCE;
-    for (u32 i = threadIdx.x; i < some; i += LAYOUT_THREADS) selected[i] = 0;
-    __syncthreads();
-    for (u64 i = u64(first) * args.top_k + threadIdx.x; i < u64(end) * args.top_k; i += LAYOUT_THREADS) {
-      const u64 expert = u64(args.selections[i]) - base;
-      if (expert < some) atomicAdd(&selected[expert], 1u);
+    if (base > 0) {
+      for (u32 i = threadIdx.x; i < some; i += LAYOUT_THREADS) selected[i] = 0;
+      __syncthreads();
+      for (u64 i = u64(first) * args.top_k + threadIdx.x; i < u64(end) * args.top_k; i += LAYOUT_THREADS) {
+        const u64 expert = u64(args.selections[i]) - base;
+        if (expert < some) atomicAdd(&selected[expert], 1u);
+      }
+      __syncthreads();
     }
-    __syncthreads();
     for (u32 i = threadIdx.x; i < some; i += LAYOUT_THREADS) {
       args.portion_selections[u64(blockIdx.x) * args.number + base + i] = selected[i];
     }
@@ -183,14 +197,13 @@ __device__ __forceinline__ u64 counts_at(const CountsArgs& args, u32 epoch, u32 
 }
 
 __device__ void tell_counts(const CountsArgs& args, const Entry& entry) {
-  for (u32 peer = 0; peer < RANKS; peer++) {
-    if (peer == args.rank || is_masked(args, peer)) continue;
-    u8* to = args.arenas[peer] + counts_at(args, entry.epoch, args.rank);
-    const u32 packets = count_packets(args, peer);
-    for (u32 i = threadIdx.x; i < packets; i += COUNTS_THREADS) {
-      const u32 words[3] = {count_for(args, peer, 3 * i), count_for(args, peer, 3 * i + 1), count_for(args, peer, 3 * i + 2)};
-      put_packet(to + i * PACKET_BYTES, words, entry.epoch);
-    }
+  // All peers at once: as many packets of each as the one with most experts gets.
+  const u32 most = args.counts_stride / PACKET_BYTES;
+  for (u32 at = threadIdx.x; at < RANKS * most; at += COUNTS_THREADS) {
+    const u32 peer = at / most, i = at % most;
+    if (peer == args.rank || i >= count_packets(args, peer) || is_masked(args, peer)) continue;
+    const u32 words[3] = {count_for(args, peer, 3 * i), count_for(args, peer, 3 * i + 1), count_for(args, peer, 3 * i + 2)};
+    put_packet(args.arenas[peer] + counts_at(args, entry.epoch, args.rank) + i * PACKET_BYTES, words, entry.epoch);
   }
 }
 
@@ -248,13 +261,12 @@ extern "C" __global__ void __launch_bounds__(COUNTS_THREADS) ep_counts(const __g
     if (rank == me) args.starts[source + 1] = sum;
   }
   if (threadIdx.x == 0) args.starts[0] = 0;
-  if (threadIdx.x < RANKS) {
+  for (u32 i = threadIdx.x; i < args.portions * RANKS; i += COUNTS_THREADS) {
+    const u32 portion = i / RANKS, rank = i % RANKS;
     u32 base = 0;
-    for (u32 s = 0; s < me; s++) base += counts[s][threadIdx.x];
-    for (u32 p = 0; p < args.portions; p++) {
-      args.bases[p * RANKS + threadIdx.x] = base;
-      base += args.portion_counts[p * RANKS + threadIdx.x];
-    }
+    for (u32 s = 0; s < me; s++) base += counts[s][rank];
+    for (u32 p = 0; p < portion; p++) base += args.portion_counts[p * RANKS + rank];
+    args.bases[i] = base;
   }
   if (args.told != nullptr) {
     for (u32 i = threadIdx.x; i < experts; i += COUNTS_THREADS) store_word(args.told + 2 + i, load_own_word(args.selections + i));

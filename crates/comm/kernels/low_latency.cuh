@@ -41,6 +41,8 @@ struct Progress {
   u64 sent;                  // calls
   u64 received;
   u64 heard_ns[MAX_RANKS];   // when something of a rank came that was waited for
+  u32 left_out;              // ranks that had no part in the latest call that was received, by bits
+  u32 reserved;
 };
 
 static_assert(sizeof(Progress) == PROGRESS_BYTES, "the host makes another one");
@@ -144,19 +146,15 @@ __device__ __forceinline__ u32 warps_of_grid() { return blockDim.x / WARP * grid
 struct Turn {
   Entry entry;
   u64 sent, received;  // the numbers of the calls that it sends and receives
-  u32 left_out;        // ranks, when it began
+  u32 left_out;        // ranks, before this kernel
 };
 
 // Every thread of every block calls this first. If the entry is poisoned, the block leaves.
 __device__ __forceinline__ void take_turn(const LowLatency& ll, Turn* turn) {
-  if (threadIdx.x < WARP) {
-    const u32 lane = threadIdx.x;
-    const u32 masked = __ballot_sync(ALL_LANES, lane < RANKS && is_masked(ll.buffer, lane));
-    if (lane == 0) {
-      turn->sent = load_word(&ll.progress->sent) + 1;
-      turn->received = load_word(&ll.progress->received) + 1;
-      turn->left_out = masked;
-    }
+  if (threadIdx.x == 0) {
+    turn->sent = load_word(&ll.progress->sent) + 1;
+    turn->received = load_word(&ll.progress->received) + 1;
+    turn->left_out = load_own_word(&ll.progress->left_out);
   }
   Entry entry = begin(ll.buffer);
   entry.epoch = u32(ll.phases & SENDS ? turn->sent : turn->received);
@@ -256,12 +254,22 @@ __device__ __forceinline__ Came await_word(const LowLatency& ll, const Turn& tur
   return came;
 }
 
-// All lanes of a warp, before it stores anything of the call: until every rank has read the call before the last one, which used the same
-// half.
+// All threads of a block, before it stores anything of the call: until every rank has read the call before the last one, which used the
+// same half. `present` are those that have. False if one must leave.
 __device__ __forceinline__ bool await_credits(const LowLatency& ll, const Turn& turn, u32* present) {
-  const u64 due = turn.sent < 2 ? 0 : turn.sent - 2;
-  // SYNC: what lay in a half was read before the credit that counts its call.
-  return await_ranks(ll, turn, ALL_RANKS & ~turn.left_out, [&](u32 rank) { return credit_of(ll, ll.buffer.rank, rank); }, due, present);
+  __shared__ u32 ranks;
+  bool goes_on = true;
+  if (threadIdx.x < WARP) {
+    const u64 due = turn.sent < 2 ? 0 : turn.sent - 2;
+    // SYNC: what lay in a half was read before the credit that counts its call.
+    auto at = [&](u32 rank) { return credit_of(ll, ll.buffer.rank, rank); };
+    u32 there;
+    goes_on = await_ranks(ll, turn, ALL_RANKS & ~turn.left_out, at, due, &there);
+    if (threadIdx.x == 0) ranks = there;
+  }
+  goes_on = __syncthreads_and(goes_on);
+  *present = ranks;
+  return goes_on;
 }
 
 // Choices. ------------------------------------------------------------------------------------------------------------------------
@@ -397,29 +405,34 @@ __device__ __noinline__ void refuse_call(const LowLatency& ll, const Turn& turn,
   store_own_word(&ll.buffer.state->poison, 1);
 }
 
+// What the ranks told of a call.
 struct Heads {
-  u32 present;  // ranks, by bits
-  u32 tokens;   // lane r: of rank r
-  u32 most;     // of all ranks
+  u32 present;        // ranks, by bits
+  u32 most;           // tokens of a rank
+  u32 tokens[RANKS];  // none of those that are not there
 };
 
-// All lanes of a warp: what every rank but `left_out` told of call `number`. False if one must leave.
+// All threads of a block: what every rank but `left_out` told of call `number`, in memory that they share. False if one must leave.
 __device__ __forceinline__ bool await_heads(const LowLatency& ll, const Turn& turn, u64 number, u32 left_out, Heads* heads) {
   const u32 lane = lane_of_warp(), me = ll.buffer.rank;
-  // SYNC: counts and words of a head are visible before its number.
-  auto at = [&](u32 rank) { return head_of(ll, me, number, rank); };
-  if (!await_ranks(ll, turn, ALL_RANKS & ~left_out, at, number, &heads->present)) return false;
-  heads->tokens = 0;
-  bool differs = false;
-  if (heads->present >> lane & 1) {
-    const u64* head = at(lane);
-    const u64 tokens = load_word(head + 1);
-    heads->tokens = tokens < ll.capacity ? u32(tokens) : ll.capacity;
-    for (u32 i = 0; i < COMPARED / 2; i++) differs |= load_word(head + 2 + i) != ll.buffer.header[i];
-    if (differs) refuse_call(ll, turn, lane, head + 2);
+  bool goes_on = true;
+  if (threadIdx.x < WARP) {
+    // SYNC: counts and words of a head are visible before its number.
+    auto at = [&](u32 rank) { return head_of(ll, me, number, rank); };
+    u32 present, tokens = 0;
+    goes_on = await_ranks(ll, turn, ALL_RANKS & ~left_out, at, number, &present);
+    if (goes_on && (present >> lane & 1)) {
+      const u64* head = at(lane);
+      const u64 told = load_word(head + 1);
+      tokens = told < ll.capacity ? u32(told) : ll.capacity;
+      for (u32 i = 0; i < COMPARED / 2; i++) goes_on &= load_word(head + 2 + i) == ll.buffer.header[i];
+      if (!goes_on) refuse_call(ll, turn, lane, head + 2);
+    }
+    const u32 most = __reduce_max_sync(ALL_LANES, tokens);
+    if (lane < RANKS) heads->tokens[lane] = tokens;
+    if (lane == 0) heads->present = present, heads->most = most;
   }
-  heads->most = __reduce_max_sync(ALL_LANES, heads->tokens);
-  return __all_sync(ALL_LANES, !differs);
+  return __syncthreads_and(goes_on);
 }
 
 // Rows. ---------------------------------------------------------------------------------------------------------------------------
@@ -455,7 +468,7 @@ struct Slice {
   }
   __device__ __forceinline__ void put(u8* at) const {
 #pragma unroll
-    for (u32 i = 0; i < WORDS; i += 4) store_line(at + i * 4, line(i));
+    for (u32 i = 0; i < WORDS; i += 4) reinterpret_cast<uint4*>(at)[i / 4] = line(i);
   }
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -557,7 +570,10 @@ __device__ __forceinline__ bool close(const LowLatency& ll, const Turn& turn, Sh
   if (threadIdx.x == 0) {
     store_own_word(&words_of(ll.buffer)->finished, 0);
     if (ll.phases & SENDS) store_word(&progress->sent, turn.sent);
-    if (ll.phases & RECEIVES) store_word(&progress->received, turn.received);
+    if (ll.phases & RECEIVES) {
+      store_word(&progress->received, turn.received);
+      store_own_word(&progress->left_out, share->left_out);
+    }
   }
   return false;
 }

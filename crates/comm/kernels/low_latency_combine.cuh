@@ -65,7 +65,7 @@ __device__ __forceinline__ void send_sum(const LowLatency& ll, const Turn& turn,
       } else {
         f32 scale;
         const u64 codes = cast_slice(sums[q], ll.cast, &scale);
-        if (at < ll.hidden) store_word(reinterpret_cast<u64*>(to + at), codes);
+        if (at < ll.hidden) *reinterpret_cast<u64*>(to + at) = codes;
         if (at < ll.hidden && at % GROUP == 0) {
           scales_in(ll, source, turn.sent, me, token)[at / GROUP] = __float_as_uint(scale);
         }
@@ -79,24 +79,26 @@ template <int DTYPE>
 __device__ __forceinline__ bool send_results(const LowLatency& ll, const Turn& turn) {
   const u32 me = ll.buffer.rank;
   u32 present;
-  if (!__syncthreads_and(await_credits(ll, turn, &present))) return false;
+  if (!await_credits(ll, turn, &present)) return false;
   // 1. Heads, by the first blocks, and choices with their weights.
   for (u32 rank = blockIdx.x; rank < RANKS; rank += gridDim.x) {
     if (present >> rank & 1) tell_head<false>(ll, turn, rank);
   }
+  bool goes_on = true;
   for (u32 token = warp_of_grid(); token < ll.tokens; token += warps_of_grid()) {
     const Choices choices = choices_of(ll, token);
-    if (!are_possible(ll, turn, token, choices)) return false;
+    goes_on = are_possible(ll, turn, token, choices);
+    if (!goes_on) break;
     const u32 lane = lane_of_warp();
     const f32 weight = lane < ll.top_k ? ll.weights[u64(token) * ll.top_k + lane] : 0;
     tell_choices(ll, turn, token, choices, __float_as_uint(weight), present);
   }
   // 2. Sums for the tokens of all ranks.
-  Heads heads;
-  if (!await_heads(ll, turn, turn.sent, turn.left_out, &heads)) return false;
+  __shared__ Heads heads;
+  if (!__syncthreads_and(goes_on) || !await_heads(ll, turn, turn.sent, turn.left_out, &heads)) return false;
   for (Walk walk(warp_of_grid(), warps_of_grid(), heads.most, RANKS * ll.pieces); walk.goes_on(); walk.next()) {
     const u32 token = walk.outer, source = peer_behind(me, walk.inner % RANKS), piece = walk.inner / RANKS;
-    if (token >= __shfl_sync(ALL_LANES, heads.tokens, source)) continue;
+    if (token >= heads.tokens[source]) continue;
     Asked asked;
     if (await_choices(ll, turn, turn.sent, source, token, &asked) == MUST_LEAVE) return false;
     if (!asked.is_any) continue;

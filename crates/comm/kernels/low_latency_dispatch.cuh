@@ -76,7 +76,7 @@ __device__ __forceinline__ void send_piece(const LowLatency& ll, const Turn& tur
       for (u32 q = 0; q < STEPS_AT_ONCE; q++) {
         const u32 at = first + q * STEP;
         if (at >= ll.hidden) continue;
-        store_word(reinterpret_cast<u64*>(to + at), codes[q]);
+        *reinterpret_cast<u64*>(to + at) = codes[q];
         if (at % GROUP == 0) to_scales[at / GROUP] = __float_as_uint(scales[q]);
       }
     });
@@ -87,7 +87,7 @@ __device__ __forceinline__ void send_piece(const LowLatency& ll, const Turn& tur
 template <int DTYPE>
 __device__ __forceinline__ bool send_tokens(const LowLatency& ll, const Turn& turn) {
   u32 present;
-  if (!__syncthreads_and(await_credits(ll, turn, &present))) return false;
+  if (!await_credits(ll, turn, &present)) return false;
   // 1. Heads, by the first blocks; the rest begins behind them.
   for (u32 rank = blockIdx.x; rank < RANKS; rank += gridDim.x) {
     if (present >> rank & 1) tell_head<true>(ll, turn, rank);
@@ -183,19 +183,19 @@ __device__ __forceinline__ void place_piece(const LowLatency& ll, u64 number, u3
   });
 }
 
-// All lanes of a warp. False if one must leave.
+// All threads of a block. False from those that must leave.
 template <int DTYPE>
 __device__ __forceinline__ bool receive_tokens(const LowLatency& ll, const Turn& turn, const Share& share) {
   const u32 lane = lane_of_warp(), me = ll.buffer.rank, rows = block_rows(ll);
   const u64 number = turn.received;
-  Heads heads;
+  __shared__ Heads heads;
   if (!await_heads(ll, turn, number, share.left_out, &heads)) return false;
   for (u32 expert = share.first * WARP; expert < ll.experts_of[me]; expert += share.step * WARP) {
     write_ranges(ll, number, heads.present, expert + lane);
   }
   for (Walk walk(share.first, share.step, heads.most, RANKS * ll.pieces); walk.goes_on(); walk.next()) {
     const u32 token = walk.outer, source = peer_behind(me, walk.inner % RANKS), piece = walk.inner / RANKS;
-    if (token >= __shfl_sync(ALL_LANES, heads.tokens, source)) continue;
+    if (token >= heads.tokens[source]) continue;
     Asked asked;
     Came came = await_choices(ll, turn, number, source, token, &asked);
     if (came == MUST_LEAVE) return false;

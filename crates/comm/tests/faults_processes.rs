@@ -179,8 +179,16 @@ const fn tests_on_gpus() -> [Test; 0] {
 }
 
 #[cfg(feature = "cuda")]
-fn tests_on_gpus() -> [Test; 14] {
+fn tests_on_gpus() -> [Test; 16] {
     [
+        (
+            "gpu_experts::lost_ranks_are_masked_and_the_others_go_on",
+            faults::gpu_experts::lost_ranks_are_masked_and_the_others_go_on,
+        ),
+        (
+            "gpu_experts::a_killed_rank_is_named_without_masking",
+            faults::gpu_experts::a_killed_rank_is_named_without_masking,
+        ),
         (
             "gpu_kill::survivors_leave_their_kernels_and_go_on",
             faults::gpu::survivors_leave_their_kernels_and_go_on,

@@ -15,8 +15,14 @@ mod derive;
 mod engine;
 #[path = "ep/cases.rs"]
 mod ep;
+#[path = "gpu/expert_cases.rs"]
+mod expert_cases;
+#[path = "gpu/expert_life.rs"]
+mod expert_life;
 #[path = "gpu/expert_parallel.rs"]
 mod expert_parallel;
+#[path = "gpu/expert_tools.rs"]
+mod expert_tools;
 #[path = "gpu/fused.rs"]
 mod fused;
 #[path = "gpu/group.rs"]

@@ -195,6 +195,19 @@ pub fn drop_released() {
     drop(released);
 }
 
+/// The same of what is a `T`: where that takes nothing from the driver, it may be done at any time.
+pub fn drop_released_of<T: Any>() {
+    let mut released = RELEASED.lock().unwrap_or_else(PoisonError::into_inner);
+    if released.is_empty() {
+        return;
+    }
+    let (ours, others): (Vec<Kept>, _) =
+        std::mem::take(&mut *released).into_iter().partition(|kept| (**kept).is::<T>());
+    *released = others;
+    drop(released);
+    drop(ours);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -210,5 +223,16 @@ mod tests {
             drop_released();
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
+        // One type goes without the others.
+        let (word, byte): (Kept, Kept) = (Arc::new(7u16), Arc::new(7u8));
+        for kept in [&word, &byte] {
+            let held: *mut Kept = Box::into_raw(Box::new(kept.clone()));
+            // SAFETY: as above.
+            unsafe { release(held.cast()) };
+        }
+        drop_released_of::<u16>();
+        assert_eq!(Arc::strong_count(&word), 1);
+        drop_released_of::<u8>();
+        assert_eq!(Arc::strong_count(&byte), 1);
     }
 }

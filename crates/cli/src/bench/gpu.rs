@@ -108,6 +108,33 @@ fn measure(workload: &Workload) -> Result<()> {
     Ok(rank.communicator.destroy()?)
 }
 
+/// What the GPUs of all ranks are, and the hash of the sources of the kernels that are measured. Collective.
+pub(super) fn facts(
+    communicator: &Communicator,
+    device: &Device,
+    workload: &Workload,
+    kernels: String,
+) -> Result<Gpus> {
+    let ranks = communicator.world_size();
+    let mut mine = [0u8; NAME_BYTES];
+    mine.iter_mut().zip(device.facts().name.bytes()).for_each(|(to, from)| *to = from);
+    let mut names = vec![0u8; NAME_BYTES * ranks];
+    communicator.all_gather_into(&mine[..], &mut names[..])?;
+    let name = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end_matches('\0').to_owned();
+    let version = cuda::driver::version()?;
+    let explained = communicator.observer().explain().gpus.ok_or("the ranks have no GPU")?;
+    Ok(Gpus {
+        devices: names.chunks(NAME_BYTES).take(workload.devices).map(name).collect(),
+        ranks,
+        link: explained.link.name().to_owned(),
+        forms_from: explained.table_from(),
+        multiprocessors: explained.multiprocessors,
+        driver_cuda: format!("{}.{}", version.0, version.1),
+        kernels,
+        nccl: None,
+    })
+}
+
 /// With the kernels of rows of `dtype`.
 fn prepare_rows(builder: Builder, dtype: DType) -> Builder {
     match dtype {
@@ -217,28 +244,13 @@ impl Rank<'_> {
     }
 
     fn gpus(&self) -> Result<Gpus> {
-        let ranks = self.communicator.world_size();
-        let mut mine = [0u8; NAME_BYTES];
-        mine.iter_mut().zip(self.device.facts().name.bytes()).for_each(|(to, from)| *to = from);
-        let mut names = vec![0u8; NAME_BYTES * ranks];
-        self.communicator.all_gather_into(&mine[..], &mut names[..])?;
-        let name = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end_matches('\0').to_owned();
-        let version = cuda::driver::version()?;
-        let explained = self.communicator.observer().explain().gpus.ok_or("the ranks have no GPU")?;
-        Ok(Gpus {
-            devices: names.chunks(NAME_BYTES).take(self.workload.devices).map(name).collect(),
-            ranks,
-            link: explained.link.name().to_owned(),
-            forms_from: explained.table_from(),
-            multiprocessors: explained.multiprocessors,
-            driver_cuda: format!("{}.{}", version.0, version.1),
-            kernels: gpu::kernels::sources_hash(),
-            nccl: self.nccl.as_ref().map(|nccl| NcclFacts {
-                version: nccl.library().version().to_owned(),
-                path: nccl.library().path().display().to_string(),
-                may_use_nvls: std::env::var("NCCL_NVLS_ENABLE").as_deref() != Ok("0"),
-            }),
-        })
+        let nccl = self.nccl.as_ref().map(|nccl| NcclFacts {
+            version: nccl.library().version().to_owned(),
+            path: nccl.library().path().display().to_string(),
+            may_use_nvls: std::env::var("NCCL_NVLS_ENABLE").as_deref() != Ok("0"),
+        });
+        let facts = facts(&self.communicator, &self.device, self.workload, gpu::kernels::sources_hash())?;
+        Ok(Gpus { nccl, ..facts })
     }
 
     fn measure(&self, operation: Operation, bytes: usize) -> Result<OnGpu> {

@@ -231,8 +231,8 @@ pub(crate) fn execute(arguments: &Arguments, common: &Common) -> Result<u8, Fail
     let workload = Workload::new(arguments)?;
     if arguments.as_rank {
         let run = match workload.place {
+            _ if workload.has_moe() => moe::run,
             Place::Cuda => gpu::run,
-            Place::Host if workload.has_moe() => moe::run,
             Place::Host => rank::run,
         };
         return run(&workload).map(|()| 0).map_err(Failure::new);

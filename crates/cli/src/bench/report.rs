@@ -141,15 +141,13 @@ impl<'a> Report<'a> {
     pub(super) fn conclude(&self, is_complete: bool) -> u8 {
         self.bar.finish_and_clear();
         let wrong = match self.workload.place {
-            Place::Host => {
-                let sizes = self.results.iter().filter(|measured| measured.wrong > 0).count();
-                sizes + self.moe_results.iter().filter(|measured| measured.wrong > 0).count()
-            }
+            Place::Host => self.results.iter().filter(|measured| measured.wrong > 0).count(),
             Place::Cuda => {
                 let sizes = self.gpu_results.iter().filter(|measured| measured.is_wrong()).count();
                 sizes + self.row_results.iter().filter(|measured| measured.wrong > 0).count()
             }
         };
+        let wrong = wrong + self.moe_results.iter().filter(|measured| measured.wrong > 0).count();
         if is_complete {
             let of_hosts = self.results.len() + self.moe_results.len();
             let sizes = of_hosts + self.gpu_results.len() + self.row_results.len();
@@ -166,7 +164,7 @@ impl<'a> Report<'a> {
             Place::Host => "plain",
         };
         let results = match self.workload.place {
-            Place::Host if !self.moe_results.is_empty() => Results::Moe(self.moe_results),
+            _ if !self.moe_results.is_empty() => Results::Moe(self.moe_results),
             Place::Host => Results::Host(self.results),
             Place::Cuda if !self.row_results.is_empty() => Results::Rows(self.row_results),
             Place::Cuda => Results::Gpu(self.gpu_results),

@@ -14,6 +14,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use unisono::cuda::packs::Packer;
 use unisono::cuda::{Architecture, Cache, Compiler, Device, Source, driver};
+use unisono::ep::kernels;
 use unisono::gpu::kernels::{Purpose, architecture, source};
 use unisono::gpu::{ArenaLayout, Link, MAX_RANKS};
 
@@ -62,7 +63,15 @@ struct Set {
     architecture: Architecture,
     way: Way,
     ranks: usize,
-    purpose: Purpose,
+    of: Of,
+}
+
+/// What calls kernels.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Of {
+    Collectives(Purpose),
+    /// A source of expert parallelism, by its number.
+    Experts(usize),
 }
 
 #[derive(Serialize)]
@@ -144,8 +153,11 @@ fn sets(
     for architecture in architectures {
         for way in &ways {
             for ranks in &ranks {
-                let set = |purpose| Set { architecture, way: *way, ranks: *ranks, purpose };
-                sets.extend(purposes.iter().copied().map(set));
+                let set = |of| Set { architecture, way: *way, ranks: *ranks, of };
+                sets.extend(purposes.iter().map(|purpose| set(Of::Collectives(*purpose))));
+                // Buffers need GPUs that reach each other.
+                let experts = if *way == Way::Device { kernels::sources(*ranks).len() } else { 0 };
+                sets.extend((0..experts).map(|at| set(Of::Experts(at))));
             }
         }
     }
@@ -158,7 +170,16 @@ fn build(set: &Set, compiler: &Compiler, cache: &Cache) -> unisono::cuda::Result
         Way::Device => (Link::Device, "device"),
         Way::Host => (Link::Host, "host"),
     };
-    let source = source(&ArenaLayout::new(set.ranks, link), set.purpose);
+    let (source, purpose) = match set.of {
+        Of::Collectives(purpose) => {
+            (source(&ArenaLayout::new(set.ranks, link), purpose), purpose.to_string())
+        }
+        Of::Experts(at) => {
+            let source = kernels::sources(set.ranks).swap_remove(at);
+            let name = source.name.trim_end_matches(".cu").replace('_', " ");
+            (source, name)
+        }
+    };
     let start = Instant::now();
     let (cubin, compiled_ms) = match cache.find(&source, set.architecture, Some(compiler.version())) {
         Some(cubin) => (cubin, None),
@@ -172,7 +193,7 @@ fn build(set: &Set, compiler: &Compiler, cache: &Cache) -> unisono::cuda::Result
         architecture: set.architecture.to_string(),
         link: name,
         ranks: set.ranks,
-        purpose: set.purpose.to_string(),
+        purpose,
         kernels: 0,
         registers: 0,
         stack_bytes: 0,
@@ -289,10 +310,11 @@ mod tests {
 
     #[test]
     fn every_set_is_built_once() {
-        let usual = Purpose::USUAL.len();
-        assert_eq!(count("build"), 8 * usual);
-        assert_eq!(count("build --arch sm_90,sm_80,90 --ranks 2,4,2 --link host,device"), 2 * 2 * 2 * usual);
-        assert_eq!(count("build --all --ranks 16"), Purpose::all().len());
+        let (usual, experts) = (Purpose::USUAL.len(), kernels::sources(1).len());
+        assert_eq!(count("build"), 8 * (usual + experts));
+        let both = count("build --arch sm_90,sm_80,90 --ranks 2,4,2 --link host,device");
+        assert_eq!(both, 2 * 2 * (2 * usual + experts));
+        assert_eq!(count("build --all --ranks 16"), Purpose::all().len() + experts);
         for wrong in ["build --ranks 17", "build --ranks 0", "build --arch sm_x", "build --link net"] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }

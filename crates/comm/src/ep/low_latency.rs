@@ -12,7 +12,8 @@ use super::Buffer;
 use super::arena::{Arena, Lane, Round};
 use super::arguments::{Rows, Tokens, indices};
 #[cfg(feature = "cuda")]
-use super::gpu::{DeviceOrigins, Inputs, OnGpu, Phases, SentOnGpu};
+use super::gpu::{Inputs, OnGpu, Phases, SentOnGpu};
+use super::low_latency_handle::{HostOrigins, LowLatencyHandle, Origins, Places};
 use super::tensor::{Input, Tensor, bytes_of, bytes_of_mut};
 use super::words::{CallWords, Operation};
 use crate::buffer::Buf;
@@ -69,86 +70,6 @@ pub struct LowLatencyDispatched {
     pub waited: Tensor,
     /// For combine.
     pub handle: LowLatencyHandle,
-}
-
-/// Where the rows of a low-latency dispatch came from. Clones are the same.
-#[derive(Clone, Debug)]
-pub struct LowLatencyHandle(pub(super) Arc<Origins>);
-
-/// What a handle holds.
-#[derive(Debug)]
-pub(super) struct Origins {
-    pub(super) call: u64,
-    pub(super) top_k: usize,
-    /// Tokens that this rank sent.
-    pub(super) tokens: usize,
-    pub(super) places: Places,
-}
-
-/// Where it holds the rows.
-#[derive(Debug)]
-pub(super) enum Places {
-    Host(HostOrigins),
-    #[cfg(feature = "cuda")]
-    Device(DeviceOrigins),
-}
-
-/// Rows on the host.
-#[derive(Debug)]
-pub(super) struct HostOrigins {
-    /// Rows of a block.
-    pub(super) rows: usize,
-    /// `[L, rows]`: the token's index at its source.
-    pub(super) source_tokens: Vec<i32>,
-    /// `[L, ranks]`: where the rows of a source begin, and how many they are.
-    pub(super) ranges: Vec<(u32, u32)>,
-}
-
-impl Origins {
-    /// Those of a buffer on the host.
-    pub(super) const fn on_host(&self) -> Option<&HostOrigins> {
-        match &self.places {
-            Places::Host(origins) => Some(origins),
-            #[cfg(feature = "cuda")]
-            Places::Device(_) => None,
-        }
-    }
-
-    /// Those of a buffer on a GPU.
-    #[cfg(feature = "cuda")]
-    pub(super) const fn on_device(&self) -> Option<&DeviceOrigins> {
-        match &self.places {
-            Places::Host(_) => None,
-            Places::Device(origins) => Some(origins),
-        }
-    }
-}
-
-impl LowLatencyHandle {
-    /// i32 `[L, M]`: the index of each row's token at its source; only those of rows that came have a meaning.
-    pub fn source_tokens(&self) -> Tensor {
-        match &self.0.places {
-            Places::Host(HostOrigins { source_tokens, rows, .. }) => {
-                Tensor::of(source_tokens, &[source_tokens.len() / rows, *rows])
-            }
-            #[cfg(feature = "cuda")]
-            Places::Device(origins) => origins.source_tokens(),
-        }
-    }
-
-    /// i64 `[L, ranks]`: the rows of each source within the block of an expert, as first << 32 | number.
-    pub fn layout_range(&self) -> Tensor {
-        match &self.0.places {
-            Places::Host(HostOrigins { source_tokens, rows, ranges }) => {
-                let experts = source_tokens.len() / rows;
-                let pack = |range: &(u32, u32)| i64::from(range.0) << 32 | i64::from(range.1);
-                let ranges: Vec<i64> = ranges.iter().map(pack).collect();
-                Tensor::of(&ranges, &[experts, ranges.len() / experts.max(1)])
-            }
-            #[cfg(feature = "cuda")]
-            Places::Device(origins) => origins.layout_range(),
-        }
-    }
 }
 
 /// A low-latency dispatch that was sent and not yet received: [`Buffer::receive_dispatch`] takes it.
@@ -431,8 +352,10 @@ impl Buffer {
         (phases, stream): (Phases, Option<&Stream>),
     ) -> Result<(SentOnGpu, Option<LowLatencyDispatched>)> {
         let (gpu, stream) = self.on_gpu(words.operation.name(), stream)?;
-        let (sent, arrived) = gpu.low_latency_dispatch(words, inputs, (phases, stream))?;
-        self.calls = self.calls.max(words.number);
+        let put = gpu.low_latency_dispatch(words, inputs, (phases, stream));
+        let has_sent = gpu.has_sent();
+        self.count_call(words, has_sent);
+        let (sent, arrived) = self.remember_failures(put)?;
         let (call, top_k, tokens) = (words.number, words.top_k, words.tokens);
         let dispatched = arrived.map(|arrived| LowLatencyDispatched {
             x: arrived.x,
@@ -447,6 +370,11 @@ impl Buffer {
             })),
         });
         Ok((sent, dispatched))
+    }
+
+    /// Counts a call that peers know of, or will: with its first half.
+    pub(super) fn count_call(&mut self, words: &CallWords, has_sent: bool) {
+        self.calls += u64::from(has_sent && words.number > self.calls);
     }
 
     /// Refuses to receive at once what is sent, while other calls were sent and not received.

@@ -11,7 +11,8 @@ use super::Buffer;
 use super::arena::{Arena, Gathered, Lane, Round};
 #[cfg(feature = "cuda")]
 use super::gpu::{DeviceOrigins, Inputs, Phases, SentOnGpu};
-use super::low_latency::{HostOrigins, LowLatencyHandle, Sent};
+use super::low_latency::Sent;
+use super::low_latency_handle::{HostOrigins, LowLatencyHandle};
 use super::tensor::{Input, Lent, Tensor, bytes_of, bytes_of_mut};
 use super::words::{CallWords, Operation};
 use crate::buffer::Buf;
@@ -370,8 +371,10 @@ impl Buffer {
         (phases, stream): (Phases, Option<&Stream>),
     ) -> Result<(SentOnGpu, Option<LowLatencyCombined>)> {
         let (gpu, stream) = self.on_gpu(words.operation.name(), stream)?;
-        let (sent, combined) = gpu.low_latency_combine(words, (inputs, origins), (phases, stream))?;
-        self.calls = self.calls.max(words.number);
+        let put = gpu.low_latency_combine(words, (inputs, origins), (phases, stream));
+        let has_sent = gpu.has_sent();
+        self.count_call(words, has_sent);
+        let (sent, combined) = self.remember_failures(put)?;
         Ok((sent, combined.map(|(x, waited)| LowLatencyCombined { x, waited })))
     }
 }

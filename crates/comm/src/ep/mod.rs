@@ -69,6 +69,7 @@ mod incoming;
 mod known_layout;
 mod low_latency;
 mod low_latency_combine;
+mod low_latency_handle;
 mod settings;
 mod tensor;
 mod throughput;
@@ -94,8 +95,9 @@ use crate::stream::Stream;
 use arena::Arena;
 pub use arguments::{RowScales, Tokens};
 pub use handle::Handle;
-pub use low_latency::{LowLatencyDispatch, LowLatencyDispatched, LowLatencyHandle, SentDispatch};
+pub use low_latency::{LowLatencyDispatch, LowLatencyDispatched, SentDispatch};
 pub use low_latency_combine::{LowLatencyCombine, LowLatencyCombined, SentCombine};
+pub use low_latency_handle::LowLatencyHandle;
 pub use settings::Settings;
 pub use tensor::{Input, Tensor};
 pub use throughput::{CachedDispatch, Dispatch, Dispatched};
@@ -446,7 +448,7 @@ impl Buffer {
         }
         let state = self.wrong_state(call, "all ranks have exchanged", "is only constructed");
         let Some(gpu) = &mut self.gpu else { return Err(state) };
-        if let Err(error) = gpu.check(call) {
+        if let Err(error) = gpu.check(&format!("{call} of an ep::Buffer")) {
             self.failed = Some(error.clone());
             return Err(error);
         }
@@ -460,7 +462,7 @@ impl Buffer {
         }
         #[cfg(feature = "cuda")]
         if self.place != Place::Host {
-            let reason = format!("{call} of an ep::Buffer works on the host in this release");
+            let reason = format!("{call} of an ep::Buffer on GPUs was given a call of one on the host");
             return Err(Error::Device { rank: self.rank, reason });
         }
         let needs = ("all ranks have exchanged", "is only constructed");

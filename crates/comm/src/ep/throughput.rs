@@ -265,9 +265,10 @@ impl Buffer {
             worst_tokens: dispatch.worst_tokens,
             multiprocessors: dispatch.multiprocessors,
         };
-        self.calls += 1;
         let gpu = self.available_on_gpu(call)?;
         let moved = gpu.dispatch(words, &outgoing, (routing, &wanted), stream);
+        let has_sent = gpu.has_sent();
+        self.calls += u64::from(has_sent);
         let (came, routes, selected) = self.remember_failures(moved)?;
         let routes = Routes {
             call: words.number,
@@ -321,10 +322,11 @@ impl Buffer {
             (handle.0.on_device(), dispatch.stream.and_then(Stream::as_cuda))
         {
             self.check_address(call, &rows)?;
-            self.calls += 1;
             let gpu = self.available_on_gpu(call)?;
             let moved =
                 gpu.dispatch_cached(&words, &rows.outgoing(), (routes, dispatch.multiprocessors), stream);
+            let has_sent = gpu.has_sent();
+            self.calls += u64::from(has_sent);
             let came = self.remember_failures(moved)?;
             return Ok((came.x, came.scales));
         }

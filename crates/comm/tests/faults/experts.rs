@@ -33,10 +33,18 @@ pub(crate) fn play(part: &Part) -> Result<()> {
     };
     let mut buffer = Buffer::new(&communicator, settings)?;
     buffer.exchange(&communicator)?;
+    run_steps(&mut buffer, |buffer, wants_to_end| step(buffer, &communicator, wants_to_end))
+}
+
+/// Steps until one that ends, and what is said of each.
+pub(super) fn run_steps(
+    buffer: &mut Buffer,
+    mut step: impl FnMut(&mut Buffer, bool) -> Result<bool>,
+) -> Result<()> {
     println!("ready");
     let (asked_to_end, mut said) = (end_of_input(), Vec::new());
     loop {
-        let ends = step(&mut buffer, &communicator, asked_to_end())?;
+        let ends = step(buffer, asked_to_end())?;
         if buffer.masked() != said {
             said = buffer.masked();
             let ranks: Vec<String> = said.iter().map(usize::to_string).collect();
@@ -95,6 +103,11 @@ fn next_step(world: &World, rank: usize, since: u64) -> Option<u64> {
 
 /// Row 3 on the host: one rank, then another, is killed or stopped; the others mask it alike, and go on.
 pub(crate) fn lost_ranks_are_masked_and_the_others_go_on() {
+    lose_ranks("experts");
+}
+
+/// The same of ranks that play `part`.
+pub(super) fn lose_ranks(part: &'static str) {
     let server = server();
     let seed = random::seed();
     println!("seed {seed}");
@@ -103,8 +116,9 @@ pub(crate) fn lost_ranks_are_masked_and_the_others_go_on() {
     for round in 0..3 * scale() {
         let is_stopped = round % 3 == 2;
         let size = 3 + random.below(3usize);
-        let mut world = Setup::new("experts", size, server.unique_id())
+        let mut world = Setup::new(part, size, server.unique_id())
             .with("FAULTS_MASKING", true)
+            .with("FAULTS_INIT_MS", 60_000)
             .with("FAULTS_LIVENESS_MS", 400)
             .start();
         world.wait_until_all_said("ready");
@@ -155,13 +169,18 @@ pub(crate) fn lost_ranks_are_masked_and_the_others_go_on() {
 
 /// Row 3 without masking: every survivor names the killed rank.
 pub(crate) fn a_killed_rank_is_named_without_masking() {
+    kill_one("experts");
+}
+
+/// The same of ranks that play `part`.
+pub(super) fn kill_one(part: &'static str) {
     let server = server();
     let mut random = Random::new(random::seed());
     let mut samples = Vec::new();
     for _ in 0..4 * scale() {
         let size = 2 + random.below(4usize);
         let victim = random.below(size);
-        let mut world = Setup::new("experts", size, server.unique_id()).start();
+        let mut world = Setup::new(part, size, server.unique_id()).with("FAULTS_INIT_MS", 60_000).start();
         world.wait_until_all_said("ready");
         std::thread::sleep(Duration::from_micros(random.below(30_000)));
         let killed = world.kill(victim);

@@ -5,6 +5,8 @@ pub(crate) mod forks;
 #[cfg(feature = "cuda")]
 pub(crate) mod gpu;
 #[cfg(feature = "cuda")]
+pub(crate) mod gpu_experts;
+#[cfg(feature = "cuda")]
 pub(crate) mod gpu_hangs;
 #[cfg(feature = "cuda")]
 pub(crate) mod gpu_matrix;

@@ -72,6 +72,7 @@ impl Part {
             #[cfg(feature = "cuda")]
             "gpu" => super::gpu::calls(self),
             #[cfg(feature = "cuda")]
+            "gpu experts" => super::gpu_experts::play(self),
             "gpu survivor" => super::gpu::survive(self),
             #[cfg(feature = "cuda")]
             "gpu seats" => super::gpu_seats::survive(self),

@@ -12,15 +12,15 @@ use unisono::{Buf, Communicator, Stream};
 
 use crate::ep::case::{Case, settings};
 use crate::ep::low_latency::{Seen, cast, check_combined, check_dispatched, is_quantised, results, tokens};
-use crate::expert_parallel::{Both, Tools, run, uploaded};
+use crate::expert_tools::{Both, Tools, Uploaded, run, uploaded};
 use crate::numbers::{self, Random};
 use crate::world::on_threads;
 
 /// What a rank puts into a case, on its device.
 struct Given {
     x: Both,
-    selections: (DeviceBuffer, Buf<'static, i64>),
-    weights: (DeviceBuffer, Buf<'static, f32>),
+    selections: Uploaded<i64>,
+    weights: Uploaded<f32>,
     results: Both,
 }
 

@@ -8,10 +8,18 @@ use super::workload::Workload;
 use super::{Arguments, Place};
 use crate::Failure;
 
+mod gpu;
+mod gpu_low_latency;
 mod rank;
 mod tokens;
 
-pub(super) use rank::run;
+/// Runs the workload as the rank that the environment says.
+pub(super) fn run(workload: &Workload) -> Result<(), String> {
+    match workload.place {
+        Place::Cuda => gpu::run(workload),
+        Place::Host => rank::run(workload),
+    }
+}
 
 /// Tokens that are measured when none are named.
 const TOKENS: [usize; 2] = [128, 512];
@@ -42,6 +50,9 @@ pub(crate) struct Options {
     /// How tokens choose experts in moe
     #[arg(long, value_name = "DISTRIBUTION", default_value = "uniform")]
     distribution: Distribution,
+    /// Multiprocessors that a call of moe takes on a GPU
+    #[arg(long, value_name = "N", default_value_t = 12)]
+    multiprocessors: u32,
 }
 
 /// What every rank does.
@@ -52,22 +63,19 @@ pub(crate) struct Moe {
     top_k: usize,
     experts: usize,
     distribution: Distribution,
+    multiprocessors: u32,
 }
 
 impl Moe {
     pub(super) fn new(arguments: &Arguments, ranks: usize) -> Self {
-        let Options { top_k, experts, distribution } = arguments.moe;
+        let Options { top_k, experts, distribution, multiprocessors } = arguments.moe;
         let tokens = if arguments.tokens.is_empty() { TOKENS.to_vec() } else { arguments.tokens.clone() };
         let hidden = arguments.hidden.unwrap_or(HIDDEN);
-        Self { tokens, hidden, top_k, experts: experts.unwrap_or(32 * ranks), distribution }
+        Self { tokens, hidden, top_k, experts: experts.unwrap_or(32 * ranks), distribution, multiprocessors }
     }
 
     /// Whether it can be measured: what a buffer refuses is refused before ranks are started.
     pub(super) fn check(&self, workload: &Workload) -> Result<(), Failure> {
-        if workload.place == Place::Cuda {
-            let message = "moe is measured on the host in this release: add --device host";
-            return Err(Failure::new(message));
-        }
         if workload.operations.len() > 1 || workload.against.is_some() {
             return Err(Failure::new("moe is measured by tokens: name no other operation and no --against"));
         }
@@ -104,7 +112,9 @@ impl Moe {
 /// One operation with one number of tokens.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub(crate) struct OnMoe {
-    /// `dispatch`, `dispatch_fp8`, `dispatch_cached`, `combine`, `low_latency_dispatch_fp8`, `low_latency_combine`.
+    /// `dispatch`, `dispatch_fp8`, `dispatch_cached`, `combine`, `low_latency_dispatch_fp8`, `low_latency_combine`; on GPUs also `layout`,
+    /// `dispatch_fp8_cached`, `dispatch_eager`, where the host waits for the number of rows, `combine_copied`, of results outside of the pool, and
+    /// low-latency calls in halves: `…_send` and `…_receive`.
     pub(crate) operation: String,
     /// Of each rank.
     pub(crate) tokens: u64,
@@ -132,8 +142,8 @@ pub(crate) struct OnMoe {
 /// The title, and the names of the columns.
 pub(super) fn heading(title: &str) -> String {
     format!(
-        "{HEADING}{title}{HEADING:#}\n{:>8}  {:<24} {:>9} {:>11} {:>11} {:>11} {:>9}  {}",
-        "tokens", "operation", "rows", "wire bytes", "p50", "p99", "GB/s", "ok"
+        "{HEADING}{title}{HEADING:#}\n{:>8}  {:<24} {:>4} {:>9} {:>11} {:>11} {:>11} {:>9}  {}",
+        "tokens", "operation", "SMs", "rows", "wire bytes", "p50", "p99", "GB/s", "ok"
     )
 }
 
@@ -144,9 +154,10 @@ pub(super) fn row(measured: &OnMoe) -> String {
         wrong => format!("{WRONG}{wrong} WRONG{WRONG:#}"),
     };
     format!(
-        "{:>8}  {:<24} {:>9.0} {:>11} {:>11} {:>11} {:>9}  {ok}",
+        "{:>8}  {:<24} {:>4} {:>9.0} {:>11} {:>11} {:>11} {:>9}  {ok}",
         measured.tokens,
         measured.operation,
+        measured.multiprocessors.map_or_else(|| "-".to_owned(), |count| count.to_string()),
         measured.rows,
         unisono::settings::format_size(measured.wire_bytes as u64),
         time(measured.p50_us),

@@ -36,6 +36,7 @@ impl Moe {
             top_k: self.top_k,
             dtype,
             low_latency: has_low_latency(tokens),
+            multiprocessors: self.multiprocessors,
             ..Settings::new(self.hidden, self.experts)
         }
     }
@@ -53,14 +54,14 @@ pub(crate) fn run(workload: &Workload) -> Result<(), String> {
     measured.map_err(|error| error.to_string())
 }
 
-struct Rank<'a> {
-    workload: &'a Workload,
-    communicator: &'a Communicator,
-    tokens: Tokens,
-    buffer: Buffer,
+pub(super) struct Rank<'a> {
+    pub(super) workload: &'a Workload,
+    pub(super) communicator: &'a Communicator,
+    pub(super) tokens: Tokens,
+    pub(super) buffer: Buffer,
     /// Of every rank.
-    selections: Vec<Vec<i64>>,
-    x: Vec<u8>,
+    pub(super) selections: Vec<Vec<i64>>,
+    pub(super) x: Vec<u8>,
 }
 
 /// Elements of the dtype that is measured.
@@ -89,7 +90,7 @@ impl Elements {
 }
 
 /// The bytes of a tensor.
-fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
+pub(super) fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
     Ok(match tensor.dtype() {
         DType::F32 => tensor.as_slice::<f32>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
         DType::F16 => tensor.as_slice::<f16>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
@@ -98,19 +99,34 @@ fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
     })
 }
 
+/// What a low-latency dispatch brought, on the host.
+pub(super) struct LowLatencyRows {
+    pub(super) x: Tensor,
+    pub(super) scales: Option<Tensor>,
+    pub(super) counts: Tensor,
+}
+
 /// What one operation moved.
-struct Moved {
+pub(super) struct Moved {
     /// Rows that came here, and that left for other ranks.
-    rows: (usize, usize),
+    pub(super) rows: (usize, usize),
     /// Bytes of one, as they are counted and as they travel.
-    row_bytes: (usize, usize),
-    wrong: u64,
+    pub(super) row_bytes: (usize, usize),
+    pub(super) wrong: u64,
 }
 
 impl<'a> Rank<'a> {
     fn new(workload: &'a Workload, communicator: &'a Communicator, count: usize) -> Result<Self> {
+        Self::with(workload, communicator, (count, workload.moe.settings(count, workload.dtype)))
+    }
+
+    pub(super) fn with(
+        workload: &'a Workload,
+        communicator: &'a Communicator,
+        (count, settings): (usize, Settings),
+    ) -> Result<Self> {
         let tokens = Tokens::new(&workload.moe, count, workload.dtype);
-        let mut buffer = Buffer::new(communicator, workload.moe.settings(count, workload.dtype))?;
+        let mut buffer = Buffer::new(communicator, settings)?;
         buffer.exchange(communicator)?;
         let selections = (0..communicator.world_size()).map(|rank| tokens.selections(rank)).collect();
         let x = tokens.rows(communicator.rank());
@@ -149,14 +165,7 @@ impl<'a> Rank<'a> {
             buffer.dispatch_cached(&CachedDispatch::new(x.input(), &sent.handle)).map(drop)
         })?;
         let combined = self.buffer.combine(&Combine::new(&sent.x, &sent.handle))?;
-        let mut expected = vec![0; self.x.len()];
-        let mut sum = RowSum::new(self.tokens.hidden);
-        for (token, target) in expected.chunks_mut(row).enumerate() {
-            sum.clear();
-            let times = (0..ranks).filter(|to| self.goes_to(rank, token, *to)).count();
-            (0..times).for_each(|_| sum.add(dtype, &self.x[token * row..][..row]));
-            sum.write(dtype, target);
-        }
+        let expected = self.sums();
         // What came goes back: as many rows leave as came from others.
         let back = origins.iter().filter(|(source, _)| *source != rank).count();
         let rows = (origins.len(), back);
@@ -167,26 +176,55 @@ impl<'a> Rank<'a> {
         })
     }
 
-    /// Rows that are 8 bits already, with scales.
-    fn dispatch_fp8(&mut self, mine: &[i64], origins: &[(usize, usize)], left: usize) -> Result<()> {
-        let (hidden, top_k) = (self.tokens.hidden, self.tokens.top_k);
-        let row = hidden * self.tokens.dtype.size();
+    /// What a combine without weights gives.
+    pub(super) fn sums(&self) -> Vec<u8> {
+        let (rank, ranks, dtype) =
+            (self.communicator.rank(), self.communicator.world_size(), self.tokens.dtype);
+        let row = self.tokens.hidden * dtype.size();
+        let mut expected = vec![0; self.x.len()];
+        let mut sum = RowSum::new(self.tokens.hidden);
+        for (token, target) in expected.chunks_mut(row).enumerate() {
+            sum.clear();
+            let times = (0..ranks).filter(|to| self.goes_to(rank, token, *to)).count();
+            (0..times).for_each(|_| sum.add(dtype, &self.x[token * row..][..row]));
+            sum.write(dtype, target);
+        }
+        expected
+    }
+
+    /// Our tokens in 8 bits, and their scales.
+    pub(super) fn in_fp8(&self) -> (Vec<u8>, Vec<f32>) {
+        let row = self.tokens.hidden * self.tokens.dtype.size();
         let (mut codes, mut scales) = (Vec::new(), Vec::new());
         for token in self.x.chunks(row) {
             let (of_token, its_scales) = self.tokens.cast(token);
-            codes.extend(of_token.into_iter().map(f8e4m3));
+            codes.extend(of_token);
             scales.extend(its_scales);
         }
-        let per_token = hidden.div_ceil(128);
-        let call =
-            || Dispatch::new(Sent::scaled(&codes, RowScales::rows(&scales, per_token))).top_k(mine, top_k);
-        let sent = self.buffer.dispatch(&call())?;
+        (codes, scales)
+    }
+
+    /// What comes of rows in 8 bits: codes, and scales as bytes.
+    pub(super) fn expected_fp8(&self, origins: &[(usize, usize)]) -> (Vec<u8>, Vec<u8>) {
         let (mut expected, mut expected_scales) = (Vec::new(), Vec::new());
         for (source, token) in origins {
             let (codes, scales) = self.tokens.cast(&self.tokens.row(*source, *token));
             expected.extend(codes);
             expected_scales.extend(scales.into_iter().flat_map(f32::to_le_bytes));
         }
+        (expected, expected_scales)
+    }
+
+    /// Rows that are 8 bits already, with scales.
+    fn dispatch_fp8(&mut self, mine: &[i64], origins: &[(usize, usize)], left: usize) -> Result<()> {
+        let (hidden, top_k) = (self.tokens.hidden, self.tokens.top_k);
+        let (codes, scales) = self.in_fp8();
+        let codes: Vec<f8e4m3> = codes.into_iter().map(f8e4m3).collect();
+        let per_token = hidden.div_ceil(128);
+        let call =
+            || Dispatch::new(Sent::scaled(&codes, RowScales::rows(&scales, per_token))).top_k(mine, top_k);
+        let sent = self.buffer.dispatch(&call())?;
+        let (expected, expected_scales) = self.expected_fp8(origins);
         let got_scales = sent.scales.as_ref().map(bytes).transpose()?.unwrap_or_default();
         let wrong = wrong(&bytes(&sent.x)?, &expected, 1) + wrong(&got_scales, &expected_scales, 4);
         let bytes = hidden + per_token * 4;
@@ -195,41 +233,56 @@ impl<'a> Rank<'a> {
     }
 
     fn low_latency(&mut self) -> Result<()> {
-        let (rank, ranks, dtype) =
-            (self.communicator.rank(), self.communicator.world_size(), self.tokens.dtype);
-        let (top_k, hidden, mine) = (self.tokens.top_k, self.tokens.hidden, self.selections[rank].clone());
+        let (rank, dtype) = (self.communicator.rank(), self.tokens.dtype);
+        let (top_k, mine) = (self.tokens.top_k, self.selections[rank].clone());
         let x = Elements::new(dtype, &self.x);
         let call = || LowLatencyDispatch::new(x.input(), &mine, top_k).cast(ScaleKind::F32);
         let sent = self.buffer.low_latency_dispatch(&call())?;
-        let (rows, wrong_rows) = self.check_blocks(&sent)?;
-        let bytes_of_row = hidden + hidden.div_ceil(128) * 4;
-        let left = (0..ranks).filter(|to| *to != rank).map(|to| self.goes(rank, to)).sum();
-        let moved = Moved {
-            rows: (rows, left),
-            row_bytes: (bytes_of_row + 16, bytes_of_row + top_k * 8),
-            wrong: wrong_rows,
-        };
+        let LowLatencyDispatched { x: rows, scales, counts, handle, .. } = sent;
+        let block = rows.shape()[1];
+        let moved = self.moved_in_low_latency(&LowLatencyRows { x: rows, scales, counts })?;
         self.measure("low_latency_dispatch_fp8", &moved, |buffer| {
             buffer.low_latency_dispatch(&call()).map(drop)
         })?;
-        // Each expert gives back the token of a row.
-        let row = hidden * dtype.size();
-        let block = sent.x.shape()[1];
-        let mut results = vec![0; sent.counts.len() * block * row];
-        for (expert, origins) in self.block_origins().into_iter().enumerate() {
+        let results = self.given_back(block);
+        let (results, weights) = (Elements::new(dtype, &results), self.tokens.weights());
+        let call = || LowLatencyCombine::new(results.input(), &mine, &weights, &handle);
+        let combined = self.buffer.low_latency_combine(&call())?;
+        let moved = self.summed_in_low_latency(&combined.x, &weights)?;
+        self.measure("low_latency_combine", &moved, |buffer| buffer.low_latency_combine(&call()).map(drop))
+    }
+
+    /// What a low-latency dispatch moved, of tensors on the host.
+    pub(super) fn moved_in_low_latency(&self, sent: &LowLatencyRows) -> Result<Moved> {
+        let (rank, ranks) = (self.communicator.rank(), self.communicator.world_size());
+        let (rows, wrong) = self.check_blocks(sent)?;
+        let row = self.tokens.hidden + self.tokens.hidden.div_ceil(128) * 4;
+        let left = (0..ranks).filter(|to| *to != rank).map(|to| self.goes(rank, to)).sum();
+        Ok(Moved { rows: (rows, left), row_bytes: (row + 16, row + self.tokens.top_k * 8), wrong })
+    }
+
+    /// Results in blocks of `block` rows: each expert gives back the token of a row.
+    pub(super) fn given_back(&self, block: usize) -> Vec<u8> {
+        let row = self.tokens.hidden * self.tokens.dtype.size();
+        let blocks = self.block_origins();
+        let mut results = vec![0; blocks.len() * block * row];
+        for (expert, origins) in blocks.into_iter().enumerate() {
             for (at, (source, token)) in origins.into_iter().enumerate() {
                 results[(expert * block + at) * row..][..row]
                     .copy_from_slice(&self.tokens.row(source, token));
             }
         }
-        let (results, weights) = (Elements::new(dtype, &results), self.tokens.weights());
-        let call = || LowLatencyCombine::new(results.input(), &mine, &weights, &sent.handle);
-        let combined = self.buffer.low_latency_combine(&call())?;
-        let expected = self.weighted(&weights);
+        results
+    }
+
+    /// What a low-latency combine moved, which gave `combined` on the host.
+    pub(super) fn summed_in_low_latency(&self, combined: &Tensor, weights: &[f32]) -> Result<Moved> {
+        let (rank, ranks, dtype) =
+            (self.communicator.rank(), self.communicator.world_size(), self.tokens.dtype);
+        let row = self.tokens.hidden * dtype.size();
         let back = (0..ranks).filter(|from| *from != rank).map(|from| self.goes(from, rank)).sum();
-        let wrong = wrong(&bytes(&combined.x)?, &expected, dtype.size());
-        let moved = Moved { rows: (self.tokens.count * top_k, back), row_bytes: (row, row), wrong };
-        self.measure("low_latency_combine", &moved, |buffer| buffer.low_latency_combine(&call()).map(drop))
+        let wrong = wrong(&bytes(combined)?, &self.weighted(weights), dtype.size());
+        Ok(Moved { rows: (self.tokens.count * self.tokens.top_k, back), row_bytes: (row, row), wrong })
     }
 
     /// What comes of our tokens when each expert gives back what it got.
@@ -257,7 +310,7 @@ impl<'a> Rank<'a> {
     }
 
     /// Rows that came, and wrong elements of them.
-    fn check_blocks(&self, sent: &LowLatencyDispatched) -> Result<(usize, u64)> {
+    fn check_blocks(&self, sent: &LowLatencyRows) -> Result<(usize, u64)> {
         let (hidden, block) = (self.tokens.hidden, sent.x.shape()[1]);
         let (got, mut rows, mut wrong_elements) = (bytes(&sent.x)?, 0, 0);
         let counts = sent.counts.as_slice::<i32>()?;
@@ -302,14 +355,14 @@ impl<'a> Rank<'a> {
     }
 
     /// The (source, token) of each row that comes to `rank`.
-    fn origins(&self, rank: usize) -> Vec<(usize, usize)> {
+    pub(super) fn origins(&self, rank: usize) -> Vec<(usize, usize)> {
         let all = |source| (0..self.tokens.count).map(move |token| (source, token));
         let ranks = 0..self.communicator.world_size();
         ranks.flat_map(all).filter(|(source, token)| self.goes_to(*source, *token, rank)).collect()
     }
 
     /// Tokens of `from` that go to rank `to`.
-    fn goes(&self, from: usize, to: usize) -> usize {
+    pub(super) fn goes(&self, from: usize, to: usize) -> usize {
         (0..self.tokens.count).filter(|token| self.goes_to(from, *token, to)).count()
     }
 
@@ -339,7 +392,19 @@ impl<'a> Rank<'a> {
         for time in &mut times {
             *time = timed(communicator)?;
         }
-        communicator.all_reduce(&mut times, ReduceOp::Max)?;
+        self.tell(operation, moved, &mut times, None)
+    }
+
+    /// Tells the parent of calls that took so long here, in microseconds.
+    pub(super) fn tell(
+        &self,
+        operation: &str,
+        moved: &Moved,
+        times: &mut [f64],
+        multiprocessors: Option<u32>,
+    ) -> Result<()> {
+        let communicator = self.communicator;
+        communicator.all_reduce(&mut *times, ReduceOp::Max)?;
         times.sort_by(f64::total_cmp);
         let wire = moved.rows.1 * moved.row_bytes.1;
         let mut sums = [moved.rows.0 as f64, wire as f64, moved.wrong as f64];
@@ -362,7 +427,7 @@ impl<'a> Rank<'a> {
             p99_us: times[times.len() * 99 / 100],
             min_us: times[0],
             gbps: rows * moved.row_bytes.0 as f64 / p50_us / 1e3,
-            multiprocessors: None,
+            multiprocessors,
             wrong: sums[2] as u64,
         };
         Line::Moe(measured).tell(communicator.rank());

@@ -123,7 +123,8 @@ mod tests {
     #[test]
     fn tokens_choose_as_they_are_told_and_each_expert_once() {
         let choose = |distribution| {
-            let moe = Moe { tokens: vec![], hidden: 8, top_k: 4, experts: 16, distribution };
+            let moe =
+                Moe { tokens: vec![], hidden: 8, top_k: 4, experts: 16, distribution, multiprocessors: 12 };
             Tokens::new(&moe, 1000, DType::BF16).selections(3)
         };
         for distribution in [Distribution::Uniform, Distribution::Skewed, Distribution::OneHot] {

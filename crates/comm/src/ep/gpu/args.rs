@@ -119,8 +119,8 @@ pub(super) struct AddArgs {
     pub(super) parts: u32,
 }
 
-/// Bytes of what low-latency calls count in memory of the device: calls sent and received, and when each rank was heard.
-pub(super) const PROGRESS_BYTES: usize = 16 + 8 * MAX_RANKS;
+/// Bytes of what low-latency calls count in memory of the device: calls sent and received, when each rank was heard, and who is left out.
+pub(super) const PROGRESS_BYTES: usize = 16 + 8 * MAX_RANKS + 8;
 
 /// A low-latency call, or one half of it. The other side is `kernels/low_latency.cuh`.
 #[derive(Clone, Copy, Debug, Default)]

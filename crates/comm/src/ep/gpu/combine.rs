@@ -77,6 +77,7 @@ impl OnGpu {
         // SAFETY: the kernel takes `CombineArgs`; slabs are ours, what it reaches of peers stays as long as `Core`, and inputs are valid
         // until the stream has passed, as whoever made the call promised.
         unsafe { self.launch(function, stream, grid, args) }?;
+        self.has_sent = true;
         self.conclude((stream, is_captured))?;
         let hidden = results.row_bytes / words.dtype.size();
         let combined = Tensor::on_device(&out, x, words.dtype, &[tokens, hidden]);

@@ -20,9 +20,10 @@ use crate::gpu::kernels::{architecture, room_bytes};
 const THROUGHPUT: (&str, &str) = ("expert_parallel.cu", include_str!("../../../kernels/expert_parallel.cu"));
 const LOW_LATENCY: (&str, &str) = ("low_latency.cu", include_str!("../../../kernels/low_latency.cu"));
 /// Those of low-latency calls alone.
-const LOW_LATENCY_HEADERS: [(&str, &str); 8] = [
+const LOW_LATENCY_HEADERS: [(&str, &str); 9] = [
     ("buffers.cuh", include_str!("../../../kernels/buffers.cuh")),
     ("flow.cuh", include_str!("../../../kernels/flow.cuh")),
+    ("units.cuh", include_str!("../../../kernels/units.cuh")),
     ("one_shot.cuh", include_str!("../../../kernels/one_shot.cuh")),
     ("two_shot.cuh", include_str!("../../../kernels/two_shot.cuh")),
     ("quantised.cuh", include_str!("../../../kernels/quantised.cuh")),

@@ -312,6 +312,7 @@ impl OnGpu {
         // SAFETY: the kernel takes `LowLatencyArgs`; slabs are ours, what it reaches of peers stays as long as `Core`, and inputs are valid
         // until the stream has passed, as whoever made the call promised.
         unsafe { self.launch(function, stream, calls.grid(ranks), args) }?;
+        self.has_sent = true;
         let Some(calls) = &mut self.low_latency else { unreachable!("as above") };
         calls.sent += u64::from(phases.sends());
         calls.received += u64::from(phases.receives());

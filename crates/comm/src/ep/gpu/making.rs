@@ -117,10 +117,12 @@ impl OnGpu {
             masking: shape.masking,
             deadline: shape.deadline,
             has_met: false,
+            has_sent: false,
             policy,
             budget: SpinBudget::new(&policy),
             taken: Taken::default(),
             failed: None,
+            is_quiet: false,
             _blocks: blocks,
             _watch: watch,
         })

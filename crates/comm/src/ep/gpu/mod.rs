@@ -23,6 +23,7 @@ use crate::control::words_in;
 use crate::error::{Error, Result};
 use crate::gpu::budget::Budget;
 use crate::gpu::one_sided::nanoseconds;
+use crate::operations::Operations;
 use crate::symmetric::Symmetric;
 use args::BufferArgs;
 use core::Core;
@@ -79,11 +80,15 @@ pub(super) struct OnGpu {
     masking: bool,
     deadline: Duration,
     has_met: bool,
+    /// Whether the latest call has told its peers of it.
+    has_sent: bool,
     policy: WaitPolicy,
     budget: SpinBudget,
     /// What calls took: dispatches straight into the pool and through staging, combines in place and of copies.
     taken: Taken,
     failed: Option<Error>,
+    /// Whether no kernel of any rank is at work on it any more.
+    is_quiet: bool,
     _blocks: Budget,
     _watch: Watch,
 }
@@ -130,9 +135,16 @@ pub(super) fn check_link(communicator: &Communicator) -> Result<()> {
 }
 
 impl OnGpu {
-    /// Ends it on all ranks. Collective. Outputs that are still held stay valid.
+    /// Ends it on all ranks. Collective. Outputs that are still held stay valid, and keep the memory.
     pub(super) fn close(mut self, communicator: &Communicator) -> Result<()> {
-        self.memory.take().map_or(Ok(()), |memory| memory.close(communicator))
+        let Some(memory) = self.memory.take() else { return Ok(()) };
+        // To free memory may wait for all kernels of this process, and so for one that waits for a rank that frees. So all are quiet before,
+        // and none goes on, which the end of the memory sees to, before all are done.
+        let synchronized = self.core.device.synchronize().map_err(|error| self.refused(error));
+        self.is_quiet = synchronized.is_ok() && communicator.barrier().is_ok();
+        unisono_cuda::capture::drop_released();
+        drop(self);
+        memory.close(communicator)
     }
 
     pub(super) fn ordinal(&self) -> u32 {
@@ -181,7 +193,7 @@ impl OnGpu {
     }
 
     /// Ok, or why no call can be made, or what kernels found since.
-    pub(super) fn check(&mut self, call: &str) -> Result<()> {
+    pub(super) fn check(&mut self, during: &str) -> Result<()> {
         let control = &self.core.control;
         control.check_process()?;
         if let Some(error) = &self.failed {
@@ -190,12 +202,11 @@ impl OnGpu {
         if let Some(error) = self.memory.as_ref().and_then(|memory| control.outdated(memory.id())) {
             return Err(error);
         }
-        let during = format!("{call} of an ep::Buffer");
         if let Some(report) = Report::read(self.words(REPORT)) {
             if let Some(cause) = report.cause(control) {
                 control.fail(&cause);
             }
-            let error = report.into_error(control, &during);
+            let error = report.into_error(control, during);
             self.failed = Some(error.clone());
             return Err(error);
         }
@@ -204,7 +215,7 @@ impl OnGpu {
             Some(crate::cause::Cause::Died { rank, .. }) if self.masking && rank as usize != self.rank => {
                 Ok(())
             }
-            Some(cause) => Err(cause.into_error(&during, control.member())),
+            Some(cause) => Err(cause.into_error(during, control.member())),
         }
     }
 
@@ -239,6 +250,7 @@ impl OnGpu {
 
     /// Brings a call into the order of calls; whether it is captured.
     fn begin(&mut self, call: &'static str, stream: &Stream) -> Result<bool> {
+        self.has_sent = false;
         if stream.device() != &self.core.device {
             return Err(Error::Argument {
                 call,
@@ -273,6 +285,11 @@ impl OnGpu {
             self.order.record(stream).map_err(|error| self.refused(error))?;
         }
         Ok(())
+    }
+
+    /// Whether the latest call counts: peers know of it, or will.
+    pub(super) const fn has_sent(&self) -> bool {
+        self.has_sent
     }
 
     /// The arguments of a round of `words`.
@@ -338,6 +355,9 @@ impl Drop for OnGpu {
     fn drop(&mut self) {
         if self.core.control.check_process().is_err() {
             std::mem::forget((self.memory.take(), self.core.clone()));
+            return;
+        }
+        if self.is_quiet {
             return;
         }
         // Kernels may still be at work: they end in time, and nobody waits for them here. If no thread can be had, the memory stays.

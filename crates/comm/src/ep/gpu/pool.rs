@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use unisono_core::layout::Field;
+use unisono_cuda::capture::drop_released_of;
 use unisono_cuda::{Device, DeviceBuffer, Event, Result, Stream};
 
 use super::core::Core;
@@ -117,6 +118,8 @@ impl Slab {
         who: For,
     ) -> Result<Option<Arc<Self>>> {
         let bytes = bytes.max(1).next_multiple_of(STEP);
+        // What graphs that are gone have kept: to give a slab back takes an event, and frees nothing.
+        drop_released_of::<Self>();
         let mut state = core.pool.state();
         state.recall();
         let at = match state.take_range(bytes) {

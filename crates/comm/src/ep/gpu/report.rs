@@ -15,6 +15,8 @@ pub(super) const REPORT: Field = Field { offset: 0, bytes: 1024 };
 pub(super) const SUSPECTS: Field = Field { offset: 1024, bytes: 16 };
 /// `u32` in a line of its own: ends waits where the communicator's word does not. Written by the host.
 pub(super) const ABORT: Field = Field { offset: 1152, bytes: 8 };
+/// `u32`: who sleeps until a kernel tells something. Nobody wakes them, and they sleep briefly.
+pub(super) const SLEEPERS: Field = Field { offset: 1216, bytes: 8 };
 /// `u64` for each rank: whether kernels left it out.
 pub(super) const MASKED: Field = Field { offset: 1280, bytes: 16 * 8 };
 /// `u64`: rows that came where there was no room for all.

@@ -13,7 +13,7 @@ use super::args::{CountsArgs, DispatchArgs, WaysArgs};
 use super::kernels::{COUNTS_THREADS, DISPATCH_THREADS};
 use super::layout::DeviceRouting;
 use super::pool::{For, Slab};
-use super::report::{ABORT, OVERFLOW, TOLD_AT};
+use super::report::{ABORT, OVERFLOW, SLEEPERS, TOLD_AT};
 use super::{Fields, OnGpu};
 use crate::ep::tensor::Tensor;
 use crate::ep::words::{CallWords, ToldWords};
@@ -285,6 +285,7 @@ impl OnGpu {
         let grid = Grid { blocks: 1, threads: COUNTS_THREADS, shared_bytes: 0, is_early: false };
         // SAFETY: the kernel takes `CountsArgs`; both slabs are ours, and what it reaches of peers stays as long as `Core`.
         unsafe { self.launch(&self.core.kernels.counts, stream, grid, args) }?;
+        self.has_sent = true;
         Ok((slab, counted))
     }
 
@@ -296,7 +297,7 @@ impl OnGpu {
         // SAFETY: the page is as long as that, and both sides write whole words only.
         let told = unsafe { words64(page.add(TOLD_AT), count) };
         // SAFETY: as above; nobody wakes who sleeps here, as kernels do not know of it.
-        let nobody = unsafe { &words32(page.add(ABORT.offset + 4), 1)[0] };
+        let nobody = unsafe { &words32(page.add(SLEEPERS.offset), 1)[0] };
         // SAFETY: as above.
         let own_abort = AbortWord::new(unsafe { &words32(page.add(ABORT.offset), 1)[0] });
         let abort = if self.masking { own_abort } else { core.control.abort() };
@@ -376,6 +377,7 @@ impl OnGpu {
         // SAFETY: the kernel takes `DispatchArgs`; slabs are ours, what it reaches of peers stays as long as `Core`, and inputs are valid
         // until the stream has passed, as whoever made the call promised.
         unsafe { self.launch(&self.core.kernels.dispatch, stream, grid, args) }?;
+        self.has_sent = true;
         match arrival {
             Arrival::Direct => self.taken.direct_dispatches += 1,
             Arrival::Staged => {
