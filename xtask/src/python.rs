@@ -11,11 +11,16 @@ use std::process::Command;
 
 use crate::kernels::{empty, succeed};
 
+/// The tests that do more where torch is, or need it.
+const TORCH_TESTS: [&str; 3] =
+    ["python/tests/test_torch.py", "python/tests/test_examples.py", "python/tests/test_book.py"];
 /// What runs on machines with GPUs, beside the package.
-const GPU_PROGRAMS: [&str; 5] = [
+const GPU_PROGRAMS: [&str; 7] = [
     "python/tests/jobs/gpu.py",
     "python/tests/jobs/torch_collectives.py",
+    "python/tests/jobs/torch_death.py",
     "python/tests/jobs/torch_gpu.py",
+    "examples/train_ddp.py",
     "benches/python_call_cost.py",
     "benches/torch_call_cost.py",
 ];
@@ -36,12 +41,7 @@ pub(crate) fn prepare_torch(root: &Path, version: &str) -> Result<Command, Strin
     wanted.extend(format!("expecttest\ntorch=={version}\n").bytes());
     let python = environment(&place, &wanted)?;
     let mut tests = pytest(root, &python, &wheel)?;
-    let files = fs::read_dir(root.join("python/tests")).map_err(|error| error.to_string())?;
-    let is_of_torch = |path: &PathBuf| {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        name.starts_with("test_torch") && name.ends_with(".py")
-    };
-    tests.args(files.flatten().map(|entry| entry.path()).filter(is_of_torch));
+    tests.args(TORCH_TESTS);
     Ok(tests)
 }
 

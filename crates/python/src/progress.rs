@@ -77,7 +77,8 @@ impl Progress {
                 std::thread::sleep(pause);
             }
             // The interpreter is asked for only where somebody is told. What nobody hears of goes when Python next drops something.
-            let (told, _gone): (Vec<_>, Vec<_>) = over.into_iter().partition(|entry| entry.callback.is_some());
+            let (told, _gone): (Vec<_>, Vec<_>) =
+                over.into_iter().partition(|entry| entry.callback.is_some());
             if !told.is_empty()
                 && Python::try_attach(|py| told.into_iter().for_each(|entry| entry.tell(py))).is_none()
             {

@@ -138,7 +138,7 @@ class AnyWork(Work):
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         if self.source < 0:
-            self.source = self.receive(timeout=timeout or None)
+            self.source = self.receive(**({"timeout": timeout} if timeout else {}))
         return True
 
     def is_completed(self) -> bool:
