@@ -19,10 +19,12 @@ def gpus() -> int:
     return int(subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=True).stdout)
 
 
-def test_tensors_on_gpus(run_job):
+@pytest.mark.parametrize("program", [["gpu"], ["torch_collectives", "cuda"]], ids=["arrays", "backend of torch"])
+def test_tensors_on_gpus(run_job, program):
     if (count := gpus()) < 2:
         pytest.skip("SKIPPED: torch and two GPUs are not here")
-    done = run_job("gpu", min(count, 4))
+    name, *arguments = program
+    done = run_job(name, min(count, 4), *arguments)
     assert done.stdout.count("is done") == min(count, 4), done.stdout + done.stderr
 
 

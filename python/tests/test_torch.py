@@ -58,6 +58,10 @@ def test_the_tests_that_torch_has_for_its_own_backends(played):
     assert list(outcomes.values()).count("passed") > 40
 
 
+def test_groups_of_several_backends(run_job, tmp_path):
+    assert run_job("torch_mixed", 2, str(tmp_path)).stdout.count("done") == 2
+
+
 def meet(path, rank, over, results):
     import unisono.torch  # noqa: F401
 
@@ -87,6 +91,20 @@ def test_processes_of_multiprocessing_meet_in_a_file_and_the_timeout_of_the_grou
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
+
+
+def test_newer_versions_of_torch_find_the_backend_by_themselves():
+    if torch.__version__ < (2, 14):
+        pytest.skip("SKIPPED: torch looks for backends from 2.14 on")
+    program = (
+        "import torch.distributed as dist\n"
+        "dist.init_process_group('unisono', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "dist.barrier()\n"
+        "print(dist.get_backend())\n"
+        "dist.destroy_process_group()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "unisono\n"), done.stderr
 
 
 def test_a_backend_that_is_registered_twice_is_there_once_and_options_are_looked_at():

@@ -141,9 +141,17 @@ part_python() {
         step python-triton 120 python3 -m unisono run -n "$count" -- python3 python/triton_symmetric.py
     fi
     step python-call-cost 90 python3 python/python_call_cost.py --device cuda
-    local ranks=$((count < 2 ? 2 : count))
+    local kind backend ranks=$((count < 2 ? 2 : count))
     step torch-collectives 200 python3 -m unisono run -n "$ranks" -- python3 python/torch_collectives.py cuda
+    for kind in all_reduce async training; do
+        step "torch-death-$kind" 60 bash -c "python3 -m unisono run -n $ranks --grace 20 -- \
+            python3 python/torch_death.py $kind '$logs/died' cuda | tee /dev/stderr | grep -c 'knew after 0' | grep -qx $((ranks - 1))"
+    done
     TAIL=40 step torch-gpu 240 python3 -m torch.distributed.run --nproc-per-node "$ranks" python/torch_gpu.py --json "$out/torch-backend.json"
+    for backend in unisono nccl; do
+        step "train-ddp-$backend" 90 python3 -m torch.distributed.run --nproc-per-node "$ranks" \
+            python/train_ddp.py --device cuda --steps 200 --backend "$backend"
+    done
     step torch-call-cost 60 python3 python/torch_call_cost.py --device cuda
 }
 

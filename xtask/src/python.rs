@@ -14,14 +14,16 @@ use crate::gpu_bundle;
 use crate::kernels::{self, empty, succeed};
 
 /// What runs on machines with GPUs, beside the package.
-const GPU_PROGRAMS: [&str; 9] = [
+const GPU_PROGRAMS: [&str; 11] = [
     "python/tests/jobs/gpu.py",
     "python/tests/jobs/torch_collectives.py",
+    "python/tests/jobs/torch_death.py",
     "python/tests/jobs/torch_gpu.py",
     "python/tests/jobs/deep_ep.py",
     "python/tests/jobs/prebuilt.py",
     "examples/moe_training.py",
     "examples/triton_symmetric.py",
+    "examples/train_ddp.py",
     "benches/python_call_cost.py",
     "benches/torch_call_cost.py",
 ];
@@ -57,7 +59,7 @@ pub(crate) fn prepare_torch(root: &Path, version: &str) -> Result<Command, Strin
     let files = fs::read_dir(root.join("python/tests")).map_err(|error| error.to_string())?;
     let is_of_torch = |path: &PathBuf| {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let starts = ["test_torch", "test_deep_ep", "test_examples", "test_documentation"];
+        let starts = ["test_torch", "test_deep_ep", "test_examples", "test_book", "test_documentation"];
         starts.iter().any(|start| name.starts_with(start)) && name.ends_with(".py")
     };
     tests.args(files.flatten().map(|entry| entry.path()).filter(is_of_torch));

@@ -1,6 +1,6 @@
 //! A thread that takes operations in flight along while the program does something else, and says when they are over.
 //!
-//! It works for operations that have a callback, and leaves the communicator to whoever calls it: it only ever tries for the lock. It looks
+//! It works for operations that `add_done_callback` gave it, and leaves the communicator to whoever calls it: it only ever tries for the lock. It looks
 //! again at once after something went on, else after a pause that grows; a computation beside it is not to be slowed down by one that waits
 //! for peers. While there is nothing to do it sleeps, and after a second it ends, so that nothing has to stop it.
 
@@ -33,15 +33,15 @@ struct Waiting {
     added: Vec<Entry>,
 }
 
-/// An operation, and what is called with it when it is over.
+/// An operation, and what is called with it when it is over, if anything is.
 struct Entry {
     work: Py<Work>,
-    callback: Py<PyAny>,
+    callback: Option<Py<PyAny>>,
 }
 
 impl Progress {
-    /// Has `callback` called with `work` when that is over.
-    pub(crate) fn add(self: &Arc<Self>, work: Py<Work>, callback: Py<PyAny>) {
+    /// Takes `work` along, and has `callback` called with it when it is over.
+    pub(crate) fn add(self: &Arc<Self>, work: Py<Work>, callback: Option<Py<PyAny>>) {
         let mut waiting = self.waiting.lock();
         waiting.added.push(Entry { work, callback });
         if waiting.is_running {
@@ -73,11 +73,15 @@ impl Progress {
             let moved = entries.first().is_some_and(|entry| entry.work.get().advance());
             let over: Vec<Entry> = entries.extract_if(.., |entry| entry.work.get().is_over()).collect();
             pause = if moved || !over.is_empty() { PAUSE } else { LONGEST_PAUSE.min(pause * 2) };
-            if over.is_empty() {
-                if !moved {
-                    std::thread::sleep(pause);
-                }
-            } else if Python::try_attach(|py| over.into_iter().for_each(|entry| entry.tell(py))).is_none() {
+            if over.is_empty() && !moved {
+                std::thread::sleep(pause);
+            }
+            // The interpreter is asked for only where somebody is told. What nobody hears of goes when Python next drops something.
+            let (told, _gone): (Vec<_>, Vec<_>) =
+                over.into_iter().partition(|entry| entry.callback.is_some());
+            if !told.is_empty()
+                && Python::try_attach(|py| told.into_iter().for_each(|entry| entry.tell(py))).is_none()
+            {
                 // The interpreter has ended, and takes what is left with it.
                 std::mem::forget(entries);
                 return;
@@ -88,8 +92,10 @@ impl Progress {
 
 impl Entry {
     fn tell(self, py: Python<'_>) {
-        if let Err(error) = self.callback.call1(py, (&self.work,)) {
-            error.write_unraisable(py, Some(self.callback.bind(py)));
+        if let Some(callback) = &self.callback
+            && let Err(error) = callback.call1(py, (&self.work,))
+        {
+            error.write_unraisable(py, Some(callback.bind(py)));
         }
     }
 }

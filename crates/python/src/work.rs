@@ -159,7 +159,7 @@ impl Work {
     }
 
     /// Has ``callback(work)`` called by another thread once the operation is complete or has failed, which ``wait`` then tells at once. From
-    /// now on that thread takes the operation along while this one does something else.
+    /// now on that thread takes the operation along while this one does something else. With None it does only that.
     ///
     /// What the callback raises goes to ``sys.unraisablehook``.
     ///
@@ -174,7 +174,7 @@ impl Work {
     /// ...     return is_done
     /// >>> unisono.on_threads(2, main)
     /// [True, True]
-    fn add_done_callback(this: &Bound<'_, Self>, callback: Py<PyAny>) -> PyResult<()> {
+    fn add_done_callback(this: &Bound<'_, Self>, callback: Option<Py<PyAny>>) -> PyResult<()> {
         let communicator = this.get().communicator.get();
         if matches!(this.get().state, State::Device(_, None)) {
             let site = communicator.site("add_done_callback", "the work");

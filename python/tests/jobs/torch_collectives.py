@@ -244,6 +244,14 @@ for out, x in zip(outputs, inputs, strict=True):
 wide = torch.zeros(4, 4, device=ON)
 error = refuses(unisono.errors.ArgumentError, dist.all_reduce, wide[:, ::2])
 assert error.rank == me and not wide.any(), vars(error)
+out = torch.zeros(4, 2, device=ON).t()
+refuses(unisono.errors.ArgumentError, dist.reduce_scatter_tensor, out, torch.ones(2 * n, 4, device=ON))
+refuses(unisono.errors.ArgumentError, dist.all_gather_into_tensor, torch.zeros(n, 3, device=ON)[:, :1], torch.ones(1, device=ON))
+assert not out.any()
+refuses(unisono.errors.ArgumentError, dist.reduce_scatter, torch.zeros(3, device=ON), [torch.ones(2, device=ON)] * n)
+if me == 0:
+    wrong = [torch.zeros(1, device=ON), torch.zeros(3, device=ON), *([torch.zeros(2, device=ON)] * (n - 2))]
+    refuses(unisono.errors.ArgumentError, dist.gather, torch.ones(2, device=ON), wrong)
 refuses(unisono.errors.ArgumentError, dist.all_reduce, torch.ones(2, 2, device=ON).to_sparse())
 refuses(ValueError, dist.all_to_all_single, torch.zeros(n, device=ON), torch.ones(n, device=ON), [1] * n, [2] * n)
 

@@ -243,7 +243,7 @@ for name, prepare in (("ddp", with_ddp), ("fsdp2", with_fsdp)):
             assert torch.equal(low, high), (name, backend, "ranks have other weights")
             del step, optimizer, replica, parameters
     if can_nccl:
-        agree([trained["unisono"], trained["nccl"]], name)
+        torch.testing.assert_close(trained["unisono"], trained["nccl"], rtol=1e-3, atol=1e-4)
     figures["step_ms"][name] = {backend: round(statistics.median(took), 3) for backend, took in times.items()}
     say(f"{name} trains alike; the last losses are {losses}")
 

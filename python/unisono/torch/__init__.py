@@ -1,7 +1,7 @@
 """The backend ``"unisono"`` of ``torch.distributed``, for tensors on CPUs and on NVIDIA GPUs. Needs torch 2.11 or later.
 
     import torch.distributed as dist
-    import unisono.torch                        # registers it; from torch 2.15 on not even needed
+    import unisono.torch                        # registers it; torch 2.14 and later find it by themselves
 
     dist.init_process_group("unisono")          # under torchrun, `unisono run`, or with init_method= and so on
 

@@ -1,6 +1,6 @@
 """The backend itself: torch's methods, each as a call of `unisono.Communicator`.
 
-A group has a communicator for memory of the host, made with it, and one for GPUs. What differs between devices is in `submit`; how tensors
+A group has a communicator for memory of the host, made with it, and one for GPUs. What differs between devices is in `start`; how tensors
 become arrays that the library takes is in `_tensors`. Tensors that come in lists go through one array, as the library has no lists.
 
 Over 300 lines because torch has so many methods, some by two names.
@@ -18,7 +18,7 @@ from torch._C import _distributed_c10d as c10d
 
 import unisono
 
-from ._tensors import count, flat, only, parts_of, reduction, spread, writable
+from ._tensors import count, flat, only, parts_of, reduction, refused, spread, writable
 from ._work import AnyWork, HostWork, StreamWork, Work, Works
 
 IS_GROUP = torch.__version__ < (2, 14)
@@ -46,21 +46,29 @@ class Backend(dist.ProcessGroup if IS_GROUP else c10d.Backend):  # type: ignore[
         # What `set_timeout` says; otherwise the communicators know.
         self.manner: dict[str, Any] = {}
         self.sequence = 0
+        self.meetings = 0
         self.names = {"group": "", "description": ""}
         if device is None and torch.cuda.is_initialized():
             device = torch.cuda.current_device()
-        # Whether all ranks know theirs: then messages between two of them need not wait for the others.
-        known = torch.tensor(0 if device is None else 1)
-        self.host.all_reduce(known, "min")
-        if known:
+        # If all ranks know theirs, messages between two of them need not wait for the others.
+        if self.have_all(device is not None):
             try:
                 self.on_gpu = self.connect_gpus(device)
             except unisono.UnisonoError:
                 pass  # The group may be one for the host alone; otherwise the first call on a GPU meets it again.
+            if not self.have_all(self.on_gpu is not None):
+                self.on_gpu = None
+
+    def have_all(self, have: bool) -> bool:
+        """Whether all ranks have what this one has, or not; all of them ask."""
+        all_ = torch.tensor(have)
+        self.host.all_reduce(all_, "min")
+        return bool(all_)
 
     def connect_gpus(self, device: Any) -> unisono.Communicator:
         """Every rank calls it."""
-        store = dist.PrefixStore("gpu", self.store)
+        self.meetings += 1
+        store = dist.PrefixStore(f"gpu/{self.meetings}", self.store)
         return unisono.Communicator.from_store(store, self.rank(), self.size(), device=device, **self.options_given)
 
     # How calls are submitted.
@@ -111,7 +119,11 @@ class Backend(dist.ProcessGroup if IS_GROUP else c10d.Backend):  # type: ignore[
         device = tensors[0].device
         communicator = self.communicator(device)
         if self.batch is not None:
-            return self.batch.add(communicator, self.stream(device), tensors, post, after, staged)
+            try:
+                return self.batch.add(communicator, self.stream(device), tensors, post, after, staged)
+            except BaseException:
+                self.drop_coalesced()
+                raise
         if not is_async:
             post(communicator, **self.manner)
             if after is not None:
@@ -148,7 +160,7 @@ class Backend(dist.ProcessGroup if IS_GROUP else c10d.Backend):  # type: ignore[
         return batch.end()
 
     def drop_coalesced(self) -> None:
-        """Instead of `end_coalescing`, after an error: nothing is posted."""
+        """Instead of ``end_coalescing``, after an error: nothing is posted."""
         batch, self.batch = self.batch, None
         if batch is not None and batch.group is not None:
             batch.group.__exit__(RuntimeError, None, None)
@@ -193,7 +205,7 @@ class Backend(dist.ProcessGroup if IS_GROUP else c10d.Backend):  # type: ignore[
         given = []
         for out, x in zip(outputs, inputs, strict=True):
             x, op = reduction(x.contiguous(), opts.reduceOp)
-            given.append((x, op, reduction(out, opts.reduceOp)[0]))
+            given.append((x, op, reduction(out, opts.reduceOp)[0] if out.is_contiguous() else out))
 
         def post(to: unisono.Communicator, **manner: Any) -> list[Any]:
             return [to.reduce_scatter(x, op, out=out, **manner) for x, op, out in given]
@@ -266,6 +278,8 @@ class Backend(dist.ProcessGroup if IS_GROUP else c10d.Backend):  # type: ignore[
             given = flat(x.contiguous())
             return self.submit(inputs, opts.asyncOp, lambda to, **manner: to.gather(given, root, **manner))
         outputs, gathered = only(output_lists), []
+        if wrong := [out.shape for out in outputs if count(out) != count(x)]:
+            raise refused("gather", root, "outputs", f"{x.numel()} elements in each", f"one of shape {list(wrong[0])}")
 
         def post(to: unisono.Communicator, **manner: Any) -> Any:
             given = flat(x.contiguous())
@@ -296,7 +310,7 @@ class Backend(dist.ProcessGroup if IS_GROUP else c10d.Backend):  # type: ignore[
             given = [reduction(x.contiguous(), opts.reduceOp) for x in inputs]
             x, op = torch.cat([x.reshape(-1) for x, _ in given]), given[0][1]
             counts = [x.numel() for x, _ in given]
-            reduced.append(x.new_empty(counts[to.rank]))
+            reduced.append(x.new_empty(reduction(out.contiguous(), opts.reduceOp)[0].numel()))
             if len(set(counts)) == 1:
                 return to.reduce_scatter(x, op, out=reduced[0], **manner)
             return to.reduce_scatter_v(x, counts, op=op, out=reduced[0], **manner)
@@ -387,6 +401,9 @@ class Backend(dist.ProcessGroup if IS_GROUP else c10d.Backend):  # type: ignore[
 
     def _get_sequence_number_for_group(self) -> int:
         return self.sequence
+
+    def get_group_store(self) -> dist.Store:
+        return self.store
 
     def getBackendName(self) -> str:
         return "unisono"

@@ -35,15 +35,17 @@ KNOWN = {
 }  # fmt: skip
 
 
+def refused(call: str, rank: int | None, what: str, expected: str, got: str) -> errors.ArgumentError:
+    """What is found here is told as the library tells it."""
+    where = call if rank is None else f"{call} on rank {rank}"
+    message = f"{where}: {what} should be {expected}, got {got}. Nothing was written."
+    return errors.ArgumentError(message, rank=rank, call=call, what=what, expected=expected, got=got)
+
+
 def only(list_: list[T]) -> T:
     """The one element of a list: torch's lists have one for each device that a rank drives, and that is one."""
     if len(list_) != 1:
-        raise errors.ArgumentError(
-            f"a call of torch.distributed got {len(list_)} tensors or lists of tensors; a rank has one. Nothing was sent.",
-            expected="1",
-            got=str(len(list_)),
-            what="tensors",
-        )
+        raise refused("a call of torch.distributed", None, "the list of tensors, or of lists of them", "of length 1", str(len(list_)))
     return list_[0]
 
 
@@ -89,17 +91,12 @@ def parts_of(x: torch.Tensor, sizes: list[int], rank: int, ranks: int, what: str
     rows = x.shape[0] if x.dim() else 0
     if not sizes:
         if rows % ranks:
-            raise refused(rank, what, f"rows that {ranks} ranks can share equally", f"{rows} rows")
+            raise refused("all_to_all_single", rank, what, f"rows that {ranks} ranks can share equally", f"{rows} rows")
         sizes = [rows // ranks] * ranks
     if len(sizes) != ranks or sum(sizes) != rows or min(sizes) < 0:
-        raise refused(rank, what, f"{ranks} sizes with the sum {rows}, the size of dim 0", str(list(sizes)))
+        raise refused("all_to_all_single", rank, what, f"{ranks} sizes with the sum {rows}, the size of dim 0", str(list(sizes)))
     row = count(x) // rows if rows else 0
     return [size * row for size in sizes]
-
-
-def refused(rank: int, what: str, expected: str, got: str) -> errors.ArgumentError:
-    message = f"all_to_all_single on rank {rank}: {what} should be {expected}, and got {got}. Nothing was written."
-    return errors.ArgumentError(message, rank=rank, call="all_to_all_single", what=what, expected=expected, got=got)
 
 
 @torch.no_grad()

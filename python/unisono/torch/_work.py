@@ -64,7 +64,7 @@ class HostWork(Work):
         self.over: torch.futures.Future | None = None
         self.future: torch.futures.Future | None = None
         self.lock = threading.Lock()
-        parts[-1].add_done_callback(self.conclude)
+        parts[-1].add_done_callback(None)
 
     def conclude(self, _last: unisono.Work | None = None) -> None:
         """When the works are complete or have failed: does the rest, once."""
@@ -123,6 +123,7 @@ class HostWork(Work):
             self.future = over.then(self.value)
             if self.parts is not None:
                 self.over = over
+                self.parts[-1].add_done_callback(self.conclude)
                 return self.future
         over.set_result(None)
         return self.future
@@ -137,7 +138,7 @@ class AnyWork(Work):
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         if self.source < 0:
-            self.source = self.receive(timeout=timeout or None)
+            self.source = self.receive(**({"timeout": timeout} if timeout else {}))
         return True
 
     def is_completed(self) -> bool:

@@ -188,7 +188,7 @@ impl More {
                 let bytes = (0..ranks).map(|_| random.below(most + 1)).collect();
                 if parts == 8 { What::GatherV(root, bytes) } else { What::ScatterV(root, bytes) }
             }
-            10 => What::Shift(random.below(ranks), size(random, MOST)),
+            10 => What::Shift(1 + random.below(ranks - 1), size(random, MOST)),
             _ => What::Barrier,
         };
         let (phase, shift) = (random.below(BYTES), random.below(16));
