@@ -26,7 +26,7 @@ fn a_tuning_file_decides_forms_and_grids_and_is_told_of() {
     let mut table = Table::built_in(2);
     let row = table.row_mut(SUM);
     (row.one_shot_to, row.two_shot_to, row.packet_blocks) = (1000, 5000, 3);
-    (row.ring_from, row.narrow_ring_from) = (usize::MAX, usize::MAX);
+    (row.lines_from, row.ring_from, row.narrow_ring_from) = (usize::MAX, usize::MAX, usize::MAX);
     (row.bulk_blocks, row.thread_blocks) = (9, 9);
     write(&path, &name, table);
     let file = path.to_str();
