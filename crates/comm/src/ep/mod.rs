@@ -304,8 +304,7 @@ impl Buffer {
     /// the others too.
     ///
     /// # Errors
-    /// [`Error::Argument`] if `communicator` is not the one that it was made for; those of a failed communicator, after which this rank's hold on
-    /// the memory has ended all the same.
+    /// [`Error::Argument`] if `communicator` is not its own; those of a failed communicator, and then it has ended on this rank all the same.
     pub fn close(mut self, communicator: &Communicator) -> Result<()> {
         self.end(communicator)
     }

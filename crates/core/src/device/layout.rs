@@ -1,4 +1,5 @@
-//! Where everything lies in the arena of a GPU's rank: the memory that its peers write into.
+//! Where everything lies in the arena of a GPU's rank: the memory that its peers write into. Over 500 lines because each place begins
+//! where the one before ends.
 //!
 //! ```text
 //! headers │ flags │ packets: half 0, half 1 │ lines: 2 areas │ gates │ scratch: half 0, half 1 │ messages: flags │ credits │ rings │ slots
