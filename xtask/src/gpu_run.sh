@@ -3,7 +3,7 @@
 #
 #   gpu_run.sh [prepare] [correct] [python] [sanitizer] [kill] [hang] [bench] [tune] [kernels] [experts]
 #
-# Without arguments all parts but the last three (tune, kernels, which compiles them and needs no GPU, and experts, which is all of expert parallelism), within LIMIT_S seconds (480). Results go to $OUT, or to ./out, with all that was said in logs.tgz,
+# Without arguments prepare, correct, kill, hang, bench and sanitizer, within LIMIT_S seconds (480). Results go to $OUT, or to ./out, with all that was said in logs.tgz,
 # and the ends of it to the terminal. The last table has the exit code of every step; the script fails if one is not 0.
 # UNISONO_TEST_SCALE makes random tests and kills longer. NCCL is measured without NVLink's multicast, unless NCCL_NVLS_ENABLE
 # says otherwise.
@@ -17,7 +17,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")" || exit 2
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
 
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(prepare correct python kill hang bench sanitizer)
+[ ${#parts[@]} -gt 0 ] || parts=(prepare correct kill hang bench sanitizer)
 for part in "${parts[@]}"; do
     case $part in
         prepare | correct | python | sanitizer | kill | hang | bench | tune | kernels | experts) ;;
@@ -64,6 +64,8 @@ tests() { # PROGRAM [FILTER]: the names of its tests
 run_modules() { # PROGRAM PREFIX SECONDS [FILTER]
     local all name
     all=$(tests "$1" "${4:-}" | sed 's/::.*/::/' | sort -u)
+    # Expert parallelism has a part of its own.
+    [ "$2" = experts ] || all=$(grep -v '^expert_\|^low_latency' <<<"$all")
     if [ -z "$all" ]; then
         echo "== $2: no test of ./$1 is called so${4:+: $4}"
         note "$2" 1 0
@@ -130,10 +132,6 @@ part_python() {
     fi
     export PYTHONPATH=$PWD/python
     step python 150 python3 -m unisono run -n "$((count < 2 ? 2 : count))" -- python3 python/gpu.py
-    local place
-    place=$(mktemp -d)
-    step python-deep-ep 150 python3 -m unisono run -n "$((count < 2 ? 2 : count))" -- python3 python/deep_ep.py "$place/meet" cuda
-    rm -rf "$place"
     if [ -d python/unisono/kernels ]; then
         step python-prebuilt 90 python3 -m unisono run -n "$((count < 4 ? 2 : count < 8 ? 4 : 8))" -- python3 python/prebuilt.py
     fi
@@ -161,7 +159,6 @@ part_kernels() {
 
 part_kill() {
     run_modules faults_processes kill 200 gpu_kill
-    run_modules faults_processes kill 150 gpu_experts
 }
 
 # A call that hangs, told of from outside as `unisono why` does.
@@ -215,8 +212,11 @@ part_tune() {
         --sizes 8KiB,256KiB,1MiB,8MiB,64MiB --time 50ms
 }
 
-# Tests, kills and figures of expert parallelism, each of which another part has, too, or (the figures) nobody else.
+# Tests, kills and figures of expert parallelism, which is off on GPUs for who does not ask for it.
 part_experts() {
+    export UNISONO_GPU_EXPERTS=on
+    local place
+    place=$(mktemp -d)
     run_modules gpu experts 200 expert_
     run_modules gpu experts 200 low_latency
     run_modules faults_processes experts 150 gpu_experts
@@ -224,6 +224,9 @@ part_experts() {
     bench_moe 16 16
     TAIL=40 step moe-low-latency 120 ./unisono bench moe --device cuda -n "$((count < 2 ? 2 : count))" --tokens 1,8,128 --hidden 7168 \
         --top-k 8 --experts 288 --time 200ms "--json=$out/moe-low-latency.json"
+    PYTHONPATH=$PWD/python step python-deep-ep 150 python3 -m unisono run -n "$((count < 2 ? 2 : count))" -- \
+        python3 python/deep_ep.py "$place/meet" cuda
+    rm -rf "$place"
 }
 
 bench_moe() { # NAME MULTIPROCESSORS

@@ -47,10 +47,10 @@
 //! other operations.
 //!
 //! # On GPUs
-//! A buffer over a communicator with GPUs that reach each other's memory works on device memory: inputs are
-//! [`Buf::cuda`](crate::Buf::cuda), outputs tensors of its GPU, and calls name a stream (`on`). They return when their kernels are enqueued; a
-//! dispatch also waits until it is known how many rows come, unless it says so itself ([`Dispatch::worst_tokens`]), which CUDA graphs need.
-//! Results are undefined until [`Buffer::check`], or the next call, finds no failure.
+//! Experimental, and off without `UNISONO_GPU_EXPERTS=on`: the kernels have not passed their tests on a device. With it a buffer over a communicator
+//! with GPUs that reach each other's memory works on device memory: inputs are [`Buf::cuda`](crate::Buf::cuda), outputs tensors of its GPU, and
+//! calls name a stream (`on`). They return when their kernels are enqueued; a dispatch also waits until it is known how many rows come,
+//! unless it says so itself ([`Dispatch::worst_tokens`]), which CUDA graphs need. Results are undefined until a check finds no failure.
 //!
 //! A low-latency call is one kernel, or one for each half; between the halves nothing of it runs. It never waits on the host, so it can be
 //! captured, and several buffers may be in one graph; each counts its calls on the device. Selections are looked at by kernels: one that is no

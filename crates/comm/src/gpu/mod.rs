@@ -98,6 +98,8 @@ pub(crate) struct Gpu {
     failed: Option<Error>,
     memory: Option<Memory>,
     /// Until it is dropped.
+    /// Whether an `ep::Buffer` may work here.
+    pub(crate) takes_experts: bool,
     /// The most threads of a kernel that is brought onto the device while the one before still runs.
     early_threads: u32,
     budget: Option<Budget>,
@@ -181,6 +183,7 @@ impl Gpu {
             enqueued: None,
             failed: None,
             memory: Some(memory),
+            takes_experts: config.takes_experts,
             early_threads: config.gpu_launch.early_threads(budget.early_threads()),
             budget: Some(budget),
             watch: Some(watch),

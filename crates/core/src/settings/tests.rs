@@ -48,6 +48,7 @@ fn every_setting_is_read_into_its_own_field() {
         ("UNISONO_PINNED", "numa"),
         ("UNISONO_HANDLES", "Fabric"),
         ("UNISONO_GPU_LAUNCH", "both"),
+        ("UNISONO_GPU_EXPERTS", "on"),
     ]);
     let expected = Settings {
         log: "debug,mio=warn".to_owned(),
@@ -69,6 +70,7 @@ fn every_setting_is_read_into_its_own_field() {
         pinned: PinnedWay::Numa,
         handles: HandleKind::Fabric,
         gpu_launch: GpuLaunch::Both,
+        gpu_experts: true,
     };
     assert_eq!(settings.unwrap(), expected);
 }
@@ -102,14 +104,19 @@ fn every_word_of_a_choice_is_accepted_and_no_other() {
 #[test]
 fn exactly_the_agreed_settings_change_the_agreement() {
     let changed = |name: &str| match find(name).unwrap().kind {
-        ValueKind::Choice(words, _) => words[1],
+        ValueKind::Choice(words, _) => {
+            words.iter().find(|word| **word != find(name).unwrap().default).unwrap()
+        }
         ValueKind::Text(_) if name == "UNISONO_GPU_ALGORITHM" => "ring",
         ValueKind::Text(_) if name == "UNISONO_MULTIPROCESSORS" => "9",
         ValueKind::Text(_) => "x",
         _ => "7s",
     };
     let base = Settings::default().agreement_bytes(None);
-    assert_eq!(base, b"algorithm=auto\norder=fixed\ntuning=none\ngpu=auto\npeer_access=on\n");
+    assert_eq!(
+        base,
+        b"algorithm=auto\norder=fixed\ntuning=none\ngpu=auto\npeer_access=on\ngpu_experts=off\n"
+    );
     let tuning = Tuning::new("this machine", std::collections::BTreeMap::new());
     for row in SETTINGS {
         let settings = from(&[(row.name, changed(row.name))]).unwrap();
