@@ -1,4 +1,5 @@
-//! The `UNISONO_*` settings: one table that the parser, the documentation and the diagnosis are made from.
+//! The `UNISONO_*` settings: one table that the parser, the documentation and the diagnosis are made from. Over 500 lines because every setting
+//! has a row in that table.
 //!
 //! [`SETTINGS`] names every variable, what it means, what its values look like and what holds without it.
 //! [`Settings::from_lookup`] reads them through a function, because this crate never touches the environment. Settings

@@ -3,7 +3,8 @@
 //! Everything that kernels need is made when the communicator is: arenas that all ranks reach, words of our own in device
 //! memory, a page of host memory for reports, the abort word of the control memory, seen from the device. A call is then
 //! checked, chosen a form for, and launched: no allocation, no lock, no waiting. What kernels find (another call, a peer that
-//! does not come) they write into that page, where the next call, `check()` or `destroy()` reads it.
+//! does not come) they write into that page, where the next call, `check()` or `destroy()` reads it. Over 500 lines because all launches
+//! share what comes before and behind them.
 
 use std::sync::Arc;
 
