@@ -68,7 +68,7 @@ pub(crate) fn prepare_torch(root: &Path, version: &str) -> Result<Command, Strin
 
 /// The wheels that are tested.
 fn wheels(root: &Path, python: &Path) -> Result<[PathBuf; 2], String> {
-    Ok([build(root, python, &["--profile", "dev"])?, build_deep_ep(root, python)?])
+    Ok([build(root, python, "dev", &["--profile", "dev"])?, build_deep_ep(root, python)?])
 }
 
 /// Installs the package, and runs pytest.
@@ -85,7 +85,7 @@ fn tests(root: &Path, python: &Path, wheels: &[PathBuf]) -> Result<Command, Stri
 /// Puts the package, built in release and unpacked, into `folder`, with what is run on machines that have GPUs.
 pub(crate) fn unpack(root: &Path, folder: &Path) -> Result<(), String> {
     let python = environment(&root.join("target/python"), &requirements(root)?)?;
-    let wheel = build(root, &python, &["--profile", "release"])?;
+    let wheel = build(root, &python, "release", &["--profile", "release"])?;
     succeed(Command::new(&python).args(["-m", "zipfile", "-e"]).arg(&wheel).arg(folder))?;
     for program in GPU_PROGRAMS {
         let from = root.join(program);
@@ -132,7 +132,8 @@ fn make_release(root: &Path) -> Result<(), String> {
     kernels.args(KERNELS).arg("--pack").arg(&folder).envs(kernels::environment(root));
     succeed(&mut kernels)?;
     println!("kernels ahead of time: {:.0} s", start.elapsed().as_secs_f64());
-    let wheel = build(root, &python, &["--release", "--zig", "--compatibility", "manylinux2014"]);
+    let wheel =
+        build(root, &python, "manylinux2014", &["--release", "--zig", "--compatibility", "manylinux2014"]);
     let packed = fs::read_dir(&folder).into_iter().flatten().flatten();
     let packed: Vec<String> = packed.map(|file| file.file_name().to_string_lossy().into_owned()).collect();
     empty(&folder)?;
@@ -162,8 +163,8 @@ fn try_alone(place: &Path, wheel: &Path) -> Result<(), String> {
 }
 
 /// A wheel of the package, as maturin builds it with these arguments.
-fn build(root: &Path, python: &Path, arguments: &[&str]) -> Result<PathBuf, String> {
-    let wheels = root.join("target/python/wheels").join(arguments.join(""));
+fn build(root: &Path, python: &Path, folder: &str, arguments: &[&str]) -> Result<PathBuf, String> {
+    let wheels = root.join("target/python/wheels").join(folder);
     let build = ["-m", "maturin", "build", "--out"];
     // It asks the first Python that it finds for zig.
     let mut path = python.parent().unwrap_or(root).as_os_str().to_owned();
