@@ -3,8 +3,9 @@
 #
 #   gpu_run.sh [prepare] [correct] [python] [sanitizer] [kill] [hang] [bench] [tune] [kernels] [experts]
 #
-# Without arguments prepare, correct, kill, hang, bench and sanitizer, within LIMIT_S seconds (480). Results go to $OUT, or to ./out, with all that was said in logs.tgz,
-# and the ends of it to the terminal. The last table has the exit code of every step; the script fails if one is not 0.
+# Without arguments prepare, correct, kill, hang, bench and sanitizer, within LIMIT_S seconds (480). Results go to $OUT, or to ./out, with
+# all that was said in logs.tgz, and the ends of it to the terminal. The last table has the exit code of every step; the script fails if
+# one is not 0.
 # UNISONO_TEST_SCALE makes random tests and kills longer. NCCL is measured without NVLink's multicast, unless NCCL_NVLS_ENABLE
 # says otherwise.
 set -u
