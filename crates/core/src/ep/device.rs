@@ -86,17 +86,8 @@ impl DeviceLayout {
 
 #[cfg(test)]
 mod tests {
+    use super::super::low_latency::tests::SHAPE;
     use super::*;
-
-    const SHAPE: ArenaShape = ArenaShape {
-        world_size: 8,
-        experts: 288,
-        hidden: 7168,
-        element_bytes: 2,
-        capacity: 128,
-        top_k: 8,
-        low_latency: true,
-    };
 
     #[test]
     fn fields_follow_each_other_behind_those_of_a_communicator() {

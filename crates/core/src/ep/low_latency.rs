@@ -119,10 +119,10 @@ impl LowLatencyLayout {
 const _: () = assert!(HEAD_WORDS * 8 <= STRIDE);
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    const SHAPE: ArenaShape = ArenaShape {
+    pub(in crate::ep) const SHAPE: ArenaShape = ArenaShape {
         world_size: 8,
         experts: 288,
         hidden: 7168,
