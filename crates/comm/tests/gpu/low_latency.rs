@@ -8,7 +8,7 @@ use unisono::ep::{
     Buffer, LowLatencyCombine, LowLatencyDispatch, LowLatencyDispatched, LowLatencyHandle, Settings,
 };
 use unisono::half::bf16;
-use unisono::{Buf, Communicator, Stream};
+use unisono::{Buf, Communicator, Operations, Stream};
 
 use crate::ep::case::{Case, settings};
 use crate::ep::low_latency::{Seen, cast, check_combined, check_dispatched, is_quantised, results, tokens};
@@ -93,9 +93,17 @@ fn exchanged(communicator: &Communicator, settings: &Settings) -> Buffer {
     buffer
 }
 
-/// One behind the other, each call whole.
-fn whole(buffer: &mut Buffer, tools: &Tools, case: &Case, rank: usize) {
-    let (given, stream) = (Given::new(tools, case, rank), &tools.stream);
+/// One behind the other, each call whole. Memory is taken and freed where no kernel of any rank waits: that may wait for all of them.
+fn whole(buffer: &mut Buffer, tools: &Tools, host: &Communicator, case: &Case) {
+    let rank = host.rank();
+    let given = Given::new(tools, case, rank);
+    host.barrier().unwrap();
+    whole_of(buffer, tools, case, (&given, rank));
+    host.barrier().unwrap();
+}
+
+fn whole_of(buffer: &mut Buffer, tools: &Tools, case: &Case, (given, rank): (&Given, usize)) {
+    let stream = &tools.stream;
     let got = buffer.low_latency_dispatch(&given.dispatch(case, stream)).unwrap();
     check_dispatched(case, rank, &seen(&got, stream), false);
     let in_place = case.random(6).once_in(2);
@@ -117,9 +125,10 @@ fn whole(buffer: &mut Buffer, tools: &Tools, case: &Case, rank: usize) {
 }
 
 /// Two at once, in halves: while one is on its way, the other is worked on.
-fn overlapping(buffer: &mut Buffer, tools: &Tools, [a, b]: [&Case; 2], rank: usize) {
-    let stream = &tools.stream;
+fn overlapping(buffer: &mut Buffer, tools: &Tools, host: &Communicator, [a, b]: [&Case; 2]) {
+    let (rank, stream) = (host.rank(), &tools.stream);
     let given = [a, b].map(|case| Given::new(tools, case, rank));
+    host.barrier().unwrap();
     let sent_a = buffer.low_latency_dispatch_send(&given[0].dispatch(a, stream)).unwrap();
     let sent_b = buffer.low_latency_dispatch_send(&given[1].dispatch(b, stream)).unwrap();
     let of_a = buffer.receive_dispatch(sent_a).unwrap();
@@ -133,6 +142,7 @@ fn overlapping(buffer: &mut Buffer, tools: &Tools, [a, b]: [&Case; 2], rank: usi
         check_combined(case, rank, &sums.x.to_host(stream).unwrap());
     }
     buffer.check().unwrap();
+    host.barrier().unwrap();
 }
 
 fn random_cases(ranks: usize, buffers: u64, cases: u64) {
@@ -141,8 +151,7 @@ fn random_cases(ranks: usize, buffers: u64, cases: u64) {
     run(
         ranks,
         |builder| builder,
-        |gpu, _, tools| {
-            let rank = gpu.rank();
+        |gpu, host, tools| {
             for number in 0..buffers {
                 let with = of_low_latency(settings(seed, number, ranks));
                 let mut buffer = exchanged(gpu, &with.0);
@@ -150,9 +159,9 @@ fn random_cases(ranks: usize, buffers: u64, cases: u64) {
                     let draw =
                         |more| Case::draw(seed, (number << 8 | at << 1) + more, ranks, &with).low_latency();
                     if at % 2 == 0 {
-                        whole(&mut buffer, tools, &draw(0), rank);
+                        whole(&mut buffer, tools, host, &draw(0));
                     } else {
-                        overlapping(&mut buffer, tools, [&draw(0), &draw(1)], rank);
+                        overlapping(&mut buffer, tools, host, [&draw(0), &draw(1)]);
                     }
                 }
                 assert!(buffer.masked().is_empty() && buffer.is_available());
@@ -189,7 +198,7 @@ fn a_large_low_latency_call_has_the_bits_of_the_host() {
     run(
         2,
         |builder| builder,
-        |gpu, _, tools| {
+        |gpu, host, tools| {
             let owners: Vec<usize> = (0..32).map(|expert| expert / 16).collect();
             let settings = Settings { capacity: 128, top_k: 8, ..Settings::new(7168, 32) };
             let with = of_low_latency((settings, owners));
@@ -197,7 +206,7 @@ fn a_large_low_latency_call_has_the_bits_of_the_host() {
             for number in 0..3 {
                 let mut case = Case::draw(seed, 1000 + number, 2, &with);
                 case.tokens = vec![128, if number == 1 { 0 } else { 127 }];
-                whole(&mut buffer, tools, &case.low_latency(), gpu.rank());
+                whole(&mut buffer, tools, host, &case.low_latency());
             }
             buffer.close(gpu).unwrap();
         },
@@ -235,9 +244,10 @@ fn graphs_with_two_capacities_go_on_where_calls_before_them_ended() {
                 let mut buffers: Vec<Buffer> = with.iter().map(|with| exchanged(gpu, &with.0)).collect();
                 // One call each, so that nothing is new to the capture.
                 for (buffer, case) in buffers.iter_mut().zip(&cases) {
-                    whole(buffer, tools, case, rank);
+                    whole(buffer, tools, host, case);
                 }
                 let given: Vec<Given> = cases.iter().map(|case| Given::new(tools, case, rank)).collect();
+                host.barrier().unwrap();
                 tools.raw.begin_capture().unwrap();
                 let mut captured: Vec<Captured> = Vec::new();
                 for ((buffer, case), given) in buffers.iter_mut().zip(&cases).zip(given) {
@@ -271,16 +281,11 @@ fn graphs_with_two_capacities_go_on_where_calls_before_them_ended() {
                     }
                     // Between two launches calls go on as ever.
                     if launch % 2 == 0 {
-                        whole(
-                            &mut buffers[(launch / 2 % 2) as usize],
-                            tools,
-                            &again[(launch / 2 % 2) as usize],
-                            rank,
-                        );
+                        let at = (launch / 2 % 2) as usize;
+                        whole(&mut buffers[at], tools, host, &again[at]);
                     }
                 }
-                let mut all = [0u8];
-                unisono::Operations::all_reduce(host, &mut all, unisono::ReduceOp::Sum).unwrap();
+                host.barrier().unwrap();
                 drop((graph, captured));
                 for buffer in buffers {
                     buffer.close(gpu).unwrap();
@@ -305,20 +310,29 @@ fn calls_go_on_without_a_rank_that_was_masked() {
                     with.0.masking = true;
                     let mut buffer = exchanged(gpu, &with.0);
                     let draw = |at| Case::draw(seed, (200 + number) << 8 | at, ranks, &with).low_latency();
-                    whole(&mut buffer, tools, &draw(0), rank);
+                    whole(&mut buffer, tools, host, &draw(0));
                     // It makes no call from now on. One rank knows, the others find out.
                     let lost = (number as usize + 1) % ranks;
+                    let cases = [1, 2, 3].map(draw);
+                    let given = cases.each_ref().map(|case| {
+                        let results = results(&case.without(lost), rank);
+                        Given {
+                            results: Both::new(tools, case.dtype, &results),
+                            ..Given::new(tools, case, rank)
+                        }
+                    });
+                    host.barrier().unwrap();
                     if rank != lost {
                         if rank == (lost + 1) % ranks {
                             buffer.mask_rank(lost).unwrap();
                         }
-                        for at in 1..4 {
-                            whole_without(&mut buffer, tools, &draw(at), (rank, lost));
+                        for (case, given) in cases.iter().zip(&given) {
+                            whole_without(&mut buffer, tools, case, (given, rank, lost));
                         }
                         assert_eq!(buffer.masked(), [lost]);
                     }
-                    let mut all = [0u8];
-                    unisono::Operations::all_reduce(host, &mut all, unisono::ReduceOp::Sum).unwrap();
+                    host.barrier().unwrap();
+                    drop(given);
                     buffer.close(gpu).unwrap();
                 }
             },
@@ -327,10 +341,13 @@ fn calls_go_on_without_a_rank_that_was_masked() {
 }
 
 /// As `whole`, where `lost` takes no part: its experts are still selected.
-fn whole_without(buffer: &mut Buffer, tools: &Tools, case: &Case, (rank, lost): (usize, usize)) {
+fn whole_without(
+    buffer: &mut Buffer,
+    tools: &Tools,
+    case: &Case,
+    (given, rank, lost): (&Given, usize, usize),
+) {
     let (left, stream) = (case.without(lost), &tools.stream);
-    let mut given = Given::new(tools, case, rank);
-    given.results = Both::new(tools, case.dtype, &results(&left, rank));
     let got = buffer.low_latency_dispatch(&given.dispatch(case, stream)).unwrap();
     check_dispatched(&left, rank, &seen(&got, stream), false);
     let sums = buffer.low_latency_combine(&given.combine(case, &got.handle, stream)).unwrap();
