@@ -6,6 +6,7 @@
 # Without arguments prepare, correct, kill, hang, bench and sanitizer, within LIMIT_S seconds (480). Results go to $OUT, or to ./out, with
 # all that was said in logs.tgz, and the ends of it to the terminal. The last table has the exit code of every step; the script fails if
 # one is not 0.
+# Kernels that an earlier run had to compile spare this one a minute or two: put its $OUT/kernels.tar.xz beside this script.
 # UNISONO_TEST_SCALE makes random tests and kills longer. NCCL is measured without NVLink's multicast, unless NCCL_NVLS_ENABLE
 # says otherwise.
 set -u
@@ -30,14 +31,10 @@ for part in "${parts[@]}"; do
 done
 
 end=$((SECONDS + ${LIMIT_S:-480}))
-names=()
-codes=()
-times=()
+table=$(mktemp)
 
 note() { # NAME CODE SECONDS
-    names+=("$1")
-    codes+=("$2")
-    times+=("$3")
+    printf '%-72s %5s %6s\n' "$@" >>"$table"
 }
 
 # step NAME SECONDS COMMAND…: runs it for so long at most, and no longer than is left.
@@ -50,20 +47,27 @@ step() {
         return
     fi
     [ "$limit" -lt "$left" ] || limit=$left
-    echo "== $name: $*"
     timeout -k 10 "$limit" "$@" >"$logs/$name.txt" 2>&1
     code=$?
-    tail -n "${TAIL:-15}" "$logs/$name.txt"
+    # In one piece: others may run beside.
+    printf '%s\n' "== $name: $*" "$(tail -n "${TAIL:-15}" "$logs/$name.txt")"
     note "$name" "$code" $((SECONDS - start))
+}
+
+# The same beside others, AT_ONCE of them at the same time; `wait` waits for all.
+step_beside() {
+    while [ "$(jobs -pr | wc -l)" -ge "${AT_ONCE:-3}" ]; do wait -n; done
+    step "$@" &
 }
 
 tests() { # PROGRAM [FILTER]: the names of its tests
     "./$1" --list --format terse ${2:+"$2"} 2>/dev/null | sed -n 's/: test$//p'
 }
 
-# A process for each module of tests, and for each test that is in none: to start costs a second.
+# A process for each module of tests, and for each test that is in none, several at once: most of their time is the host's.
 run_modules() { # PROGRAM PREFIX SECONDS [FILTER]
-    local all name
+    local every all name other others
+    every=$(tests "$1" | sed 's/::.*/::/' | sort -u)
     all=$(tests "$1" "${4:-}" | sed 's/::.*/::/' | sort -u)
     # Expert parallelism has a part of its own.
     [ "$2" = experts ] || all=$(grep -v '^expert_\|^low_latency' <<<"$all")
@@ -73,7 +77,12 @@ run_modules() { # PROGRAM PREFIX SECONDS [FILTER]
         return
     fi
     for name in $all; do
-        TAIL=30 step "$2-${name//:/}" "$3" "./$1" "$name" --test-threads 1 --nocapture
+        # Names of modules that end alike.
+        others=()
+        for other in $every; do
+            [[ $other == "$name" || $other != *"$name"* ]] || others+=(--skip "$other")
+        done
+        TAIL=30 step_beside "$2-${name//:/}" "$3" "./$1" "$name" --test-threads 1 --nocapture "${others[@]}"
     done
 }
 
@@ -105,6 +114,12 @@ if [ "$count" -eq 0 ]; then
 fi
 nvidia-smi topo -m >"$logs/topology.txt" 2>&1
 
+# What is compiled here goes into a folder of this run; what was compiled before is there already.
+export UNISONO_CACHE_DIR=${UNISONO_CACHE_DIR:-$logs/kernels}
+mkdir -p "$UNISONO_CACHE_DIR"
+[ ! -f kernels.tar.xz ] || tar -C "$UNISONO_CACHE_DIR" -xJf kernels.tar.xz
+kernels_before=$(find "$UNISONO_CACHE_DIR" -type f | wc -l)
+
 # Kernels that tests and benchmarks need, on all processors at once; otherwise each would compile its own when it comes to them.
 part_prepare() {
     step prepare 120 ./unisono kernels build --quiet --all --ranks 3
@@ -117,11 +132,12 @@ part_correct() {
     run_modules faults_processes faults 90 pinned::
     run_modules faults_processes faults 120 gpu_registration
     run_modules faults_processes faults 120 gpu_one_sided
-    step device-header-threads 60 ./device_header "$((count < 2 ? 2 : count))" 10000
-    step device-header-processes 60 ./unisono run -n "$((count < 2 ? 2 : count))" -- ./device_header - "$((count < 2 ? 50 : 10000))"
+    step_beside device-header-threads 60 ./device_header "$((count < 2 ? 2 : count))" 10000
+    step_beside device-header-processes 60 ./unisono run -n "$((count < 2 ? 2 : count))" -- ./device_header - "$((count < 2 ? 50 : 10000))"
     run_modules faults_processes faults 120 gpu_matrix
     run_modules faults_processes faults 120 gpu_seats
-    TAIL=40 step library 90 ./library gpu:: --test-threads 1
+    TAIL=40 step_beside library 90 ./library gpu:: --test-threads 1
+    wait
 }
 
 # Tensors of torch on all GPUs, and what a call of Python costs the host.
@@ -133,6 +149,9 @@ part_python() {
     fi
     export PYTHONPATH=$PWD/python
     step python 150 python3 -m unisono run -n "$((count < 2 ? 2 : count))" -- python3 python/gpu.py
+    if [ ! -d python/unisono/kernels ]; then
+        step python-pack 120 ./unisono kernels build --quiet --ranks 2,4,8 --pack python/unisono/kernels
+    fi
     if [ -d python/unisono/kernels ]; then
         step python-prebuilt 90 python3 -m unisono run -n "$((count < 4 ? 2 : count < 8 ? 4 : 8))" -- python3 python/prebuilt.py
     fi
@@ -156,15 +175,19 @@ part_python() {
 
 part_kernels() {
     UNISONO_TEST_REQUIRE_NVRTC=1 run_modules kernels kernels 300
+    wait
 }
 
+# Alone: how soon others know is measured.
 part_kill() {
-    run_modules faults_processes kill 200 gpu_kill
+    AT_ONCE=1 run_modules faults_processes kill 200 gpu_kill
+    wait
 }
 
 # A call that hangs, told of from outside as `unisono why` does.
 part_hang() {
-    run_modules faults_processes hang 120 gpu_hang
+    AT_ONCE=1 run_modules faults_processes hang 120 gpu_hang
+    wait
 }
 
 operations="all_reduce broadcast all_gather reduce reduce_scatter gather scatter all_to_all send_recv barrier"
@@ -178,9 +201,10 @@ part_sanitizer() {
         return
     fi
     for tool in memcheck synccheck initcheck; do
-        step "sanitizer-$tool" 150 compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 99 \
+        step_beside "sanitizer-$tool" 150 compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 99 \
             ./unisono bench $operations --device cuda -n "$((count < 2 ? 2 : count))" --sizes 8,96KiB,1MiB,6MiB --time 10ms
     done
+    wait
 }
 
 bench() { # NAME RANKS OPERATION…
@@ -213,14 +237,15 @@ part_tune() {
         --sizes 8KiB,256KiB,1MiB,8MiB,64MiB --time 50ms
 }
 
-# Tests, kills and figures of expert parallelism, which is off on GPUs for who does not ask for it.
+# Tests, kills and figures of expert parallelism.
 part_experts() {
-    export UNISONO_GPU_EXPERTS=on
     local place
     place=$(mktemp -d)
     run_modules gpu experts 200 expert_
     run_modules gpu experts 200 low_latency
-    run_modules faults_processes experts 150 gpu_experts
+    wait
+    AT_ONCE=1 run_modules faults_processes experts 150 gpu_experts
+    wait
     bench_moe 12 12
     bench_moe 16 16
     TAIL=40 step moe-low-latency 120 ./unisono bench moe --device cuda -n "$((count < 2 ? 2 : count))" --tokens 1,8,128 --hidden 7168 \
@@ -241,12 +266,12 @@ for part in "${parts[@]}"; do
     "part_$part"
 done
 
-failed=0
 printf '\n%-72s %5s %6s\n' step exit s
-for at in "${!names[@]}"; do
-    printf '%-72s %5s %6s\n' "${names[$at]}" "${codes[$at]}" "${times[$at]}"
-    [ "${codes[$at]}" -eq 0 ] || failed=$((failed + 1))
-done
-tar -C "$logs" -czf "$out/logs.tgz" .
-echo "${#names[@]} steps, $failed failed"
+cat "$table"
+if [ "$(find "$UNISONO_CACHE_DIR" -type f | wc -l)" -gt "$kernels_before" ]; then
+    tar -C "$UNISONO_CACHE_DIR" -cf - . | xz -T0 -6 >"$out/kernels.tar.xz"
+fi
+tar -C "$logs" --exclude=./kernels -czf "$out/logs.tgz" .
+failed=$(awk '$(NF - 1) != 0' "$table" | wc -l)
+echo "$(wc -l <"$table") steps, $failed failed, $SECONDS s"
 [ "$failed" -eq 0 ]

@@ -222,6 +222,7 @@ struct Send : Tiles {
   static constexpr bool IS_SPREAD = true, FOLDS = false;
   bool is_wide;
   u32 peer;
+  u32 done;  // tiles of our earlier lanes
 
   __device__ __forceinline__ u32 tiles() const {
     const bool is_there = peer == args.rank && args.is_same;
@@ -231,7 +232,7 @@ struct Send : Tiles {
   __device__ __forceinline__ Side input(u32 t, u32) const {
     Side side = in_source<KIND>(peer, t);
     // Whoever receives into the same buffer waits until we have read it.
-    if (KIND == ALL_TO_ALL && args.is_same) side.tell = {args.rank, PUSHED, t};
+    if (KIND == ALL_TO_ALL && args.is_same) side.tell = {args.rank, PUSHED, done + t};
     return side;
   }
   __device__ __forceinline__ Side output(u32 t, u32) const {
@@ -250,6 +251,7 @@ struct Receive : Tiles {
   static constexpr bool IS_SPREAD = true, FOLDS = false;
   bool is_wide;
   u32 peer;
+  u32 done;
 
   __device__ __forceinline__ u32 tiles() const {
     return peer == args.rank || (KIND == SCATTER && peer != args.root) ? 0 : Tiles::tiles();
@@ -263,7 +265,7 @@ struct Receive : Tiles {
   }
   __device__ __forceinline__ Side output(u32 t, u32) const {
     Side side = in_target<KIND>(peer, t);
-    if (KIND == ALL_TO_ALL && args.is_same) side.wait = {args.rank, PUSHED, t};
+    if (KIND == ALL_TO_ALL && args.is_same) side.wait = {args.rank, PUSHED, done + t};
     return side;
   }
 };
@@ -296,14 +298,17 @@ struct Take : Tiles {
   }
 };
 
-// All threads of a block: its lanes, one after the other where there are more than channels. All ranks take them in the same order.
+// All threads of a block: its lanes, one after the other where there are more than channels. All ranks take them in the same order. Each lane
+// has flags of its own for its peer; those that a rank sets for itself count on from lane to lane.
 template <int KIND>
 __device__ __forceinline__ bool run_lanes(const Args& args, const Entry& entry, const Tiles& tiles, bool is_wide) {
+  u32 done = 0;
   for (u32 lane = tiles.channel % RANKS; lane < RANKS; lane += tiles.channels) {
     const u32 peer = (lane + RANKS - args.rank) % RANKS;
-    const bool went = blockIdx.x % 2 == 1 ? run(args, entry, Receive<KIND>{tiles, is_wide, peer})
-                                          : run(args, entry, Send<KIND>{tiles, is_wide, peer});
+    const bool went = blockIdx.x % 2 == 1 ? run(args, entry, Receive<KIND>{tiles, is_wide, peer, done})
+                                          : run(args, entry, Send<KIND>{tiles, is_wide, peer, done});
     if (!went) return false;
+    if (peer != args.rank) done += tiles.rounds;
   }
   return true;
 }

@@ -502,14 +502,19 @@ struct CombineArgs : BufferArgs {
   const u8* bias[2];   // or null
   u32 row_bytes;
   u32 top_k;
+  u32 pieces;          // of a row, for a warp each
+  u32 reserved;
 };
 
 static_assert(sizeof(CombineArgs) == COMBINE_ARGS_BYTES, "the host lays arguments out differently");
 
-// A warp: one token. Lane r has its row at rank r.
+// COMBINED_TOGETHER vectors of a lane, of all ranks, are under way at once: the way to a peer and back is long.
+
+// A warp: vectors `first` to `end` of one token. Lane r has its row at rank r.
 template <int DTYPE>
-__device__ __forceinline__ void combine_token(const CombineArgs& args, const Told* told, u32 token, i32 row, u32 lane) {
+__device__ __forceinline__ void combine_token(const CombineArgs& args, const Told* told, u32 token, i32 row, u32 lane, u32 first, u32 end) {
   using Sum = Fold<DTYPE, SUM, 4>;
+  constexpr u32 TOGETHER = COMBINED_TOGETHER;
   const u32 from = __ballot_sync(~0u, row >= 0);
   const u8* sources[RANKS];
 #pragma unroll
@@ -518,35 +523,43 @@ __device__ __forceinline__ void combine_token(const CombineArgs& args, const Tol
     sources[r] = line_of(args, r, told[r].x_at) + u64(of_rank < 0 ? 0 : of_rank) * args.row_bytes;
   }
   const u64 start = u64(token) * args.row_bytes;
-  for (u32 v = lane; v < args.row_bytes / 16; v += 32) {
-    uint4 parts[RANKS];
+  for (u32 v = first + lane; v < end; v += 32 * TOGETHER) {
+    uint4 parts[TOGETHER][RANKS];
 #pragma unroll
-    for (u32 r = 0; r < RANKS; r++) {
-      if (from >> r & 1) parts[r] = *reinterpret_cast<const uint4*>(sources[r] + u64(v) * 16);
-    }
-    Sum sum;
-    u32 words[4] = {0, 0, 0, 0};
-    // The sum of nothing is +0.
-    sum.first(words, 0);
-    bool is_empty = true;
-    auto add = [&](const uint4& part) {
-      words[0] = part.x, words[1] = part.y, words[2] = part.z, words[3] = part.w;
-      if (is_empty) sum.first(words, 0);
-      else sum.next(words, 0);
-      is_empty = false;
-    };
+    for (u32 t = 0; t < TOGETHER; t++) {
 #pragma unroll
-    for (u32 r = 0; r < RANKS; r++) {
-      if (from >> r & 1) add(parts[r]);
+      for (u32 r = 0; r < RANKS; r++) {
+        if ((from >> r & 1) && v + 32 * t < end) parts[t][r] = *reinterpret_cast<const uint4*>(sources[r] + u64(v + 32 * t) * 16);
+      }
     }
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      if (args.bias[i] != nullptr) add(*reinterpret_cast<const uint4*>(args.bias[i] + start + u64(v) * 16));
+    for (u32 t = 0; t < TOGETHER; t++) {
+      if (v + 32 * t >= end) break;
+      Sum sum;
+      u32 words[4] = {0, 0, 0, 0};
+      // The sum of nothing is +0.
+      sum.first(words, 0);
+      bool is_empty = true;
+      auto add = [&](const uint4& part) {
+        words[0] = part.x, words[1] = part.y, words[2] = part.z, words[3] = part.w;
+        if (is_empty) sum.first(words, 0);
+        else sum.next(words, 0);
+        is_empty = false;
+      };
+#pragma unroll
+      for (u32 r = 0; r < RANKS; r++) {
+        if (from >> r & 1) add(parts[t][r]);
+      }
+      const u64 at = start + u64(v + 32 * t) * 16;
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        if (args.bias[i] != nullptr) add(*reinterpret_cast<const uint4*>(args.bias[i] + at));
+      }
+      sum.partial(words);
+      *reinterpret_cast<uint4*>(args.out + at) = make_uint4(words[0], words[1], words[2], words[3]);
     }
-    sum.partial(words);
-    *reinterpret_cast<uint4*>(args.out + start + u64(v) * 16) = make_uint4(words[0], words[1], words[2], words[3]);
   }
-  if (args.weights_out == nullptr) return;
+  if (args.weights_out == nullptr || first != 0) return;
   // All lanes: rows of other ranks are asked of their lanes.
   f32 sum = 0;
   bool is_empty = true;
@@ -572,9 +585,13 @@ __device__ __forceinline__ void combine(const CombineArgs& args) {
   goes_on = learn<true>(args, entry, bytes, told) && goes_on;
   if (!goes_on) return;
   if (!is_header_block()) {
-    const u32 lane = threadIdx.x & 31, warps = blockDim.x / 32;
-    for (u64 token = u64(threadIdx.x / 32) * workers() + blockIdx.x; token < args.ways.tokens; token += u64(workers()) * warps) {
-      combine_token<DTYPE>(args, told, u32(token), row_at(args.ways, told, u32(token), lane), lane);
+    const u32 lane = threadIdx.x & 31, warps = blockDim.x / 32, vectors = args.row_bytes / 16;
+    const u32 some = ((vectors + args.pieces - 1) / args.pieces + 31) / 32 * 32;
+    const u64 all = u64(args.ways.tokens) * args.pieces;
+    for (u64 item = u64(threadIdx.x / 32) * workers() + blockIdx.x; item < all; item += u64(workers()) * warps) {
+      const u32 token = u32(item / args.pieces), first = u32(item % args.pieces) * some;
+      const u32 end = first + some < vectors ? first + some : vectors;
+      if (first < end) combine_token<DTYPE>(args, told, token, row_at(args.ways, told, token, lane), lane, first, end);
     }
   }
   if (is_last_block(args) && !meet(args, entry)) return;

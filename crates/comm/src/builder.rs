@@ -88,8 +88,6 @@ struct Overrides {
     handles: Option<unisono_core::settings::HandleKind>,
     #[cfg(feature = "cuda")]
     gpu_launch: Option<unisono_core::settings::GpuLaunch>,
-    #[cfg(feature = "cuda")]
-    gpu_experts: Option<bool>,
 }
 
 impl Builder {
@@ -342,7 +340,6 @@ impl Builder {
             settings.pinned = overrides.pinned.unwrap_or(settings.pinned);
             settings.handles = overrides.handles.unwrap_or(settings.handles);
             settings.gpu_launch = overrides.gpu_launch.unwrap_or(settings.gpu_launch);
-            settings.gpu_experts = overrides.gpu_experts.unwrap_or(settings.gpu_experts);
         }
         Ok(settings)
     }

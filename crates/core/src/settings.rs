@@ -189,12 +189,6 @@ pub const SETTINGS: &[Setting] = &[
         "auto",
         "How kernels are launched: auto brings those of few blocks onto the device while the one before still runs, plain brings none. For measuring: dependent brings all, remote lets fences not wait for what kernels of others have under way, both does both.",
     ),
-    agreed(setting(
-        "UNISONO_GPU_EXPERTS",
-        SWITCH,
-        "off",
-        "Experimental: whether an ep::Buffer works on GPUs. Its kernels have not passed their tests there yet; without, it says so.",
-    )),
     setting(
         "UNISONO_NVRTC",
         ValueKind::Text("the path of libnvrtc.so, or of its folder"),
@@ -359,8 +353,6 @@ pub struct Settings {
     pub handles: HandleKind,
     /// How kernels are launched.
     pub gpu_launch: GpuLaunch,
-    /// Whether expert parallelism works on GPUs. Equal on all ranks.
-    pub gpu_experts: bool,
 }
 
 impl Default for Settings {
@@ -385,7 +377,6 @@ impl Default for Settings {
             pinned: PinnedWay::Auto,
             handles: HandleKind::Auto,
             gpu_launch: GpuLaunch::Auto,
-            gpu_experts: false,
         }
     }
 }
@@ -435,7 +426,6 @@ impl Settings {
             pinned: read.parsed("UNISONO_PINNED", default.pinned, PinnedWay::from_word)?,
             handles: read.parsed("UNISONO_HANDLES", default.handles, HandleKind::from_word)?,
             gpu_launch: read.parsed("UNISONO_GPU_LAUNCH", default.gpu_launch, GpuLaunch::from_word)?,
-            gpu_experts: read.parsed("UNISONO_GPU_EXPERTS", default.gpu_experts, switch)?,
         })
     }
 
@@ -454,12 +444,9 @@ impl Settings {
         };
         let tuning = tuning.map_or_else(|| "none".to_owned(), Tuning::identity);
         let gpu = self.gpu_algorithm.map_or_else(|| "auto".to_owned(), |wish| wish.to_string());
-        let [access, experts] =
-            [self.peer_access, self.gpu_experts].map(|is_on| if is_on { "on" } else { "off" });
-        format!(
-            "algorithm={algorithm}\norder={order}\ntuning={tuning}\ngpu={gpu}\npeer_access={access}\ngpu_experts={experts}\n"
-        )
-        .into_bytes()
+        let access = if self.peer_access { "on" } else { "off" };
+        format!("algorithm={algorithm}\norder={order}\ntuning={tuning}\ngpu={gpu}\npeer_access={access}\n")
+            .into_bytes()
     }
 }
 

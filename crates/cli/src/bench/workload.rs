@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use unisono::settings::Settings;
 use unisono::{DType, ReduceOp, cuda, quantised};
 
 use super::moe::Moe;
@@ -57,12 +56,7 @@ impl Workload {
             [] => Operation::DEFAULT.to_vec(),
             named => named.to_vec(),
         };
-        // Expert parallelism is off on GPUs for who does not ask for it.
-        let is_on_host = operations.contains(&Operation::Moe)
-            && !Settings::from_lookup(&|name| std::env::var(name).ok())
-                .map_err(|error| Failure::new(error.to_string()))?
-                .gpu_experts;
-        let (place, devices) = place(arguments.device.or(is_on_host.then_some(Place::Host)))?;
+        let (place, devices) = place(arguments.device)?;
         let sizes = match (arguments.sizes.as_slice(), place) {
             ([], Place::Host) => DEFAULT_SIZES.to_vec(),
             ([], Place::Cuda) => DEFAULT_GPU_SIZES.to_vec(),

@@ -58,13 +58,6 @@ impl Builder {
         self
     }
 
-    /// Whether an [`ep::Buffer`](crate::ep::Buffer) of this communicator works on its GPUs. Experimental, and off without this: its kernels have
-    /// not passed their tests there yet. The same on all ranks.
-    pub const fn gpu_experts(mut self, is_on: bool) -> Self {
-        self.overrides.gpu_experts = Some(is_on);
-        self
-    }
-
     /// Whether GPUs may reach each other's memory; without, they meet in pinned memory of the host. The same on all ranks.
     pub const fn peer_access(mut self, is_on: bool) -> Self {
         self.overrides.peer_access = Some(is_on);

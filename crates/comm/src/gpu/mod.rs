@@ -14,6 +14,7 @@ use unisono_core::device::layout::{DEVICE_BYTES, HEADER_OFFSETS};
 use unisono_core::device::select::{Question, Rules};
 pub use unisono_core::device::{ArenaLayout, Link};
 use unisono_core::device::{Form, Launch};
+
 use unisono_core::settings::{HandleKind, PinnedWay};
 use unisono_cuda::{Device, DeviceBuffer, Event, Grid, RegisteredHost, Stream};
 
@@ -98,11 +99,9 @@ pub(crate) struct Gpu {
     enqueued: Option<Arc<Enqueued>>,
     failed: Option<Error>,
     memory: Option<Memory>,
-    /// Until it is dropped.
-    /// Whether an `ep::Buffer` may work here.
-    pub(crate) takes_experts: bool,
     /// The most threads of a kernel that is brought onto the device while the one before still runs.
     early_threads: u32,
+    /// Until it is dropped.
     budget: Option<Budget>,
     watch: Option<Watch>,
     /// What becomes of the memory when this is dropped.
@@ -184,7 +183,6 @@ impl Gpu {
             enqueued: None,
             failed: None,
             memory: Some(memory),
-            takes_experts: config.takes_experts,
             early_threads: config.gpu_launch.early_threads(budget.early_threads()),
             budget: Some(budget),
             watch: Some(watch),

@@ -135,7 +135,6 @@ pub(crate) struct Config {
     pub(crate) handles: HandleKind,
     pub(crate) launching: Launching,
     pub(crate) gpu_launch: GpuLaunch,
-    pub(crate) takes_experts: bool,
     pub(crate) is_crowded: bool,
     pub(crate) drives_peers: bool,
 }
@@ -174,7 +173,6 @@ impl Config {
             handles: settings.handles,
             launching: Launching { is_remote: settings.gpu_launch.is_remote() },
             gpu_launch: settings.gpu_launch,
-            takes_experts: settings.gpu_experts,
             is_crowded: origin.is_crowded,
             drives_peers: !origin.siblings.is_empty() || world.is_of_devices,
         }

@@ -46,7 +46,7 @@ struct Tools {
 pub(crate) fn play(part: &Part) -> Result<()> {
     let count = device_count().unwrap_or(1);
     let ordinal = part.rank as u32 % count;
-    let communicator = part.builder().device(ordinal).gpu_experts(true).build()?;
+    let communicator = part.builder().device(ordinal).build()?;
     let device = Device::new(ordinal).unwrap();
     let ranks = communicator.world_size();
     let upload = |bytes: Vec<u8>| {

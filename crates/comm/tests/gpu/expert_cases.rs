@@ -106,6 +106,11 @@ impl Case {
         all
     }
 
+    /// Whether its calls are captured in a graph, where the host cannot learn how many rows come.
+    pub(crate) fn is_captured(&self) -> bool {
+        self.worst.is_some() && self.random(11, 0).once_in(2)
+    }
+
     /// Any bits.
     pub(crate) fn bits(&self, key: u64, rank: usize, bytes: usize) -> Vec<u8> {
         let mut random = self.random(key, rank);

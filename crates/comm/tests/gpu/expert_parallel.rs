@@ -2,7 +2,8 @@
 //! input, and every byte that has a meaning must be the same. Each rank is a thread, because a dispatch waits for its peers.
 
 use unisono::ep::{
-    Buffer, CachedDispatch, Combine, Combined, Dispatch, Dispatched, Input, Layout, RowScales, Tensor, Tokens,
+    Buffer, CachedDispatch, Combine, Combined, Dispatch, Dispatched, Handle, Input, Layout, RowScales,
+    Tensor, Tokens,
 };
 use unisono::{DType, Operations, Stream};
 
@@ -117,8 +118,7 @@ fn floats(bytes: &[u8]) -> Vec<f32> {
 
 fn check_case(gpu: &mut Buffer, tools: &Tools, case: &Case, prepared: &Prepared, rank: usize) {
     let (what, stream) = (case.what(rank), &tools.stream);
-    let Prepared { x, other, scales, on_device, expected, .. } = prepared;
-    let ((_, selections), (_, weights)) = on_device;
+    let Prepared { other, on_device: ((_, selections), _), expected, .. } = prepared;
     let named = |name: &str| format!("{what}: {name}");
     let layout = case.with_layout.then(|| {
         let (layout, expected) = (gpu.layout_on(*selections, case.top_k, stream).unwrap(), &expected.layout);
@@ -127,6 +127,45 @@ fn check_case(gpu: &mut Buffer, tools: &Tools, case: &Case, prepared: &Prepared,
         same(&layout.is_token_in_rank(), &expected.is_token_in_rank(), None, stream, &named("in rank"));
         layout
     });
+    // A graph of all three calls, launched twice, or each on its own.
+    let is_captured = case.is_captured();
+    if is_captured {
+        tools.raw.begin_capture().unwrap();
+    }
+    let got = dispatched(gpu, case, (prepared, layout.as_ref()), (rank, stream));
+    if !is_captured {
+        check_dispatched(&got, expected, true, stream, &named);
+    }
+    // Other tokens go the same way.
+    let call = CachedDispatch::new(other.on_device(), &got.handle).on(stream);
+    let (again, none) = gpu.dispatch_cached(&call).unwrap_or_else(|error| panic!("{what}: {error}"));
+    assert!(none.is_none());
+    let in_place = overwrite(tools, case, prepared, &got);
+    let results = if in_place { Input::from(&got.x) } else { prepared.results.x.on_device() };
+    let combined = combined(gpu, case, (prepared, results, &got.handle), (rank, stream));
+    let graph = is_captured.then(|| {
+        let graph = tools.raw.end_capture().unwrap();
+        for _ in 0..2 {
+            graph.launch(&tools.raw).unwrap();
+        }
+        check_dispatched(&got, expected, !in_place, stream, &named);
+        graph
+    });
+    same(&again, &expected.again, Some(expected.came), stream, &named("cached"));
+    same(&combined.x, &expected.combined.x, None, stream, &named(&format!("combined, in place {in_place}")));
+    let weights = (combined.topk_weights.as_ref(), expected.combined.topk_weights.as_ref());
+    same_or_none(weights.0, weights.1, None, stream, &named("combined weights"));
+    gpu.check().unwrap_or_else(|error| panic!("{what}: {error}"));
+    drop(graph);
+}
+
+fn dispatched(
+    gpu: &mut Buffer,
+    case: &Case,
+    (prepared, layout): (&Prepared, Option<&Layout>),
+    (rank, stream): (usize, &Stream),
+) -> Dispatched {
+    let Prepared { x, scales, on_device: ((_, selections), (_, weights)), .. } = prepared;
     let mut call = Dispatch::new(scaled(x.on_device(), scales.on_device(), case, rank))
         .expert_alignment(case.alignment)
         .multiprocessors(case.multiprocessors)
@@ -137,24 +176,23 @@ fn check_case(gpu: &mut Buffer, tools: &Tools, case: &Case, prepared: &Prepared,
     if case.with_weights {
         call = call.weights(*weights);
     }
-    if let Some(layout) = &layout {
+    if let Some(layout) = layout {
         call = call.layout(layout);
     }
     if let Some(rows) = case.worst {
         call = call.worst_tokens(rows);
     }
-    let got = gpu.dispatch(&call).unwrap_or_else(|error| panic!("{what}: {error}"));
-    check_dispatched(&got, expected, stream, &named);
-    // Other tokens go the same way.
-    let call = CachedDispatch::new(other.on_device(), &got.handle).on(stream);
-    let (again, none) = gpu.dispatch_cached(&call).unwrap_or_else(|error| panic!("{what}: {error}"));
-    assert!(none.is_none());
-    same(&again, &expected.again, Some(expected.came), stream, &named("cached"));
-    check_combine(gpu, tools, case, prepared, (&got, rank));
-    gpu.check().unwrap_or_else(|error| panic!("{what}: {error}"));
+    gpu.dispatch(&call).unwrap_or_else(|error| panic!("{}: {error}", case.what(rank)))
 }
 
-fn check_dispatched(got: &Dispatched, expected: &Expected, stream: &Stream, named: &dyn Fn(&str) -> String) {
+/// Everything that came, or all but the rows.
+fn check_dispatched(
+    got: &Dispatched,
+    expected: &Expected,
+    with_rows: bool,
+    stream: &Stream,
+    named: &dyn Fn(&str) -> String,
+) {
     let Expected { sent, came, .. } = expected;
     let handles = (&got.handle, &sent.handle);
     same(&handles.0.rank_prefix(), &handles.1.rank_prefix(), None, stream, &named("prefix"));
@@ -166,33 +204,35 @@ fn check_dispatched(got: &Dispatched, expected: &Expected, stream: &Stream, name
         "{}",
         named("sizes")
     );
-    same(&got.x, &sent.x, Some(*came), stream, &named("x"));
+    if with_rows {
+        same(&got.x, &sent.x, Some(*came), stream, &named("x"));
+    }
     same_or_none(got.scales.as_ref(), sent.scales.as_ref(), Some(*came), stream, &named("scales"));
     same_or_none(got.topk_idx.as_ref(), sent.topk_idx.as_ref(), None, stream, &named("indices"));
     same_or_none(got.topk_weights.as_ref(), sent.topk_weights.as_ref(), None, stream, &named("weights"));
     assert_eq!(got.tokens_per_expert, sent.tokens_per_expert, "{}", named("tokens per expert"));
 }
 
-fn check_combine(
-    gpu: &mut Buffer,
-    tools: &Tools,
-    case: &Case,
-    prepared: &Prepared,
-    (got, rank): (&Dispatched, usize),
-) {
-    let (what, stream) = (case.what(rank), &tools.stream);
-    let Results { x, bias, weights } = &prepared.results;
-    // Over what was dispatched, where that has the same size: then peers read it in place.
+/// Writes the results over what was dispatched, where that has the same size and the case asks for it: then peers read them in place.
+fn overwrite(tools: &Tools, case: &Case, prepared: &Prepared, got: &Dispatched) -> bool {
+    let x = &prepared.results.x;
     let in_place = case.in_place && case.per_token == 1 && case.combined_dtype() == case.dtype && x.count > 0;
     if in_place {
         // SAFETY: both are as long, and live until the stream was waited for.
         unsafe { tools.raw.copy(got.x.raw().ptr, x.device.address(), x.count * case.dtype.size()) }.unwrap();
     }
-    let results = if in_place { Input::from(&got.x) } else { x.on_device() };
-    let mut call = Combine::new(results, &got.handle)
-        .per_token(case.per_token)
-        .multiprocessors(case.multiprocessors)
-        .on(stream);
+    in_place
+}
+
+fn combined(
+    gpu: &mut Buffer,
+    case: &Case,
+    (prepared, x, handle): (&Prepared, Input<'_>, &Handle),
+    (rank, stream): (usize, &Stream),
+) -> Combined {
+    let Results { bias, weights, .. } = &prepared.results;
+    let mut call =
+        Combine::new(x, handle).per_token(case.per_token).multiprocessors(case.multiprocessors).on(stream);
     if let Some(bias) = bias.first() {
         call = call.bias(bias.on_device());
     }
@@ -202,11 +242,7 @@ fn check_combine(
     if case.with_weights {
         call = call.weights(weights.1.1);
     }
-    let combined = gpu.combine(&call).unwrap_or_else(|error| panic!("{what}: {error}"));
-    let expected = &prepared.expected.combined;
-    same(&combined.x, &expected.x, None, stream, &format!("{what}: combined, in place {in_place}"));
-    let weights = (combined.topk_weights.as_ref(), expected.topk_weights.as_ref());
-    same_or_none(weights.0, weights.1, None, stream, &format!("{what}: combined weights"));
+    gpu.combine(&call).unwrap_or_else(|error| panic!("{}: {error}", case.what(rank)))
 }
 
 fn random_cases(ranks: usize, buffers: u64, cases: u64) {

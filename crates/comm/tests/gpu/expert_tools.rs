@@ -85,7 +85,7 @@ impl Both {
     }
 
     pub(crate) fn on_device(&self) -> Input<'static> {
-        let (at, ordinal) = (self.device.address(), self.device.device().ordinal());
+        let (at, ordinal) = (place_of(&self.device, self.count), self.device.device().ordinal());
         // SAFETY: tests wait for their streams before they let go of a buffer.
         unsafe {
             match self.dtype {
@@ -98,6 +98,11 @@ impl Both {
     }
 }
 
+/// Where so many elements lie: nowhere, if there are none, as in tensors of torch.
+fn place_of(buffer: &DeviceBuffer, count: usize) -> u64 {
+    if count == 0 { 0 } else { buffer.address() }
+}
+
 pub(crate) fn upload(tools: &Tools, bytes: &[u8]) -> DeviceBuffer {
     let mut buffer = DeviceBuffer::new(&tools.device, bytes.len()).unwrap();
     buffer.write(0, bytes).unwrap();
@@ -106,9 +111,9 @@ pub(crate) fn upload(tools: &Tools, bytes: &[u8]) -> DeviceBuffer {
 
 /// i64 or f32 on the device.
 pub(crate) fn uploaded<T: unisono::Element>(tools: &Tools, bytes: &[u8]) -> Uploaded<T> {
-    let buffer = upload(tools, bytes);
+    let (buffer, count) = (upload(tools, bytes), bytes.len() / size_of::<T>());
     // SAFETY: as above.
-    let buf = unsafe { Buf::cuda(buffer.address(), bytes.len() / size_of::<T>(), tools.device.ordinal()) };
+    let buf = unsafe { Buf::cuda(place_of(&buffer, count), count, tools.device.ordinal()) };
     (buffer, buf)
 }
 

@@ -47,7 +47,7 @@ impl World {
     /// Ranks that are dealt to `devices` in turn.
     pub(crate) fn new(ranks: usize, devices: &[u32], configure: impl FnOnce(Builder) -> Builder) -> Self {
         let chosen: Vec<u32> = (0..ranks).map(|rank| devices[rank % devices.len()]).collect();
-        let builder = configure(Communicator::builder().timeout(PATIENCE).gpu_experts(true));
+        let builder = configure(Communicator::builder().timeout(PATIENCE));
         let communicators = builder.local(&chosen).unwrap();
         let devices: Vec<Device> = chosen.iter().map(|ordinal| Device::new(*ordinal).unwrap()).collect();
         let raw_streams: Vec<_> = devices.iter().map(|device| CudaStream::new(device).unwrap()).collect();
@@ -196,7 +196,7 @@ pub(crate) fn on_threads<T: Send>(
         return;
     }
     let chosen: Vec<u32> = (0..ranks).map(|rank| devices[rank % devices.len()]).collect();
-    let world = configure(Communicator::builder().gpu_experts(true)).local(&chosen).unwrap();
+    let world = configure(Communicator::builder()).local(&chosen).unwrap();
     let mut tools: Vec<T> = chosen.iter().enumerate().map(|(rank, ordinal)| tools(rank, *ordinal)).collect();
     let work = &work;
     std::thread::scope(|scope| {

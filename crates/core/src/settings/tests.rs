@@ -48,7 +48,6 @@ fn every_setting_is_read_into_its_own_field() {
         ("UNISONO_PINNED", "numa"),
         ("UNISONO_HANDLES", "Fabric"),
         ("UNISONO_GPU_LAUNCH", "both"),
-        ("UNISONO_GPU_EXPERTS", "on"),
     ]);
     let expected = Settings {
         log: "debug,mio=warn".to_owned(),
@@ -70,7 +69,6 @@ fn every_setting_is_read_into_its_own_field() {
         pinned: PinnedWay::Numa,
         handles: HandleKind::Fabric,
         gpu_launch: GpuLaunch::Both,
-        gpu_experts: true,
     };
     assert_eq!(settings.unwrap(), expected);
 }
@@ -113,10 +111,7 @@ fn exactly_the_agreed_settings_change_the_agreement() {
         _ => "7s",
     };
     let base = Settings::default().agreement_bytes(None);
-    assert_eq!(
-        base,
-        b"algorithm=auto\norder=fixed\ntuning=none\ngpu=auto\npeer_access=on\ngpu_experts=off\n"
-    );
+    assert_eq!(base, b"algorithm=auto\norder=fixed\ntuning=none\ngpu=auto\npeer_access=on\n");
     let tuning = Tuning::new("this machine", std::collections::BTreeMap::new());
     for row in SETTINGS {
         let settings = from(&[(row.name, changed(row.name))]).unwrap();

@@ -3,6 +3,8 @@
 //! A handle of CUDA IPC may be open only once in a process, so whoever asks for the same allocation again gets the same
 //! mapping, by the number that the owner's driver gave the allocation: addresses would not do, because they are used again.
 
+use std::time::{Duration, Instant};
+
 use cudarc::driver::sys;
 
 use super::IPC_HANDLE_BYTES;
@@ -12,6 +14,9 @@ use crate::driver::check;
 use crate::error::{Error, Result};
 use crate::memory::Location;
 use crate::memory::pages::{self, Pages};
+
+/// How long the driver may take to forget a mapping that was closed.
+const FORGETS_WITHIN: Duration = Duration::from_secs(2);
 
 /// Mappings that several may use.
 static MAPPINGS: Leases<Key, Mapping> = Leases::new();
@@ -124,8 +129,17 @@ impl Mapping {
         let handle = sys::CUipcMemHandle { reserved: handle.map(|byte| byte as std::ffi::c_char) };
         let lazily = sys::CUipcMem_flags_enum::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as u32;
         let mut address = 0;
-        // SAFETY: the driver checks the handle, and the answer is ours.
-        let result = unsafe { sys::cuIpcOpenMemHandle_v2(&raw mut address, handle, lazily) };
+        let start = Instant::now();
+        let result = loop {
+            // SAFETY: the driver checks the handle, and the answer is ours.
+            let result = unsafe { sys::cuIpcOpenMemHandle_v2(&raw mut address, handle, lazily) };
+            // What is mapped by us is in the table, so this is another mapping that the driver has yet to forget: it was seen where several
+            // processes keep a device busy.
+            if result != sys::CUresult::CUDA_ERROR_ALREADY_MAPPED || start.elapsed() > FORGETS_WITHIN {
+                break result;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        };
         check("cuIpcOpenMemHandle", device.ordinal(), result)?;
         let opened = Self { device: device.clone(), address, bytes, mapped: None };
         // How long it is, only the driver knows for sure.

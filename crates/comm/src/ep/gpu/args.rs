@@ -106,6 +106,8 @@ pub(super) struct CombineArgs {
     pub(super) bias: [u64; 2],
     pub(super) row_bytes: u32,
     pub(super) top_k: u32,
+    pub(super) pieces: u32,
+    pub(super) reserved: u32,
 }
 
 /// The sum of the parts of each row, on one rank.

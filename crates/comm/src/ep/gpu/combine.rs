@@ -5,7 +5,7 @@ use unisono_core::ep::DEVICE_LINE;
 use unisono_cuda::{Grid, Stream};
 
 use super::args::{AddArgs, CombineArgs};
-use super::kernels::combine_threads;
+use super::kernels::{combine_threads, combined_together};
 use super::pool::{For, Slab};
 use super::throughput::DeviceRoutes;
 use super::{Fields, OnGpu};
@@ -61,6 +61,11 @@ impl OnGpu {
         let x = fields.add(tokens * results.row_bytes);
         let weights = fields.add(if results.weights.is_some() { tokens * top_k * 4 } else { 0 });
         let out = self.take_own(fields.end, (stream, is_captured))?;
+        // Where there are few tokens, several warps share one.
+        let threads = combine_threads(self.world_size);
+        let (warps, most_workers) = (threads as usize / 32, self.workers(results.multiprocessors));
+        let most_pieces = (results.row_bytes / 16).div_ceil(32 * combined_together(self.world_size));
+        let pieces = (most_workers * warps / tokens.max(1)).clamp(1, most_pieces.max(1));
         let args = CombineArgs {
             buffer: self.round(words, 1, &readable.told),
             ways: routes.ways(),
@@ -69,9 +74,10 @@ impl OnGpu {
             bias: results.bias.map(|bias| bias.unwrap_or(0)),
             row_bytes: results.row_bytes as u32,
             top_k: top_k as u32,
+            pieces: pieces as u32,
+            reserved: 0,
         };
-        let threads = combine_threads(self.world_size);
-        let workers = tokens.div_ceil(threads as usize / 32).clamp(1, self.workers(results.multiprocessors));
+        let workers = (tokens * pieces).div_ceil(warps).clamp(1, most_workers);
         let grid = Grid { blocks: workers as u32 + 1, threads, shared_bytes: 0, is_early: false };
         let (function, _) = self.core.kernels.sums(words.dtype);
         // SAFETY: the kernel takes `CombineArgs`; slabs are ours, what it reaches of peers stays as long as `Core`, and inputs are valid
@@ -141,12 +147,8 @@ impl OnGpu {
             let (_, function) = self.core.kernels.sums(words.dtype);
             // SAFETY: the kernel takes `AddArgs`; as above.
             unsafe {
-                self.launch(
-                    function,
-                    stream,
-                    Grid { blocks, threads: ADD_THREADS, shared_bytes: 0, is_early: false },
-                    args,
-                )
+                let grid = Grid { blocks, threads: ADD_THREADS, shared_bytes: 0, is_early: false };
+                self.launch(function, stream, grid, args)
             }?;
         }
         self.taken.copied_combines += 1;

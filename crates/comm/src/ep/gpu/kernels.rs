@@ -57,6 +57,15 @@ pub(super) const fn combine_threads(ranks: usize) -> u32 {
     if ranks <= 8 { 768 } else { 384 }
 }
 
+/// Vectors of a lane that are under way at once in a combine.
+pub(super) const fn combined_together(ranks: usize) -> usize {
+    match ranks {
+        0..=2 => 4,
+        3..=4 => 2,
+        _ => 1,
+    }
+}
+
 /// The sources for worlds of `ranks` GPUs that reach each other.
 pub fn sources(ranks: usize) -> Vec<Source> {
     vec![throughput(ranks), low_latency(ranks)]
@@ -102,6 +111,7 @@ fn definitions(ranks: usize) -> Vec<(&'static str, String)> {
         ("BUFFER_STATE_AT", BUFFER_STATE_AT),
         ("ATTENDANCE_AT", layout.scratch().offset),
         ("COMBINE_THREADS", combine_threads(ranks) as usize),
+        ("COMBINED_TOGETHER", combined_together(ranks)),
     ];
     sizes.map(|(name, value)| (name, value.to_string())).to_vec()
 }

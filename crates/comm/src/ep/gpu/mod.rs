@@ -127,16 +127,11 @@ pub(super) struct Shape<'a> {
 
 /// Why buffers cannot work on the GPU of this communicator, if they cannot.
 pub(super) fn check_link(communicator: &Communicator) -> Result<()> {
-    let takes_experts = communicator.gpu.as_ref().is_some_and(|gpu| gpu.borrow().takes_experts);
-    let reason = match communicator.gpu_link() {
-        _ if !takes_experts => {
-            "an ep::Buffer works on host memory, with communicators that have no GPU: its kernels have not passed their tests yet, and \
-             UNISONO_GPU_EXPERTS=on takes them all the same"
-        }
-        Some(Link::Device) => return Ok(()),
-        _ => "an ep::Buffer needs GPUs that reach each other's memory, and these do not",
-    };
-    Err(Error::Device { rank: communicator.rank(), reason: reason.to_owned() })
+    if communicator.gpu_link() == Some(Link::Device) {
+        return Ok(());
+    }
+    let reason = "an ep::Buffer needs GPUs that reach each other's memory, and these do not".to_owned();
+    Err(Error::Device { rank: communicator.rank(), reason })
 }
 
 impl OnGpu {

@@ -353,13 +353,15 @@ impl OnGpu {
         };
         let (grid, piece_bytes) = self.grid_of_rows(outgoing, words.tokens, multiprocessors);
         let scales = outgoing.scales;
+        // What is empty may lie nowhere; to kernels that says that there is none.
+        let given = |at: u64| if words.tokens == 0 { self.core.state.address() } else { at };
         let args = DispatchArgs {
             buffer: self.round(words, 1, &told),
             ways,
             x: outgoing.x,
             scales: scales.map_or(0, |scales| scales.address),
-            selections: outgoing.selections.unwrap_or(0),
-            weights: outgoing.weights.unwrap_or(0),
+            selections: outgoing.selections.map_or(0, given),
+            weights: outgoing.weights.map_or(0, given),
             experts: self.tables.experts,
             starts,
             overflow: match arrival {
@@ -430,10 +432,8 @@ impl OnGpu {
         let items = tokens * outgoing.row_bytes.div_ceil(piece);
         let workers = items.div_ceil(warps).clamp(1, self.workers(multiprocessors));
         let shared_bytes = if by_copies { (warps * piece) as u32 } else { 0 };
-        (
-            Grid { blocks: workers as u32 + 1, threads: DISPATCH_THREADS, shared_bytes, is_early: false },
-            piece as u32,
-        )
+        let (blocks, threads) = (workers as u32 + 1, DISPATCH_THREADS);
+        (Grid { blocks, threads, shared_bytes, is_early: false }, piece as u32)
     }
 
     /// Blocks that may move rows, beside the one that greets.
