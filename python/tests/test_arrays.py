@@ -311,6 +311,15 @@ def test_arrays_of_other_devices_are_refused_by_name(alone):
         alone.all_reduce(OnGpu())
 
 
+@pytest.mark.parametrize("stream", [(7,), (7, None, None), (7, "soon"), (None, 7), "soon"])
+def test_streams_that_are_neither_one_nor_a_pair_are_refused(alone, stream):
+    x = np.ones(3)
+    with pytest.raises(errors.ArgumentError) as caught:
+        alone.all_reduce(x, stream=stream)
+    error = caught.value
+    assert (error.rank, error.what, x.tolist()) == (0, "stream", [1, 1, 1])
+
+
 def test_a_counted_part_that_has_no_room_names_both_ranks():
     def main(rank):
         send = np.array([1, 3] if rank.rank == 0 else [1, 1], dtype=np.uint32)

@@ -107,6 +107,17 @@ def test_newer_versions_of_torch_find_the_backend_by_themselves():
     assert (done.returncode, done.stdout) == (0, "unisono\n"), done.stderr
 
 
+def test_the_tensors_in_the_value_of_a_future_are_found_as_torch_finds_them():
+    import unisono.torch  # noqa: F401
+
+    find = torch._jit_internal._extract_tensors
+    x, y = torch.ones(2), torch.nn.Parameter(torch.ones(2))
+    values = [[x, y], [], [x, None], [[x], [y]], {"a": x, "b": [y]}, (x, y), x, 3]
+    found = [[id(tensor) for tensor in find(value)] for value in values]
+    assert found == [[id(tensor) for tensor in find.args[0](value)] for value in values]
+    assert found[0] == found[3] == [id(x), id(y)] and found[7] == []
+
+
 def test_a_backend_that_is_registered_twice_is_there_once_and_options_are_looked_at():
     import unisono.torch
 

@@ -13,7 +13,7 @@ __version__: str
 Array: TypeAlias = Any
 """An array of any framework; see ``Communicator``."""
 Stream: TypeAlias = Any
-"""A CUstream as a number, or a stream of torch, cupy or numba."""
+"""A CUstream as a number, or a stream of torch, cupy or numba. Of an operation also a pair; see ``Communicator``."""
 Time: TypeAlias = float | timedelta
 """Seconds, or a timedelta."""
 Op: TypeAlias = Any

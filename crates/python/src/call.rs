@@ -9,8 +9,9 @@ use unisono::{Call, Counts, DType, Error, Kind, Operations, Place, RawBuffer};
 
 use crate::array::{Array, Guard, Site, StreamOf};
 use crate::communicator::{Communicator, Failure, Inner};
-use crate::kept::{self, Held};
-use crate::work::Work;
+use crate::kept::{self, Held, Spare};
+use crate::stream::{Behind, Given};
+use crate::work::{Point, Work};
 use crate::{errors, group, options, stream};
 
 /// One side of an operation.
@@ -56,8 +57,10 @@ pub(crate) struct Request {
     pub(crate) buffers: Vec<RawBuffer>,
     pub(crate) parts: Vec<Parts>,
     pub(crate) way: Way,
-    /// Streams in which the arrays are still being made, besides that of the call.
+    /// Streams that the call comes behind: those in which the arrays are still being made, besides its own, and one that was given.
     pub(crate) after: Vec<u64>,
+    /// Whether one was given. Then who waits for the call joins its stream.
+    pub(crate) is_beside: bool,
 }
 
 impl Request {
@@ -106,6 +109,7 @@ impl Communicator {
                 me.at_once(this.py(), kind, &[me.locate(array.memory)])?;
                 return Ok(result.clone().unbind());
             }
+            return Self::perform_on(this, kind, (sides, vec![array]), Vec::new(), result, (manner, None));
         }
         Self::perform_with(this, kind, sides, Vec::new(), result, manner)
     }
@@ -119,11 +123,25 @@ impl Communicator {
         result: &Bound<'py, PyAny>,
         manner: &Manner<'_, 'py>,
     ) -> PyResult<Py<PyAny>> {
-        let (py, me) = (this.py(), this.get());
+        let me = this.get();
         let given =
-            manner.stream.map(|given| stream::handle(given, me.site(kind.name(), "stream"))).transpose()?;
-        let arrays = me.arrays(py, kind, sides, given)?;
-        let way = me.way(py, kind.name(), on_device(&arrays), given)?;
+            manner.stream.map(|given| stream::given(given, me.site(kind.name(), "stream"))).transpose()?;
+        let arrays = me.arrays(this.py(), kind, sides, given.map(|given| given.handle))?;
+        Self::perform_on(this, kind, (sides, arrays), parts, result, (manner, given))
+    }
+
+    /// The same with the memory of the sides, and the stream that was given.
+    fn perform_on<'py>(
+        this: &Bound<'py, Self>,
+        kind: Kind,
+        (sides, arrays): (&[Side<'_, 'py>], Vec<Array>),
+        parts: Vec<Parts>,
+        result: &Bound<'py, PyAny>,
+        (manner, given): (&Manner<'_, 'py>, Option<Given>),
+    ) -> PyResult<Py<PyAny>> {
+        let (py, me) = (this.py(), this.get());
+        let on_device = on_device(&arrays);
+        let way = me.way(py, kind.name(), on_device, given.map(|given| given.handle))?;
         let patience =
             manner.timeout.map(|time| options::patience(time, kind.name(), me.rank)).transpose()?;
         let mut buffers: Vec<_> = arrays.iter().map(|array| me.locate(array.memory)).collect();
@@ -142,8 +160,19 @@ impl Communicator {
             (StreamOf::Named(stream), Way::Stream(handle, _)) if stream != handle => Some(stream),
             _ => None,
         };
-        let after = arrays.iter().filter_map(elsewhere).collect();
-        let request = Request { kind, buffers, parts, way, after };
+        let mut after: Vec<u64> = arrays.iter().filter_map(elsewhere).collect();
+        let behind = given.and_then(|given| given.behind);
+        if let (Some(behind), Way::Stream(handle, ordinal)) = (behind, way) {
+            let other = match (behind, on_device) {
+                (Behind::Stream(other), _) => other,
+                (Behind::Current, Some((_, of))) => stream::current(py, of, ordinal)?,
+                (Behind::Current, None) => stream::current(py, StreamOf::Torch, ordinal)?,
+            };
+            if other != handle {
+                after.push(other);
+            }
+        }
+        let request = Request { kind, buffers, parts, way, after, is_beside: behind.is_some() };
         let objects = sides.iter().filter_map(|side| side.object).map(|object| object.clone().unbind());
         let guards =
             arrays.into_iter().map(|array| array.guard).chain(std::iter::repeat_with(|| Guard::None));
@@ -296,10 +325,10 @@ impl Communicator {
                         // SAFETY: what holds the memory is kept until the stream has passed the call.
                         one.on(&stream).submit(unsafe { request.call() })
                     })?;
-                    Ok(self.event_behind(&stream)?)
+                    Ok(self.point_behind(stream, is_async && request.is_beside)?)
                 });
-                let event = match enqueued {
-                    Ok(event) => event,
+                let point = match enqueued {
+                    Ok(point) => point,
                     Err(failure) => {
                         // A part of the call may be at work on it, and nothing tells when that ends.
                         if !is_refusal(&failure) {
@@ -308,11 +337,11 @@ impl Communicator {
                         return Err(failed(failure));
                     }
                 };
-                if let Some(event) = &event {
-                    kept::keep_until(ordinal, event.clone(), held);
+                if let Point::Event(event) = &point {
+                    kept::keep_until(event.clone(), held);
                 }
                 if is_async {
-                    Work::on_device(this, (ordinal, event), result)
+                    Work::on_device(this, (ordinal, point), result)
                 } else {
                     Ok(result.clone().unbind())
                 }
@@ -321,12 +350,19 @@ impl Communicator {
     }
 
     /// An event behind what `stream` of a GPU holds, if it is not captured.
-    pub(crate) fn event_behind(
-        &self,
-        stream: &unisono::Stream,
-    ) -> Result<Option<Arc<unisono::cuda::Event>>, Error> {
+    pub(crate) fn event_behind(&self, stream: &unisono::Stream) -> Result<Option<Arc<Spare>>, Error> {
         let Some(stream) = stream.as_cuda() else { return Ok(None) };
         kept::event_behind(stream).map_err(|error| Error::Cuda { rank: self.rank, error })
+    }
+
+    /// What lies behind a call in `stream`; if that is captured, so that others can join it, if that `is_joined`.
+    fn point_behind(&self, stream: Arc<unisono::Stream>, is_joined: bool) -> Result<Point, Error> {
+        if let Some(event) = self.event_behind(&stream)? {
+            return Ok(Point::Event(event));
+        }
+        let captured = stream.as_cuda().filter(|_| is_joined).map(kept::captured_behind).transpose();
+        let event = captured.map_err(|error| Error::Cuda { rank: self.rank, error })?;
+        Ok(Point::Captured(event.map(|event| (stream, event))))
     }
 
     /// Receives from anybody; who it was.
@@ -357,8 +393,8 @@ impl Communicator {
             Ok((from, me.event_behind(&stream)?))
         });
         let (from, event) = got.map_err(|failure| me.raised(py, failure, "recv_any"))?;
-        if let (Some(event), Way::Stream(_, ordinal)) = (event, way) {
-            kept::keep_until(ordinal, event, vec![Held(object.clone().unbind(), array.guard)]);
+        if let Some(event) = event {
+            kept::keep_until(event, vec![Held(object.clone().unbind(), array.guard)]);
         }
         Ok(from)
     }
@@ -402,9 +438,9 @@ impl Communicator {
             })
         });
         let events = done.map_err(|failure| me.raised(py, failure, kind.name()))?;
-        for (((object, array), event), (_, ordinal)) in local.iter().zip(arrays).zip(events).zip(handles) {
+        for ((object, array), event) in local.iter().zip(arrays).zip(events) {
             if let Some(event) = event {
-                kept::keep_until(ordinal, event, vec![Held(object.clone().unbind(), array.guard)]);
+                kept::keep_until(event, vec![Held(object.clone().unbind(), array.guard)]);
             }
         }
         Ok(())

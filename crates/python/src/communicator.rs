@@ -31,7 +31,8 @@ use crate::{errors, interrupt, options, torch_store};
 /// Operations on memory of the host block until they are complete, without the interpreter lock; Ctrl-C ends a wait with
 /// ``KeyboardInterrupt``, and the communicator is then aborted on all ranks. Operations on a GPU are enqueued in ``stream`` (default:
 /// the framework's current one) and return; arrays are kept alive until the stream has passed them. All operations share these
-/// arguments: ``stream``; ``async_op=True``, which returns a ``Work`` instead of waiting; ``timeout`` in seconds or as a timedelta,
+/// arguments: ``stream``, which may be a pair: the operation's, and one that it comes behind (None: the framework's current one);
+/// ``async_op=True``, which returns a ``Work`` instead of waiting; ``timeout`` in seconds or as a timedelta,
 /// the longest that this call waits for ranks that live (default: that of the communicator; after it the communicator has failed).
 ///
 /// Several threads may hold a communicator; their calls go one after the other. ``abort`` and ``explain`` never wait for them. As a
@@ -107,9 +108,8 @@ impl Inner {
         for other in after {
             let other = self.stream(*other, ordinal)?;
             if let (Some(stream), Some(other)) = (stream.as_cuda(), other.as_cuda()) {
-                let ordered = kept::event_behind(other)
-                    .and_then(|event| event.map_or(Ok(()), |event| stream.wait(&event)));
-                ordered.map_err(|error| Error::Cuda { rank: self.communicator.rank(), error })?;
+                let rank = self.communicator.rank();
+                kept::follow(stream, other).map_err(|error| Error::Cuda { rank, error })?;
             }
         }
         Ok(stream)

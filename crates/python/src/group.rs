@@ -134,8 +134,8 @@ fn post(py: Python<'_>, calls: Vec<Collected>) -> PyResult<()> {
         (Err(_), None) => return Ok(()),
     };
     for (call, event) in calls.into_iter().zip(events) {
-        if let (Some(event), Way::Stream(_, ordinal)) = (event, call.request.way) {
-            kept::keep_until(ordinal, event, call.held);
+        if let Some(event) = event {
+            kept::keep_until(event, call.held);
         }
     }
     Ok(())

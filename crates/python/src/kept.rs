@@ -1,12 +1,13 @@
 //! What operations that are not complete keep alive: their arrays, with what holds the memory of these in place.
 
 use std::collections::VecDeque;
+use std::ops::Deref;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 use pyo3::prelude::*;
 use unisono::binding::Started;
-use unisono::cuda::{Event, Stream};
+use unisono::cuda::{Event, Result, Stream};
 
 use crate::array::Guard;
 
@@ -46,10 +47,10 @@ impl InFlight {
 /// behind goes when another looks.
 static ENQUEUED: Mutex<VecDeque<Enqueued>> = Mutex::new(VecDeque::new());
 
-/// Those of one call: on device `ordinal`, with the event behind it.
+/// Those of one call, with the event behind it.
 struct Enqueued {
-    ordinal: u32,
-    event: Arc<Event>,
+    event: Arc<Spare>,
+    #[expect(dead_code, reason = "held for its life")]
     held: Vec<Held>,
 }
 
@@ -59,8 +60,43 @@ static EVENTS: Mutex<Vec<(u32, Event)>> = Mutex::new(Vec::new());
 /// The most that one look lets go of, so that no call pays for many.
 const AT_ONCE: usize = 4;
 
+/// An event of that list, which goes back there. None that a capture recorded is among them: those belong to their graph.
+pub(crate) struct Spare {
+    ordinal: u32,
+    event: Event,
+}
+
+impl Spare {
+    /// Behind what `stream` holds now, which is not captured.
+    fn behind(stream: &Stream) -> Result<Self> {
+        let ordinal = stream.device().ordinal();
+        let unused = {
+            let mut events = EVENTS.lock();
+            let at = events.iter().position(|(device, _)| *device == ordinal);
+            at.map(|at| events.swap_remove(at).1)
+        };
+        let event = unused.map_or_else(|| Event::new(stream.device(), false), Ok)?;
+        event.record(stream)?;
+        Ok(Self { ordinal, event })
+    }
+}
+
+impl Deref for Spare {
+    type Target = Event;
+
+    fn deref(&self) -> &Event {
+        &self.event
+    }
+}
+
+impl Drop for Spare {
+    fn drop(&mut self) {
+        EVENTS.lock().push((self.ordinal, self.event.clone()));
+    }
+}
+
 /// Keeps `held` until the stream of `event` has passed it.
-pub(crate) fn keep_until(ordinal: u32, event: Arc<Event>, held: Vec<Held>) {
+pub(crate) fn keep_until(event: Arc<Spare>, held: Vec<Held>) {
     let mut gone = Vec::new();
     {
         let mut enqueued = ENQUEUED.lock();
@@ -73,31 +109,40 @@ pub(crate) fn keep_until(ordinal: u32, event: Arc<Event>, held: Vec<Held>) {
                 gone.extend(enqueued.pop_front());
             }
         });
-        enqueued.push_back(Enqueued { ordinal, event, held });
+        enqueued.push_back(Enqueued { event, held });
     }
-    for Enqueued { ordinal, event, held } in gone {
-        if let Some(event) = Arc::into_inner(event) {
-            EVENTS.lock().push((ordinal, event));
-        }
-        drop(held);
-    }
+    drop(gone);
 }
 
 /// An event behind what `stream` holds, unless that is captured in a graph, which has no end to wait for.
 ///
 /// # Errors
 /// What the driver refuses.
-pub(crate) fn event_behind(stream: &Stream) -> unisono::cuda::Result<Option<Arc<Event>>> {
+pub(crate) fn event_behind(stream: &Stream) -> Result<Option<Arc<Spare>>> {
     if stream.is_capturing()? {
         return Ok(None);
     }
-    let ordinal = stream.device().ordinal();
-    let spare = {
-        let mut events = EVENTS.lock();
-        let at = events.iter().position(|(device, _)| *device == ordinal);
-        at.map(|at| events.swap_remove(at).1)
-    };
-    let event = spare.map_or_else(|| Event::new(stream.device(), false), Ok)?;
+    Ok(Some(Arc::new(Spare::behind(stream)?)))
+}
+
+/// The point behind what `stream` holds, which a graph captures: other streams of the capture wait for it.
+///
+/// # Errors
+/// What the driver refuses.
+pub(crate) fn captured_behind(stream: &Stream) -> Result<Event> {
+    let event = Event::new(stream.device(), false)?;
     event.record(stream)?;
-    Ok(Some(Arc::new(event)))
+    Ok(event)
+}
+
+/// Work that comes later in `stream` waits for what `other` holds now. If a graph captures that, it captures this as well.
+///
+/// # Errors
+/// What the driver refuses.
+pub(crate) fn follow(stream: &Stream, other: &Stream) -> Result<()> {
+    if other.is_capturing()? {
+        return stream.wait(&captured_behind(other)?);
+    }
+    // The wait is for this record, whatever the event records next.
+    stream.wait(&*Spare::behind(other)?)
 }

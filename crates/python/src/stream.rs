@@ -2,8 +2,42 @@
 
 use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 
 use crate::array::{Site, StreamOf, imported};
+
+/// The stream that a call was given.
+#[derive(Clone, Copy)]
+pub(crate) struct Given {
+    pub(crate) handle: u64,
+    /// The stream that it comes behind, if that was given too.
+    pub(crate) behind: Option<Behind>,
+}
+
+/// The second stream of a pair.
+#[derive(Clone, Copy)]
+pub(crate) enum Behind {
+    /// That of the framework which is current.
+    Current,
+    Stream(u64),
+}
+
+/// What the `stream=` of a call names: a stream, or a pair of the call's and one that it comes behind (`None`: the current one).
+///
+/// # Errors
+/// As [`handle`].
+pub(crate) fn given(stream: &Bound<'_, PyAny>, site: Site) -> PyResult<Given> {
+    let Ok(pair) = stream.cast::<PyTuple>() else {
+        return Ok(Given { handle: handle(stream, site)?, behind: None });
+    };
+    if pair.len() != 2 {
+        let got = format!("a tuple of {}", pair.len());
+        return Err(site.refuse(stream.py(), "a stream, or a pair of them", got));
+    }
+    let (stream, behind) = (pair.get_item(0)?, pair.get_item(1)?);
+    let behind = if behind.is_none() { Behind::Current } else { Behind::Stream(handle(&behind, site)?) };
+    Ok(Given { handle: handle(&stream, site)?, behind: Some(behind) })
+}
 
 /// The `CUstream` that a `stream=` names: a number, or an object of torch, cupy, numba or with `__cuda_stream__`.
 ///

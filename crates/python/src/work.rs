@@ -5,12 +5,14 @@ use std::time::Duration;
 
 use pyo3::intern;
 use pyo3::prelude::*;
+use unisono::Stream;
 use unisono::binding::Started;
-use unisono::cuda::Event;
+use unisono::cuda::{self, Event};
 
 use crate::array::{StreamOf, imported};
 use crate::call::with_patience;
 use crate::communicator::{Communicator, Failure};
+use crate::kept::Spare;
 use crate::{options, stream};
 
 /// An operation that was started with ``async_op=True``. It keeps its arrays alive; dropping it is harmless, and the operation goes on.
@@ -36,8 +38,32 @@ pub(crate) struct Work {
 
 enum State {
     Host(Started),
-    /// The event behind the call, on this device; none if it was captured in a graph.
-    Device(u32, Option<Arc<Event>>),
+    /// On this device.
+    Device(u32, Point),
+}
+
+/// What lies behind a call in a stream.
+pub(crate) enum Point {
+    Event(Arc<Spare>),
+    /// A graph captured the call, which is never complete then; with a point that other streams of the capture wait for, where the call's stream is
+    /// one that its user does not wait for otherwise.
+    Captured(Option<(Arc<Stream>, Event)>),
+}
+
+impl Point {
+    /// Work that comes later in `stream` waits for it.
+    fn wait_in(&self, stream: &cuda::Stream) -> cuda::Result<()> {
+        match self {
+            Self::Event(event) => stream.wait(event),
+            Self::Captured(Some((of, event)))
+                if of.as_cuda().map_or(Ok(false), cuda::Stream::is_capturing)? =>
+            {
+                stream.wait(event)
+            }
+            // Whoever launches the graph waits for that.
+            Self::Captured(_) => Ok(()),
+        }
+    }
 }
 
 impl Work {
@@ -52,10 +78,10 @@ impl Work {
 
     pub(crate) fn on_device<'py>(
         communicator: &Bound<'py, Communicator>,
-        (ordinal, event): (u32, Option<Arc<Event>>),
+        (ordinal, point): (u32, Point),
         result: &Bound<'py, PyAny>,
     ) -> PyResult<Py<PyAny>> {
-        Self::make(communicator, State::Device(ordinal, event), None, result)
+        Self::make(communicator, State::Device(ordinal, point), None, result)
     }
 
     fn make<'py>(
@@ -95,10 +121,10 @@ impl Work {
                 let tested = communicator.try_with(|inner| Ok(inner.communicator.test(*started)?));
                 tested.map_or(Ok(false), |tested| tested.and_then(|tested| tested))
             }
-            State::Device(_, None) => Ok(false),
-            State::Device(_, Some(event)) => {
+            State::Device(_, Point::Captured(_)) => Ok(false),
+            State::Device(_, Point::Event(event)) => {
                 let rank = communicator.rank;
-                let is_done = unisono::cuda::Stream::beside_captures(|| event.is_done());
+                let is_done = cuda::Stream::beside_captures(|| event.is_done());
                 let is_done = is_done.map_err(|error| unisono::Error::Cuda { rank, error })?;
                 if is_done && let Some(checked) = communicator.try_with(|inner| inner.communicator.check()) {
                     checked?.map_err(Failure::Library)?;
@@ -132,7 +158,7 @@ impl Work {
                 with_patience(&inner.communicator, patience, |one| one.complete(*started))
                     .map(|()| Some(*started))
             }),
-            State::Device(ordinal, event) => {
+            State::Device(ordinal, point) => {
                 let site = communicator.site("wait", "stream");
                 let handle = match stream {
                     Some(given) => stream::handle(given, site)?,
@@ -145,8 +171,8 @@ impl Work {
                 py.detach(|| {
                     let mut inner = communicator.lock()?;
                     let stream = inner.stream(handle, *ordinal)?;
-                    if let (Some(event), Some(stream)) = (event, stream.as_cuda()) {
-                        stream.wait(event).map_err(|error| unisono::Error::Cuda { rank, error })?;
+                    if let Some(stream) = stream.as_cuda() {
+                        point.wait_in(stream).map_err(|error| unisono::Error::Cuda { rank, error })?;
                     }
                     inner.communicator.check()?;
                     Ok(None)
@@ -176,7 +202,7 @@ impl Work {
     /// [True, True]
     fn add_done_callback(this: &Bound<'_, Self>, callback: Option<Py<PyAny>>) -> PyResult<()> {
         let communicator = this.get().communicator.get();
-        if matches!(this.get().state, State::Device(_, None)) {
+        if matches!(this.get().state, State::Device(_, Point::Captured(_))) {
             let site = communicator.site("add_done_callback", "the work");
             return Err(site.refuse(this.py(), "of a call that runs", "one of a call that a graph captured"));
         }

@@ -38,6 +38,17 @@ work = rank.all_reduce(x, stream=side, async_op=True)
 assert work.wait() is x and (x == n).all() and work.is_completed()
 torch.cuda.synchronize()
 
+# Behind another stream: the current one, and one that is named. An array in the making is waited for.
+other_side = torch.cuda.Stream()
+for behind in (None, torch.cuda.current_stream(), other_side):
+    with torch.cuda.stream(other_side if behind is other_side else torch.cuda.current_stream()):
+        x = torch.full((8 << 20,), 1.0, device=here)
+        for _ in range(20):
+            x = x * 1.0
+        work = rank.all_reduce(x, stream=(side, behind), async_op=True)
+    assert work.wait() is x and (x == n).all()
+torch.cuda.synchronize()
+
 x = torch.arange(n, device=here) + n * me
 expected = torch.tensor([n * r + me for r in range(n)], device=here)
 assert torch.equal(rank.all_to_all(x, out=torch.empty_like(x)), expected)
@@ -59,6 +70,19 @@ for _ in range(3):
     graph.replay()
 torch.cuda.synchronize()
 assert (x == n**4).all()
+x = torch.ones(1000, device=here)
+graph = torch.cuda.CUDAGraph()
+torch.cuda.synchronize()
+rank.barrier()
+with torch.cuda.graph(graph):
+    work = rank.all_reduce(x, stream=(side, None), async_op=True)
+    work.wait()
+    x *= 2
+assert work.wait() is x and not work.is_completed()
+for _ in range(3):
+    graph.replay()
+torch.cuda.synchronize()
+assert (x == (2 * n) ** 3).all()
 
 # What is refused, with nothing written.
 y = torch.ones(4, device=here)
@@ -66,6 +90,8 @@ for wrong, kind in [
     (lambda: rank.all_reduce(y, out=torch.zeros(4)), unisono.errors.PlaceError),
     (lambda: rank.all_reduce(torch.ones(4, 4, device=here)[:, ::2]), unisono.errors.ArgumentError),
     (lambda: rank.all_reduce(y, stream="soon"), unisono.errors.ArgumentError),
+    (lambda: rank.all_reduce(y, stream=(side, "soon")), unisono.errors.ArgumentError),
+    (lambda: rank.all_reduce(y, stream=(side, None, None)), unisono.errors.ArgumentError),
     (lambda: rank.all_reduce(torch.ones(4), stream=side), unisono.errors.PlaceError),
     *([(lambda: rank.all_reduce(torch.ones(4, device=other)), unisono.errors.PlaceError)] if other != here else []),
 ]:

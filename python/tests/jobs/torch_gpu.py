@@ -1,8 +1,9 @@
 """The backend "unisono" beside "nccl" on GPUs: collectives give the same, training steps with DDP and FSDP2 give the same within rounding,
 graphs can be captured, and how long steps and calls take.
 
-    torchrun --nproc-per-node N torch_gpu.py [--json FILE] [--steps 20]
+    torchrun --nproc-per-node N torch_gpu.py [--json FILE] [--steps 20] [--brief]
 
+With --brief only streams, graphs, and how long calls take.
 Rank 0 prints the times as JSON. Times of a step are medians over all steps of all turns, in which the backends alternate. NCCL is measured
 without NVLink's multicast, unless NCCL_NVLS_ENABLE says otherwise.
 """
@@ -12,6 +13,7 @@ import copy
 import json
 import os
 import statistics
+import threading
 import time
 from datetime import timedelta
 
@@ -29,6 +31,7 @@ import unisono.torch
 parser = argparse.ArgumentParser()
 parser.add_argument("--json")
 parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--brief", action="store_true")
 options = parser.parse_args()
 
 here = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -116,7 +119,7 @@ def gathered_list(group, x):
 
 # Collectives.
 torch.manual_seed(100 + me)
-for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64):
+for dtype in () if options.brief else (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64):
     for size in (1, 1000, 1 << 20, (6 << 20) + 3):
         size *= n
         x = torch.randint(0, 100, (size,), device=here).to(dtype) if not dtype.is_floating_point else torch.randn(size, device=here).to(dtype)
@@ -128,11 +131,16 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.i
             agree(both(all_reduce(Op.AVG), x), "all_reduce", dtype, size, "avg")
         for call in (all_gather, all_to_all, broadcast, exchange, gathered_list):
             agree(both(call, x), call.__name__, dtype, size, exact=True)
-say("collectives agree")
+if not options.brief:
+    say("collectives agree")
 
 # The order of streams: inputs that are still being made, results that are used at once, and memory that goes back at once.
 total = n * (n + 1) / 2
 for turn in range(100):
+    x = torch.ones(4 << 20, device=here)
+    dist.all_reduce(x, async_op=True)  # nobody waits
+    del x
+    fresh = torch.full((4 << 20,), -1.0, device=here)
     x = torch.full((4 << 20,), 1.0, device=here)
     for _ in range(20):
         x = x * 1.0
@@ -147,8 +155,23 @@ for turn in range(100):
     dist.all_gather(outputs, y[: 1 << 18], async_op=True)  # nobody waits
     del outputs
     torch.full((n << 18,), -1.0, device=here)
-    assert (y == 2 * total).all() and beside[-1] == 1 << 20, turn
+    assert (y == 2 * total).all() and beside[-1] == 1 << 20 and (fresh == -1).all(), turn
 side = torch.cuda.Stream()
+# Several in flight, waited for in another order, by another stream and by another thread; some works outlive their call.
+works = []
+for turn in range(100):
+    parts = [torch.full((1 << 16,), me + 1.0 + at, device=here) for at in range(8)]
+    works = works[-5:] + [dist.all_reduce(part, async_op=True) for part in parts]
+    with torch.cuda.stream(side):
+        works[-5].wait()
+        early = parts[0] + parts[3]
+    thread = threading.Thread(target=lambda last=works[-1]: (torch.cuda.set_device(here), last.wait()))
+    thread.start()
+    thread.join()  # its current stream is this thread's too, the default one
+    assert all((part == total + n * at).all() for at, part in enumerate(parts)), turn
+    torch.cuda.current_stream().wait_stream(side)
+    assert (early == 2 * total + 3 * n).all(), turn
+    assert all(work.is_completed() and work.exception() is None for work in works), turn
 side.wait_stream(torch.cuda.current_stream())
 with torch.cuda.stream(side):
     x = torch.ones(1 << 20, device=here)
@@ -177,6 +200,29 @@ for is_async in (False, True):
     torch.cuda.synchronize()
     assert (x == (2 * n) ** 3).all(), is_async
     del graph
+# Two calls in flight, of which another stream of the capture joins one. Works of a graph are not complete, and nobody waits for them later.
+graph, (x, y) = torch.cuda.CUDAGraph(), torch.ones(2, 1 << 16, device=here)
+with torch.cuda.graph(graph):
+    works = [dist.all_reduce(part, async_op=True) for part in (x, y)]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        works[0].wait()
+        x *= 2
+    works[1].wait()
+    y *= 3
+    torch.cuda.current_stream().wait_stream(side)
+for turn in range(3):
+    z = torch.full((1 << 16,), me + 1.0, device=here)
+    assert works[turn % 2].wait() and not works[turn % 2].is_completed()
+    work = dist.all_reduce(z, async_op=True)  # with events that no capture has recorded
+    work.wait()
+    assert (z == total).all() and work.is_completed()
+    torch.cuda.synchronize()
+    dist.barrier()
+    graph.replay()
+torch.cuda.synchronize()
+assert (x == (2 * n) ** 3).all() and (y == (3 * n) ** 3).all()
+del graph, works
 say("graphs replay")
 
 
@@ -226,7 +272,7 @@ inputs = torch.randn(options.steps, 64, 256, device=here)
 targets = torch.randn(options.steps, 64, 16, device=here)
 figures = {"ranks": n, "device": torch.cuda.get_device_name(), "torch": torch.__version__, "step_ms": {}, "call_us": {}}
 figures["parameters"] = sum(parameter.numel() for parameter in model().parameters())
-for name, prepare in (("ddp", with_ddp), ("fsdp2", with_fsdp)):
+for name, prepare in () if options.brief else (("ddp", with_ddp), ("fsdp2", with_fsdp)):
     times, trained, losses = {backend: [] for backend in groups}, {}, {}
     for turn in range(3):
         for backend, group in groups.items():
@@ -252,7 +298,7 @@ for size in (8 << 10, 1 << 20, 64 << 20):
     x = torch.zeros(size // 4, device=here)
     of_size = figures["call_us"][str(size)] = {}
     for backend, group in groups.items():
-        for kind in ("sync", "async"):
+        for kind in ("sync", "async", "future"):
             took, host = [], []
             for turn in range(7):
                 torch.cuda.synchronize()
@@ -261,9 +307,9 @@ for size in (8 << 10, 1 << 20, 64 << 20):
                 start.record()
                 begin = time.perf_counter()
                 for _ in range(50):
-                    work = dist.all_reduce(x, group=group, async_op=kind == "async")
+                    work = dist.all_reduce(x, group=group, async_op=kind != "sync")
                     if work is not None:
-                        work.wait()
+                        (work.get_future() if kind == "future" else work).wait()
                 host.append((time.perf_counter() - begin) / 50 * 1e6)
                 end.record()
                 torch.cuda.synchronize()

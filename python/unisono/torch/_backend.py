@@ -19,7 +19,7 @@ from torch._C import _distributed_c10d as c10d
 import unisono
 
 from ._tensors import count, flat, only, parts_of, reduction, refused, spread, writable
-from ._work import AnyWork, HostWork, StreamWork, Work, Works
+from ._work import AnyWork, CallWork, EventWork, HostWork, Work, Works
 
 IS_GROUP = torch.__version__ < (2, 14)
 """Before 2.14 a class of Python cannot be a part of a group, it is one."""
@@ -29,6 +29,8 @@ ALIVE: set[Any] = set()
 UNSET = c10d.BarrierOptions().timeout
 
 Post = Callable[..., Any]
+Pair = tuple[int, None]
+"""A stream for calls that come behind the current one, as the library takes it."""
 
 
 class Backend(dist.ProcessGroup if IS_GROUP else c10d.Backend):  # type: ignore[misc]
@@ -41,7 +43,7 @@ class Backend(dist.ProcessGroup if IS_GROUP else c10d.Backend):  # type: ignore[
         device = self.options_given.pop("device", None)
         self.host = unisono.Communicator.from_store(store, rank, size, **self.options_given)
         self.on_gpu: unisono.Communicator | None = None
-        self.streams: dict[torch.device, torch.cuda.Stream] = {}
+        self.streams: dict[torch.device, tuple[torch.cuda.Stream, Pair]] = {}
         self.batch: Batch | None = None
         # What `set_timeout` says; otherwise the communicators know.
         self.manner: dict[str, Any] = {}
@@ -116,39 +118,41 @@ class Backend(dist.ProcessGroup if IS_GROUP else c10d.Backend):  # type: ignore[
         after: Callable[[], object] | None,
         staged: Sequence[torch.Tensor],
     ) -> Work:
-        device = tensors[0].device
-        communicator = self.communicator(device)
-        if self.batch is not None:
-            try:
-                return self.batch.add(communicator, self.stream(device), tensors, post, after, staged)
-            except BaseException:
-                self.drop_coalesced()
-                raise
-        if not is_async:
-            post(communicator, **self.manner)
+        if not is_async and self.batch is None:
+            post(self.on_gpu or self.communicator(tensors[0].device), **self.manner)
             if after is not None:
                 after()
             return Work(tensors)
-        stream = self.stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
+        device = tensors[0].device
+        communicator, (stream, behind_current) = self.communicator(device), self.stream(device)
+        if self.batch is not None:
+            try:
+                return self.batch.add(communicator, stream, tensors, post, after, staged)
+            except BaseException:
+                self.drop_coalesced()
+                raise
         if after is None:
-            post(communicator, stream=stream.cuda_stream, **self.manner)
-        else:
-            with torch.cuda.stream(stream):
-                post(communicator, stream=stream.cuda_stream, **self.manner)
-                after()
-            keep_for(stream, staged)
-        return StreamWork(tensors, communicator, stream)
+            parts = post(communicator, stream=behind_current, async_op=True, **self.manner)
+            return CallWork(tensors, communicator, stream, parts[-1] if isinstance(parts, list) else parts)
+        # What torch does before and after the call goes into the stream as well.
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            post(communicator, stream=behind_current[0], **self.manner)
+            after()
+        keep_for(stream, staged)
+        return EventWork(tensors, communicator, stream)
 
     def communicator(self, device: torch.device) -> unisono.Communicator:
         if self.on_gpu is None:
             self.on_gpu = self.connect_gpus(device)
         return self.on_gpu
 
-    def stream(self, device: torch.device) -> torch.cuda.Stream:
-        if device not in self.streams:
-            self.streams[device] = torch.cuda.Stream(device)
-        return self.streams[device]
+    def stream(self, device: torch.device) -> tuple[torch.cuda.Stream, Pair]:
+        found = self.streams.get(device)
+        if found is None:
+            stream = torch.cuda.Stream(device)
+            found = self.streams[device] = (stream, (stream.cuda_stream, None))
+        return found
 
     def start_coalescing(self, device: Any = None) -> None:
         self.batch = Batch()
@@ -361,7 +365,7 @@ class Backend(dist.ProcessGroup if IS_GROUP else c10d.Backend):  # type: ignore[
         stream = torch.cuda.current_stream(here)
         communicator = self.communicator(here)
         communicator.barrier(stream=stream, **manner)
-        work = StreamWork([], communicator, stream, on_host=True)
+        work = EventWork([], communicator, stream, on_host=True)
         if not opts.asyncOp:
             work.wait()
         return work
@@ -460,19 +464,22 @@ class Batch:
             self.communicator, self.stream = communicator, stream
             self.group = unisono.group()
             self.group.__enter__()
+        self.tensors += tensors
+        if after is None:
+            post(communicator, stream=stream.cuda_stream)
+            return Work(tensors)
         with torch.cuda.stream(stream):
             post(communicator, stream=stream.cuda_stream)
         keep_for(stream, staged)
-        self.tensors += tensors
-        if after is not None:
-            self.afters.append(after)
+        self.afters.append(after)
         return Work(tensors)
 
     def end(self) -> Work:
         if self.group is None:
             return Works(self.works)
         self.group.__exit__(None, None, None)
-        with torch.cuda.stream(self.stream):
-            for after in self.afters:
-                after()
-            return StreamWork(self.tensors, self.communicator, self.stream)
+        if self.afters:
+            with torch.cuda.stream(self.stream):
+                for after in self.afters:
+                    after()
+        return EventWork(self.tensors, self.communicator, self.stream)

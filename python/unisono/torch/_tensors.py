@@ -12,7 +12,7 @@ from unisono import errors
 T = TypeVar("T")
 
 NAMES = {
-    int(op): name
+    hash(dist.ReduceOp(op)): name
     for op, name in [
         (dist.ReduceOp.SUM, "sum"),
         (dist.ReduceOp.PRODUCT, "prod"),
@@ -24,7 +24,7 @@ NAMES = {
         (dist.ReduceOp.BXOR, "bit_xor"),
     ]
 }
-"""By number: the members themselves hash by a method of Python, which takes a microsecond."""
+"""By the number of each, which is what a ``ReduceOp`` hashes by; its members do so by a method of Python, which takes a microsecond."""
 OF_BOOL = {"sum": "max", "prod": "min"}
 """A sum of bools is whether any is true, and their product whether all are, as with torch's own backends."""
 LINEAR = ("sum", "avg", "premul_sum")
@@ -70,7 +70,7 @@ def in_order(x: torch.Tensor) -> torch.Tensor:
 
 def reduction(x: torch.Tensor, op: Any) -> tuple[torch.Tensor, str]:
     """A tensor and a reduction as the library takes them. It refuses the pairs that it does not have."""
-    name = NAMES.get(int(op.op))
+    name = NAMES.get(hash(op))
     if name is None:
         scale = op.__getstate__()[1]
         name = f"premul_sum:{float(scale)!r}"

@@ -16,10 +16,11 @@ import unisono
 class Work(dist.Work):
     """An operation that is complete, or lies in the stream that was current. ``tensors`` hold its result."""
 
-    def __init__(self, tensors: list[torch.Tensor], source: int = -1) -> None:
-        super().__init__()
+    source = -1
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        dist.Work.__init__(self)
         self.tensors = tensors
-        self.source = source
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         return True
@@ -150,14 +151,63 @@ class AnyWork(Work):
 
 
 class StreamWork(Work):
-    """An operation in a stream of its own. It keeps ``tensors`` until somebody waits."""
+    """What lies in a stream of its own. It keeps ``tensors``."""
+
+    def __init__(self, tensors: list[torch.Tensor], communicator: unisono.Communicator, stream: torch.cuda.Stream) -> None:
+        super().__init__(tensors)
+        self.communicator = communicator
+        self.stream = stream
+
+    def exception(self) -> BaseException | None:
+        try:
+            self.communicator.check()
+        except unisono.UnisonoError as error:
+            return error
+        return None
+
+    def get_future(self) -> torch.futures.Future:
+        future, stream = torch.futures.Future(devices=[self.stream.device]), self.stream
+        if torch.cuda.current_device() != stream.device_index:
+            with torch.cuda.stream(stream):
+                future.set_result(self.tensors)
+            return future
+        # The same without asking for the device again and again, which takes longer than all else here.
+        before = torch.cuda.current_stream(stream.device_index)
+        torch.cuda.set_stream(stream)
+        try:
+            future.set_result(self.tensors)
+        finally:
+            torch.cuda.set_stream(before)
+        return future
+
+
+class CallWork(StreamWork):
+    """Calls of the library, of which ``last`` is the last: it knows the event behind them."""
+
+    def __init__(
+        self, tensors: list[torch.Tensor], communicator: unisono.Communicator, stream: torch.cuda.Stream, last: unisono.Work
+    ) -> None:
+        super().__init__(tensors, communicator, stream)
+        self.last = last
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        self.last.wait()
+        return True
+
+    def is_completed(self) -> bool:
+        try:
+            return self.last.is_completed()
+        except unisono.UnisonoError:
+            return True  # and `wait` and `exception` tell of it
+
+
+class EventWork(StreamWork):
+    """Whatever the stream holds now, with an event of torch behind it."""
 
     def __init__(
         self, tensors: list[torch.Tensor], communicator: unisono.Communicator, stream: torch.cuda.Stream, on_host: bool = False
     ) -> None:
-        super().__init__(tensors)
-        self.communicator = communicator
-        self.stream = stream
+        super().__init__(tensors, communicator, stream)
         self.event = stream.record_event()
         self.on_host = on_host
 
@@ -170,19 +220,6 @@ class StreamWork(Work):
 
     def is_completed(self) -> bool:
         return self.event.query()
-
-    def exception(self) -> BaseException | None:
-        try:
-            self.communicator.check()
-        except unisono.UnisonoError as error:
-            return error
-        return None
-
-    def get_future(self) -> torch.futures.Future:
-        future = torch.futures.Future(devices=[self.stream.device])
-        with torch.cuda.stream(self.stream):
-            future.set_result(self.tensors)
-        return future
 
 
 class Works(Work):

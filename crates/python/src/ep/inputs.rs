@@ -204,8 +204,8 @@ impl<'a, 'py> Inputs<'a, 'py> {
         });
         match done {
             Ok((result, event)) => {
-                if let (Some(event), Way::Stream(_, ordinal)) = (event, way) {
-                    kept::keep_until(ordinal, event, held);
+                if let Some(event) = event {
+                    kept::keep_until(event, held);
                 }
                 Ok(result)
             }
