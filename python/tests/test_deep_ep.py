@@ -23,9 +23,16 @@ def test_an_engine_finds_what_it_calls(run_job, tmp_path, ranks):
     assert done.stdout.count("is done") == ranks, done.stdout + done.stderr
 
 
-def test_a_killed_rank_is_left_out_of_low_latency_calls(run_job, tmp_path):
+def test_ranks_that_live_are_taken_in_again(run_job, tmp_path):
     pytest.importorskip("torch", reason="SKIPPED: torch is not here")
-    done = run_job("deep_ep_death", 3, str(tmp_path / "meet"), ok=False)
+    done = run_job("deep_ep_mask", 4, str(tmp_path / "meet"))
+    assert done.stdout.count("is done") == 4, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("before", ["masked", "unmasked"])
+def test_a_killed_rank_is_left_out_of_low_latency_calls_for_good(run_job, tmp_path, before):
+    pytest.importorskip("torch", reason="SKIPPED: torch is not here")
+    done = run_job("deep_ep_death", 3, str(tmp_path / "meet"), before, ok=False)
     assert sorted(line for line in done.stdout.splitlines() if "went on" in line) == ["[0] went on 0", "[2] went on 2"], done.stdout + done.stderr
 
 

@@ -375,6 +375,32 @@ def test_a_masked_rank_is_left_out_and_the_others_go_on():
     assert unisono.on_threads(3, main) == [([2], 2), ([2], 2), "its ep::Buffer was left out by them"]
 
 
+def test_a_masked_rank_is_taken_in_by_a_new_buffer():
+    def main(rank):
+        buffer = ep.Buffer(rank, 8, 3, dtype="float32", masking=True)
+        with pytest.raises(errors.BufferStateError):
+            buffer.renew()
+        buffer.exchange()
+        x, indices = np.ones((3, 8), np.float32), np.array([[0], [1], [2]])
+        if rank.rank == 0:
+            buffer.mask_rank(2)
+        rank.barrier()
+        if rank.rank == 2:
+            with pytest.raises(errors.GivenUpError):
+                buffer.dispatch(x, indices)
+        else:
+            assert buffer.dispatch(x, indices).x.shape == (2, 8)
+        with buffer.renew() as renewed:
+            assert (buffer.masked, renewed.masked, renewed.is_available) == ([2], [], True)
+            buffer.close()
+            for call in (buffer.renew, lambda: buffer.masked):
+                with pytest.raises(errors.ClosedError):
+                    call()
+            return len(renewed.dispatch(x, indices).x)
+
+    assert unisono.on_threads(3, main) == [3, 3, 3]
+
+
 def test_a_wait_ends_by_ctrl_c_and_the_interpreter_is_free_meanwhile():
     program = """if True:
         import os, signal, threading, time

@@ -30,6 +30,8 @@ topk_idx_t = torch.int64
 
 # What a call of `ep.Buffer` takes if nothing else is said.
 MULTIPROCESSORS = 12
+# In what ranks tell each other: no single rank.
+EVERYBODY = -1
 
 Tensor = torch.Tensor
 Tokens = Tensor | tuple[Tensor, Tensor]
@@ -143,8 +145,9 @@ class EventOverlap:
 class Buffer:
     """Moves tokens between the ranks of `group` (a process group of torch) or of `comm` (a communicator of mpi4py). Every rank makes one.
 
-    With `enable_shrink` a rank that dies, or is silent past the deadline, is left out instead of failing the others. With `explicitly_destroy` it
-    is ended by `destroy()`, else with the object. `device` is this module's own: the GPU to work on, or "cpu"; by default the current GPU of torch
+    With `enable_shrink` a rank that dies, or is silent past the deadline, is left out instead of failing the others; if it lives, all ranks together
+    take it in again by `low_latency_clean_mask_buffer()`. A shape that is first used meanwhile waits for it. With `explicitly_destroy` the buffer is
+    ended by `destroy()`, else with the object. `device` is this module's own: the GPU to work on, or "cpu"; by default the current GPU of torch
     if there is one. Attributes: `rank`, `group_size`, `group`, `num_nvl_bytes`, `num_rdma_bytes`, `low_latency_mode`, `runtime`.
 
     Raises `ValueError` without a group and a communicator, `SeveralHostsError` if the ranks are on several hosts, and what
@@ -214,6 +217,8 @@ class Buffer:
         self.explicitly_destroy, self.enable_shrink = explicitly_destroy, enable_shrink
         self.runtime = Runtime(-1 if self._device is None else self._device.index or 0)
         self._buffers: dict[tuple[int, int, int | None], ep.Buffer] = {}
+        # Whom this rank asked to leave out of each: kernels do so in their next call, and show it only then.
+        self._asked: dict[tuple[int, int, int | None], set[int]] = {}
         self._stream: torch.cuda.Stream | None = None
         self._local: Tensor | None = None
 
@@ -549,26 +554,36 @@ class Buffer:
         return torch.from_dlpack(buffer.combine_buffer("bfloat16"))
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
-        """Leaves a rank out of low-latency calls, if `mask`. To take one in again (`mask` False) needs a new `Buffer`: it raises `ValueError` then,
-        unless the rank was not left out. Needs `enable_shrink`."""
-        buffers = [buffer for key, buffer in self._buffers.items() if key[2] is not None]
+        """With `mask`, leaves a rank out of low-latency calls of the shapes that were used so far; one rank has to call it. Without, takes the rank in
+        again, as `low_latency_clean_mask_buffer` does with all, and with the same errors; every rank calls it then, with the same rank.
+
+        Raises `ValueError` if there is no such rank, or ranks take in different ones; with `mask`, `ArgumentError` for this rank itself, or without
+        `enable_shrink`."""
+        call = "low_latency_update_mask_buffer"
+        if not 0 <= rank_to_mask < self.group_size:
+            raise ValueError(f"{call} on rank {self.rank}: expected a rank below {self.group_size}, got {rank_to_mask}")
         if not mask:
-            if any(rank_to_mask in buffer.masked for buffer in buffers):
-                raise ValueError(f"low_latency_update_mask_buffer: rank {rank_to_mask} was left out, and only a new Buffer takes it in again")
+            self._take_in(call, rank_to_mask)
             return
-        for buffer in buffers:
-            if rank_to_mask not in buffer.masked:
+        for key, buffer in self._buffers.items():
+            if key[2] is not None and rank_to_mask not in self._left_out(key):
                 buffer.mask_rank(rank_to_mask)
+                self._asked.setdefault(key, set()).add(rank_to_mask)
 
     def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
-        """Writes into `mask_status`, int32 `[R]`, a 1 for each rank that is left out, else 0."""
-        masked = {rank for buffer in self._buffers.values() for rank in buffer.masked}
+        """Writes into `mask_status`, int32 `[R]`, a 1 for each rank that is left out, else 0. Local. A rank that the others left out finds itself."""
+        masked = {rank for key in self._buffers for rank in self._left_out(key)}
         mask_status.copy_(torch.tensor([int(rank in masked) for rank in range(self.group_size)], dtype=torch.int32))
 
     def low_latency_clean_mask_buffer(self) -> None:
-        """Raises `ValueError` if a rank was left out, which only a new `Buffer` takes in again; else there is nothing to do."""
-        for rank in range(self.group_size):
-            self.low_latency_update_mask_buffer(rank, False)
+        """Takes in again all ranks that were left out: of those that live, not of the dead. With `enable_shrink` it is collective over all ranks,
+        those included that are left out, whose calls raise `GivenUpError`: they agree on who is left out of which shape by any of them, and make new
+        memory for these shapes, beside the old, which ends then. If nobody is left out, nothing changes. Without `enable_shrink` there is nothing to do.
+
+        Where memory was made anew, outputs stay valid, and handles, hooks that were not called and captured graphs of calls before are of no use any
+        more. Raises `PeerDiedError`, which names the rank, if one has died (`PeerLeftError` if it left): the mask stays, and the others can go on.
+        A rank that lives and does not call within the timeout of `Communicator` raises `TimeoutError`, which fails the low-latency calls, too."""
+        self._take_in("low_latency_clean_mask_buffer", None)
 
     # Inside.
 
@@ -581,6 +596,41 @@ class Buffer:
             buffer.exchange()
             self._buffers[key] = buffer
         return self._buffers[key]
+
+    def _left_out(self, key: tuple[int, int, int | None]) -> set[int]:
+        """Who is left out of the buffer of these sizes, as this rank knows."""
+        return {*self._buffers[key].masked, *self._asked.get(key, ())}
+
+    def _take_in(self, call: str, only: int | None) -> None:
+        """Takes in `only`, or everybody, wherever any rank knows of them as left out."""
+        if not self.enable_shrink:
+            return
+        if self._device is not None:
+            torch.cuda.synchronize(self._device)  # so that all is known that kernels find
+        keys, asked = list(self._buffers), EVERYBODY if only is None else only
+        # Whom it is about, and for each buffer which ranks are left out.
+        mine = torch.zeros(1 + len(keys), self.group_size, dtype=torch.int32, device="cpu")
+        mine[0] = asked
+        for row, key in zip(mine[1:], keys):
+            row[list(self._left_out(key))] = 1
+        told = torch.empty(self.group_size, *mine.shape, dtype=torch.int32, device="cpu")
+        self._communicator.all_gather(mine, out=told)
+        for rank, other in enumerate(told[:, 0, 0].tolist()):
+            if other != asked:
+                expected, got = ("all ranks" if one == EVERYBODY else f"rank {one}" for one in (asked, other))
+                raise ValueError(f"{call} on rank {self.rank}: expected to take in {expected} as here, got {got} on rank {rank}")
+        for key, row in zip(keys, told[:, 1:].amax(0).tolist()):
+            masked = {rank for rank, is_masked in enumerate(row) if is_masked}
+            if not masked or (only is not None and only not in masked):
+                continue
+            before = self._buffers[key]
+            renewed = before.renew()
+            # Nobody leaves the end of the old one before all others are left out again.
+            stay = set() if only is None else masked - {only}
+            for rank in stay - {self.rank}:
+                renewed.mask_rank(rank)
+            self._buffers[key], self._asked[key] = renewed, stay - {self.rank}
+            before.close()
 
     def _begin(self, previous_event: EventOverlap | None, async_finish: bool) -> torch.cuda.Stream | None:
         """The stream of a call, which waits for what comes before; None for the current one."""

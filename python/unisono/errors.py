@@ -60,7 +60,7 @@ class PeerDiedError(UnisonoError):
 
 
 class GivenUpError(UnisonoError):
-    """The other ranks gave this one up: its process was stopped, and runs again."""
+    """The other ranks gave this one up: its process was stopped, and runs again. Or an `ep.Buffer` left it out; then `renew()` takes it in again."""
 
     how: str
 

@@ -120,9 +120,10 @@ pub enum Error {
         /// The other ranks: they can go on with `shrink()`. None while the job starts.
         survivors: Vec<usize>,
     },
-    /// The other ranks gave us up: this process was stopped, and runs again. The communicator has failed on all ranks.
+    /// The other ranks gave us up: this process was stopped, and runs again. The communicator has failed on all ranks. Or an
+    /// [`ep::Buffer`](crate::ep::Buffer) left us out; then the communicator works, and [`renew`](crate::ep::Buffer::renew) takes us in again.
     #[error(
-        "the other ranks gave up rank {rank}, this process, during {during}: {how}. It runs again, but only a new communicator can join them."
+        "the other ranks gave up rank {rank}, this process, during {during}: {how}. It runs again, but only a new communicator can join them (or a renewed ep::Buffer, where only that left it out)."
     )]
     GivenUp {
         /// This rank.

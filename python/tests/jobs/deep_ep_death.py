@@ -1,8 +1,11 @@
-"""With `enable_shrink` a rank that is killed is left out of low-latency calls, and the others go on. Argument: where the ranks meet."""
+"""With `enable_shrink` a rank that is killed is left out of low-latency calls, and the others go on. It cannot be taken in again, whether they
+have noticed its death or not. Arguments: where the ranks meet, and whether it is "masked" before it dies, on request."""
 
 import os
 import signal
 import sys
+import threading
+import time
 
 import torch
 import torch.distributed as dist
@@ -22,20 +25,38 @@ def step():
     return count.item(), buffer.low_latency_combine(recv, topk_idx, weights, handle)[0][:, 0].tolist()
 
 
+def mask():
+    status = torch.full((n,), 7, dtype=torch.int32)
+    buffer.low_latency_query_mask_buffer(status)
+    return status.tolist()
+
+
 assert step() == (n, [1.0] * n)
-if me == 1:
+if sys.argv[2] == "masked":
+    dist.barrier()  # the step before is complete
+    if me == 0:
+        buffer.low_latency_update_mask_buffer(1, True)
+    dist.barrier()
+    if me != 1:
+        assert step() == (2, [1.0, 0.0, 1.0])
+    else:
+        # Once the others wait for it.
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        time.sleep(60)
+elif me == 1:
     os.kill(os.getpid(), signal.SIGKILL)
-steps = [step() for _ in range(20)]
-mask = torch.full((n,), 7, dtype=torch.int32)
-buffer.low_latency_query_mask_buffer(mask)
-assert mask.tolist() == [0, 1, 0] and steps[-1] == (2, [1.0, 0.0, 1.0]), (mask, steps)
+else:
+    steps = [step() for _ in range(20)]
+    assert mask() == [0, 1, 0] and steps[-1] == (2, [1.0, 0.0, 1.0]), steps
 for undo in (buffer.low_latency_clean_mask_buffer, lambda: buffer.low_latency_update_mask_buffer(1, False)):
+    begun = time.monotonic()
     try:
         undo()
-    except ValueError as error:
-        assert "rank 1 was left out" in str(error)
+    except unisono.errors.PeerDiedError as error:
+        assert error.rank == 1 and time.monotonic() - begun < 10, error
     else:
         raise AssertionError("taken in again")
+    assert mask() == [0, 1, 0] and step() == (2, [1.0, 0.0, 1.0])
 buffer.low_latency_update_mask_buffer(1, True)  # it is already
 print("went on", me, flush=True)
 os._exit(0)  # gloo would wait for the dead

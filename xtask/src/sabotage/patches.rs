@@ -255,6 +255,13 @@ pub(super) const PATCHES: &[Patch] = &[
         test: comm(EP, "departures::a_silent_rank_is_masked_and_told_so"),
     },
     Patch {
+        name: "each rank settles a renewal for itself",
+        file: "crates/comm/src/ep/renewal.rs",
+        line: "let is_taken = fate.settle(u32::from(outcome == Outcome::Taken)) == 1;",
+        instead: "let is_taken = fate.settle(u32::from(outcome == Outcome::Taken)) == 1 || outcome == Outcome::Taken;",
+        test: comm(Lib, "ep::renewal::tests::all_ranks_are_told_what_the_first_one_settled"),
+    },
+    Patch {
         name: "staged data is reduced backwards",
         file: "crates/comm/src/collectives/all_reduce.rs",
         line: "self.sources.push(if rank == self.rank { source } else { self.staged(rank, chunk) });",

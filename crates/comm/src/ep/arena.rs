@@ -110,7 +110,8 @@ pub(super) struct Arena {
     open: VecDeque<(u64, bool)>,
     /// Ranks that are left out.
     masked: u64,
-    has_met: bool,
+    /// Whether all have taken part in a round, so that nobody has to load or compile any more.
+    pub(super) has_met: bool,
 }
 
 impl Arena {
@@ -156,9 +157,9 @@ impl Arena {
         &self.layout
     }
 
-    /// The ranks that are left out, by bits.
-    pub(super) const fn masked(&self) -> u64 {
-        self.masked
+    /// The ranks that are left out, by bits; ours too, if others left it out.
+    pub(super) fn masked(&self) -> u64 {
+        self.masked | u64::from(!self.attendance(self.rank).was_open()) << self.rank
     }
 
     /// Rounds that were begun and are not read.

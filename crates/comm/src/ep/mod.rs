@@ -44,7 +44,7 @@
 //! A rank that died, or is silent for longer than [`Settings::deadline`], fails the communicator, and the error names it. With
 //! [`Settings::masking`] it is left out instead: all survivors leave it out from the same round on, the call completes without its tokens, and
 //! [`Buffer::masked`] names it. That is no failure of the buffer; the communicator itself has failed by a death all the same, for its
-//! other operations.
+//! other operations. A rank that lives is taken in again by [`Buffer::renew`].
 //!
 //! # On GPUs
 //! Experimental, and off without `UNISONO_GPU_EXPERTS=on`: the kernels have not passed their tests on a device. With it a buffer over a communicator
@@ -70,6 +70,7 @@ mod known_layout;
 mod low_latency;
 mod low_latency_combine;
 mod low_latency_handle;
+mod renewal;
 mod settings;
 mod tensor;
 mod throughput;
@@ -338,7 +339,7 @@ impl Buffer {
         self.placement.experts_of(self.rank).collect()
     }
 
-    /// Ranks that are left out, ascending. After a call that all survivors made, they all say the same. Empty without masking.
+    /// Ranks that are left out (maybe this one), ascending. After a call of all survivors they all say the same. Empty without masking.
     pub fn masked(&self) -> Vec<usize> {
         let masked = self.arena.as_ref().map_or(0, Arena::masked);
         #[cfg(feature = "cuda")]
@@ -347,7 +348,7 @@ impl Buffer {
     }
 
     /// Leaves `rank` out from the next round that it has not sent on all ranks: for who knows of a failure otherwise. One rank has to call it. The
-    /// rank itself gets [`Error::GivenUp`] at its next call. It cannot be undone; a new buffer on a new communicator takes everybody in.
+    /// rank itself gets [`Error::GivenUp`] at its next call. It cannot be undone in this buffer; [`Buffer::renew`] takes everybody in again.
     ///
     /// # Errors
     /// [`Error::Argument`] without masking, if it is no other rank of the world; [`Error::BufferState`] before the exchange.
@@ -490,11 +491,7 @@ impl Buffer {
         if Arc::ptr_eq(&self.control, &communicator.control) {
             return Ok(());
         }
-        Err(self.refuse(
-            call,
-            "communicator",
-            "the one that the buffer was made for".to_owned(),
-            "another one",
-        ))
+        let expected = "the one that the buffer was made for".to_owned();
+        Err(self.refuse(call, "communicator", expected, "another one"))
     }
 }

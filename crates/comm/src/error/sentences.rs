@@ -83,7 +83,8 @@ sentences! {
         during: "all_reduce #812".into(),
         how: "its process is stopped and did not answer for 3.0 s".into(),
     } => "the other ranks gave up rank 3, this process, during all_reduce #812: its process is stopped and did not \
-          answer for 3.0 s. It runs again, but only a new communicator can join them.";
+          answer for 3.0 s. It runs again, but only a new communicator can join them (or a renewed ep::Buffer, where only \
+          that left it out).";
     PeerLeft: Error::PeerLeft { rank: 3, during: "barrier #9".into() }
         => "rank 3 left before barrier #9 was complete: it dropped its communicator, or shrinks it. Call destroy() on every \
             rank to end together; the others can go on with shrink().";

@@ -128,7 +128,7 @@ fn a_rank_that_is_given_up_is_told_so_and_the_others_go_on() {
                 assert_eq!(
                     error.to_string(),
                     "the other ranks gave up rank 1, this process, during shrink: they agreed to go on without it. It runs \
-                     again, but only a new communicator can join them."
+                     again, but only a new communicator can join them (or a renewed ep::Buffer, where only that left it out)."
                 );
             }
         }

@@ -156,6 +156,77 @@ fn a_rank_is_masked_by_who_knows_better() {
     });
 }
 
+/// A new buffer in place of `before`.
+fn renewed(before: Buffer, rank: &Communicator) -> Buffer {
+    let renewed = before.renew(rank).unwrap();
+    assert!(before.masked() == [1] && renewed.masked().is_empty() && renewed.is_available());
+    before.close(rank).unwrap();
+    renewed
+}
+
+#[test]
+fn a_silent_rank_that_lives_is_taken_in_again() {
+    on_threads(3, |rank| {
+        let mut buffer = buffer(&rank, settings(3, true, Duration::from_millis(150)));
+        assert_eq!(quick_step(&mut buffer, 3).unwrap(), (1.5, 3));
+        // More than once.
+        for _ in 0..3 {
+            if rank.rank() == 1 {
+                std::thread::sleep(Duration::from_millis(400));
+                let error = quick_step(&mut buffer, 3).unwrap_err();
+                assert!(matches!(error, Error::GivenUp { rank: 1, .. }), "{error}");
+            } else {
+                // It met all before, and so has no longer time in its first call.
+                let start = Instant::now();
+                assert_eq!(quick_step(&mut buffer, 3).unwrap(), (1.0, 2));
+                assert!(start.elapsed() < Duration::from_millis(1200), "{:?}", start.elapsed());
+            }
+            buffer = renewed(buffer, &rank);
+        }
+        for _ in 0..5 {
+            assert_eq!(quick_step(&mut buffer, 3).unwrap(), (1.5, 3));
+            assert_eq!(step(&mut buffer, 3).unwrap(), (3.0, 3));
+        }
+        buffer.close(&rank).unwrap();
+        rank.destroy().unwrap();
+    });
+}
+
+#[test]
+fn a_rank_that_was_masked_on_request_is_taken_in_before_it_knew() {
+    on_threads(3, |rank| {
+        let mut buffer = buffer(&rank, settings(3, true, Duration::from_secs(30)));
+        rank.barrier().unwrap();
+        if rank.rank() != 1 {
+            buffer.mask_rank(1).unwrap();
+            assert_eq!(step(&mut buffer, 3).unwrap(), (2.0, 2));
+        }
+        rank.barrier().unwrap();
+        let mut buffer = renewed(buffer, &rank);
+        assert_eq!(step(&mut buffer, 3).unwrap(), (3.0, 3));
+        rank.destroy().unwrap();
+    });
+}
+
+#[test]
+fn a_rank_that_left_is_not_taken_in_and_the_others_go_on_without_it() {
+    on_threads(3, |rank| {
+        let mut buffer = buffer(&rank, settings(3, true, Duration::from_secs(30)));
+        assert_eq!(step(&mut buffer, 3).unwrap(), (3.0, 3));
+        if rank.rank() == 1 {
+            return;
+        }
+        assert_eq!(step(&mut buffer, 3).unwrap(), (2.0, 2));
+        for _ in 0..2 {
+            let start = Instant::now();
+            let error = buffer.renew(&rank).unwrap_err();
+            assert!(matches!(error, Error::PeerLeft { rank: 1, .. }), "{error}");
+            assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+            assert_eq!((step(&mut buffer, 3).unwrap(), buffer.masked()), ((2.0, 2), vec![1]));
+        }
+    });
+}
+
 #[test]
 fn a_cached_dispatch_keeps_its_shape_when_a_source_is_gone() {
     on_threads(3, |rank| {

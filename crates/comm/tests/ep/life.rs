@@ -102,6 +102,11 @@ fn a_buffer_belongs_to_one_communicator_and_one_generation() {
         let error = buffer.exchange(&other).unwrap_err();
         assert!(matches!(error, Error::Argument { what: "communicator", .. }), "{error}");
         buffer.exchange(&rank).unwrap();
+        let error = buffer.renew(&other).unwrap_err();
+        assert!(matches!(error, Error::Argument { call: "renew", what: "communicator", .. }), "{error}");
+        let fresh = Buffer::new(&rank, Settings { masking: true, ..Settings::new(8, 2) }).unwrap();
+        let error = fresh.renew(&rank).unwrap_err();
+        assert!(matches!(error, Error::BufferState { call: "renew", .. }), "{error}");
         let rank = rank.shrink().unwrap();
         let error = one_token(&mut buffer).unwrap_err();
         assert!(matches!(error, Error::Generation { generation: 1, .. }), "{error}");

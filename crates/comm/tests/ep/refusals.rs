@@ -107,6 +107,7 @@ fn throughput_calls_refuse_what_does_not_fit() {
             "tokens: 2, as the handle has, 1"
         );
         assert_eq!(complaint(buffer.mask_rank(1)), "settings: masking, none");
+        assert_eq!(complaint(buffer.renew(&rank)), "settings: masking, none");
         let call = LowLatencyDispatch::new(&x, &topk, 2);
         assert_eq!(complaint(buffer.low_latency_dispatch(&call)), "settings: low_latency, none");
         // More rows than there was room for, on one rank: the others have theirs.

@@ -284,6 +284,17 @@ fn a_silent_rank_is_left_out_and_the_others_complete_the_call() {
             assert!(matches!(late, Err(Error::GivenUp { rank: 2, .. })), "{late:?}");
         }
         host.barrier().unwrap();
+        // All take it in again, and it takes part as in the first call.
+        let mut renewed = buffer.renew(gpu).unwrap();
+        assert!(renewed.masked().is_empty());
+        buffer.close(gpu).unwrap();
+        let sent = renewed.dispatch(&Dispatch::new(x.on_device()).top_k(topk_idx, 3).on(stream)).unwrap();
+        assert_eq!(sent.x.shape(), [6, 64]);
+        let combined = renewed.combine(&Combine::new(&sent.x, &sent.handle).on(stream)).unwrap();
+        let expected = bf16::from_f32(3.0 * (1.0 + rank as f32)).to_le_bytes();
+        assert!(bytes(&combined.x, stream).as_chunks().0.iter().all(|x| *x == expected), "renewed on {rank}");
+        renewed.check().unwrap();
+        host.barrier().unwrap();
     });
 }
 

@@ -56,6 +56,12 @@ pub(crate) struct Buffer {
 /// What views of the buffer's own memory keep, too.
 struct Shared(Mutex<State>);
 
+impl Shared {
+    fn new(buffer: unisono::ep::Buffer) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(State { buffer, is_closed: false, lent_as: None })))
+    }
+}
+
 pub(super) struct State {
     pub(super) buffer: unisono::ep::Buffer,
     is_closed: bool,
@@ -170,9 +176,7 @@ impl Buffer {
             Ok(unisono::ep::Buffer::new(&inner.communicator, settings)?)
         });
         let buffer = made.map_err(|failure| rank.raised(py, failure, "ep.Buffer"))?;
-        let state = State { buffer, is_closed: false, lent_as: None };
-        let shared = Arc::new(Shared(Mutex::new(state)));
-        Ok(Self { communicator: communicator.clone().unbind(), shared, hidden })
+        Ok(Self { communicator: communicator.clone().unbind(), shared: Shared::new(buffer), hidden })
     }
 
     /// Bytes of shared memory that each of ``world_size`` ranks needs for a buffer of these settings.
@@ -247,6 +251,36 @@ impl Buffer {
             .interruptibly(py, call, |communicator| self.shared.0.lock().buffer.end(communicator))
     }
 
+    /// A buffer of the same settings, exchanged, in which nobody is left out: for ranks that live, but were silent for too long or left out by
+    /// ``mask_rank``. Collective over all ranks, those included that are left out. This buffer stays as it is, also if that fails, as it does for a
+    /// rank that died; ``close`` it then. Handles belong to the buffer that made them. Memory for both is needed meanwhile.
+    ///
+    /// Raises ``ArgumentError`` without ``masking``, ``BufferStateError`` before the exchange, and errors of the communicator: ``PeerDiedError``
+    /// names a rank that died, ``TimeoutError`` one that lives and does not call, which fails the communicator and this buffer.
+    ///
+    /// >>> import unisono
+    /// >>> def main(rank):
+    /// ...     with unisono.ep.Buffer(rank, 64, experts=2, masking=True) as buffer:
+    /// ...         if rank.rank == 0:
+    /// ...             buffer.mask_rank(1)
+    /// ...         rank.barrier()
+    /// ...         with buffer.renew() as renewed:
+    /// ...             return buffer.masked, renewed.masked
+    /// >>> unisono.on_threads(2, main)
+    /// [([1], []), ([1], [])]
+    fn renew(&self, py: Python<'_>) -> PyResult<Self> {
+        let call = "renew";
+        self.with(py, call, |_| Ok(()))?;
+        let renewed = self
+            .communicator()
+            .interruptibly(py, call, |communicator| self.shared.0.lock().buffer.renew(communicator))?;
+        Ok(Self {
+            communicator: self.communicator.clone_ref(py),
+            shared: Shared::new(renewed),
+            hidden: self.hidden,
+        })
+    }
+
     /// Raises the first cause if this buffer has failed, on the host or in kernels that ran so far. On a GPU it also tells, once, of selections
     /// that are no expert, and of more rows than ``worst_tokens``, as ``ArgumentError``; the buffer works on after these. Waits for nobody.
     ///
@@ -279,14 +313,14 @@ impl Buffer {
         self.with(py, "local_experts", |state| Ok(state.buffer.local_experts()))
     }
 
-    /// Ranks that are left out, ascending; after a call that all survivors made they all say the same. Empty without ``masking``.
+    /// Ranks that are left out (maybe this one), ascending; after a call that all survivors made they all say the same. Empty without ``masking``.
     #[getter]
     fn masked(&self, py: Python<'_>) -> PyResult<Vec<usize>> {
         self.with(py, "masked", |state| Ok(state.buffer.masked()))
     }
 
     /// Leaves ``rank`` out, on all ranks, from the next round that it has not sent: for who knows of a failure otherwise. One rank has to
-    /// call it. It cannot be undone; the rank itself gets ``GivenUpError``.
+    /// call it. The rank itself gets ``GivenUpError``. It cannot be undone in this buffer; ``renew`` takes everybody in again.
     ///
     /// >>> import unisono
     /// >>> rank = unisono.Communicator.threads(2)[0]

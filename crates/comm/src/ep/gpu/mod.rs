@@ -79,7 +79,7 @@ pub(super) struct OnGpu {
     multiprocessors: u32,
     masking: bool,
     deadline: Duration,
-    has_met: bool,
+    pub(super) has_met: bool,
     /// Whether the latest call has told its peers of it.
     has_sent: bool,
     policy: WaitPolicy,
@@ -151,12 +151,13 @@ impl OnGpu {
         self.core.device.ordinal()
     }
 
-    /// Ranks that kernels left out, by bits.
+    /// Ranks that kernels left out, by bits; ours too, if our kernels found that others left it out.
     pub(super) fn masked(&self) -> u64 {
         let told = words_in(&self.core.page_memory, MASKED);
+        let is_given_up = Report::read(self.words(REPORT)) == Some(Report::GivenUp);
         (0..self.world_size)
             .filter(|rank| told[*rank].load_relaxed() != 0)
-            .fold(0, |bits, rank| bits | 1 << rank)
+            .fold(u64::from(is_given_up) << self.rank, |bits, rank| bits | 1 << rank)
     }
 
     /// Has kernels leave `rank` out from the next round in which it has not taken part.
