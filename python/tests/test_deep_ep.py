@@ -25,7 +25,7 @@ def test_an_engine_finds_what_it_calls(run_job, tmp_path, ranks):
 
 def test_ranks_that_live_are_taken_in_again(run_job, tmp_path):
     pytest.importorskip("torch", reason="SKIPPED: torch is not here")
-    done = run_job("deep_ep_mask", 4, str(tmp_path / "meet"))
+    done = run_job("deep_ep_mask", 4, str(tmp_path / "meet"), "cpu")
     assert done.stdout.count("is done") == 4, done.stdout + done.stderr
 
 

@@ -252,6 +252,7 @@ part_experts() {
         --top-k 8 --experts 288 --time 200ms "--json=$out/moe-low-latency.json"
     PYTHONPATH=$PWD/python step python-deep-ep 150 python3 -m unisono run -n "$((count < 2 ? 2 : count))" -- \
         python3 python/deep_ep.py "$place/meet" cuda
+    PYTHONPATH=$PWD/python step python-deep-ep-mask 90 python3 -m unisono run -n 4 -- python3 python/deep_ep_mask.py "$place/mask" cuda
     rm -rf "$place"
 }
 

@@ -14,12 +14,13 @@ use crate::gpu_bundle;
 use crate::kernels::{self, empty, succeed};
 
 /// What runs on machines with GPUs, beside the package.
-const GPU_PROGRAMS: [&str; 11] = [
+const GPU_PROGRAMS: [&str; 12] = [
     "python/tests/jobs/gpu.py",
     "python/tests/jobs/torch_collectives.py",
     "python/tests/jobs/torch_death.py",
     "python/tests/jobs/torch_gpu.py",
     "python/tests/jobs/deep_ep.py",
+    "python/tests/jobs/deep_ep_mask.py",
     "python/tests/jobs/prebuilt.py",
     "examples/moe_training.py",
     "examples/triton_symmetric.py",

@@ -1,4 +1,5 @@
-"""With `enable_shrink` ranks that live are left out of low-latency calls, and taken in again. Argument: where the ranks meet."""
+"""With `enable_shrink` ranks that live are left out of low-latency calls, and taken in again. On the CPU, or with "cuda" on GPUs.
+Arguments: where the ranks meet, and the device."""
 
 import sys
 
@@ -8,24 +9,28 @@ import torch.distributed as dist
 import unisono
 from unisono.deep_ep import Buffer
 
+place, device = sys.argv[1:]
 world = unisono.init(timeout=60)
 me, n = world.rank, world.world_size
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=me, world_size=n)
-buffer = Buffer(dist.group.WORLD, enable_shrink=True, explicitly_destroy=True, device="cpu")
-topk_idx, weights = torch.arange(n).view(n, 1), torch.ones(n, 1)
+dist.init_process_group("gloo", init_method=f"file://{place}", rank=me, world_size=n)
+here = torch.device(device, me % torch.cuda.device_count()) if device == "cuda" else torch.device(device)
+if device == "cuda":
+    torch.cuda.set_device(here)
+buffer = Buffer(dist.group.WORLD, enable_shrink=True, explicitly_destroy=True, device=here)
+topk_idx, weights = torch.arange(n, device=here).view(n, 1), torch.ones(n, 1, device=here)
 everybody = set(range(n))
 
 
 def low_latency(hidden, most):
     """Rows that came to our expert, and what came back of the token for each rank's expert."""
-    x = torch.full((n, hidden), 1.0 + me).bfloat16()
+    x = torch.full((n, hidden), 1.0 + me, device=here).bfloat16()
     recv, count, handle, _, _ = buffer.low_latency_dispatch(x, topk_idx, most, n, use_fp8=False)
     return (recv, handle), count.item(), (buffer.low_latency_combine(recv, topk_idx, weights, handle)[0][:, 0] / (1 + me)).tolist()
 
 
 def throughput():
     to_rank, _, to_expert, is_in_rank, _ = buffer.get_dispatch_layout(topk_idx, n)
-    x = torch.full((n, 64), 1.0 + me).bfloat16()
+    x = torch.full((n, 64), 1.0 + me, device=here).bfloat16()
     recv = buffer.dispatch(x, num_tokens_per_rank=to_rank, is_token_in_rank=is_in_rank, num_tokens_per_expert=to_expert, topk_idx=topk_idx)[0]
     return recv[:, 0].tolist()
 
