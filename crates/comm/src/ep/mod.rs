@@ -47,8 +47,7 @@
 //! other operations. A rank that lives is taken in again by [`Buffer::renew`].
 //!
 //! # On GPUs
-//! Experimental, and off without `UNISONO_GPU_EXPERTS=on`: the kernels have not passed their tests on a device. With it a buffer over a communicator
-//! with GPUs that reach each other's memory works on device memory: inputs are [`Buf::cuda`](crate::Buf::cuda), outputs tensors of its GPU, and
+//! A buffer over a communicator with GPUs that reach each other's memory works on device memory: inputs are [`Buf::cuda`](crate::Buf::cuda), outputs tensors of its GPU, and
 //! calls name a stream (`on`). They return when their kernels are enqueued; a dispatch also waits until it is known how many rows come,
 //! unless it says so itself ([`Dispatch::worst_tokens`]), which CUDA graphs need. Results are undefined until a check finds no failure.
 //!
@@ -339,7 +338,8 @@ impl Buffer {
         self.placement.experts_of(self.rank).collect()
     }
 
-    /// Ranks that are left out (maybe this one), ascending. After a call of all survivors they all say the same. Empty without masking.
+    /// Ranks that are left out, ascending; this one too, on a GPU once a call of its own has met it. After a call of all survivors they all say the
+    /// same. Empty without masking.
     pub fn masked(&self) -> Vec<usize> {
         let masked = self.arena.as_ref().map_or(0, Arena::masked);
         #[cfg(feature = "cuda")]
