@@ -268,6 +268,17 @@ def test_operations_go_on_while_the_program_does_something_else():
     assert unisono.on_threads(2, main) == [[1.0, 3.0, 5.0]] * 2
 
 
+def test_a_callback_that_cannot_be_called_is_refused_at_once():
+    def main(rank):
+        work = rank.all_reduce(np.ones(2), async_op=True)
+        with pytest.raises(unisono.errors.ArgumentError, match="callback should be something that can be called, or None, got int"):
+            work.add_done_callback(3)
+        work.wait()
+        return rank.rank
+
+    assert unisono.on_threads(2, main) == [0, 1]
+
+
 def test_a_callback_hears_of_a_failure_and_what_it_raises_goes_to_the_hook(monkeypatch):
     raised = []
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: raised.append(unraisable.exc_value))

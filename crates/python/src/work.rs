@@ -189,7 +189,7 @@ impl Work {
     ///
     /// What the callback raises goes to ``sys.unraisablehook``.
     ///
-    /// Raises ``ArgumentError`` for a work of a call that a graph captured, which is never complete.
+    /// Raises ``ArgumentError`` for a work of a call that a graph captured, which is never complete, and for a callback that cannot be called.
     ///
     /// >>> import threading, numpy as np, unisono
     /// >>> def main(rank):
@@ -205,6 +205,15 @@ impl Work {
         if matches!(this.get().state, State::Device(_, Point::Captured(_))) {
             let site = communicator.site("add_done_callback", "the work");
             return Err(site.refuse(this.py(), "of a call that runs", "one of a call that a graph captured"));
+        }
+        if let Some(callback) = callback
+            .as_ref()
+            .map(|callback| callback.bind(this.py()))
+            .filter(|callback| !callback.is_callable())
+        {
+            let site = communicator.site("add_done_callback", "callback");
+            let got = callback.get_type().name()?.to_string();
+            return Err(site.refuse(this.py(), "something that can be called, or None", got));
         }
         communicator.progress.add(this.clone().unbind(), callback);
         Ok(())

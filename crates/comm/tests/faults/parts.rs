@@ -73,6 +73,7 @@ impl Part {
             "gpu" => super::gpu::calls(self),
             #[cfg(feature = "cuda")]
             "gpu experts" => super::gpu_experts::play(self),
+            #[cfg(feature = "cuda")]
             "gpu survivor" => super::gpu::survive(self),
             #[cfg(feature = "cuda")]
             "gpu seats" => super::gpu_seats::survive(self),
