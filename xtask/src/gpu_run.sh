@@ -253,6 +253,7 @@ part_experts() {
     PYTHONPATH=$PWD/python step python-deep-ep 150 python3 -m unisono run -n "$((count < 2 ? 2 : count))" -- \
         python3 python/deep_ep.py "$place/meet" cuda
     PYTHONPATH=$PWD/python step python-deep-ep-mask 90 python3 -m unisono run -n 4 -- python3 python/deep_ep_mask.py "$place/mask" cuda
+    PYTHONPATH=$PWD/python step moe-training 90 python3 -m unisono run -n "$((count < 2 ? 2 : count))" -- python3 python/moe_training.py cuda
     rm -rf "$place"
 }
 
