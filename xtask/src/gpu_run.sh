@@ -114,8 +114,8 @@ if [ "$count" -eq 0 ]; then
 fi
 nvidia-smi topo -m >"$logs/topology.txt" 2>&1
 
-# What is compiled here goes into a folder of this run; what was compiled before is there already.
-export UNISONO_CACHE_DIR=${UNISONO_CACHE_DIR:-$logs/kernels}
+# What is compiled here stays beside the script, for its next run.
+export UNISONO_CACHE_DIR=${UNISONO_CACHE_DIR:-$PWD/kernel-cache}
 mkdir -p "$UNISONO_CACHE_DIR"
 [ ! -f kernels.tar.xz ] || tar -C "$UNISONO_CACHE_DIR" -xJf kernels.tar.xz
 kernels_before=$(find "$UNISONO_CACHE_DIR" -type f | wc -l)
@@ -273,7 +273,7 @@ cat "$table"
 if [ "$(find "$UNISONO_CACHE_DIR" -type f | wc -l)" -gt "$kernels_before" ]; then
     tar -C "$UNISONO_CACHE_DIR" -cf - . | xz -T0 -6 >"$out/kernels.tar.xz"
 fi
-tar -C "$logs" --exclude=./kernels -czf "$out/logs.tgz" .
+tar -C "$logs" -czf "$out/logs.tgz" .
 failed=$(awk '$(NF - 1) != 0' "$table" | wc -l)
 echo "$(wc -l <"$table") steps, $failed failed, $SECONDS s"
 [ "$failed" -eq 0 ]
