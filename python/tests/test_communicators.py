@@ -172,6 +172,25 @@ def test_a_group_that_raises_posts_nothing():
     assert unisono.on_threads(2, main) == [[1.0], [0.0]]
 
 
+def test_operations_on_several_arrays_are_a_part_of_a_group():
+    # Two ranks on one thread: alone, the first would wait for the second for ever.
+    ranks = unisono.Communicator.threads(2)
+    sums = [[np.full(3, 1.0 + 2 * me + at) for at in range(2)] for me in range(2)]
+    filled, got = [[np.full(2, float(me))] for me in range(2)], np.zeros(1)
+    with unisono.group():
+        for rank, mine, one in zip(ranks, sums, filled):
+            assert rank.all_reduce_multi(mine)[0] is mine[0]
+            rank.broadcast_multi(one, 1)
+        ranks[0].send(np.full(1, 5.0), 1)
+        ranks[1].recv(got, 0)
+        assert sums[1][1].tolist() == [4.0] * 3
+    assert [x.tolist() for x in sum(sums, [])] == [[10.0] * 3] * 4
+    assert [x.tolist() for x in sum(filled, [])] == [[1.0] * 2] * 2 and got == 5
+    with pytest.raises(errors.ArgumentError, match="manner within a group should be that of the group, got timeout"):
+        with unisono.group():
+            ranks[0].all_reduce_multi(sums[0], timeout=3)
+
+
 def test_options_are_checked():
     store = unisono.MemoryStore()
     make = lambda **options: unisono.Communicator.from_store(store, 0, 1, **options)

@@ -217,8 +217,6 @@ class Buffer:
         self.explicitly_destroy, self.enable_shrink = explicitly_destroy, enable_shrink
         self.runtime = Runtime(-1 if self._device is None else self._device.index or 0)
         self._buffers: dict[tuple[int, int, int | None], ep.Buffer] = {}
-        # Whom this rank asked to leave out of each: kernels do so in their next call, and show it only then.
-        self._asked: dict[tuple[int, int, int | None], set[int]] = {}
         self._stream: torch.cuda.Stream | None = None
         self._local: Tensor | None = None
 
@@ -566,13 +564,12 @@ class Buffer:
             self._take_in(call, rank_to_mask)
             return
         for key, buffer in self._buffers.items():
-            if key[2] is not None and rank_to_mask not in self._left_out(key):
+            if key[2] is not None and rank_to_mask not in buffer.masked:
                 buffer.mask_rank(rank_to_mask)
-                self._asked.setdefault(key, set()).add(rank_to_mask)
 
     def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
         """Writes into `mask_status`, int32 `[R]`, a 1 for each rank that is left out, else 0. Local. A rank that the others left out finds itself."""
-        masked = {rank for key in self._buffers for rank in self._left_out(key)}
+        masked = {rank for buffer in self._buffers.values() for rank in buffer.masked}
         mask_status.copy_(torch.tensor([int(rank in masked) for rank in range(self.group_size)], dtype=torch.int32))
 
     def low_latency_clean_mask_buffer(self) -> None:
@@ -597,10 +594,6 @@ class Buffer:
             self._buffers[key] = buffer
         return self._buffers[key]
 
-    def _left_out(self, key: tuple[int, int, int | None]) -> set[int]:
-        """Who is left out of the buffer of these sizes, as this rank knows."""
-        return {*self._buffers[key].masked, *self._asked.get(key, ())}
-
     def _take_in(self, call: str, only: int | None) -> None:
         """Takes in `only`, or everybody, wherever any rank knows of them as left out."""
         if not self.enable_shrink:
@@ -612,7 +605,7 @@ class Buffer:
         mine = torch.zeros(1 + len(keys), self.group_size, dtype=torch.int32, device="cpu")
         mine[0] = asked
         for row, key in zip(mine[1:], keys):
-            row[list(self._left_out(key))] = 1
+            row[list(self._buffers[key].masked)] = 1
         told = torch.empty(self.group_size, *mine.shape, dtype=torch.int32, device="cpu")
         self._communicator.all_gather(mine, out=told)
         for rank, other in enumerate(told[:, 0, 0].tolist()):
@@ -629,7 +622,7 @@ class Buffer:
             stay = set() if only is None else masked - {only}
             for rank in stay - {self.rank}:
                 renewed.mask_rank(rank)
-            self._buffers[key], self._asked[key] = renewed, stay - {self.rank}
+            self._buffers[key] = renewed
             before.close()
 
     def _begin(self, previous_event: EventOverlap | None, async_finish: bool) -> torch.cuda.Stream | None:

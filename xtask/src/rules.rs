@@ -148,6 +148,7 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/tests/gpu/recorder.rs",
     "crates/comm/tests/gpu/registration.rs",
     "crates/comm/tests/gpu/seats.rs",
+    "crates/comm/tests/gpu/seats_random.rs",
     "crates/comm/tests/gpu/symmetric.rs",
     "crates/comm/tests/gpu/windows.rs",
     "crates/comm/tests/gpu/world.rs",

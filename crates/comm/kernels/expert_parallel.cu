@@ -15,6 +15,8 @@
 // rounds once. Bytes into a rank: as many rows as it sent.
 //
 // A grid has some blocks that move rows, and one more that greets. Blocks end when all they stored is through; the last one meets the peers.
+//
+// Over 500 lines because a call is all of these kernels, which hand each other what they find.
 
 #include "expert_parallel.cuh"
 
@@ -636,3 +638,19 @@ __device__ __forceinline__ void add_parts(const AddArgs& args) {
 KERNELS(bf16, BF16)
 KERNELS(f16, F16)
 KERNELS(f32, F32)
+
+// Leaves a rank out: of the next call in which it has not taken part. -----------------------------------------------------------
+
+struct MaskArgs : BufferArgs {
+  u64 rank_to_mask;
+};
+
+static_assert(sizeof(MaskArgs) == MASK_ARGS_BYTES, "the host lays arguments out differently");
+
+// One thread. Kernels that meet others find it closed, in eager calls and in graphs.
+extern "C" __global__ void __launch_bounds__(32) ep_mask(const __grid_constant__ MaskArgs args) {
+  if (threadIdx.x != 0) return;
+  const u32 rank = u32(args.rank_to_mask);
+  close_attendance(args, rank);
+  store_word(args.masked + rank, 1);
+}

@@ -13,8 +13,9 @@
 // Left out. Where that is asked for, a rank that is lost or silent is left out instead of failing the call. Each rank has a word in its own
 // memory: the rounds in which it took part, and whether it was closed. It moves that by compare-and-swap once all it pushed is through,
 // and any peer closes it by compare-and-swap, over the link. So the word says once and for all in which rounds the rank took part, and all
-// survivors agree. Memory of a process that died stays readable as long as it is mapped. A rank that was closed finds out when it would
-// take part, and gives up.
+// survivors agree. Whoever closes one tells every rank, in a word of that rank's own: nobody else has to wait until it has doubts itself.
+// Memory of a process that died stays readable as long as it is mapped. A rank that was closed finds out when it waits, or would take part,
+// and gives up; it closes nobody then.
 
 #pragma once
 
@@ -41,7 +42,7 @@ struct Told {
 static_assert(sizeof(Told) == TOLD * 4 && COMPARED + TOLD <= 2 * HEADER_WORDS, "what a header has room for");
 
 struct BufferArgs : Args {
-  const u64* suspects;  // host memory, two words: ranks that are lost, by bits
+  const u64* suspects;  // host memory: ranks that are lost, by bits
   u64* masked;          // host memory: a word for each rank that is left out
   u64 deadline_ns;      // after which a silent rank is left out, where that is asked for
   u64 memory_bytes;     // of each rank
@@ -76,13 +77,26 @@ __device__ __forceinline__ u64* attendance_of(const BufferArgs& buffer, u32 rank
   return reinterpret_cast<u64*>(buffer.arenas[rank] + ATTENDANCE_AT);
 }
 
-// Whether `peer` is lost, or silent for too long.
+// In the memory of `rank`: the ranks that somebody closed, by bits.
+__device__ __forceinline__ u64* closed_of(const BufferArgs& buffer, u32 rank) { return attendance_of(buffer, rank) + 1; }
+
+// Those that this rank knows of.
+__device__ __forceinline__ u64 closed_ranks(const BufferArgs& buffer) {
+  return buffer.is_masking != 0 ? load_word(closed_of(buffer, buffer.rank)) : 0;
+}
+
+// Whether `peer` is closed, lost, or silent for too long. A rank that was closed itself gives up, and suspects nobody.
 __device__ __forceinline__ bool is_suspect(const BufferArgs& buffer, const Entry& entry, u32 peer) {
-  const u64 suspects = load_word(buffer.suspects) | load_word(buffer.suspects + 1);
+  const u64 mine = load_word(attendance_of(buffer, buffer.rank));
+  if ((mine & 1) != 0) {
+    give_up(buffer, REASON_GIVEN_UP, buffer.rank, entry.epoch, 0, mine, 0);
+    return false;
+  }
+  const u64 suspects = closed_ranks(buffer) | load_word(buffer.suspects);
   return (suspects >> peer & 1) != 0 || now_ns() - entry.started_ns >= buffer.deadline_ns;
 }
 
-// Closes the attendance of `peer`, unless somebody has; the rounds in which it took part.
+// Closes the attendance of `peer`, unless somebody has, and tells everybody; the rounds in which it took part.
 __device__ __forceinline__ u32 close_attendance(const BufferArgs& buffer, u32 peer) {
   u64* word = attendance_of(buffer, peer);
   u64 seen = load_word(word);
@@ -91,6 +105,7 @@ __device__ __forceinline__ u32 close_attendance(const BufferArgs& buffer, u32 pe
     if (before == seen) break;
     seen = before;
   }
+  for (u32 rank = 0; rank < RANKS; rank++) atomicOr_system(closed_of(buffer, rank), u64(1) << peer);
   // SYNC: what a rank pushed in a round is visible to who sees that it took part in it.
   fence_all();
   return u32(seen >> 1);

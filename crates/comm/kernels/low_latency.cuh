@@ -16,7 +16,9 @@
 //
 // Who has read a call tells every rank (its credit), before which nobody writes into that half again: two calls may be sent and not
 // read. A rank that is left out (masked) is waited for no more. The last block then does the receiving part once more without it, for the
-// whole call: so it took part in all sums of a rank or in none.
+// whole call: so it took part in all sums of a rank or in none. The same where a rank is found closed at the end, though all of it came.
+//
+// Over 500 lines because both operations need all of it, and none of it alone.
 
 #pragma once
 
@@ -191,12 +193,10 @@ __device__ __forceinline__ void for_ranks(const LowLatency& ll, u32 ranks, Body 
 
 // Waits. --------------------------------------------------------------------------------------------------------------------------
 
-// Looked at now and then by whoever waits for `rank` where ranks may be left out: whether this one is, or was closed by a peer.
+// Looked at now and then by whoever waits for `rank` where ranks may be left out: whether this one is.
 __device__ __noinline__ bool is_lost(const BufferArgs& buffer, const Entry& entry, u32 spins, u32 rank) {
   if (is_masked(buffer, rank)) return true;
-  if ((spins & 1023) != 0 || rank == buffer.rank) return false;
-  const bool is_closed = (load_word(attendance_of(buffer, rank)) & 1) != 0;
-  if (!is_closed && !is_suspect(buffer, entry, rank)) return false;
+  if ((spins & 1023) != 0 || rank == buffer.rank || !is_suspect(buffer, entry, rank)) return false;
   close_attendance(buffer, rank);
   leave_out(buffer, rank);
   return true;
@@ -548,7 +548,12 @@ __device__ __forceinline__ bool close(const LowLatency& ll, const Turn& turn, Sh
     // SYNC: all blocks have read their numbers, and what came, before the last of them goes on.
     are_all_through = *is_last || count_own(&words_of(ll.buffer)->finished, 1) == gridDim.x - 1;
     left_out = 0;
-    for (u32 rank = 0; rank < RANKS; rank++) left_out |= u32(is_masked(ll.buffer, rank)) << rank;
+    const u64 closed = closed_ranks(ll.buffer);
+    for (u32 rank = 0; rank < RANKS; rank++) {
+      const bool is_new = (closed >> rank & 1) != 0 && rank != ll.buffer.rank && !is_masked(ll.buffer, rank);
+      if (is_new) leave_out(ll.buffer, rank);
+      left_out |= u32(is_masked(ll.buffer, rank)) << rank;
+    }
   }
   __syncthreads();
   *is_last = are_all_through;

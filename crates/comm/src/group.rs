@@ -39,7 +39,51 @@ pub struct Grouped<'g, 'b> {
     stream: &'b Stream,
 }
 
+/// One communicator within a group, with several buffers. Made by [`Group::on_each`].
+#[derive(Debug)]
+pub struct GroupedEach<'g, 'b> {
+    group: &'g Group<'b>,
+    communicator: &'b Communicator,
+    streams: &'b [Stream],
+}
+
 impl<'b> Group<'b> {
+    /// The operations on several buffers of `communicator`, as [`Communicator::on_each`] has them, as part of this group.
+    ///
+    /// ```
+    /// # use unisono::{Communicator, Operations, ReduceOp, Stream, group};
+    /// // Two buffers of each of two ranks, all on one thread.
+    /// let ranks = Communicator::threads(2)?;
+    /// let (streams, mut numbers) = ([Stream::host(), Stream::host()], [[[1u32], [2]], [[3], [4]]]);
+    /// group(|group| {
+    ///     for (rank, [a, b]) in ranks.iter().zip(&mut numbers) {
+    ///         group.on_each(rank, &streams).all_reduce_multi(vec![a.into(), b.into()], ReduceOp::Sum)?;
+    ///     }
+    ///     Ok(())
+    /// })?;
+    /// assert_eq!(numbers, [[[10]; 2]; 2]);
+    /// # Ok::<(), unisono::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Of its operations: as [`Communicator::on_each`], but what the driver refuses is told by [`group`].
+    pub const fn on_each(
+        &self,
+        communicator: &'b Communicator,
+        streams: &'b [Stream],
+    ) -> GroupedEach<'_, 'b> {
+        GroupedEach { group: self, communicator, streams }
+    }
+
+    /// Checks an operation of the host and notes it.
+    fn note(&self, communicator: &'b Communicator, call: &Call<'b>) -> Result<()> {
+        let mut engine = communicator.engine();
+        engine.check()?;
+        let prepared = engine.prepare(call)?;
+        self.calls.borrow_mut().push((communicator, prepared));
+        Ok(())
+    }
+
     /// The operations of `communicator`, in the order of `stream`, as part of this group.
     pub fn on(&self, communicator: &'b Communicator, stream: &'b Stream) -> Grouped<'_, 'b> {
         // The host has only one.
@@ -63,11 +107,21 @@ impl<'b> Operations<'b> for Grouped<'_, 'b> {
         if let Some(stream) = self.stream.as_cuda() {
             return self.group.launches.borrow_mut().add(self.communicator, &call, stream);
         }
-        let mut engine = self.communicator.engine();
-        engine.check()?;
-        let prepared = engine.prepare(&call)?;
-        self.group.calls.borrow_mut().push((self.communicator, prepared));
-        Ok(())
+        self.group.note(self.communicator, &call)
+    }
+}
+
+impl<'b> Operations<'b> for GroupedEach<'_, 'b> {
+    type Done = ();
+
+    /// Checks the operation and notes it; it is posted when the group ends.
+    fn submit(&self, call: Call<'b>) -> Result<()> {
+        self.communicator.check_each(&call, self.streams)?;
+        #[cfg(feature = "cuda")]
+        if self.streams.iter().any(|stream| stream.as_cuda().is_some()) {
+            return self.group.launches.borrow_mut().add_each(self.communicator, &call, self.streams);
+        }
+        self.group.note(self.communicator, &call)
     }
 }
 
@@ -78,8 +132,7 @@ impl<'b> Operations<'b> for Grouped<'_, 'b> {
 ///
 /// On streams of GPUs operations are enqueued when the group ends, on every communicator the collectives first, and then its
 /// messages: one kernel carries out all of them (at most 128, on one stream), with all peers and in both directions at once. Operations
-/// on several buffers are not taken there ([`Error::Argument`](crate::Error::Argument)): they have a stream for each device, and
-/// [`Communicator::on_each`] enqueues all of their parts together anyhow.
+/// on several buffers have a stream for each device, and so a door of their own: [`Group::on_each`].
 ///
 /// Windows ([`Grouped::window`], [`Grouped::close`]; with GPUs `Grouped::register` too), communicators made of others
 /// ([`Grouped::split`], [`Grouped::duplicate`]) and the end ([`Group::destroy`]) are collective as well, and block: here all

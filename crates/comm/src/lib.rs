@@ -76,7 +76,7 @@ pub use explanation::{Choice, Explanation, OnGpus};
 pub use fused::{AllReduceRmsNorm, HalfFloat, Normalised, Quantisable};
 #[cfg(feature = "cuda")]
 pub use gpu::{DeviceView, device_header};
-pub use group::{Group, Grouped, Promised, group};
+pub use group::{Group, Grouped, GroupedEach, Promised, group};
 pub use observer::{Observer, State};
 pub use operations::Operations;
 #[cfg(feature = "cuda")]

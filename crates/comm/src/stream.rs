@@ -141,6 +141,17 @@ impl Communicator {
 
     /// Submits a call on several buffers, each in the order of a stream of its own.
     fn submit_each(&self, call: &Call<'_>, streams: &[Stream]) -> Result<()> {
+        self.check_each(call, streams)?;
+        #[cfg(feature = "cuda")]
+        if streams.iter().any(|stream| stream.as_cuda().is_some()) {
+            let prepared = self.prepare_each(call, streams)?;
+            return self.enqueue_each(&prepared, streams);
+        }
+        self.engine().submit(call)
+    }
+
+    /// Whether `streams` serve a call on several buffers: all of GPUs, which look closer, or one of the host for each buffer.
+    pub(crate) fn check_each(&self, call: &Call<'_>, streams: &[Stream]) -> Result<()> {
         let refuse = |what, expected: &str, got: String| {
             let (call, expected) = (call.kind.name(), expected.to_owned());
             Err(Error::Argument { call, rank: self.rank(), what, expected, got })
@@ -149,20 +160,19 @@ impl Communicator {
             let got = call.kind.name().to_owned();
             return refuse("operation", "one on several buffers (all_reduce_multi, broadcast_multi)", got);
         }
-        let mut engine = self.engine();
         #[cfg(feature = "cuda")]
         {
-            let of_gpus: SmallVec<[_; 8]> = streams.iter().filter_map(Stream::as_cuda).collect();
-            match (of_gpus.first(), &self.gpu) {
-                (None, _) => {}
-                (Some(_), _) if of_gpus.len() < streams.len() => {
+            let of_gpus = of_gpus(streams);
+            match of_gpus.first() {
+                None => {}
+                Some(_) if of_gpus.len() < streams.len() => {
                     let got = format!("{} of {} of GPUs", of_gpus.len(), streams.len());
                     return refuse("streams", "all of GPUs, or all of the host", got);
                 }
-                (Some(first), None) => {
+                Some(first) if self.gpu.is_none() => {
                     return Err(crate::gpu::without_device(call.kind, self.rank(), first));
                 }
-                (Some(_), Some(gpu)) => return gpu.borrow_mut().submit_each(&mut engine, call, &of_gpus),
+                Some(_) => return Ok(()),
             }
         }
         let buffers = call.buffers().len();
@@ -170,8 +180,32 @@ impl Communicator {
             let expected = format!("{buffers}, one for each buffer");
             return refuse("number of streams", &expected, streams.len().to_string());
         }
-        engine.submit(call)
+        Ok(())
     }
+
+    /// Checks a call that is to be enqueued in streams of GPUs later, which passed [`Communicator::check_each`].
+    #[cfg(feature = "cuda")]
+    pub(crate) fn prepare_each(
+        &self,
+        call: &Call<'_>,
+        streams: &[Stream],
+    ) -> Result<crate::gpu::PreparedEach> {
+        let Some(gpu) = &self.gpu else { unreachable!("it was checked on GPUs") };
+        gpu.borrow_mut().prepare_each(&mut self.engine(), call, &of_gpus(streams))
+    }
+
+    /// Enqueues what was checked.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn enqueue_each(&self, prepared: &crate::gpu::PreparedEach, streams: &[Stream]) -> Result<()> {
+        let Some(gpu) = &self.gpu else { unreachable!("it was checked on GPUs") };
+        gpu.borrow_mut().enqueue_each(prepared, &of_gpus(streams))
+    }
+}
+
+/// Those of GPUs.
+#[cfg(feature = "cuda")]
+fn of_gpus(streams: &[Stream]) -> SmallVec<[&unisono_cuda::Stream; 8]> {
+    streams.iter().filter_map(Stream::as_cuda).collect()
 }
 
 impl<'b> Operations<'b> for OnEach<'_> {

@@ -51,6 +51,8 @@ mod recorder;
 mod registration;
 #[path = "gpu/seats.rs"]
 mod seats;
+#[path = "gpu/seats_random.rs"]
+mod seats_random;
 mod support;
 #[path = "gpu/symmetric.rs"]
 mod symmetric;

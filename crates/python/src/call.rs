@@ -178,18 +178,9 @@ impl Communicator {
             arrays.into_iter().map(|array| array.guard).chain(std::iter::repeat_with(|| Guard::None));
         let held: Vec<Held> = objects.zip(guards).map(|(object, guard)| Held(object, guard)).collect();
         if group::is_open() {
-            if manner.is_async || patience.is_some() {
-                let got = if manner.is_async { "async_op" } else { "timeout" };
-                return Err(errors::argument(
-                    py,
-                    kind.name(),
-                    me.rank,
-                    "manner within a group",
-                    "that of the group",
-                    got,
-                ));
-            }
-            group::add(this, request, held);
+            let timeout = patience.map(|_| "timeout");
+            me.check_manner_of_group(py, kind, if manner.is_async { Some("async_op") } else { timeout })?;
+            group::add(this, request, Vec::new(), held);
             return Ok(result.clone().unbind());
         }
         me.submit(this, request, held, (manner.is_async, patience), result)
@@ -424,26 +415,46 @@ impl Communicator {
         }
         let patience = timeout.map(|time| options::patience(time, kind.name(), me.rank)).transpose()?;
         let buffers: Vec<_> = arrays.iter().map(|array| array.memory).collect();
+        let hold = |(object, array): (&Bound<'py, PyAny>, Array)| Held(object.clone().unbind(), array.guard);
+        if group::is_open() {
+            me.check_manner_of_group(py, kind, patience.map(|_| "timeout"))?;
+            let request = Request {
+                kind,
+                buffers,
+                parts: Vec::new(),
+                way: Way::Host,
+                after: Vec::new(),
+                is_beside: false,
+            };
+            group::add(this, request, handles, local.iter().zip(arrays).map(hold).collect());
+            return Ok(());
+        }
         let done = py.detach(|| {
-            let mut inner = me.lock()?;
+            let inner = me.lock()?;
             // SAFETY: the arrays hold their memory until this returns, and are kept for their streams below.
             let call = unsafe { Call::from_raw(kind, &buffers, &[]) };
             if handles.is_empty() {
                 return with_patience(&inner.communicator, patience, |one| one.submit(call))
                     .map(|()| Vec::new());
             }
-            each_stream(&mut inner, &handles, |inner, streams| {
-                with_patience(&inner.communicator, patience, |one| one.on_each(streams).submit(call))?;
-                Ok(streams.iter().map(|stream| me.event_behind(stream)).collect::<Result<Vec<_>, _>>()?)
-            })
+            let streams = group::all_streams(&handles)?;
+            with_patience(&inner.communicator, patience, |one| one.on_each(&streams).submit(call))?;
+            Ok(streams.iter().map(|stream| me.event_behind(stream)).collect::<Result<Vec<_>, _>>()?)
         });
         let events = done.map_err(|failure| me.raised(py, failure, kind.name()))?;
-        for ((object, array), event) in local.iter().zip(arrays).zip(events) {
+        for (held, event) in local.iter().zip(arrays).map(hold).zip(events) {
             if let Some(event) = event {
-                kept::keep_until(event, vec![Held(object.clone().unbind(), array.guard)]);
+                kept::keep_until(event, vec![held]);
             }
         }
         Ok(())
+    }
+
+    /// A call within a group has no manner of its own.
+    fn check_manner_of_group(&self, py: Python<'_>, kind: Kind, got: Option<&str>) -> PyResult<()> {
+        let Some(got) = got else { return Ok(()) };
+        let (what, expected) = ("manner within a group", "that of the group");
+        Err(errors::argument(py, kind.name(), self.rank, what, expected, got))
     }
 }
 
@@ -467,21 +478,6 @@ pub(crate) const fn is_refusal(failure: &Failure) -> bool {
         }
         Failure::Python(_) | Failure::Closed => true,
     }
-}
-
-/// The streams with these handles, in one slice.
-fn each_stream<R>(
-    inner: &mut Inner,
-    handles: &[(u64, u32)],
-    f: impl FnOnce(&Inner, &[unisono::Stream]) -> Result<R, Failure>,
-) -> Result<R, Failure> {
-    let of = |(handle, ordinal): &(u64, u32)| {
-        let raw = std::ptr::with_exposed_provenance_mut(*handle as usize);
-        // SAFETY: as for single streams: whoever gave the handle keeps the stream.
-        unsafe { unisono::Stream::cuda(raw, *ordinal) }
-    };
-    let streams = handles.iter().map(of).collect::<Result<Vec<_>, _>>()?;
-    f(inner, &streams)
 }
 
 /// Does `f` with a timeout of its own, if there is one.

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
-use unisono::{Operations, Stream};
+use unisono::{Error, Operations, Stream};
 
 use crate::call::{Request, Way};
 use crate::communicator::{Communicator, Failure};
-use crate::kept::{self, Held};
+use crate::kept::{self, Held, Spare};
 
 thread_local! {
     /// The calls that this thread's open groups have collected, and how many groups are open.
@@ -20,7 +20,15 @@ thread_local! {
 struct Collected {
     communicator: Py<Communicator>,
     request: Request,
+    /// Streams and devices, one for each buffer of an operation on several GPUs; none otherwise.
+    each: Vec<(u64, u32)>,
     held: Vec<Held>,
+}
+
+/// Where a call of a group goes.
+enum Queue {
+    One(Arc<Stream>),
+    Each(Vec<Stream>),
 }
 
 /// The block of ``unisono.group()``.
@@ -47,16 +55,31 @@ pub(crate) fn group() -> Group {
     Group
 }
 
+/// The streams with these handles on these devices, in one slice: of a call on several GPUs, in a group or on its own.
+pub(crate) fn all_streams(handles: &[(u64, u32)]) -> Result<Vec<Stream>, Error> {
+    let of = |(handle, ordinal): &(u64, u32)| {
+        let raw = std::ptr::with_exposed_provenance_mut(*handle as usize);
+        // SAFETY: as for single streams: whoever gave the handle keeps the stream.
+        unsafe { Stream::cuda(raw, *ordinal) }
+    };
+    handles.iter().map(of).collect()
+}
+
 /// Whether this thread is inside a group.
 #[inline]
 pub(crate) fn is_open() -> bool {
     OPEN.with_borrow(|(depth, _)| *depth > 0)
 }
 
-/// Collects a call.
-pub(crate) fn add(communicator: &Bound<'_, Communicator>, request: Request, held: Vec<Held>) {
+/// Collects a call; `each` has the streams of one on several GPUs.
+pub(crate) fn add(
+    communicator: &Bound<'_, Communicator>,
+    request: Request,
+    each: Vec<(u64, u32)>,
+    held: Vec<Held>,
+) {
     let communicator = communicator.clone().unbind();
-    OPEN.with_borrow_mut(|(_, calls)| calls.push(Collected { communicator, request, held }));
+    OPEN.with_borrow_mut(|(_, calls)| calls.push(Collected { communicator, request, each, held }));
 }
 
 #[pymethods]
@@ -87,6 +110,13 @@ impl Group {
     }
 }
 
+/// Until the work before `event` is done; not at all where there is nothing to wait for.
+fn keep(event: Option<Arc<Spare>>, held: Vec<Held>) {
+    if let Some(event) = event {
+        kept::keep_until(event, held);
+    }
+}
+
 fn post(py: Python<'_>, calls: Vec<Collected>) -> PyResult<()> {
     // In one order everywhere, so that two threads with the same communicators do not wait for each other.
     let mut communicators: Vec<&Communicator> = calls.iter().map(|call| call.communicator.get()).collect();
@@ -99,31 +129,44 @@ fn post(py: Python<'_>, calls: Vec<Collected>) -> PyResult<()> {
             at_fault = Some(communicator);
             locked.push((*communicator, communicator.lock()?));
         }
-        let mut streams = Vec::new();
+        let mut queues = Vec::new();
         for call in &calls {
             let inner = locked
                 .iter_mut()
                 .find(|(communicator, _)| std::ptr::eq(*communicator, call.communicator.get()));
             let Some((_, inner)) = inner else { return Err(Failure::Closed) };
-            streams.push(call.request.stream(inner)?);
+            queues.push(match call.each.is_empty() {
+                true => Queue::One(call.request.stream(inner)?),
+                false => Queue::Each(all_streams(&call.each)?),
+            });
         }
         unisono::group(|group| {
-            for (call, stream) in calls.iter().zip(&streams) {
+            for (call, queue) in calls.iter().zip(&queues) {
                 let found = locked.iter().find(|(one, _)| std::ptr::eq(*one, call.communicator.get()));
-                if let Some((_, inner)) = found {
-                    // SAFETY: the group holds what holds the memory until it is done, and for streams until these have passed.
-                    group.on(&inner.communicator, stream).submit(unsafe { call.request.call() })?;
+                let Some((_, inner)) = found else { continue };
+                // SAFETY: the group holds what holds the memory until it is done, and for streams until these have passed.
+                let submitted = unsafe { call.request.call() };
+                match queue {
+                    Queue::One(stream) => group.on(&inner.communicator, stream).submit(submitted)?,
+                    Queue::Each(streams) => group.on_each(&inner.communicator, streams).submit(submitted)?,
                 }
             }
             Ok(())
         })?;
-        let event = |(call, stream): (&Collected, &Arc<Stream>)| call.communicator.get().event_behind(stream);
-        Ok(calls.iter().zip(&streams).map(event).collect::<Result<Vec<_>, _>>()?)
+        let events = |(call, queue): (&Collected, &Queue)| {
+            let event = |stream: &Stream| call.communicator.get().event_behind(stream);
+            match queue {
+                Queue::One(stream) => Ok(vec![event(stream)?]),
+                Queue::Each(streams) => streams.iter().map(event).collect(),
+            }
+        };
+        Ok(calls.iter().zip(&queues).map(events).collect::<Result<Vec<Vec<_>>, Error>>()?)
     });
     let events = match (done, at_fault) {
         (Ok(events), _) => events,
         (Err(failure), Some(communicator)) => {
-            let is_on_host = calls.iter().all(|call| matches!(call.request.way, Way::Host));
+            let is_on_host =
+                calls.iter().all(|call| matches!(call.request.way, Way::Host) && call.each.is_empty());
             let raised = communicator.raised(py, failure, "group");
             if !is_on_host {
                 // A part of it may be at work, and nothing tells when that ends.
@@ -133,10 +176,14 @@ fn post(py: Python<'_>, calls: Vec<Collected>) -> PyResult<()> {
         }
         (Err(_), None) => return Ok(()),
     };
-    for (call, event) in calls.into_iter().zip(events) {
-        if let Some(event) = event {
-            kept::keep_until(event, call.held);
+    for (mut call, mut events) in calls.into_iter().zip(events) {
+        // Of a call on several GPUs each stream keeps the buffer that it works on.
+        let last = events.pop();
+        let each = call.held.split_off(events.len());
+        for (event, held) in events.into_iter().zip(call.held) {
+            keep(event, vec![held]);
         }
+        keep(last.flatten(), each);
     }
     Ok(())
 }

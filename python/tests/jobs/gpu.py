@@ -57,6 +57,14 @@ with unisono.group():
     rank.send(torch.full((5,), me, device=here), right)
     rank.recv(got := torch.zeros(5, dtype=torch.int64, device=here), left)
 assert (got == left).all()
+# Those on a buffer of each device, between others.
+x, y = torch.full((1000,), me + 1.0, device=here), torch.full((5,), float(me), device=here)
+with unisono.group():
+    rank.all_reduce_multi([x], "max")
+    rank.send(x, right)
+    rank.recv(theirs := torch.zeros(1000, device=here), left)
+    rank.broadcast_multi([y], n - 1, streams=[torch.cuda.current_stream()])
+assert (x == n).all() and (theirs == n).all() and (y == n - 1).all()
 rank.barrier(stream=torch.cuda.current_stream())
 
 # In a graph.

@@ -347,11 +347,13 @@ impl Buffer {
         (0..self.world_size).filter(|rank| masked >> rank & 1 == 1).collect()
     }
 
-    /// Leaves `rank` out from the next round that it has not sent on all ranks: for who knows of a failure otherwise. One rank has to call it. The
-    /// rank itself gets [`Error::GivenUp`] at its next call. It cannot be undone in this buffer; [`Buffer::renew`] takes everybody in again.
+    /// Leaves `rank` out from the next round that it has not sent, on all ranks: for who knows of a failure otherwise. One rank has to call it; a
+    /// call that any of them begins when it has returned is without the rank. The rank itself gets [`Error::GivenUp`] at its next call.
+    /// It cannot be undone in this buffer; [`Buffer::renew`] takes everybody in again.
     ///
     /// # Errors
-    /// [`Error::Argument`] without masking, if it is no other rank of the world; [`Error::BufferState`] before the exchange.
+    /// [`Error::Argument`] without masking, if it is no other rank of the world; [`Error::BufferState`] before the exchange; [`Error::Cuda`] if the
+    /// driver refuses the kernel that does it.
     pub fn mask_rank(&mut self, rank: usize) -> Result<()> {
         let call = "mask_rank";
         if !self.settings.masking {
@@ -362,8 +364,7 @@ impl Buffer {
         }
         #[cfg(feature = "cuda")]
         if self.place != Place::Host {
-            self.available_on_gpu(call)?.mask(rank);
-            return Ok(());
+            return self.available_on_gpu(call)?.mask(rank);
         }
         self.available(call)?.mask(rank);
         Ok(())

@@ -38,6 +38,7 @@ pub use one_sided::DeviceView;
 pub(crate) use origin::{Config, Extra, Origin};
 use pinned::Enqueued;
 use recorder::Copier;
+pub(crate) use seats::PreparedEach;
 use seats::Seat;
 use watch::Watch;
 pub(crate) use watch::lost_context;
@@ -278,8 +279,14 @@ impl Gpu {
     /// Brings a call into the order of calls, and loads its kernels.
     #[inline]
     fn begin(&mut self, plan: &Plan, stream: &Stream) -> Result<()> {
-        let kind = plan.header.kind;
         self.order_after_latest(stream)?;
+        self.find_kernels(plan, stream)
+    }
+
+    /// Loads the kernels of a call, unless they are loaded.
+    #[inline]
+    fn find_kernels(&mut self, plan: &Plan, stream: &Stream) -> Result<()> {
+        let kind = plan.header.kind;
         if plan.bytes() > 0 && self.kernels.find(kind, plan.dtype).is_none() {
             self.load(plan, stream)?;
         }

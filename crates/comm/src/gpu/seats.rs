@@ -13,7 +13,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
-use unisono_core::call::Kind;
+use unisono_core::call::{HEADER_WORDS, Kind};
 use unisono_core::device::Launch;
 use unisono_core::layout::Field;
 use unisono_core::recorder::{DeviceLabel, TickSource};
@@ -25,7 +25,7 @@ use super::Gpu;
 use crate::buffer::Place;
 use crate::call::Call;
 use crate::cause::Cause;
-use crate::collectives::Engine;
+use crate::collectives::{Engine, Plan};
 use crate::control::{Control, words_in};
 use crate::error::{Error, Result};
 
@@ -163,6 +163,15 @@ pub(super) const fn kind_of_seats(kind: Kind, root: usize) -> Kind {
     }
 }
 
+/// A call on several buffers that passed all local checks.
+#[derive(Debug)]
+pub(crate) struct PreparedEach {
+    kind: Kind,
+    words: [u64; HEADER_WORDS],
+    /// Of each seat.
+    parts: SmallVec<[Plan; 8]>,
+}
+
 impl Gpu {
     /// Our seats: those of all devices, or the one that we have.
     fn seats_mut(&mut self) -> &mut [Self] {
@@ -180,33 +189,42 @@ impl Gpu {
         }
     }
 
-    /// Puts a call on a buffer of each device into a stream of each. Nothing was begun when it is refused; if the driver fails once
-    /// a kernel is under way, the communicator does.
-    pub(crate) fn submit_each(
+    /// Checks a call on a buffer of each device, to be put into a stream of each, and loads its kernels. Nothing is begun.
+    pub(crate) fn prepare_each(
         &mut self,
         engine: &mut Engine,
         call: &Call<'_>,
         streams: &[&Stream],
-    ) -> Result<()> {
+    ) -> Result<PreparedEach> {
         engine.check()?;
         self.check()?;
-        let control = self.control.clone();
         let seats = self.seats_mut();
         let ordinals: SmallVec<[u32; 8]> = seats.iter().map(Self::ordinal).collect();
         check_each(seats, call, streams, &ordinals)?;
         let plan = engine.plan_each(call, &ordinals)?;
         let root = root_seat(&seats[0].seat, call.kind)?;
-        let (kind, words) = (kind_of_seats(call.kind, root), plan.header.to_words());
+        let kind = kind_of_seats(call.kind, root);
         let parts: SmallVec<[_; 8]> = (0..seats.len()).map(|at| plan.on_local(at, kind)).collect();
-        // What may wait, and what may be refused, comes before any kernel that waits for the others of this rank.
+        // What may wait comes before any kernel that waits for the others of this rank.
         for ((seat, part), stream) in seats.iter_mut().zip(&parts).zip(streams) {
-            seat.begin(part, stream)?;
+            seat.find_kernels(part, stream)?;
         }
-        for (at, ((seat, part), stream)) in seats.iter_mut().zip(&parts).zip(streams).enumerate() {
-            if let Err(error) = seat.launch(part, &words, stream) {
+        Ok(PreparedEach { kind: call.kind, words: plan.header.to_words(), parts })
+    }
+
+    /// Puts a call that was checked into the streams. If the driver fails once a kernel is under way, the communicator does.
+    pub(crate) fn enqueue_each(&mut self, on_each: &PreparedEach, streams: &[&Stream]) -> Result<()> {
+        let control = self.control.clone();
+        let seats = self.seats_mut();
+        for (seat, stream) in seats.iter_mut().zip(streams) {
+            seat.order_after_latest(stream)?;
+        }
+        let all = seats.len();
+        for (at, ((seat, part), stream)) in seats.iter_mut().zip(&on_each.parts).zip(streams).enumerate() {
+            if let Err(error) = seat.launch(part, &on_each.words, stream) {
                 if at > 0 {
-                    let name = call.kind.name();
-                    let reason = format!("{name} reached {at} of its {} devices: {error}", ordinals.len());
+                    let name = on_each.kind.name();
+                    let reason = format!("{name} reached {at} of its {all} devices: {error}");
                     control.fail(&Cause::Aborted { rank: control.member().0 as u32, reason });
                 }
                 return Err(error);

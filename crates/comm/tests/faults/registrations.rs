@@ -115,6 +115,7 @@ pub(crate) fn register(part: &Part) -> Result<()> {
     println!("ready");
     reach(&mut bench)?;
     replay(&mut bench)?;
+    follow(&mut bench)?;
     refuse(&bench)?;
     bench.communicator.destroy()
 }
@@ -174,6 +175,26 @@ fn replay(bench: &mut Bench) -> Result<()> {
     // All ranks have let go of their graphs before anybody frees the memory.
     bench.communicator.barrier()?;
     bench.register(plain.address(), 4)?.close(&bench.communicator)
+}
+
+/// Memory that lies where that of a graph lay, which is gone, though the driver may not have told yet.
+fn follow(bench: &mut Bench) -> Result<()> {
+    for turn in 0..20 {
+        let plain = DeviceBuffer::new(&bench.device, COUNT * 4).unwrap();
+        let registration = bench.register(plain.address(), COUNT)?;
+        bench.raw.begin_capture().unwrap();
+        bench.communicator.on(&bench.stream).all_reduce(target(&registration, COUNT), ReduceOp::Sum)?;
+        let graph = bench.raw.end_capture().unwrap();
+        registration.close(&bench.communicator)?;
+        let (mine, sums) = bench.numbers(turn);
+        bench.write(plain.address(), &mine);
+        bench.communicator.barrier()?;
+        graph.launch(&bench.raw).unwrap();
+        bench.expect(plain.address(), &sums, "a replay before other memory takes the place")?;
+        drop(graph);
+        bench.communicator.barrier()?;
+    }
+    Ok(())
 }
 
 /// The memory of one rank cannot be registered: all are told who it is, and go on.

@@ -246,6 +246,55 @@ fn tokens_part(x: &Both) -> Input<'static> {
     unsafe { Buf::<bf16>::cuda(x.device.address(), x.count / 2, x.device.device().ordinal()) }.into()
 }
 
+/// It comes to the very call before which somebody said so.
+#[test]
+fn a_rank_that_is_masked_is_left_out_though_it_comes() {
+    run_failing(3, |gpu, host, tools| {
+        let (rank, stream) = (gpu.rank(), &tools.stream);
+        let (_memory, topk_idx) = uploaded::<i64>(tools, &le(&[0i64, 1, 2], i64::to_le_bytes));
+        let x = tokens_of(tools, 1, 1.0 + rank as f32);
+        let settings = Settings { deadline: Duration::from_secs(20), masking: true, ..Settings::new(64, 3) };
+        let mut buffer = exchanged(gpu, settings);
+        for turn in 0..6 {
+            let (lost, asker) = (turn % 3, (turn + 1 + turn / 3) % 3);
+            let call = |buffer: &mut Buffer| {
+                let call = Dispatch::new(x.on_device()).top_k(topk_idx, 3).on(stream);
+                buffer.dispatch(&call)
+            };
+            // Everybody takes part at first; sometimes it has taken part in nothing before.
+            if turn % 2 == 0 {
+                assert_eq!(call(&mut buffer).unwrap().x.shape(), [3, 64]);
+            }
+            host.barrier().unwrap();
+            if rank == asker {
+                buffer.mask_rank(lost).unwrap();
+                assert_eq!(buffer.masked(), [lost]);
+            }
+            host.barrier().unwrap();
+            let answer = call(&mut buffer);
+            if rank == lost {
+                assert!(
+                    matches!(answer, Err(Error::GivenUp { rank: r, .. }) if r == rank),
+                    "turn {turn}: {answer:?}"
+                );
+            } else {
+                let sent = answer.unwrap();
+                let expected: Vec<u8> = (0..3)
+                    .filter(|source| *source != lost)
+                    .flat_map(|source| bf16::from_f32(1.0 + source as f32).to_le_bytes().repeat(64))
+                    .collect();
+                assert_eq!(bytes(&sent.x, stream), expected, "turn {turn} on rank {rank}");
+                assert_eq!(buffer.masked(), [lost], "turn {turn} on rank {rank}");
+                buffer.check().unwrap();
+            }
+            host.barrier().unwrap();
+            let renewed = buffer.renew(gpu).unwrap();
+            std::mem::replace(&mut buffer, renewed).close(gpu).unwrap();
+        }
+        host.barrier().unwrap();
+    });
+}
+
 #[test]
 fn a_silent_rank_is_left_out_and_the_others_complete_the_call() {
     run_failing(3, |gpu, host, tools| {

@@ -8,7 +8,7 @@ use unisono::ep::{
     Buffer, LowLatencyCombine, LowLatencyDispatch, LowLatencyDispatched, LowLatencyHandle, Settings,
 };
 use unisono::half::bf16;
-use unisono::{Buf, Communicator, Operations, Stream};
+use unisono::{Buf, Communicator, Error, Operations, Stream};
 
 use crate::ep::case::{Case, settings};
 use crate::ep::low_latency::{Seen, cast, check_combined, check_dispatched, is_quantised, results, tokens};
@@ -311,7 +311,7 @@ fn calls_go_on_without_a_rank_that_was_masked() {
                     let mut buffer = exchanged(gpu, &with.0);
                     let draw = |at| Case::draw(seed, (200 + number) << 8 | at, ranks, &with).low_latency();
                     whole(&mut buffer, tools, host, &draw(0));
-                    // It makes no call from now on. One rank knows, the others find out.
+                    // It makes no call from now on, or goes on as if nothing were. One rank says so, and all know.
                     let lost = (number as usize + 1) % ranks;
                     let cases = [1, 2, 3].map(draw);
                     let given = cases.each_ref().map(|case| {
@@ -322,10 +322,21 @@ fn calls_go_on_without_a_rank_that_was_masked() {
                         }
                     });
                     host.barrier().unwrap();
-                    if rank != lost {
-                        if rank == (lost + 1) % ranks {
-                            buffer.mask_rank(lost).unwrap();
-                        }
+                    if rank == (lost + 1) % ranks {
+                        buffer.mask_rank(lost).unwrap();
+                        assert_eq!(buffer.masked(), [lost]);
+                    }
+                    host.barrier().unwrap();
+                    if rank == lost && number > 0 {
+                        let [(case, given), ..] = [0, 1, 2].map(|at| (&cases[at], &given[at]));
+                        let _sent = buffer.low_latency_dispatch(&given.dispatch(case, &tools.stream));
+                        tools.raw.synchronize().unwrap();
+                        let refused = buffer.check();
+                        assert!(
+                            matches!(refused, Err(Error::GivenUp { rank: r, .. }) if r == rank),
+                            "{refused:?}"
+                        );
+                    } else if rank != lost {
                         for (case, given) in cases.iter().zip(&given) {
                             whole_without(&mut buffer, tools, case, (given, rank, lost));
                         }

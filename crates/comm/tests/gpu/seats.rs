@@ -17,7 +17,7 @@ use unisono_core::device::Form;
 use crate::case::{Case, Operation, expected, input};
 use crate::world::{PATIENCE, devices};
 
-const MOST_BYTES: usize = 4 << 20;
+pub(crate) const MOST_BYTES: usize = 4 << 20;
 /// Bytes around a buffer that must stay as they are.
 const MARGIN: usize = 64;
 const AROUND: u8 = 0xa5;
@@ -30,11 +30,11 @@ struct Seat {
 }
 
 /// What a rank works with; the streams lie beside what they are made of.
-struct Tools {
-    rank: usize,
+pub(crate) struct Tools {
+    pub(crate) rank: usize,
     /// The devices of each rank.
-    layout: Vec<Vec<u32>>,
-    streams: Vec<Stream>,
+    pub(crate) layout: Vec<Vec<u32>>,
+    pub(crate) streams: Vec<Stream>,
     seats: Vec<Seat>,
 }
 
@@ -54,15 +54,26 @@ impl Tools {
     }
 
     /// The number of the first seat of `rank`.
-    fn first_of(&self, rank: usize) -> usize {
+    pub(crate) fn first_of(&self, rank: usize) -> usize {
         self.layout[..rank].iter().map(Vec::len).sum()
     }
 
-    fn all(&self) -> usize {
+    pub(crate) fn all(&self) -> usize {
         self.first_of(self.layout.len())
     }
 
-    fn buffer(&self, at: usize, dtype: DType, count: usize) -> RawBuffer {
+    /// The rank that has seat `seat`, and which of its devices that is.
+    pub(crate) fn seat_at(&self, seat: usize) -> (usize, usize) {
+        let mut ranks = (0..self.layout.len()).rev();
+        let rank = ranks.find(|rank| self.first_of(*rank) <= seat).unwrap();
+        (rank, seat - self.first_of(rank))
+    }
+
+    pub(crate) fn raw_streams(&self) -> Vec<&CudaStream> {
+        self.seats.iter().map(|seat| &seat.raw).collect()
+    }
+
+    pub(crate) fn buffer(&self, at: usize, dtype: DType, count: usize) -> RawBuffer {
         let Seat { ordinal, memory, .. } = &self.seats[at];
         RawBuffer {
             ptr: memory.address() + MARGIN as u64,
@@ -78,17 +89,17 @@ impl Tools {
         unsafe { Call::from_raw(kind, &buffers, &[]) }
     }
 
-    fn write(&mut self, at: usize, data: &[u8]) {
+    pub(crate) fn write(&mut self, at: usize, data: &[u8]) {
         let memory = &mut self.seats[at].memory;
         let around = [AROUND; MARGIN];
         memory.write(0, &[&around[..], data, &around].concat()).unwrap();
     }
 
-    fn wait(&self) {
+    pub(crate) fn wait(&self) {
         self.seats.iter().for_each(|seat| seat.raw.synchronize().unwrap());
     }
 
-    fn expect(&self, at: usize, data: &[u8], what: &str) {
+    pub(crate) fn expect(&self, at: usize, data: &[u8], what: &str) {
         let around = [AROUND; MARGIN];
         let expected = [&around[..], data, &around].concat();
         let mut got = vec![0; expected.len()];
@@ -112,10 +123,8 @@ impl Tools {
         let kind = match case.operation {
             Operation::AllReduce => Kind::AllReduceMulti { op: case.op },
             _ => {
-                let ranks = (0..self.layout.len()).rev();
-                let root = ranks.into_iter().find(|rank| self.first_of(*rank) <= case.root).unwrap();
-                let buffer = (case.root - self.first_of(root)) as u32;
-                Kind::BroadcastMulti { root: root as u32, buffer }
+                let (root, buffer) = self.seat_at(case.root);
+                Kind::BroadcastMulti { root: root as u32, buffer: buffer as u32 }
             }
         };
         let taken = communicator.gpu_choice(kind, case.most_bytes(all), case.dtype.size());
@@ -134,7 +143,7 @@ impl Tools {
 }
 
 /// Layouts that this machine can have: one rank, several, and with different numbers of devices.
-fn layouts() -> Vec<Vec<Vec<u32>>> {
+pub(crate) fn layouts() -> Vec<Vec<Vec<u32>>> {
     let mut all = match devices().len() {
         0 => return Vec::new(),
         1 => Vec::new(),
@@ -153,7 +162,7 @@ fn builder(rank: usize, layout: &[Vec<u32>], store: &Arc<MemoryStore>) -> Builde
 }
 
 /// Runs `work` on every rank, each on a thread of its own, with memory that was there before and goes when all are done.
-fn on_ranks(
+pub(crate) fn on_ranks(
     layout: &[Vec<u32>],
     configure: impl Fn(Builder) -> Builder + Sync,
     work: impl Fn(Communicator, &mut Tools) + Sync,
@@ -172,17 +181,19 @@ fn on_ranks(
     });
 }
 
-fn prepared(builder: Builder) -> Builder {
-    let pairs = [
-        (DType::BF16, ReduceOp::Sum),
-        (DType::F32, ReduceOp::Avg),
-        (DType::I32, ReduceOp::Sum),
-        (DType::I32, ReduceOp::Max),
-    ];
-    pairs.into_iter().fold(builder, |builder, (dtype, op)| builder.prepare(dtype, op).unwrap())
+/// What tests reduce.
+pub(crate) const PAIRS: [(DType, ReduceOp); 4] = [
+    (DType::BF16, ReduceOp::Sum),
+    (DType::F32, ReduceOp::Avg),
+    (DType::I32, ReduceOp::Sum),
+    (DType::I32, ReduceOp::Max),
+];
+
+pub(crate) fn prepared(builder: Builder) -> Builder {
+    PAIRS.into_iter().fold(builder, |builder, (dtype, op)| builder.prepare(dtype, op).unwrap())
 }
 
-fn has_equal_ranks(layout: &[Vec<u32>]) -> bool {
+pub(crate) fn has_equal_ranks(layout: &[Vec<u32>]) -> bool {
     layout.iter().all(|devices| devices.len() == layout[0].len())
 }
 
@@ -462,7 +473,7 @@ fn a_graph_captures_the_streams_of_all_devices() {
         let counts = [10, 1_000_000];
         for count in counts {
             let kind = Kind::AllReduceMulti { op: ReduceOp::Sum };
-            let raw: Vec<&CudaStream> = tools.seats.iter().map(|seat| &seat.raw).collect();
+            let raw = tools.raw_streams();
             let events: Vec<Event> =
                 raw.iter().map(|stream| Event::new(stream.device(), false).unwrap()).collect();
             raw[0].begin_capture().unwrap();

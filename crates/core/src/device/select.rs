@@ -624,7 +624,7 @@ mod tests {
         let form = |rules: &Rules, question: &Question| rules.decide(question).form;
         let rules = |ranks| Rules { most_blocks: 130, ..rules(ranks) };
         assert_eq!(form(&rules(8), &sum(8 << 20)), Form::TwoShotLines);
-        assert_eq!(form(&rules(4), &sum(512 << 10)), Form::OneShotLines);
+        assert_eq!(form(&rules(4), &sum(256 << 10)), Form::OneShotLines);
         assert_eq!(form(&rules(4), &of(Kind::AllGather, 2 << 20)), Form::OneShotLines);
         assert_eq!(form(&rules(8), &of(Kind::AllToAll, 1 << 20)), Form::OneShotLines);
         for barred in [

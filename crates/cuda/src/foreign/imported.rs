@@ -9,14 +9,15 @@ use cudarc::driver::sys;
 
 use super::IPC_HANDLE_BYTES;
 use super::leases::{Lease, Leases};
+use crate::capture::drop_released;
 use crate::device::Device;
 use crate::driver::check;
 use crate::error::{Error, Result};
 use crate::memory::Location;
 use crate::memory::pages::{self, Pages};
 
-/// How long the driver may take to forget a mapping that was closed.
-const FORGETS_WITHIN: Duration = Duration::from_secs(2);
+/// How long the driver may take to tell that a graph is gone.
+const TELLS_WITHIN: Duration = Duration::from_secs(2);
 
 /// Mappings that several may use.
 static MAPPINGS: Leases<Key, Mapping> = Leases::new();
@@ -50,7 +51,8 @@ enum Held {
 }
 
 impl Imported {
-    /// Opens a handle of CUDA IPC that process `owner` made of its allocation number `id`, `bytes` long as it says.
+    /// Opens a handle of CUDA IPC that process `owner` made of its allocation number `id`, `bytes` long as it says. May drop what graphs that are
+    /// gone have kept, so to be called where no kernel waits for this thread.
     ///
     /// # Errors
     /// What the driver refuses: the handle was made by this very process, or the allocation is gone. [`Error::Memory`] if it
@@ -62,7 +64,20 @@ impl Imported {
         handle: &[u8; IPC_HANDLE_BYTES],
     ) -> Result<Self> {
         let key = Key { owner, ordinal: device.ordinal(), is_ipc: true, ids: vec![id] };
-        Self::obtain((id != 0).then_some(key), bytes, || Mapping::open(device, bytes, handle))
+        let key = (id != 0).then_some(key);
+        let start = Instant::now();
+        loop {
+            let opened = Self::obtain(key.clone(), bytes, || Mapping::open(device, bytes, handle));
+            // Memory that lay at this address of the owner before is still mapped here: a graph kept it that is gone, and the driver tells that
+            // from a thread of its own, in its own time.
+            let is_kept =
+                matches!(&opened, Err(Error::Driver { name, .. }) if name == "CUDA_ERROR_ALREADY_MAPPED");
+            if !is_kept || start.elapsed() > TELLS_WITHIN {
+                return opened;
+            }
+            drop_released();
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Maps memory of process `owner` one after the other, each with its number there and its length.
@@ -129,17 +144,8 @@ impl Mapping {
         let handle = sys::CUipcMemHandle { reserved: handle.map(|byte| byte as std::ffi::c_char) };
         let lazily = sys::CUipcMem_flags_enum::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as u32;
         let mut address = 0;
-        let start = Instant::now();
-        let result = loop {
-            // SAFETY: the driver checks the handle, and the answer is ours.
-            let result = unsafe { sys::cuIpcOpenMemHandle_v2(&raw mut address, handle, lazily) };
-            // What is mapped by us is in the table, so this is another mapping that the driver has yet to forget: it was seen where several
-            // processes keep a device busy.
-            if result != sys::CUresult::CUDA_ERROR_ALREADY_MAPPED || start.elapsed() > FORGETS_WITHIN {
-                break result;
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        };
+        // SAFETY: the driver checks the handle, and the answer is ours.
+        let result = unsafe { sys::cuIpcOpenMemHandle_v2(&raw mut address, handle, lazily) };
         check("cuIpcOpenMemHandle", device.ordinal(), result)?;
         let opened = Self { device: device.clone(), address, bytes, mapped: None };
         // How long it is, only the driver knows for sure.

@@ -320,7 +320,7 @@ impl Buffer {
     }
 
     /// Leaves ``rank`` out, on all ranks, from the next round that it has not sent: for who knows of a failure otherwise. One rank has to
-    /// call it. The rank itself gets ``GivenUpError``. It cannot be undone in this buffer; ``renew`` takes everybody in again.
+    /// call it; a call that any of them begins when it has returned is without the rank. The rank itself gets ``GivenUpError``. It cannot be undone in this buffer; ``renew`` takes everybody in again.
     ///
     /// >>> import unisono
     /// >>> rank = unisono.Communicator.threads(2)[0]

@@ -1,7 +1,8 @@
 //! One rank of `bench moe` on GPUs: verifies every operation, then times it in a CUDA graph.
 //!
-//! A round begins behind a barrier of the hosts, and launches a graph of one call some times between two events. What counts of each round is
-//! the slowest rank's time. Where the host waits for the number of rows there is no graph; then its clock times a call and what follows.
+//! A round begins behind a barrier of the hosts, and launches a graph some times between two events: of one call in throughput mode, because
+//! outputs stay in the pool as long as their graph. What counts of each round is the slowest rank's time. Where the host waits for the
+//! number of rows there is no graph; then its clock times a call and what follows.
 
 use std::time::Instant;
 
@@ -221,19 +222,20 @@ impl Rank<'_> {
         moved: &Moved,
         call: impl FnMut(&mut Buffer) -> unisono::Result<()>,
     ) -> Result<()> {
-        let mut times = self.times_in_graphs(gpu, call)?;
+        let mut times = self.times_in_graphs(gpu, 1, call)?;
         Ok(self.tell(operation, moved, &mut times, Some(self.workload.moe.multiprocessors))?)
     }
 
-    /// Times a graph of one call.
+    /// Microseconds of one of the `calls` of a graph.
     pub(super) fn times_in_graphs(
         &mut self,
         gpu: &OnGpu,
+        calls: usize,
         mut call: impl FnMut(&mut Buffer) -> unisono::Result<()>,
     ) -> Result<Vec<f64>> {
         // What the driver does for the first time is done before.
         call(&mut self.buffer)?;
-        let (graph, ()) = gpu.captured(|| call(&mut self.buffer))?;
+        let (graph, ()) = gpu.captured(|| (0..calls).try_for_each(|_| call(&mut self.buffer)))?;
         let first = self.round(gpu, &graph, BATCHES.0)?;
         let mut slowest = [first];
         self.communicator.all_reduce(&mut slowest, unisono::ReduceOp::Max)?;
@@ -241,7 +243,7 @@ impl Rank<'_> {
         let rounds = self.workload.time_per_size.as_secs_f64() * 1e6 / (slowest[0].max(1.0) * batch as f64);
         let mut times = vec![0.0; (rounds as usize).clamp(self.workload.least_batches, 200)];
         for time in &mut times {
-            *time = self.round(gpu, &graph, batch)?;
+            *time = self.round(gpu, &graph, batch)? / calls as f64;
         }
         self.buffer.check()?;
         Ok(times)

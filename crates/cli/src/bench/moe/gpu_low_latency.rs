@@ -1,10 +1,17 @@
 //! Low-latency calls of `bench moe` on GPUs: whole, and in halves, of which each is timed alone when all ranks have sent.
+//!
+//! To launch a graph and to look at events takes the device about as long as a call of few tokens. So a graph has several whole calls, and of
+//! the halves, of which two calls at most may be under way, what counts is how much longer a graph of two takes than one of one.
 
-use unisono::cuda::Graph;
+use unisono::Result as Done;
+use unisono::ep::Buffer;
 use unisono::ep::{LowLatencyCombine, LowLatencyDispatch, LowLatencyDispatched, ScaleKind};
 
 use super::gpu::{OnGpu, Result};
 use super::rank::{LowLatencyRows, Moved, Rank};
+
+/// Whole calls of a graph.
+const CALLS: usize = 10;
 
 impl Rank<'_> {
     pub(super) fn low_latency_on_gpu(&mut self, gpu: &OnGpu) -> Result<()> {
@@ -21,14 +28,12 @@ impl Rank<'_> {
         let sent = self.buffer.low_latency_dispatch(&call())?;
         let moved = self.moved_in_low_latency(&on_host(&sent, gpu)?)?;
         let multiprocessors = Some(gpu.device.facts().multiprocessors);
-        let mut times = self.times_in_graphs(gpu, |buffer| buffer.low_latency_dispatch(&call()).map(drop))?;
+        let whole = |buffer: &mut Buffer| buffer.low_latency_dispatch(&call()).map(drop);
+        let mut times = self.times_in_graphs(gpu, CALLS, whole)?;
         self.tell("low_latency_dispatch_fp8", &moved, &mut times, multiprocessors)?;
-        let halves = |this: &mut Self| {
-            let sent = gpu.captured(|| this.buffer.low_latency_dispatch_send(&call()))?;
-            let received = gpu.captured(|| this.buffer.receive_dispatch(sent.1))?;
-            Ok([sent.0, received.0])
-        };
-        self.in_halves(gpu, "low_latency_dispatch_fp8", &moved, halves)?;
+        let send = |buffer: &mut Buffer| buffer.low_latency_dispatch_send(&call());
+        let receive = |buffer: &mut Buffer, sent| buffer.receive_dispatch(sent).map(drop);
+        self.in_halves(gpu, ("low_latency_dispatch_fp8", &moved), send, receive)?;
         let results = gpu.upload(&self.given_back(sent.x.shape()[1]))?;
         let weights = self.tokens.weights();
         let of_weights: Vec<u8> = weights.iter().flat_map(|weight| weight.to_le_bytes()).collect();
@@ -40,36 +45,46 @@ impl Rank<'_> {
         };
         let combined = self.buffer.low_latency_combine(&call())?.x.to_host(&gpu.stream)?;
         let moved = self.summed_in_low_latency(&combined, &weights)?;
-        let mut times = self.times_in_graphs(gpu, |buffer| buffer.low_latency_combine(&call()).map(drop))?;
+        let whole = |buffer: &mut Buffer| buffer.low_latency_combine(&call()).map(drop);
+        let mut times = self.times_in_graphs(gpu, CALLS, whole)?;
         self.tell("low_latency_combine", &moved, &mut times, multiprocessors)?;
-        let halves = |this: &mut Self| {
-            let sent = gpu.captured(|| this.buffer.low_latency_combine_send(&call()))?;
-            let received = gpu.captured(|| this.buffer.receive_combine(sent.1))?;
-            Ok([sent.0, received.0])
-        };
-        self.in_halves(gpu, "low_latency_combine", &moved, halves)?;
+        let send = |buffer: &mut Buffer| buffer.low_latency_combine_send(&call());
+        let receive = |buffer: &mut Buffer, sent| buffer.receive_combine(sent).map(drop);
+        self.in_halves(gpu, ("low_latency_combine", &moved), send, receive)?;
         gpu.queue.synchronize()?;
         Ok(())
     }
 
-    /// Times the graphs of both halves of a call, the second one when every rank's first is over.
-    fn in_halves(
+    /// Times both halves of a call, the second when every rank's first is over.
+    fn in_halves<S>(
         &mut self,
         gpu: &OnGpu,
-        operation: &str,
-        moved: &Moved,
-        capture: impl FnOnce(&mut Self) -> Result<[Graph; 2]>,
+        (operation, moved): (&str, &Moved),
+        send: impl Fn(&mut Buffer) -> Done<S>,
+        receive: impl Fn(&mut Buffer, S) -> Done<()>,
     ) -> Result<()> {
-        let graphs = capture(self)?;
+        let mut graphs = Vec::new();
+        for calls in [1, 2] {
+            let buffer = &mut self.buffer;
+            let all = || (0..calls).map(|_| send(buffer)).collect::<Done<Vec<S>>>();
+            let (sends, sent) = gpu.captured(all)?;
+            let (receives, ()) =
+                gpu.captured(|| sent.into_iter().try_for_each(|sent| receive(&mut self.buffer, sent)))?;
+            graphs.push([sends, receives]);
+        }
         let mut times = [const { Vec::new() }; 2];
         // The first rounds bring graphs to the device.
         let rounds = 20 * self.workload.least_batches.max(1);
         for round in 0..rounds + 2 {
-            for (graph, times) in graphs.iter().zip(&mut times) {
-                let time = self.round(gpu, graph, 1)?;
-                if round >= 2 {
-                    times.push(time);
+            let mut took = [[0.0; 2]; 2];
+            for (graphs, took) in graphs.iter().zip(&mut took) {
+                for (graph, took) in graphs.iter().zip(took) {
+                    *took = self.round(gpu, graph, 1)?;
                 }
+            }
+            let [one, two] = took;
+            for (half, times) in times.iter_mut().enumerate().filter(|_| round >= 2) {
+                times.push(two[half] - one[half]);
             }
         }
         self.buffer.check()?;

@@ -121,6 +121,14 @@ pub(super) struct AddArgs {
     pub(super) parts: u32,
 }
 
+/// A rank that is to be left out.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(super) struct MaskArgs {
+    pub(super) buffer: BufferArgs,
+    pub(super) rank_to_mask: u64,
+}
+
 /// Bytes of what low-latency calls count in memory of the device: calls sent and received, when each rank was heard, and who is left out.
 pub(super) const PROGRESS_BYTES: usize = 16 + 8 * MAX_RANKS + 8;
 

@@ -11,7 +11,8 @@ use unisono_core::ep::LowLatencyLayout;
 use unisono_cuda::{Cache, Compiler, Device, Function, Module, Result, Source};
 
 use super::args::{
-    AddArgs, BufferArgs, CombineArgs, CountsArgs, DispatchArgs, LayoutArgs, LowLatencyArgs, PROGRESS_BYTES,
+    AddArgs, BufferArgs, CombineArgs, CountsArgs, DispatchArgs, LayoutArgs, LowLatencyArgs, MaskArgs,
+    PROGRESS_BYTES,
 };
 use crate::ep::words::Operation;
 use crate::gpu::args::UnevenArgs;
@@ -108,6 +109,7 @@ fn definitions(ranks: usize) -> Vec<(&'static str, String)> {
         ("DISPATCH_ARGS_BYTES", size_of::<DispatchArgs>()),
         ("COMBINE_ARGS_BYTES", size_of::<CombineArgs>()),
         ("ADD_ARGS_BYTES", size_of::<AddArgs>()),
+        ("MASK_ARGS_BYTES", size_of::<MaskArgs>()),
         ("BUFFER_STATE_AT", BUFFER_STATE_AT),
         ("ATTENDANCE_AT", layout.scratch().offset),
         ("COMBINE_THREADS", combine_threads(ranks) as usize),
@@ -137,6 +139,7 @@ pub(super) struct Loaded {
     /// Of bf16, f16 and f32.
     combine: [Function; 3],
     add: [Function; 3],
+    pub(super) mask: Function,
     /// Shared memory for each block that moves rows by bulk copies; 0 where there are none.
     pub(super) room_bytes: u32,
 }
@@ -159,6 +162,7 @@ impl Loaded {
             dispatch,
             combine: of("combine")?,
             add: of("add")?,
+            mask: module.function("ep_mask")?,
             room_bytes,
         })
     }

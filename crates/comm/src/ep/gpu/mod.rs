@@ -25,11 +25,11 @@ use crate::gpu::budget::Budget;
 use crate::gpu::one_sided::nanoseconds;
 use crate::operations::Operations;
 use crate::symmetric::Symmetric;
-use args::BufferArgs;
+use args::{BufferArgs, MaskArgs};
 use core::Core;
 use low_latency::LowLatency;
 use pool::{For, Slab};
-use report::{COMPLAINT, MASKED, OVERFLOW, REPORT, Report, SUSPECTS};
+use report::{COMPLAINT, MASKED, OVERFLOW, REPORT, Report};
 use watch::Watch;
 
 mod args;
@@ -160,10 +160,14 @@ impl OnGpu {
             .fold(u64::from(is_given_up) << self.rank, |bits, rank| bits | 1 << rank)
     }
 
-    /// Has kernels leave `rank` out from the next round in which it has not taken part.
-    pub(super) fn mask(&self, rank: usize) {
-        let suspects = &words_in(&self.core.page_memory, SUSPECTS)[1];
-        suspects.store_relaxed(suspects.load_relaxed() | 1 << rank);
+    /// Leaves `rank` out from the next round in which it has not taken part: on all ranks, when this returns. It waits for no call.
+    pub(super) fn mask(&self, rank: usize) -> Result<()> {
+        let args = MaskArgs { buffer: self.args, rank_to_mask: rank as u64 };
+        let grid = Grid { blocks: 1, threads: 32, shared_bytes: 0, is_early: false };
+        let stream = Stream::new(&self.core.device).map_err(|error| self.refused(error))?;
+        // SAFETY: the kernel takes `MaskArgs`, and what it reaches of peers stays as long as `Core`, which is here until it is through.
+        unsafe { self.launch(&self.core.kernels.mask, &stream, grid, args) }?;
+        stream.synchronize().map_err(|error| self.refused(error))
     }
 
     /// How calls went so far.

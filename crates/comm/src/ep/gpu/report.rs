@@ -11,8 +11,8 @@ use crate::error::{Error, Result};
 
 /// The report, as `kernels/call.cuh` has it.
 pub(super) const REPORT: Field = Field { offset: 0, bytes: 1024 };
-/// `u64`: ranks that are lost, by bits, as the watch and as users know. Written by the host.
-pub(super) const SUSPECTS: Field = Field { offset: 1024, bytes: 16 };
+/// `u64`: ranks that are lost, by bits, as the watch knows. Written by the host.
+pub(super) const SUSPECTS: Field = Field { offset: 1024, bytes: 8 };
 /// `u32` in a line of its own: ends waits where the communicator's word does not. Written by the host.
 pub(super) const ABORT: Field = Field { offset: 1152, bytes: 8 };
 /// `u32`: who sleeps until a kernel tells something. Nobody wakes them, and they sleep briefly.

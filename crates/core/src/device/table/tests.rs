@@ -84,8 +84,8 @@ fn borders(kind: Kind, ranks: usize) -> (usize, usize, Option<usize>) {
         393_216, 362_964, 337_032, 314_568, 294_912,
     ];
     const REDUCE_SCATTER_RING: [usize; 15] = [
-        2_097_152, 22_369_621, 16_777_216, 13_421_772, 11_184_810, 9_586_980, 8_388_608, 7_456_540,
-        6_710_886, 6_100_805, 5_592_405, 5_162_220, 4_793_490, 4_473_924, 4_194_304,
+        2_097_152, 22_369_621, 4_194_304, 13_421_772, 11_184_810, 9_586_980, 8_388_608, 7_456_540, 6_710_886,
+        6_100_805, 5_592_405, 5_162_220, 4_793_490, 4_473_924, 4_194_304,
     ];
     const TWO_SHOT: usize = 2_097_152;
     const PAIR: usize = 2_097_152;
@@ -97,7 +97,9 @@ fn borders(kind: Kind, ranks: usize) -> (usize, usize, Option<usize>) {
         Kind::Broadcast { .. } => {
             (ONE_SHOT[at], TWO_SHOT, Some(if ranks <= 4 { 2_097_152 } else { 4_194_304 }))
         }
-        Kind::AllGather => (ONE_SHOT_OF_PARTS[at], 0, Some(if ranks == 2 { PAIR } else { 8_388_608 })),
+        Kind::AllGather => {
+            (ONE_SHOT_OF_PARTS[at], 0, Some([PAIR, 8_388_608, 2_424_833, 8_388_608][at.min(3)]))
+        }
         Kind::Reduce { .. } => {
             (ONE_SHOT_OF_PARTS[at], 0, Some(if ranks <= 4 { 2_097_152 } else { 4_194_304 }))
         }
@@ -107,8 +109,8 @@ fn borders(kind: Kind, ranks: usize) -> (usize, usize, Option<usize>) {
     }
 }
 
-/// From which size on an operation goes in lines, one-shot and then two-shot up to which, where data can travel so. Measured among two,
-/// beyond them calculated from what a link moves and what a hop takes; one-shot parts end where lines have no more room.
+/// From which size on an operation goes in lines, one-shot and then two-shot up to which, where data can travel so. Measured among two and
+/// four; else calculated from what a link moves and what a hop takes; one-shot parts end where lines have no more room.
 fn lines(kind: Kind, ranks: usize) -> (usize, usize, usize) {
     if ranks == 2 {
         let (one_shot, two_shot) = match kind {
@@ -118,6 +120,16 @@ fn lines(kind: Kind, ranks: usize) -> (usize, usize, usize) {
             _ => (7 << 20, 0),
         };
         return ((128 << 10) + 1, one_shot, two_shot);
+    }
+    match kind {
+        Kind::AllReduce { .. } if ranks == 4 => return ((64 << 10) + 1, 288 << 10, 8 << 20),
+        Kind::Broadcast { .. } if ranks == 4 => return (64 << 10, 384 << 10, 4 << 20),
+        Kind::AllGather | Kind::Reduce { .. } | Kind::Gather { .. } if ranks == 4 => {
+            return (64 << 10, 2_424_832, 0);
+        }
+        Kind::Scatter { .. } if ranks == 4 => return ((256 << 10) + 1, 2_424_832, 0),
+        Kind::AllToAll if ranks == 4 => return (128 << 10, 2_424_832, 0),
+        _ => {}
     }
     let parts = 112 / (ranks - 1) * 65_536;
     let few = (768 << 10) / (ranks - 1);
@@ -205,15 +217,16 @@ fn without_a_tuning_file_grids_are_those_that_were_measured() {
         (wide(4), all_reduce, 96, (Form::OneShot, 1, 256, 0, false)),
         (wide(4), all_reduce, 8 << 10, (Form::OneShot, 2, 512, 0, false)),
         (wide(4), all_reduce, 64 << 10, (Form::OneShot, 11, 512, 0, false)),
-        (wide(4), all_reduce, 256 << 10, (Form::OneShot, 43, 512, 0, false)),
-        (wide(4), all_reduce, 512 << 10, (Form::OneShotLines, 64, 512, 0, false)),
+        (by_threads(4), all_reduce, 256 << 10, (Form::OneShot, 43, 512, 0, false)),
+        (wide(4), all_reduce, 256 << 10, (Form::OneShotLines, 35, 512, 0, false)),
+        (wide(4), all_reduce, 512 << 10, (Form::TwoShotLines, 18, 512, 0, false)),
         (by_threads(4), all_reduce, 1 << 20, (Form::TwoShot, 43, 512, 0, false)),
         (wide(4), all_reduce, 1 << 20, (Form::TwoShotLines, 35, 512, 0, false)),
         (wide(4), all_reduce, 4 << 20, (Form::TwoShotLines, 64, 512, 0, false)),
         (wide(4), all_reduce, (8 << 20) + 1, (Form::Bulk, 63, 1024, 800, true)),
         (wide(4), all_reduce, 64 << 20, (Form::Ring, 128, 512, 4096, false)),
         (wide(4), Kind::AllGather, 2 << 20, (Form::OneShotLines, 64, 512, 0, false)),
-        (wide(4), Kind::AllGather, 4 << 20, (Form::Bulk, 64, 1024, 800, true)),
+        (wide(4), Kind::AllGather, 4 << 20, (Form::Ring, 128, 512, 2048, false)),
         (by_threads(4), Kind::Scatter { root: 0 }, 1 << 20, (Form::Bulk, 128, 512, 4096, false)),
         (wide(4), Kind::Scatter { root: 0 }, 16 << 20, (Form::Bulk, 64, 1024, 3200, true)),
         (wide(4), Kind::AllToAll, 128 << 20, (Form::Bulk, 64, 1024, 3200, true)),
@@ -221,7 +234,7 @@ fn without_a_tuning_file_grids_are_those_that_were_measured() {
         (by_threads(4), all_reduce, 64 << 20, (Form::Ring, 128, 512, 4096, false)),
         (narrow(4), all_reduce, 64 << 20, (Form::Bulk, 24, 1024, 1600, true)),
         (narrow(4), Kind::Broadcast { root: 0 }, 64 << 20, (Form::Ring, 24, 1024, 2400, true)),
-        (narrow(4), all_reduce, 256 << 10, (Form::OneShot, 24, 512, 0, false)),
+        (narrow(4), all_reduce, 256 << 10, (Form::OneShotLines, 24, 512, 0, false)),
     ] {
         let launch = rules.decide(&Question { kind, ..question(bytes) });
         let got = (launch.form, launch.blocks, launch.threads, launch.tile, launch.by_copies);
