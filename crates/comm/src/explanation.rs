@@ -447,12 +447,12 @@ mod tests {
         );
         assert_eq!(
             lines[1],
-            "  all_reduce: one-shot up to 256 KiB, two-shot up to 2 MiB, in lines above 256 KiB, one-shot up to 768 KiB, \
+            "  all_reduce: one-shot up to 256 KiB, two-shot up to 2 MiB, in lines above 64 KiB, one-shot up to 288 KiB, \
              two-shot up to 8 MiB, then bulk, ring from 16 MiB; in windows direct above 2 MiB"
         );
         assert_eq!(
             lines[8],
-            "  all_to_all: one-shot up to 1 MiB, in lines above 256 KiB, one-shot up to 2368 KiB, then bulk"
+            "  all_to_all: one-shot up to 1 MiB, in lines above 96 KiB, one-shot up to 2368 KiB, then bulk"
         );
         assert_eq!(lines[9], "forms from: default (measured on 2 and 4 × NVIDIA H200)");
         let mut copied = GpuRules { engines: true, ..rules };

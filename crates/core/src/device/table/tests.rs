@@ -123,12 +123,12 @@ fn lines(kind: Kind, ranks: usize) -> (usize, usize, usize) {
     }
     match kind {
         Kind::AllReduce { .. } if ranks == 4 => return ((64 << 10) + 1, 288 << 10, 8 << 20),
-        Kind::Broadcast { .. } if ranks == 4 => return (64 << 10, 384 << 10, 4 << 20),
+        Kind::Broadcast { .. } if ranks == 4 => return ((48 << 10) + 1, 384 << 10, 4 << 20),
         Kind::AllGather | Kind::Reduce { .. } | Kind::Gather { .. } if ranks == 4 => {
-            return (64 << 10, 2_424_832, 0);
+            return ((48 << 10) + 1, 2_424_832, 0);
         }
         Kind::Scatter { .. } if ranks == 4 => return ((256 << 10) + 1, 2_424_832, 0),
-        Kind::AllToAll if ranks == 4 => return (128 << 10, 2_424_832, 0),
+        Kind::AllToAll if ranks == 4 => return ((96 << 10) + 1, 2_424_832, 0),
         _ => {}
     }
     let parts = 112 / (ranks - 1) * 65_536;
