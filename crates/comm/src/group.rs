@@ -10,6 +10,8 @@ use crate::error::Result;
 use crate::operations::Operations;
 use crate::stream::Stream;
 #[cfg(feature = "cuda")]
+use crate::stream::are_of_gpus;
+#[cfg(feature = "cuda")]
 use launches::Launches;
 
 #[cfg(feature = "cuda")]
@@ -118,7 +120,7 @@ impl<'b> Operations<'b> for GroupedEach<'_, 'b> {
     fn submit(&self, call: Call<'b>) -> Result<()> {
         self.communicator.check_each(&call, self.streams)?;
         #[cfg(feature = "cuda")]
-        if self.streams.iter().any(|stream| stream.as_cuda().is_some()) {
+        if are_of_gpus(self.streams) {
             return self.group.launches.borrow_mut().add_each(self.communicator, &call, self.streams);
         }
         self.group.note(self.communicator, &call)

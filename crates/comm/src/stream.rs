@@ -143,7 +143,7 @@ impl Communicator {
     fn submit_each(&self, call: &Call<'_>, streams: &[Stream]) -> Result<()> {
         self.check_each(call, streams)?;
         #[cfg(feature = "cuda")]
-        if streams.iter().any(|stream| stream.as_cuda().is_some()) {
+        if are_of_gpus(streams) {
             let prepared = self.prepare_each(call, streams)?;
             return self.enqueue_each(&prepared, streams);
         }
@@ -200,6 +200,12 @@ impl Communicator {
         let Some(gpu) = &self.gpu else { unreachable!("it was checked on GPUs") };
         gpu.borrow_mut().enqueue_each(prepared, &of_gpus(streams))
     }
+}
+
+/// Whether any is of a GPU. All are then, in a call that passed [`Communicator::check_each`].
+#[cfg(feature = "cuda")]
+pub(crate) fn are_of_gpus(streams: &[Stream]) -> bool {
+    streams.iter().any(|stream| stream.as_cuda().is_some())
 }
 
 /// Those of GPUs.

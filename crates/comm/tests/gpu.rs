@@ -73,8 +73,11 @@ use world::{Case, Operation, World, devices};
 /// World sizes: all of them with one device as well, where ranks share it; and always one with a rank on each device.
 const SIZES: [usize; 4] = [1, 2, 3, 5];
 
-/// Operations with parts of their own for each rank, or with one rank that gets all.
-const OTHERS: [Operation; 7] = [
+/// All operations; those whose parts may have any size come last.
+pub(crate) const OPERATIONS: [Operation; 10] = [
+    Operation::AllReduce,
+    Operation::Broadcast,
+    Operation::AllGather,
     Operation::Reduce,
     Operation::ReduceScatter,
     Operation::Gather,
@@ -83,6 +86,9 @@ const OTHERS: [Operation; 7] = [
     Operation::AllGatherV,
     Operation::ReduceScatterV,
 ];
+
+/// Operations with parts of their own for each rank, or with one rank that gets all.
+const OTHERS: &[Operation] = OPERATIONS.split_at(3).1;
 
 fn for_worlds(test: impl Fn(usize, &[u32])) {
     let devices = devices();
@@ -127,7 +133,7 @@ fn every_form_moves_and_reduces_every_kind_of_size() {
                     world.check(&case, form);
                     world.check(&Case { operation: Operation::Broadcast, root: ranks / 2, ..case }, form);
                     world.check(&Case { operation: Operation::AllGather, ..case }, form);
-                    for operation in OTHERS {
+                    for operation in OTHERS.iter().copied() {
                         world.check(&Case { operation, root: ranks / 2, ..case }, form);
                     }
                 }
@@ -199,7 +205,7 @@ fn pinned_host_memory_serves_where_gpus_do_not_reach_each_other() {
                 world.check(&case, Some(form));
                 world.check(&Case { operation: Operation::AllGather, ..case }, Some(form));
                 world.check(&Case { operation: Operation::Broadcast, root: ranks - 1, ..case }, Some(form));
-                for operation in OTHERS {
+                for operation in OTHERS.iter().copied() {
                     world.check(&Case { operation, ..case }, Some(form));
                 }
             }

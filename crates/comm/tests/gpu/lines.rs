@@ -6,10 +6,11 @@ use unisono::gpu::{ArenaLayout, Link};
 use unisono::{DType, DeviceView, Form, Memory, Operations};
 use unisono_core::device::Wish;
 
+use crate::OPERATIONS;
 use crate::numbers::{self, Random};
 use crate::scale::scale;
 use crate::windows::on_threads;
-use crate::world::{Case, Operation, World, devices};
+use crate::world::{Case, World, devices};
 
 /// What `hammer` of `lines.cu` takes.
 #[repr(C)]
@@ -79,18 +80,6 @@ fn calls_by_lines_follow_each_other_at_once_whatever_stands_between() {
     let seed = numbers::seed();
     println!("UNISONO_TEST_SEED={seed}");
     let mut random = Random::new(seed);
-    const OPERATIONS: [Operation; 10] = [
-        Operation::AllReduce,
-        Operation::Broadcast,
-        Operation::AllGather,
-        Operation::Reduce,
-        Operation::ReduceScatter,
-        Operation::Gather,
-        Operation::Scatter,
-        Operation::AllToAll,
-        Operation::AllGatherV,
-        Operation::ReduceScatterV,
-    ];
     // Lines more often than what stands between them.
     const FORMS: [Form; 8] = [
         Form::OneShotLines,

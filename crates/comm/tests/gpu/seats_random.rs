@@ -7,6 +7,7 @@ use unisono::cuda::{Event, Stream as CudaStream};
 use unisono::{Buf, BufMut, Call, Communicator, Kind, Operations, RawBuffer, Result, group};
 use unisono_core::device::Form;
 
+use crate::OPERATIONS;
 use crate::case::{Case, Operation, expected, input};
 use crate::numbers::{self, Random};
 use crate::random::size;
@@ -17,16 +18,8 @@ const STEPS: usize = 8;
 const PLACE: usize = MOST_BYTES / STEPS;
 const HALF: usize = PLACE / 2;
 
-const OF_FIRST_DEVICES: [Operation; 8] = [
-    Operation::AllReduce,
-    Operation::Broadcast,
-    Operation::AllGather,
-    Operation::Reduce,
-    Operation::ReduceScatter,
-    Operation::Gather,
-    Operation::Scatter,
-    Operation::AllToAll,
-];
+/// Operations with one part, or parts of one size.
+const OF_FIRST_DEVICES: &[Operation] = OPERATIONS.split_at(8).0;
 
 /// One operation, the same on all ranks.
 #[derive(Clone, Debug)]
@@ -68,7 +61,7 @@ impl Step {
                 Self::Multi(Case { is_in_place: true, ..case(random, operation, 1, seats) })
             }
             4 | 5 => {
-                let operation = OF_FIRST_DEVICES[random.below(OF_FIRST_DEVICES.len())];
+                let operation = random.pick(OF_FIRST_DEVICES);
                 let has_one =
                     matches!(operation, Operation::AllReduce | Operation::Broadcast | Operation::Reduce);
                 Self::First(case(random, operation, if has_one { 1 } else { ranks }, ranks))
