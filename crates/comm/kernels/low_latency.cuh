@@ -153,16 +153,20 @@ struct Turn {
 
 // Every thread of every block calls this first. If the entry is poisoned, the block leaves.
 __device__ __forceinline__ void take_turn(const LowLatency& ll, Turn* turn) {
-  if (threadIdx.x == 0) {
+  // SYNC: the kernel before has moved the numbers on.
+  await_kernel_before();
+  if (threadIdx.x == WARP) {
     turn->sent = load_word(&ll.progress->sent) + 1;
     turn->received = load_word(&ll.progress->received) + 1;
     turn->left_out = load_own_word(&ll.progress->left_out);
   }
   Entry entry = begin(ll.buffer);
-  entry.epoch = u32(ll.phases & SENDS ? turn->sent : turn->received);
-  entry.what = work_of(ll.buffer);
-  entry.tag = entry.epoch;
-  if (threadIdx.x == 0) turn->entry = entry;
+  if (threadIdx.x == 0) {
+    entry.epoch = u32(ll.phases & SENDS ? turn->sent : turn->received);
+    entry.what = work_of(ll.buffer);
+    entry.tag = entry.epoch;
+    turn->entry = entry;
+  }
   __syncthreads();
 }
 
@@ -225,9 +229,8 @@ __device__ __forceinline__ bool await_ranks(const LowLatency& ll, const Turn& tu
   Came came = LEFT_OUT;
   if (lane < RANKS && (ranks >> lane & 1)) {
     const u64* word = at(lane);
-    came = wait_for(ll, turn, lane, [&] { return i64(load_word(word) - due) >= 0; });
     // SYNC: what a word tells is visible after it; each side says which.
-    acquire_word(word);
+    came = wait_for(ll, turn, lane, [&] { return i64(acquire_word(word) - due) >= 0; });
   }
   *there = __ballot_sync(ALL_LANES, came == CAME);
   const bool goes_on = __all_sync(ALL_LANES, came != MUST_LEAVE);
@@ -241,12 +244,11 @@ __device__ __forceinline__ Came await_word(const LowLatency& ll, const Turn& tur
   Came came = CAME;
   u64 seen = 0;
   if (lane_of_warp() == 0) {
+    // SYNC: what a word tells is visible after it; each side says which.
     came = wait_for(ll, turn, rank, [&] {
-      seen = load_word(at);
+      seen = acquire_word(at);
       return seen >> BITS == number;
     });
-    // SYNC: what a word tells is visible after it; each side says which.
-    acquire_word(at);
   }
   came = Came(__shfl_sync(ALL_LANES, u32(came), 0));
   *word = __shfl_sync(ALL_LANES, seen, 0);
@@ -545,14 +547,20 @@ __device__ __forceinline__ bool close(const LowLatency& ll, const Turn& turn, Sh
   Progress* progress = ll.progress;
   __syncthreads();
   if (threadIdx.x == 0) {
-    // SYNC: all blocks have read their numbers, and what came, before the last of them goes on.
-    are_all_through = *is_last || count_own(&words_of(ll.buffer)->finished, 1) == gridDim.x - 1;
+    // SYNC: all blocks have read their numbers, and what came, before the last of them goes on: they stored what they made of it, so those
+    // loads have answered. Where ranks may be left out, the last block may store the same rows again, after all other stores.
+    u32* finished = &words_of(ll.buffer)->finished;
+    const bool may_repeat = ll.buffer.is_masking != 0;
+    const u32 others = *is_last ? gridDim.x - 1 : may_repeat ? count_own(finished, 1) : count_own_now(finished, 1);
+    are_all_through = others == gridDim.x - 1;
     left_out = 0;
-    const u64 closed = closed_ranks(ll.buffer);
-    for (u32 rank = 0; rank < RANKS; rank++) {
-      const bool is_new = (closed >> rank & 1) != 0 && rank != ll.buffer.rank && !is_masked(ll.buffer, rank);
-      if (is_new) leave_out(ll.buffer, rank);
-      left_out |= u32(is_masked(ll.buffer, rank)) << rank;
+    if (are_all_through) {
+      const u64 closed = closed_ranks(ll.buffer);
+      for (u32 rank = 0; rank < RANKS; rank++) {
+        const bool is_new = (closed >> rank & 1) != 0 && rank != ll.buffer.rank && !is_masked(ll.buffer, rank);
+        if (is_new) leave_out(ll.buffer, rank);
+        left_out |= u32(is_masked(ll.buffer, rank)) << rank;
+      }
     }
   }
   __syncthreads();
@@ -565,11 +573,10 @@ __device__ __forceinline__ bool close(const LowLatency& ll, const Turn& turn, Sh
       return true;
     }
     if (threadIdx.x < RANKS) {
+      // SYNC: what lay in a half was read before the credit that counts its call, by loads that have answered, as above.
+      store_word(credit_of(ll, threadIdx.x, ll.buffer.rank), turn.received);
       const u64 heard_ns = load_word(&progress->heard_ns[threadIdx.x]), started_ns = turn.entry.started_ns;
       ll.waited[threadIdx.x] = heard_ns > started_ns ? i64(heard_ns - started_ns) : 0;
-      // SYNC: what lay in a half was read before the credit that counts its call.
-      fence_all();
-      store_word(credit_of(ll, threadIdx.x, ll.buffer.rank), turn.received);
     }
   }
   if (threadIdx.x == 0) {

@@ -10,22 +10,23 @@
 #include "low_latency.cuh"
 
 // The row of a selection among the results of our experts: lane k has selection k. −1 if there is none, −2 if it is not as it was dispatched.
-__device__ __forceinline__ i32 result_row(const LowLatency& ll, const Asked& asked, u32 source, u32 token, bool is_first_piece) {
+__device__ __forceinline__ i32 result_row(const LowLatency& ll, const Asked& asked, u32 source, u32 token) {
   if (asked.expert == NOBODY) return -1;
   const u32 rows = block_rows(ll);
   if (asked.expert >= ll.experts_of[ll.buffer.rank]) return -2;
   const i32 row = ll.slots[place_of(ll, source, token) * ll.top_k + lane_of_warp()];
   const i64 within = i64(row) - i64(asked.expert) * rows;
-  if (within < 0 || within >= rows) return -2;
-  // Compared once for a token.
-  return is_first_piece && ll.source_tokens[row] != i32(token) ? -2 : row;
+  return within < 0 || within >= rows ? -2 : row;
 }
 
-// All lanes of a warp: the weighted sum of a piece of the rows that lanes have, to the rank of the token.
+// All lanes of a warp: the weighted sum of a piece of the rows that lanes have, to the rank of the token. False, and nothing is sent, if a
+// lane's row is `named` as that of another token.
 template <int DTYPE>
-__device__ __forceinline__ void send_sum(const LowLatency& ll, const Turn& turn, u32 source, u32 token, u32 piece, i32 row, f32 weight) {
+__device__ __forceinline__ bool send_sum(const LowLatency& ll, const Turn& turn, u32 source, u32 token, u32 piece, i32 row, i32 named,
+                                         f32 weight) {
   using E = Element<DTYPE>;
-  constexpr u32 STEPS_AT_ONCE = STEPS / E::SIZE;
+  // Rows of experts that a lane has under way.
+  constexpr u32 STEPS_AT_ONCE = STEPS / E::SIZE, ROWS_AT_ONCE = 4;
   const u32 lane = lane_of_warp(), me = ll.buffer.rank;
   const u32 chosen = __ballot_sync(ALL_LANES, row >= 0);
   const bool is_wide = is_on(ll.x, 16);
@@ -35,26 +36,38 @@ __device__ __forceinline__ void send_sum(const LowLatency& ll, const Turn& turn,
     const u32 first = piece * PIECE + part * STEP + lane * LANE_ELEMENTS;
     f32 sums[STEPS_AT_ONCE][LANE_ELEMENTS] = {};
     bool is_first = true;
-    for (u32 rest = chosen; rest != 0; rest &= rest - 1) {
-      const u32 k = __ffs(rest) - 1;
-      const u8* from = ll.x + u64(__shfl_sync(ALL_LANES, row, k)) * ll.hidden * E::SIZE;
-      const f32 by = __shfl_sync(ALL_LANES, weight, k);
-      Slice<DTYPE> slices[STEPS_AT_ONCE];
+    for (u32 rest = chosen; rest != 0;) {
+      Slice<DTYPE> slices[ROWS_AT_ONCE][STEPS_AT_ONCE];
+      f32 by[ROWS_AT_ONCE];
+      u32 asked = rest;
 #pragma unroll
-      for (u32 q = 0; q < STEPS_AT_ONCE; q++) {
-        slices[q].clear();
-        if (first + q * STEP < ll.hidden) slices[q].load(from + (first + q * STEP) * E::SIZE, is_wide);
-      }
+      for (u32 r = 0; r < ROWS_AT_ONCE; r++) {
+        const u32 k = asked != 0 ? __ffs(asked) - 1 : 0;
+        const u8* from = ll.x + u64(__shfl_sync(ALL_LANES, row, k)) * ll.hidden * E::SIZE;
+        by[r] = __shfl_sync(ALL_LANES, weight, k);
 #pragma unroll
-      for (u32 q = 0; q < STEPS_AT_ONCE; q++) {
-#pragma unroll
-        for (u32 i = 0; i < LANE_ELEMENTS; i++) {
-          const f32 term = by * slices[q].value(i);
-          sums[q][i] = is_first ? term : sums[q][i] + term;
+        for (u32 q = 0; q < STEPS_AT_ONCE; q++) {
+          slices[r][q].clear();
+          if (asked != 0 && first + q * STEP < ll.hidden) slices[r][q].load(from + (first + q * STEP) * E::SIZE, is_wide);
         }
+        asked &= asked - 1;
       }
-      is_first = false;
+#pragma unroll
+      for (u32 r = 0; r < ROWS_AT_ONCE; r++) {
+        if (rest == 0) break;
+        rest &= rest - 1;
+#pragma unroll
+        for (u32 q = 0; q < STEPS_AT_ONCE; q++) {
+#pragma unroll
+          for (u32 i = 0; i < LANE_ELEMENTS; i++) {
+            const f32 term = by[r] * slices[r][q].value(i);
+            sums[q][i] = is_first ? term : sums[q][i] + term;
+          }
+        }
+        is_first = false;
+      }
     }
+    if (__any_sync(ALL_LANES, named != i32(token))) return false;
 #pragma unroll
     for (u32 q = 0; q < STEPS_AT_ONCE; q++) {
       const u32 at = first + q * STEP;
@@ -73,6 +86,7 @@ __device__ __forceinline__ void send_sum(const LowLatency& ll, const Turn& turn,
     }
   }
   tell_piece(ll, turn, token, piece, 1u << source);
+  return true;
 }
 
 template <int DTYPE>
@@ -102,10 +116,13 @@ __device__ __forceinline__ bool send_results(const LowLatency& ll, const Turn& t
     Asked asked;
     if (await_choices(ll, turn, turn.sent, source, token, &asked) == MUST_LEAVE) return false;
     if (!asked.is_any) continue;
-    const i32 row = result_row(ll, asked, source, token, piece == 0);
-    if (row == -2) give_up(ll.buffer, REASON_CHOICE, source, turn.entry.epoch, token, asked.expert, 0);
-    if (__any_sync(ALL_LANES, row == -2)) return false;
-    send_sum<DTYPE>(ll, turn, source, token, piece, row, __uint_as_float(asked.value));
+    const i32 row = result_row(ll, asked, source, token);
+    // Compared once for a token, while its rows are under way.
+    const i32 named = piece == 0 && row >= 0 ? ll.source_tokens[row] : i32(token);
+    const bool is_there = __all_sync(ALL_LANES, row != -2);
+    if (is_there && send_sum<DTYPE>(ll, turn, source, token, piece, row, named, __uint_as_float(asked.value))) continue;
+    if (row == -2 || named != i32(token)) give_up(ll.buffer, REASON_CHOICE, source, turn.entry.epoch, token, asked.expert, 0);
+    return false;
   }
   return true;
 }

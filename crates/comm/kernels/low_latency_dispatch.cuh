@@ -11,7 +11,7 @@
 
 // All lanes of a warp: for each lane's selection, how many tokens before this one have it, too.
 __device__ __forceinline__ u32 count_before(const LowLatency& ll, u32 token, const Choices& choices) {
-  constexpr u32 CHUNKS = 4;
+  constexpr u32 CHUNKS = 8;
   const u32 lane = lane_of_warp(), end = token * ll.top_k;
   u32 before = 0;
   for (u32 first = 0; first < end; first += CHUNKS * WARP) {
@@ -33,14 +33,15 @@ __device__ __forceinline__ u32 count_before(const LowLatency& ll, u32 token, con
   return before;
 }
 
-// All lanes of a warp: stores a piece of one of our tokens at each of `ranks`.
+// All lanes of a warp: stores a piece of one of our tokens at each of `present` that it goes to.
 template <int DTYPE>
-__device__ __forceinline__ void send_piece(const LowLatency& ll, const Turn& turn, u32 token, u32 piece, u32 ranks) {
+__device__ __forceinline__ void send_piece(const LowLatency& ll, const Turn& turn, u32 token, u32 piece, u32 present) {
   using E = Element<DTYPE>;
   constexpr u32 STEPS_AT_ONCE = STEPS * 2 / E::SIZE;
   const u32 lane = lane_of_warp(), me = ll.buffer.rank;
   const u8* row = ll.x + u64(token) * ll.hidden * E::SIZE;
   const bool is_wide = is_on(ll.x, 16);
+  u32 ranks = 0;
 #pragma unroll 1
   for (u32 part = 0; part < STEPS; part += STEPS_AT_ONCE) {
     const u32 first = piece * PIECE + part * STEP + lane * LANE_ELEMENTS;
@@ -50,6 +51,9 @@ __device__ __forceinline__ void send_piece(const LowLatency& ll, const Turn& tur
       slices[q].clear();
       if (first + q * STEP < ll.hidden) slices[q].load(row + (first + q * STEP) * E::SIZE, is_wide);
     }
+    // Asked for while the row is under way.
+    if (part == 0) ranks = choices_of(ll, token).ranks & present;
+    if (ranks == 0) return;
     if (ll.cast == UNCAST) {
       for_ranks(ll, ranks, [&](u32 rank) {
         u8* to = row_in(ll, rank, turn.sent, me, token);
@@ -104,8 +108,7 @@ __device__ __forceinline__ bool send_tokens(const LowLatency& ll, const Turn& tu
   const u32 before = ll.tokens % warps;
   const u32 first = behind_heads >= before ? behind_heads - before : behind_heads + warps - before;
   for (Walk walk(first, warps, ll.tokens, ll.pieces); walk.goes_on(); walk.next()) {
-    const u32 ranks = choices_of(ll, walk.outer).ranks & present;
-    if (ranks != 0) send_piece<DTYPE>(ll, turn, walk.outer, walk.inner, ranks);
+    send_piece<DTYPE>(ll, turn, walk.outer, walk.inner, present);
   }
   return true;
 }
@@ -200,24 +203,25 @@ __device__ __forceinline__ bool receive_tokens(const LowLatency& ll, const Turn&
     Came came = await_choices(ll, turn, number, source, token, &asked);
     if (came == MUST_LEAVE) return false;
     if (!asked.is_any) continue;
-    // Rows that ranks before the source have there come before.
-    u32 row = asked.value;
-    bool is_possible = true;
-    if (asked.expert != NOBODY) {
-      is_possible = asked.expert < ll.experts_of[me];
+    // Rows that ranks before the source have there come before; asked for while the piece is awaited.
+    const bool is_ours = asked.expert != NOBODY && asked.expert < ll.experts_of[me];
+    u32 rows_before[RANKS];
 #pragma unroll
-      for (u32 before = 0; before < RANKS; before++) {
-        const bool counts = is_possible && before < source && (heads.present >> before & 1);
-        if (counts) row += load_short_word(counts_of(ll, me, number, before) + asked.expert);
-      }
-      is_possible &= row < rows;
-      if (!is_possible) give_up(ll.buffer, REASON_CHOICE, source, turn.entry.epoch, token, asked.expert, 0);
+    for (u32 before = 0; before < RANKS; before++) {
+      const bool counts = is_ours && before < source && (heads.present >> before & 1);
+      rows_before[before] = counts ? load_short_word(counts_of(ll, me, number, before) + asked.expert) : 0;
     }
     u64 word;
     // SYNC: a piece and its scales are visible before the word that tells it.
     came = await_word<0>(ll, turn, source, piece_told(ll, me, number, source, token, piece), number, &word);
-    if (came == MUST_LEAVE || !__all_sync(ALL_LANES, is_possible)) return false;
+    if (came == MUST_LEAVE) return false;
     if (came == LEFT_OUT) continue;
+    u32 row = asked.value;
+#pragma unroll
+    for (u32 before = 0; before < RANKS; before++) row += rows_before[before];
+    const bool is_possible = asked.expert == NOBODY || (is_ours && row < rows);
+    if (!is_possible) give_up(ll.buffer, REASON_CHOICE, source, turn.entry.epoch, token, asked.expert, 0);
+    if (!__all_sync(ALL_LANES, is_possible)) return false;
     if (piece == 0 && lane < ll.top_k) {
       const u64 at = u64(asked.expert) * rows + row;
       ll.slots[place_of(ll, source, token) * ll.top_k + lane] = asked.expert == NOBODY ? -1 : i32(at);

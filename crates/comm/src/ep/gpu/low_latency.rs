@@ -44,6 +44,8 @@ pub(super) struct LowLatency {
     functions: Arc<LowLatencyFunctions>,
     /// Blocks that may wait at once.
     blocks: u32,
+    /// Whether a kernel may begin while the one before is at work. Where ranks share a device, the blocks of another rank need the room.
+    is_early: bool,
     /// Calls put into streams.
     sent: u64,
     received: u64,
@@ -62,7 +64,11 @@ pub(super) struct Places<'a> {
 }
 
 impl LowLatency {
-    pub(super) fn new(functions: Arc<LowLatencyFunctions>, blocks: u32, places: &Places<'_>) -> Self {
+    pub(super) fn new(
+        functions: Arc<LowLatencyFunctions>,
+        (blocks, is_early): (u32, bool),
+        places: &Places<'_>,
+    ) -> Self {
         let Places { shape, placement, layout, .. } = *places;
         let at = |offset: usize| (places.offset + offset) as u64;
         let even = Placement::even(shape.experts, shape.world_size).is_ok_and(|even| even == *placement);
@@ -93,7 +99,7 @@ impl LowLatency {
             experts_of,
             ..LowLatencyArgs::default()
         };
-        Self { args, functions, blocks, sent: 0, received: 0 }
+        Self { args, functions, blocks, is_early, sent: 0, received: 0 }
     }
 
     /// No more than a piece for each warp, of all tokens that may come.
@@ -106,7 +112,7 @@ impl LowLatency {
             blocks: (blocks as u32).min(self.blocks),
             threads: LOW_LATENCY_THREADS,
             shared_bytes: 0,
-            is_early: false,
+            is_early: self.is_early,
         }
     }
 }

@@ -82,7 +82,7 @@ impl OnGpu {
                 state: ours.state.address(),
                 experts: tables.experts,
             };
-            LowLatency::new(functions, wide, &places)
+            LowLatency::new(functions, (wide, crowd == 1), &places)
         });
         let multiprocessors = ours.device.facts().multiprocessors.max(4);
         let room = (multiprocessors / 2 / crowd).max(2);
