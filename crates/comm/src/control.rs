@@ -6,11 +6,13 @@
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+#[cfg(feature = "cuda")]
+use unisono_core::device::layout::{REPORT_EACH, REPORT_MADE, REPORT_WAITING};
 use unisono_core::layout::{
     CAUSE_BYTES, ChannelFields, ControlLayout, Field, LATEST_WORDS, RECORD_WORDS, RankFields, SLOT_WORDS,
 };
 #[cfg(feature = "cuda")]
-use unisono_core::recorder::{Clock, GpuView};
+use unisono_core::recorder::{Clock, GpuView, GpuWait, GpuWork};
 use unisono_core::recorder::{JobLabel, Presence, RankLabel, TickSource};
 use unisono_node::identity::{self, ProcessStatus};
 use unisono_node::{Lost, PlaneEvents, Process, SharedMemory};
@@ -312,6 +314,23 @@ impl Control {
     #[cfg(feature = "cuda")]
     pub(crate) fn gpu_page(&self, rank: usize) -> impl Page {
         Words(self.words_of(self.layout.rank(rank).gpu))
+    }
+
+    /// The calls that GPUs of `rank` have waited in for half a second: in the world of the ranks, and in that of all devices.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn awaited_on_gpu(&self, rank: usize) -> [Option<u32>; 2] {
+        let page = self.words_of(self.layout.rank(rank).gpu);
+        [REPORT_WAITING, REPORT_EACH[1]].map(|at| match GpuWait::from_word(page[at].load_relaxed())?.work {
+            GpuWork::Call(number) => Some(number),
+            _ => None,
+        })
+    }
+
+    /// The numbers of the latest calls that this rank put into streams, in both worlds; `None` where that is not known.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn made_on_gpu(&self) -> [Option<u32>; 2] {
+        let page = self.gpu();
+        [REPORT_MADE, REPORT_EACH[0]].map(|at| GpuView::made_of(page[at].load_relaxed()))
     }
 
     /// Where the recorder of the GPU of `rank` lies.

@@ -179,7 +179,7 @@ const fn tests_on_gpus() -> [Test; 0] {
 }
 
 #[cfg(feature = "cuda")]
-fn tests_on_gpus() -> [Test; 16] {
+fn tests_on_gpus() -> [Test; 17] {
     [
         (
             "gpu_experts::lost_ranks_are_masked_and_the_others_go_on",
@@ -241,6 +241,10 @@ fn tests_on_gpus() -> [Test; 16] {
         (
             "gpu_hang::opposite_orders_are_well_unless_kernels_must_be_loaded",
             faults::gpu_hangs::opposite_orders_are_well_unless_kernels_must_be_loaded,
+        ),
+        (
+            "gpu_hang::calls_on_host_and_gpu_are_told_both",
+            faults::gpu_hangs::calls_on_host_and_gpu_are_told_both,
         ),
     ]
 }

@@ -39,6 +39,8 @@ mod message_ends;
 mod messages;
 #[path = "gpu/pinned.rs"]
 mod pinned;
+#[path = "gpu/places.rs"]
+mod places;
 #[path = "gpu/quantised.rs"]
 mod quantised;
 #[path = "gpu/random.rs"]

@@ -30,7 +30,7 @@ fn snapshot(reading: Reading, calls: Vec<GpuCall>, gpu_waits: Option<GpuWait>) -
         records: Vec::new(),
         gpu_waits,
         devices: Vec::new(),
-        gpu: Some(GpuView { reading, calls, messages: Vec::new() }),
+        gpu: Some(GpuView { reading, made: None, calls, messages: Vec::new() }),
     };
     Snapshot {
         job: "run-1".into(),

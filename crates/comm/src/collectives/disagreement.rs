@@ -3,13 +3,21 @@
 //! Whoever reads a peer's data compares chains before. That is not enough: a rank that only sends may wait for credit of
 //! a peer that waits for another call of ours. So a wait that lasts looks whether all peers still do what we
 //! do, and so does whoever takes credit for its slot. Ranks that differ see it at the latest when their credit ends, [`CALL_SLOTS`] calls later.
+//!
+//! Calls on GPUs have numbers of their own, which kernels compare. Where one rank gives memory of the host and another one that of its
+//! GPU, neither meets the other. Each would wait for its deadline; so whoever waits on the host looks whether a peer that has not come
+//! waits on its GPU, in a call that this rank has not made.
 
 use unisono_core::call::{CallHeader, HEADER_WORDS};
 use unisono_core::layout::{CALL_SLOTS, SLOT_CHAIN, SLOT_HEADER};
 
 use super::engine::{Engine, HISTORY, slot_of};
+#[cfg(feature = "cuda")]
+use super::waiting::{Blocked, On};
 use crate::cause::Cause;
 use crate::error::Error;
+#[cfg(feature = "cuda")]
+use crate::recorder::{ask, clock};
 
 impl Engine {
     /// Calls that `peer` has completed, from its trail: the high half counts modulo 2³², and a peer only moves forward,
@@ -39,6 +47,42 @@ impl Engine {
         Ok(epoch)
     }
 
+    /// Fails everybody if a peer that has not begun our call waits on its GPU in one that we have not made: then its calls were in another
+    /// order than ours, or in memory of its GPU where ours are not. Kernels tell a wait after half a second.
+    #[cfg(feature = "cuda")]
+    #[cold]
+    pub(super) fn meets_on_gpu(&self, blocked: Blocked) -> Option<Error> {
+        if matches!(blocked.on, On::News | On::Room) {
+            return None;
+        }
+        let made = self.control.made_on_gpu();
+        let is_late = |peer: &usize| self.control.rank(*peer).slots.standing(self.epoch) < self.epoch;
+        let awaited = |peer: usize| {
+            let awaited = self.control.awaited_on_gpu(peer);
+            let call = |world: usize| awaited[world].filter(|call| is_behind(made[world], *call));
+            (0..made.len()).find_map(|world| Some((peer, world, call(world)?)))
+        };
+        let (peer, world, number) = self.peers().filter(is_late).find_map(awaited)?;
+        let left = match CallHeader::from_words(&self.current) {
+            Some(header) => header.describe(self.epoch - 1, self.rank as u32),
+            None => format!("{} on rank {}", self.call_name(), self.rank),
+        };
+        let right = match if world == 0 { self.header_on_gpu(peer, number) } else { None } {
+            Some(header) => header.describe(u64::from(number), peer as u32) + " on its GPU",
+            None if world == 0 => format!("call #{number} on the GPU of rank {peer}"),
+            None => format!("call #{number} on all GPUs of rank {peer}"),
+        };
+        Some(self.abort_with(Cause::Mismatch { left: left + " in host memory", right }))
+    }
+
+    /// What call `number` on the GPU of `peer` is, if its flight recorder tells.
+    #[cfg(feature = "cuda")]
+    fn header_on_gpu(&self, peer: usize, number: u32) -> Option<CallHeader> {
+        ask::ask(&[self.control.gpu_page(peer)]);
+        let view = self.control.gpu_view(peer, &clock())?;
+        Some(view.calls.iter().find(|call| call.number == number)?.header)
+    }
+
     /// Names the first call in which `peer` and we differ, as far back as both still have it, and fails everybody.
     #[cold]
     pub(super) fn mismatch(&self, peer: usize, epoch: u64) -> Error {
@@ -63,3 +107,13 @@ impl Engine {
         })
     }
 }
+
+/// Whether the latest call that was made, if that is known, comes before `call`. Numbers wrap.
+#[cfg(feature = "cuda")]
+fn is_behind(made: Option<u32>, call: u32) -> bool {
+    made.is_some_and(|made| call.wrapping_sub(made).cast_signed() > 0)
+}
+
+#[cfg(all(test, feature = "cuda"))]
+#[path = "disagreement_tests.rs"]
+mod tests;

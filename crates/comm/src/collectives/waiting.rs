@@ -21,6 +21,10 @@ use crate::error::{Error, Result};
 /// has arrived.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
+/// How long a wait goes on before it looks for ranks whose GPUs wait for this one, which tell that after as long.
+#[cfg(feature = "cuda")]
+const IS_STUCK: Duration = Duration::from_millis(500);
+
 /// A word of a peer that must reach a value before a call can go on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Blocked {
@@ -206,6 +210,12 @@ impl Engine {
         self.record_wait(blocked);
         for other in self.peers() {
             self.compare(other).map_err(|at| self.mismatch(other, at))?;
+        }
+        #[cfg(feature = "cuda")]
+        if vigil.since.elapsed() >= IS_STUCK
+            && let Some(error) = self.meets_on_gpu(blocked)
+        {
+            return Err(error);
         }
         if let Some(cause) = self.damage(blocked) {
             self.control.fail(&cause);

@@ -89,6 +89,7 @@ impl Gpu {
         // go, and the buffers are valid until the stream has passed, as whoever made the call promised.
         let launched = unsafe { function.launch(stream, grid, (&raw mut counted).cast()) };
         launched.map_err(|error| self.refused(error))?;
+        self.count_call(is_captured);
         // What waits for one that the host touches waits for all of them.
         let hosted = windows.into_iter().find(|window| self.windows.touched([Some(*window), None]).is_some());
         self.conclude([hosted, None], stream, is_captured)

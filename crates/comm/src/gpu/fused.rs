@@ -51,7 +51,7 @@ impl Gpu {
             kind,
         };
         match self.rules.decide_rows(count, hidden as usize) {
-            Some(launch) => self.launch_packets(plan, (input, rows), launch, stream)?,
+            Some(launch) => self.launch_packets(plan, (input, rows), (launch, is_captured), stream)?,
             // The sum needs a place that is as large, and written anyhow.
             None if output == NormOutput::Same => {
                 self.launch_behind(plan, (input, rows), rows.output, stream)?
@@ -61,7 +61,7 @@ impl Gpu {
                 let (most, launch) = self.rules.two_shot_rows(hidden as usize);
                 for first in (0..count).step_by(most) {
                     let (input, part) = part(input, rows, (first, most.min(count - first)), output);
-                    self.launch_packets(plan, (input, part), launch, stream)?;
+                    self.launch_packets(plan, (input, part), (launch, is_captured), stream)?;
                 }
             }
         }
@@ -82,7 +82,7 @@ impl Gpu {
         &mut self,
         plan: &Plan,
         (input, rows): (u64, Rows),
-        launch: Launch,
+        (launch, is_captured): (Launch, bool),
         stream: &Stream,
     ) -> Result<()> {
         let rank = self.args.rank as usize;
@@ -99,7 +99,9 @@ impl Gpu {
         };
         let kernel = if launch.form == Form::OneShot { &kernels.one_shot } else { &kernels.two_shot };
         let launched = run(kernel, FusedArgs { args: self.args, rows }, grid, stream);
-        launched.map_err(|error| self.refused(error))
+        launched.map_err(|error| self.refused(error))?;
+        self.count_call(is_captured);
+        Ok(())
     }
 
     /// The sum by a kernel of its own, to `sums`, and a second kernel for all else.

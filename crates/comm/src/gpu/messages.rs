@@ -240,6 +240,9 @@ impl Gpu {
         // lets go, and the buffers are valid until the stream has passed, as whoever made the call promised.
         let launched = unsafe { function.launch(stream, grid, messages.cast()) };
         launched.map_err(|error| self.refused(error))?;
+        if is_collective {
+            self.count_call(is_captured);
+        }
         sides.into_iter().try_for_each(|sides| self.conclude(sides, stream, is_captured))
     }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use unisono_core::call::{self, Kind};
 pub use unisono_core::device::layout::MAX_RANKS;
-use unisono_core::device::layout::{DEVICE_BYTES, HEADER_OFFSETS};
+use unisono_core::device::layout::{DEVICE_BYTES, HAS_CAPTURED, HAS_GPU, HEADER_OFFSETS};
 use unisono_core::device::select::{Question, Rules};
 pub use unisono_core::device::{ArenaLayout, Link};
 use unisono_core::device::{Form, Launch};
@@ -74,6 +74,8 @@ pub(crate) struct Gpu {
     device: Device,
     control: Arc<Control>,
     seat: Seat,
+    /// As [`REPORT_MADE`](unisono_core::device::layout::REPORT_MADE) tells it.
+    made: u64,
     /// In the world of the ranks, our sides of that of all devices, where there is one.
     seats: Vec<Self>,
     rules: Rules,
@@ -152,6 +154,8 @@ impl Gpu {
         let engines = rules.lanes().map(|lanes| Engines::new(device, lanes)).transpose().map_err(failed)?;
         let order = config.is_crowded.then(|| Event::new(device, false)).transpose().map_err(failed)?;
         let watch = Watch::start(device.clone(), seat.clone(), copier());
+        let made = HAS_GPU | u64::from(config.epoch);
+        seat.tell_made(made);
         let memory = Memory {
             device: device.clone(),
             copier: copier(),
@@ -166,6 +170,7 @@ impl Gpu {
             device: device.clone(),
             control,
             seat,
+            made,
             seats: Vec::new(),
             rules,
             table_from: config.table_from.clone(),
@@ -346,6 +351,7 @@ impl Gpu {
         if let Err(error) = launched {
             return Err(self.refused(error));
         }
+        self.count_call(is_captured);
         if launch.form == Form::Engine {
             self.launch_copies(plan, launch, stream)?;
         }
@@ -356,6 +362,16 @@ impl Gpu {
     #[inline]
     fn grid(&self, (blocks, threads): (u32, u32), shared_bytes: u32) -> Grid {
         Grid { blocks, threads, shared_bytes, is_early: blocks.saturating_mul(threads) <= self.early_threads }
+    }
+
+    /// After the launch of a kernel that has an epoch: tells the other ranks that this one made the call.
+    #[inline]
+    fn count_call(&mut self, is_captured: bool) {
+        self.made = match is_captured {
+            true => self.made | HAS_CAPTURED,
+            false => self.made & !LOW_HALF | u64::from((self.made as u32).wrapping_add(1)),
+        };
+        self.seat.tell_made(self.made);
     }
 
     /// What follows a launch: others may wait for it.
@@ -373,12 +389,12 @@ impl Gpu {
         }
     }
 
-    /// Whether a call in `stream` goes into a graph, as far as that matters. What its kernels reach then stays for as long as
-    /// the graph does, whoever made that.
+    /// Whether a call in `stream` goes into a graph, as far as that matters: the first time it always does. What its kernels reach then
+    /// stays for as long as the graph does, whoever made that.
     #[inline]
     fn keep_if_captured(&mut self, sides: [Option<WindowPlace>; 2], stream: &Stream) -> Result<bool> {
         let is_in_window = sides.iter().any(Option::is_some);
-        if !is_in_window && self.order.is_none() {
+        if !is_in_window && self.order.is_none() && self.made & HAS_CAPTURED != 0 {
             return Ok(false);
         }
         let is_captured = stream.is_capturing().map_err(|error| self.refused(error))?;
@@ -504,5 +520,8 @@ const fn launch_word(launch: Launch) -> u64 {
         | (launch.threads as u64) << 20
         | (launch.tile as u64) << 32
 }
+
+/// Of a word.
+const LOW_HALF: u64 = u32::MAX as u64;
 
 const _: () = assert!(HEADER_LAUNCH < call::HEADER_WORDS);

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 use unisono_core::call::{HEADER_WORDS, Kind};
 use unisono_core::device::Launch;
+use unisono_core::device::layout::{REPORT_EACH, REPORT_MADE, REPORT_WAITING};
 use unisono_core::layout::Field;
 use unisono_core::recorder::{DeviceLabel, TickSource};
 use unisono_cuda::Stream;
@@ -142,6 +143,22 @@ impl Seat {
         match &self.seats {
             None => name.to_owned(),
             Some(seats) => format!("{name} on its cuda:{}", seats.ordinals[seat]),
+        }
+    }
+
+    /// Tells what the host has put into streams of this seat.
+    #[inline]
+    pub(crate) fn tell_made(&self, word: u64) {
+        self.page()[REPORT_MADE].store_relaxed(word);
+    }
+
+    /// Tells the other ranks what only our page says: of several devices, the first speaks for all.
+    pub(crate) fn tell_ranks(&self) {
+        if self.seats.is_some() && self.of(self.rank()).start == self.number {
+            let ours = self.page();
+            for (to, from) in REPORT_EACH.into_iter().zip([REPORT_MADE, REPORT_WAITING]) {
+                self.control.gpu()[to].store_relaxed(ours[from].load_relaxed());
+            }
         }
     }
 

@@ -1,5 +1,6 @@
 //! A look at the GPU ten times a second, whatever the operating thread does: what kernels report ends all ranks' waits, a
-//! device whose context is lost is told of, and who asks for its last calls gets them.
+//! device whose context is lost is told of, who asks for its last calls gets them, and what only this process sees of a wait is told to the
+//! other ranks.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -56,6 +57,7 @@ impl Watch {
                 } else if let Some(cause) = trouble(&seat, || probe?.is_idle().err()) {
                     control.fail(&cause);
                 }
+                seat.tell_ranks();
                 let has_more = copies.is_some_and(|stream| copier.look(stream, seat.page()));
                 if failed_at.is_some_and(|moment| !has_more || moment.elapsed() > LAST_COPY) {
                     return Copier::close(seat.page());

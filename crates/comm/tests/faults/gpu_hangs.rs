@@ -34,6 +34,7 @@ pub(crate) fn a_call_that_hangs_is_explained_from_outside() {
     for expected in [
         format!("The GPU of rank 0 has been in all_reduce #2 (f32, {COUNT}, sum) for "),
         "The GPU of rank 1 has not begun it: its last call was barrier #1, done ".to_owned(),
+        " ago; its process has not called it.".to_owned(),
     ] {
         assert!(text.contains(&expected), "{expected}: {text}\n{}", world.transcript());
     }
@@ -125,6 +126,38 @@ pub(crate) fn opposite(part: &Part) -> Result<()> {
     while !asked_to_end() {
         std::thread::sleep(Duration::from_millis(5));
     }
+    Ok(())
+}
+
+/// One of three ranks reduces in memory of the host, the others on their GPUs: long before the deadline all are told both calls.
+pub(crate) fn calls_on_host_and_gpu_are_told_both() {
+    let Some(_) = device_count() else { return };
+    let server = server();
+    let setup = Setup::new("gpu places", 3, server.unique_id())
+        .with("FAULTS_TIMEOUT_MS", 60_000)
+        .with("FAULTS_INIT_MS", 60_000);
+    let mut world = setup.start();
+    world.wait_until_all_said("told");
+    world.expect_good_end();
+}
+
+/// The part of a rank.
+pub(crate) fn places(part: &Part) -> Result<()> {
+    let ordinal = part.rank as u32 % device_count().unwrap_or(1);
+    let communicator = part.builder().device(ordinal).build()?;
+    let tools = Tools::new(ordinal, &1f32.to_le_bytes())?;
+    communicator.on(&tools.stream).barrier()?;
+    let failed = if part.rank == 1 {
+        communicator.all_reduce(&mut [1f32; COUNT], ReduceOp::Sum)
+    } else {
+        tools.reduce::<f32>(&communicator, ReduceOp::Sum)?;
+        tools.wait(&communicator)
+    };
+    let Err(Error::Mismatch { left, right }) = &failed else { panic!("{failed:?}") };
+    expect(left == &format!("all_reduce #1 on rank 1 (f32, {COUNT}, sum) in host memory"), || left.clone());
+    let on_gpu = |rank| format!("all_reduce #2 on rank {rank} (f32, {COUNT}, sum) on its GPU");
+    expect([0, 2].map(on_gpu).contains(right), || right.clone());
+    println!("told");
     Ok(())
 }
 

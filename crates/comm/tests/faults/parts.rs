@@ -82,6 +82,8 @@ impl Part {
             #[cfg(feature = "cuda")]
             "gpu orders" => super::gpu_hangs::opposite(self),
             #[cfg(feature = "cuda")]
+            "gpu places" => super::gpu_hangs::places(self),
+            #[cfg(feature = "cuda")]
             "pinned" => super::pinned::work(self),
             #[cfg(feature = "cuda")]
             "registered" => super::registrations::register(self),

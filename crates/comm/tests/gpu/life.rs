@@ -271,7 +271,8 @@ fn a_rank_that_does_not_come_is_named_when_patience_ends() {
         let texts: Vec<String> =
             found.recordings.iter().map(|recording| recorder::why(&recording.snapshot().unwrap())).collect();
         let inside = format!("The GPU of rank 0 has been in all_reduce #1 (i32, {count}, sum) for ");
-        let before = "The GPU of rank 1 has not begun it, nor any call before.";
+        let before =
+            "The GPU of rank 1 has not begun it, nor any call before; its process has not called it.";
         assert!(texts.iter().any(|text| text.contains(&inside) && text.contains(before)), "{texts:?}");
         world.raw_streams[0].synchronize().unwrap();
         // The call after it is refused with the same cause.

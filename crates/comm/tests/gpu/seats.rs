@@ -83,7 +83,7 @@ impl Tools {
         }
     }
 
-    fn call(&self, kind: Kind, dtype: DType, count: usize) -> Call<'static> {
+    pub(crate) fn call(&self, kind: Kind, dtype: DType, count: usize) -> Call<'static> {
         let buffers: Vec<RawBuffer> = (0..self.seats.len()).map(|at| self.buffer(at, dtype, count)).collect();
         // SAFETY: the memory stays until the streams were waited for.
         unsafe { Call::from_raw(kind, &buffers, &[]) }

@@ -79,6 +79,16 @@ pub const RECORDER_KEPT: u64 = 2;
 pub const RECORDER_LOST: u64 = 3;
 /// A moment by the clock of the device, in nanoseconds, and by the ticks of the host.
 pub const REPORT_CLOCKS: [usize; 2] = [65, 66];
+/// What the host has put into streams: [`HAS_GPU`], perhaps [`HAS_CAPTURED`], and in the low half the number of the latest call that is in
+/// no graph.
+pub const REPORT_MADE: usize = 67;
+/// Set in [`REPORT_MADE`] where there is a GPU.
+pub const HAS_GPU: u64 = 1 << 32;
+/// Set there once a call went into a graph: nobody on the host knows how often it is replayed.
+pub const HAS_CAPTURED: u64 = 1 << 33;
+/// The same in the world of all devices, and what kernels there wait for, as the host of a rank copies both from the page of its first
+/// device into that of the rank.
+pub const REPORT_EACH: [usize; 2] = [68, 69];
 /// Counted up by whoever wants to read the recorder.
 pub const REPORT_REQUEST: usize = 80;
 /// The latest request that was answered.

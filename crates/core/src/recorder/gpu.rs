@@ -19,8 +19,8 @@ use super::record::{Clock, bytes_of, packed_header};
 use crate::call::CallHeader;
 use crate::device::Form;
 use crate::device::layout::{
-    RECORD_WORDS, RECORDER_BYTES, RECORDER_KEPT, RECORDS, REPORT_CLOCKS, REPORT_RECORDER, REPORT_WAITING,
-    STATE_BYTES, STATE_EXPECTED_AT, STATE_LEFT_AT,
+    HAS_CAPTURED, HAS_GPU, RECORD_WORDS, RECORDER_BYTES, RECORDER_KEPT, RECORDS, REPORT_CLOCKS, REPORT_MADE,
+    REPORT_RECORDER, REPORT_WAITING, STATE_BYTES, STATE_EXPECTED_AT, STATE_LEFT_AT,
 };
 use crate::layout::Field;
 
@@ -68,6 +68,8 @@ pub enum Reading {
 pub struct GpuView {
     /// How current it is.
     pub reading: Reading,
+    /// The number of the latest call that its host has put into a stream; `None` if some went into graphs.
+    pub made: Option<u32>,
     /// Its last calls, oldest first.
     pub calls: Vec<GpuCall>,
     /// The latest message to each rank and from each, by rank.
@@ -103,7 +105,7 @@ impl GpuView {
         fetch: &impl Fn(Field) -> Result<Vec<u64>, E>,
     ) -> Result<(Option<GpuWait>, Option<Self>), E> {
         let [device_ns, ticks] = REPORT_CLOCKS;
-        let page = fetch(Field { bytes: 8 * (ticks + 1), ..page })?;
+        let page = fetch(Field { bytes: 8 * (REPORT_MADE + 1), ..page })?;
         let word = |at: usize| page.get(at).copied().unwrap_or(0);
         let waits = GpuWait::from_word(word(REPORT_WAITING));
         let reading = match word(REPORT_RECORDER) {
@@ -114,7 +116,18 @@ impl GpuView {
         let moment = Moment { device_ns: word(device_ns), ticks: word(ticks) };
         let copy = fetch(Field { bytes: RECORDER_BYTES, ..records })?;
         let calls = GpuCall::of_copy(&copy, moment, clock);
-        Ok((waits, Some(Self { reading, calls, messages: GpuMessage::of_words(&copy, moment, clock) })))
+        let (made, messages) = (Self::made_of(word(REPORT_MADE)), GpuMessage::of_words(&copy, moment, clock));
+        Ok((waits, Some(Self { reading, made, calls, messages })))
+    }
+
+    /// What a [`REPORT_MADE`] says.
+    pub const fn made_of(word: u64) -> Option<u32> {
+        if word & (HAS_GPU | HAS_CAPTURED) == HAS_GPU { Some(word as u32) } else { None }
+    }
+
+    /// Whether its host has made call `number`, if that is known. Numbers wrap.
+    pub fn has_made(&self, number: u32) -> Option<bool> {
+        Some(number.wrapping_sub(self.made?).cast_signed() <= 0)
     }
 
     /// The latest call, if that is known.

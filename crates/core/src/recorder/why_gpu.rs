@@ -168,19 +168,19 @@ fn around(snapshot: &Snapshot, front: &GpuCall, groups: &mut Groups) {
         let said = match (&rank.gpu, latest(rank)) {
             (None, _) => continue,
             (Some(view), None) if view.reading != Reading::Earlier => {
-                "{has|have} not begun it, nor any call before".to_owned()
+                format!("{{has|have}} not begun it, nor any call before{}", host(view, front))
             }
             // What is said of its process says why.
             (Some(_), None) if rank.process != Process::Running => continue,
             (Some(_), None) => "{was|were} not read: {its process|their processes} did not answer".to_owned(),
-            (_, Some(call)) => elsewhere(call, front),
+            (Some(view), Some(call)) => elsewhere(call, front, view),
         };
         groups.add(rank.rank, &said);
     }
 }
 
 /// What is said of a GPU whose latest call is not the one that others are in.
-fn elsewhere(call: &GpuCall, front: &GpuCall) -> String {
+fn elsewhere(call: &GpuCall, front: &GpuCall, view: &GpuView) -> String {
     let since = rough(call.begun);
     match (call.behind(front), call.ended) {
         (0, _) if call.header != front.header => format!(
@@ -189,12 +189,24 @@ fn elsewhere(call: &GpuCall, front: &GpuCall) -> String {
         (1.., None) => format!("{{has|have}} not begun it: {{it has|they have}} been in {call} for {since}"),
         (1.., Some(ended)) => {
             format!(
-                "{{has|have}} not begun it: {{its|their}} last call was {call}, done {} ago",
-                rough(ended)
+                "{{has|have}} not begun it: {{its|their}} last call was {call}, done {} ago{}",
+                rough(ended),
+                host(view, front)
             )
         }
         (_, Some(ended)) => format!("{{has|have}} done {{its|their}} part of it, {} ago", rough(ended)),
         (_, None) => format!("{{is|are}} beyond it, in {call}"),
+    }
+}
+
+/// Whether the host of a GPU that has not begun `front` has made it.
+fn host(view: &GpuView, front: &GpuCall) -> &'static str {
+    match view.has_made(front.number) {
+        Some(false) => "; {its process has|their processes have} not called it",
+        Some(true) => {
+            "; {its process has|their processes have} called it, and {it waits|they wait} in {a stream|streams} behind other work"
+        }
+        None => "",
     }
 }
 

@@ -27,7 +27,12 @@ fn on_gpus(latest: &[Option<GpuCall>]) -> Snapshot {
     let mut all = snapshot(latest.iter().map(|_| behind()).collect());
     for (rank, call) in all.ranks.iter_mut().zip(latest) {
         let reading = if call.is_some() { Reading::Now } else { Reading::Earlier };
-        rank.gpu = Some(GpuView { reading, calls: call.iter().copied().collect(), messages: Vec::new() });
+        rank.gpu = Some(GpuView {
+            reading,
+            made: None,
+            calls: call.iter().copied().collect(),
+            messages: Vec::new(),
+        });
     }
     all
 }
@@ -56,7 +61,7 @@ fn devices_of_ranks_that_have_several_are_told_of_by_rank_and_number() {
             seat: 2 * rank + at,
             ordinal: at as u32 + 6,
             waits: call.is_open().then_some(GpuWait { work: GpuWork::Call(5), peer: 3 }),
-            gpu: Some(GpuView { reading: Reading::Now, calls: vec![call], messages: Vec::new() }),
+            gpu: Some(GpuView { reading: Reading::Now, made: None, calls: vec![call], messages: Vec::new() }),
         };
         all.ranks[rank].devices = calls.into_iter().enumerate().map(device).collect();
     }
@@ -91,6 +96,13 @@ fn the_call_that_gpus_hang_in_is_named_and_who_has_not_begun_it() {
          ranks 0, 1 and 3 have been in all_reduce #812 (f32, 4096, sum) for 12 s. The GPU of rank 2 has not begun it: its last \
          call was all_reduce #811 (f32, 4096, sum), done 13 s ago."
     );
+    for (made, tells) in [
+        (811, "done 13 s ago; its process has not called it."),
+        (812, "done 13 s ago; its process has called it, and it waits in a stream behind other work."),
+    ] {
+        all.ranks[2].gpu.as_mut().unwrap().made = Some(made);
+        assert!(told(&all).ends_with(tells), "{}", told(&all));
+    }
     let all = on_gpus(&[inside, Some(call(811, 14, false))]);
     assert!(told(&all).ends_with(
         "The GPU of rank 1 has not begun it: it has been in all_reduce #811 (f32, 4096, sum) for 14 s."
@@ -148,7 +160,12 @@ fn a_rank_that_does_not_answer_is_said_unless_its_process_says_why() {
                     process did not answer.";
     assert_eq!(told(&all), expected);
     // What was known of it earlier is not told as what it does now; what its kernel says of its wait is.
-    let stale = GpuView { reading: Reading::Earlier, calls: vec![call(6, 100, false)], messages: Vec::new() };
+    let stale = GpuView {
+        reading: Reading::Earlier,
+        made: None,
+        calls: vec![call(6, 100, false)],
+        messages: Vec::new(),
+    };
     (all.ranks[1].gpu, all.ranks[1].gpu_waits) =
         (Some(stale), Some(GpuWait { work: GpuWork::Call(7), peer: 0 }));
     let waits = " The GPU of rank 1 waits in its call #7 for that of rank 0, which has not made it.";
@@ -191,7 +208,7 @@ fn a_message_that_hangs_is_told_with_what_the_other_side_has_done() {
         begun: Duration::from_secs(begun),
         ended: ended.map(Duration::from_secs),
     };
-    let view = |messages| Some(GpuView { reading: Reading::Now, calls: Vec::new(), messages });
+    let view = |messages| Some(GpuView { reading: Reading::Now, made: None, calls: Vec::new(), messages });
     let mut all = snapshot(vec![behind(), behind()]);
     all.ranks[0].gpu = view(vec![message(5, 7, true, 1, 12, None)]);
     all.ranks[0].gpu_waits = Some(GpuWait { work: GpuWork::Send(7), peer: 1 });
