@@ -139,15 +139,25 @@ __device__ __forceinline__ u8* row_in(const LowLatency& ll, u32 rank, u64 number
 // A call of this buffer, as kernels tell what they wait for.
 __device__ __forceinline__ u32 work_of(const BufferArgs& buffer) { return 16 + u32(buffer.header[0] & 0xff); }
 
-// Warps of the grid, those of different multiprocessors side by side.
+// Warps of the grid, those of different multiprocessors side by side. What comes first in a call is dealt from the first one on, and what
+// waits for it at peers from the last one back: as long as there are enough blocks, none has both.
 __device__ __forceinline__ u32 warp_of_grid() { return threadIdx.x / WARP * gridDim.x + blockIdx.x; }
 
 __device__ __forceinline__ u32 warps_of_grid() { return blockDim.x / WARP * gridDim.x; }
+
+__device__ __forceinline__ u32 warp_from_end() { return warps_of_grid() - 1 - warp_of_grid(); }
+
+// Behind the blocks that tell heads, which the rest of what comes first begins behind.
+__device__ __forceinline__ u32 warp_behind_heads() {
+  const u32 warp = warp_of_grid();
+  return warp >= RANKS ? warp - RANKS : warp + warps_of_grid() - RANKS;
+}
 
 // What a block knows of its kernel, in shared memory.
 struct Turn {
   Entry entry;
   u64 sent, received;  // the numbers of the calls that it sends and receives
+  u64 credits[RANKS];  // of each reader, at the beginning
   u32 left_out;        // ranks, before this kernel
 };
 
@@ -159,6 +169,10 @@ __device__ __forceinline__ void take_turn(const LowLatency& ll, Turn* turn) {
     turn->sent = load_word(&ll.progress->sent) + 1;
     turn->received = load_word(&ll.progress->received) + 1;
     turn->left_out = load_own_word(&ll.progress->left_out);
+  } else if (threadIdx.x >= 2 * WARP && threadIdx.x < 2 * WARP + RANKS) {
+    const u32 reader = threadIdx.x - 2 * WARP;
+    // SYNC: what lay in a half was read before the credit that counts its call.
+    turn->credits[reader] = acquire_word(credit_of(ll, ll.buffer.rank, reader));
   }
   Entry entry = begin(ll.buffer);
   if (threadIdx.x == 0) {
@@ -260,13 +274,19 @@ __device__ __forceinline__ Came await_word(const LowLatency& ll, const Turn& tur
 // same half. `present` are those that have. False if one must leave.
 __device__ __forceinline__ bool await_credits(const LowLatency& ll, const Turn& turn, u32* present) {
   __shared__ u32 ranks;
+  const u64 due = turn.sent < 2 ? 0 : turn.sent - 2;
+  *present = ALL_RANKS & ~turn.left_out;
   bool goes_on = true;
+#pragma unroll
+  for (u32 rank = 0; rank < RANKS; rank++) goes_on &= (*present >> rank & 1) == 0 || i64(turn.credits[rank] - due) >= 0;
+  // Mostly they were there at the beginning.
+  if (goes_on) return true;
+  goes_on = true;
   if (threadIdx.x < WARP) {
-    const u64 due = turn.sent < 2 ? 0 : turn.sent - 2;
     // SYNC: what lay in a half was read before the credit that counts its call.
     auto at = [&](u32 rank) { return credit_of(ll, ll.buffer.rank, rank); };
     u32 there;
-    goes_on = await_ranks(ll, turn, ALL_RANKS & ~turn.left_out, at, due, &there);
+    goes_on = await_ranks(ll, turn, *present, at, due, &there);
     if (threadIdx.x == 0) ranks = there;
   }
   goes_on = __syncthreads_and(goes_on);
@@ -366,7 +386,7 @@ __device__ __forceinline__ void tell_head(const LowLatency& ll, const Turn& turn
     const u32 experts = ll.experts_of[rank], selections = ll.tokens * ll.top_k;
     u32* told = counts_of(ll, rank, turn.sent, ll.buffer.rank);
     for (u32 first = 0; first < experts; first += CHUNK) {
-      for (u32 i = threadIdx.x; i < CHUNK; i += blockDim.x) counts[i] = 0;
+      for (u32 i = threadIdx.x; i < CHUNK && first + i < experts; i += blockDim.x) counts[i] = 0;
       __syncthreads();
       for (u32 i = threadIdx.x; i < selections; i += blockDim.x) {
         const Place place = find(ll, ll.selections[i]);
@@ -526,7 +546,7 @@ __device__ __forceinline__ void tell_piece(const LowLatency& ll, const Turn& tur
 
 // The end. ------------------------------------------------------------------------------------------------------------------------
 
-// Who receives what: warp `first` of `step`, from all but `left_out`.
+// Who receives what: number `first` of `step`, from all but `left_out`.
 struct Share {
   u32 first, step, left_out;
 };
@@ -591,13 +611,14 @@ __device__ __forceinline__ bool close(const LowLatency& ll, const Turn& turn, Sh
 }
 
 // All threads of a kernel: `send(turn)` and `receive(turn, share)`, as far as they are asked for; false from them if one must leave.
+// `first`: which number each warp has among those that receive.
 template <class Send, class Receive>
-__device__ __forceinline__ void carry_out(const LowLatency& ll, Send send, Receive receive) {
+__device__ __forceinline__ void carry_out(const LowLatency& ll, u32 first, Send send, Receive receive) {
   __shared__ Turn turn;
   take_turn(ll, &turn);
   if (turn.entry.is_poisoned) return;
   if ((ll.phases & SENDS) && !__syncthreads_and(send(turn))) return;
-  Share share = {warp_of_grid(), warps_of_grid(), turn.left_out};
+  Share share = {first, warps_of_grid(), turn.left_out};
   bool is_last = false;
   do {
     if ((ll.phases & RECEIVES) && !__syncthreads_and(receive(turn, share))) return;

@@ -99,7 +99,7 @@ __device__ __forceinline__ bool send_results(const LowLatency& ll, const Turn& t
     if (present >> rank & 1) tell_head<false>(ll, turn, rank);
   }
   bool goes_on = true;
-  for (u32 token = warp_of_grid(); token < ll.tokens; token += warps_of_grid()) {
+  for (u32 token = warp_behind_heads(); token < ll.tokens; token += warps_of_grid()) {
     const Choices choices = choices_of(ll, token);
     goes_on = are_possible(ll, turn, token, choices);
     if (!goes_on) break;
@@ -110,7 +110,7 @@ __device__ __forceinline__ bool send_results(const LowLatency& ll, const Turn& t
   // 2. Sums for the tokens of all ranks.
   __shared__ Heads heads;
   if (!__syncthreads_and(goes_on) || !await_heads(ll, turn, turn.sent, turn.left_out, &heads)) return false;
-  for (Walk walk(warp_of_grid(), warps_of_grid(), heads.most, RANKS * ll.pieces); walk.goes_on(); walk.next()) {
+  for (Walk walk(warp_from_end(), warps_of_grid(), heads.most, RANKS * ll.pieces); walk.goes_on(); walk.next()) {
     const u32 token = walk.outer, source = peer_behind(me, walk.inner % RANKS), piece = walk.inner / RANKS;
     if (token >= heads.tokens[source]) continue;
     Asked asked;
@@ -197,6 +197,6 @@ __device__ __forceinline__ bool receive_results(const LowLatency& ll, const Turn
 template <int DTYPE>
 __device__ __forceinline__ void combine(const LowLatency& ll) {
   carry_out(
-      ll, [&](const Turn& turn) { return send_results<DTYPE>(ll, turn); },
+      ll, warp_of_grid(), [&](const Turn& turn) { return send_results<DTYPE>(ll, turn); },
       [&](const Turn& turn, const Share& share) { return receive_results<DTYPE>(ll, turn, share); });
 }

@@ -96,8 +96,7 @@ __device__ __forceinline__ bool send_tokens(const LowLatency& ll, const Turn& tu
   for (u32 rank = blockIdx.x; rank < RANKS; rank += gridDim.x) {
     if (present >> rank & 1) tell_head<true>(ll, turn, rank);
   }
-  const u32 warp = warp_of_grid(), warps = warps_of_grid();
-  const u32 behind_heads = warp >= RANKS ? warp - RANKS : warp + warps - RANKS;
+  const u32 warps = warps_of_grid(), behind_heads = warp_behind_heads();
   // 2. Choices.
   for (u32 token = behind_heads; token < ll.tokens; token += warps) {
     const Choices choices = choices_of(ll, token);
@@ -193,7 +192,8 @@ __device__ __forceinline__ bool receive_tokens(const LowLatency& ll, const Turn&
   const u64 number = turn.received;
   __shared__ Heads heads;
   if (!await_heads(ll, turn, number, share.left_out, &heads)) return false;
-  for (u32 expert = share.first * WARP; expert < ll.experts_of[me]; expert += share.step * WARP) {
+  // By other warps than those that have the first pieces.
+  for (u32 expert = (share.first + share.step / 2) % share.step * WARP; expert < ll.experts_of[me]; expert += share.step * WARP) {
     write_ranges(ll, number, heads.present, expert + lane);
   }
   for (Walk walk(share.first, share.step, heads.most, RANKS * ll.pieces); walk.goes_on(); walk.next()) {
@@ -235,6 +235,6 @@ __device__ __forceinline__ bool receive_tokens(const LowLatency& ll, const Turn&
 template <int DTYPE>
 __device__ __forceinline__ void dispatch(const LowLatency& ll) {
   carry_out(
-      ll, [&](const Turn& turn) { return send_tokens<DTYPE>(ll, turn); },
+      ll, warp_from_end(), [&](const Turn& turn) { return send_tokens<DTYPE>(ll, turn); },
       [&](const Turn& turn, const Share& share) { return receive_tokens<DTYPE>(ll, turn, share); });
 }

@@ -154,7 +154,9 @@ pub(crate) fn places(part: &Part) -> Result<()> {
         tools.wait(&communicator)
     };
     let Err(Error::Mismatch { left, right }) = &failed else { panic!("{failed:?}") };
-    expect(left == &format!("all_reduce #1 on rank 1 (f32, {COUNT}, sum) in host memory"), || left.clone());
+    let is_left = left.starts_with("all_reduce #")
+        && left.ends_with(&format!(" on rank 1 (f32, {COUNT}, sum) in host memory"));
+    expect(is_left, || left.clone());
     let on_gpu = |rank| format!("all_reduce #2 on rank {rank} (f32, {COUNT}, sum) on its GPU");
     expect([0, 2].map(on_gpu).contains(right), || right.clone());
     println!("told");

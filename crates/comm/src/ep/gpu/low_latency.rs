@@ -102,14 +102,13 @@ impl LowLatency {
         Self { args, functions, blocks, is_early, sent: 0, received: 0 }
     }
 
-    /// No more than a piece for each warp, of all tokens that may come.
+    /// No more than a block for each warp's work: heads, the choices of tokens and their pieces, and pieces of all tokens that may come,
+    /// which are sent, or made sums of, and received. Whoever stores at peers waits for that to arrive, so it is better done side by side.
     fn grid(&self, ranks: usize) -> Grid {
-        let pieces = ranks * self.args.capacity as usize * self.args.pieces as usize;
-        let blocks = pieces
-            .div_ceil(LOW_LATENCY_THREADS as usize / 32)
-            .clamp(ranks, self.blocks.max(ranks as u32) as usize);
+        let (tokens, pieces) = (self.args.capacity as usize, self.args.pieces as usize);
+        let blocks = ranks + tokens * (1 + pieces) + 2 * ranks * tokens * pieces;
         Grid {
-            blocks: (blocks as u32).min(self.blocks),
+            blocks: blocks.min(self.blocks as usize) as u32,
             threads: LOW_LATENCY_THREADS,
             shared_bytes: 0,
             is_early: self.is_early,
