@@ -2,15 +2,18 @@
 // reads across a link.
 //
 // Calls are numbered for ever, on the device (Progress), so a graph goes on where calls before it ended. They use two halves of the memory
-// in turn. In a half each rank has a place of its own for each of its tokens, at every receiver. There is no barrier: whatever is stored is
-// told by a word of 64 bits, which gets the number of the call. So nothing is cleared, and no number comes twice.
+// in turn. In a half each rank has a place of its own for each of its tokens, at every receiver. There is no barrier: whatever is stored
+// comes with the number of the call, or is told by a word that gets it. So nothing is cleared, and no number comes twice.
 //
-//   head     tokens of the call and what it is; with the selections of each expert in a dispatch     told once for each receiver
-//   choices  of a token: which experts of the receiver, and what goes with each                      told for each token, also that none
+//   head     tokens of the call and what it is; in a dispatch the selections of each expert          packets, for each receiver
+//   choices  of a token: which experts of the receiver, and what goes with each; also that none      packets, for each token
 //   piece    PIECE elements of a row, perhaps cast, with their scales                                told for each piece
 //
-// A warp works on a piece, or on the choices of a token, alone: it stores, meets, fences, tells. Pieces are dealt to the warps of the grid
-// whatever its size. All sending of a warp comes before all that waits for a peer's call of this number, but for the results of a combine,
+// A packet is 8 bytes and the number, stored and loaded at once: whoever sees the number sees the bytes. Nothing waits until they have
+// arrived, as the fence behind a piece does.
+//
+// A warp works on a piece, or on the choices of a token, alone; of a piece it stores, meets, fences, tells. Pieces are dealt to the warps of
+// the grid whatever its size. All sending of a warp comes before all that waits for a peer's call of this number, but for the results of a combine,
 // which wait for choices; and no choice waits for anything of this call. So the blocks of a kernel wait for nobody in a circle, as long
 // as they run at once.
 //
@@ -33,7 +36,9 @@ constexpr u32 REASON_CHOICE = REASON_DAMAGED + 1;
 
 // The word of a header that says which call it is, for messages.
 constexpr u32 NUMBERED = 8;
-static_assert(2 + COMPARED / 2 < HEAD_WORDS && NUMBERED < HEADER_WORDS, "a head has room for what is told of a call");
+// Packets of a head: the number of tokens, and of the call what is compared and what is told.
+constexpr u32 HEAD_PACKETS = 2 + COMPARED / 2;
+static_assert(HEAD_PACKETS * PACKET_BYTES <= PLACE_STRIDE && NUMBERED < HEADER_WORDS, "a head has room for what is told of a call");
 
 constexpr u32 WARP = 32, STEP = WARP * LANE_ELEMENTS, STEPS = PIECE / STEP, PIECE_SCALES = PIECE / GROUP, NOBODY = 0xffffffff;
 constexpr u32 ALL_RANKS = (1u << RANKS) - 1;
@@ -56,7 +61,6 @@ struct LowLatency {
   u64 credits_at;
   u64 halves[2];
   u64 counts_at;
-  u64 choices_told_at;
   u64 choices_at;
   u64 pieces_told_at;
   u64 scales_at;
@@ -106,22 +110,20 @@ __device__ __forceinline__ u64* credit_of(const LowLatency& ll, u32 rank, u32 re
   return reinterpret_cast<u64*>(ll.buffer.arenas[rank] + ll.credits_at + reader * PLACE_STRIDE);
 }
 
-__device__ __forceinline__ u64* head_of(const LowLatency& ll, u32 rank, u64 number, u32 source) {
-  return reinterpret_cast<u64*>(half_at(ll, rank, number) + source * PLACE_STRIDE);
+__device__ __forceinline__ u8* head_of(const LowLatency& ll, u32 rank, u64 number, u32 source) {
+  return half_at(ll, rank, number) + source * PLACE_STRIDE;
 }
 
-__device__ __forceinline__ u32* counts_of(const LowLatency& ll, u32 rank, u64 number, u32 source) {
-  return reinterpret_cast<u32*>(half_at(ll, rank, number) + ll.counts_at) + u64(source) * ll.most_experts;
+// Two counts in each packet.
+__device__ __forceinline__ u8* counts_of(const LowLatency& ll, u32 rank, u64 number, u32 source) {
+  return half_at(ll, rank, number) + ll.counts_at + u64(source) * ((ll.most_experts + 1) / 2) * PACKET_BYTES;
 }
 
 __device__ __forceinline__ u64 place_of(const LowLatency& ll, u32 source, u32 token) { return u64(source) * ll.capacity + token; }
 
-__device__ __forceinline__ u64* choices_told(const LowLatency& ll, u32 rank, u64 number, u32 source, u32 token) {
-  return reinterpret_cast<u64*>(half_at(ll, rank, number) + ll.choices_told_at) + place_of(ll, source, token);
-}
-
-__device__ __forceinline__ u64* choices_in(const LowLatency& ll, u32 rank, u64 number, u32 source, u32 token) {
-  return reinterpret_cast<u64*>(half_at(ll, rank, number) + ll.choices_at) + place_of(ll, source, token) * ll.most_top_k;
+// A packet for each selection.
+__device__ __forceinline__ u8* choices_in(const LowLatency& ll, u32 rank, u64 number, u32 source, u32 token) {
+  return half_at(ll, rank, number) + ll.choices_at + place_of(ll, source, token) * ll.most_top_k * PACKET_BYTES;
 }
 
 __device__ __forceinline__ u64* piece_told(const LowLatency& ll, u32 rank, u64 number, u32 source, u32 token, u32 piece) {
@@ -134,6 +136,25 @@ __device__ __forceinline__ u32* scales_in(const LowLatency& ll, u32 rank, u64 nu
 
 __device__ __forceinline__ u8* row_in(const LowLatency& ll, u32 rank, u64 number, u32 source, u32 token) {
   return half_at(ll, rank, number) + ll.rows_at + place_of(ll, source, token) * ll.row_stride;
+}
+
+__device__ __forceinline__ void put_word(u8* at, u64 word, u64 number) {
+  store_line(at, make_uint4(u32(word), u32(word >> 32), u32(number), u32(number >> 32)));
+}
+
+// Whether the packet is that of call `number`.
+__device__ __forceinline__ bool take_word(const u8* at, u64 number, u64* word) {
+  const uint4 line = load_line(at);
+  *word = u64(line.y) << 32 | line.x;
+  return (u64(line.w) << 32 | line.z) == number;
+}
+
+// The selections of an expert that a rank told.
+__device__ __forceinline__ bool take_count(const LowLatency& ll, u64 number, u32 source, u32 expert, u32* count) {
+  u64 both;
+  const bool is_there = take_word(counts_of(ll, ll.buffer.rank, number, source) + u64(expert / 2) * PACKET_BYTES, number, &both);
+  *count = u32(both >> (expert % 2 * 32));
+  return is_there;
 }
 
 // A call of this buffer, as kernels tell what they wait for.
@@ -235,37 +256,46 @@ __device__ __forceinline__ Came wait_for(const LowLatency& ll, const Turn& turn,
   return CAME;
 }
 
-// All lanes of a warp: until the word `at(rank)` of each of `ranks` is at least `due`; `there` are those that came. What they told is
-// visible to the warp then. False if one must leave.
-template <class At>
-__device__ __forceinline__ bool await_ranks(const LowLatency& ll, const Turn& turn, u32 ranks, At at, u64 due, u32* there) {
+// All lanes of a warp: until `is_ready(rank)` for each of `ranks`; `there` are those that came. False if one must leave.
+template <class Poll>
+__device__ __forceinline__ bool await_ranks(const LowLatency& ll, const Turn& turn, u32 ranks, u32* there, Poll is_ready) {
   const u32 lane = lane_of_warp();
   Came came = LEFT_OUT;
-  if (lane < RANKS && (ranks >> lane & 1)) {
-    const u64* word = at(lane);
-    // SYNC: what a word tells is visible after it; each side says which.
-    came = wait_for(ll, turn, lane, [&] { return i64(acquire_word(word) - due) >= 0; });
-  }
+  if (lane < RANKS && (ranks >> lane & 1)) came = wait_for(ll, turn, lane, [&] { return is_ready(lane); });
   *there = __ballot_sync(ALL_LANES, came == CAME);
   const bool goes_on = __all_sync(ALL_LANES, came != MUST_LEAVE);
   __syncwarp();
   return goes_on;
 }
 
-// The same for one word of one rank, of which all but the lowest `BITS` bits must be `number`: the word.
-template <u32 BITS>
-__device__ __forceinline__ Came await_word(const LowLatency& ll, const Turn& turn, u32 rank, const u64* at, u64 number, u64* word) {
-  Came came = CAME;
-  u64 seen = 0;
-  if (lane_of_warp() == 0) {
-    // SYNC: what a word tells is visible after it; each side says which.
-    came = wait_for(ll, turn, rank, [&] {
-      seen = acquire_word(at);
-      return seen >> BITS == number;
-    });
+// All lanes of a warp, together: until `is_ready` for all of them.
+template <class Poll>
+__device__ __forceinline__ Came wait_together(const LowLatency& ll, const Turn& turn, u32 rank, Poll is_ready) {
+  if (__all_sync(ALL_LANES, is_ready())) return CAME;
+  u32 spins = 0;
+  while (!__all_sync(ALL_LANES, is_ready())) {
+    if ((++spins & 63) != 0) continue;
+    Came came = CAME;
+    if (lane_of_warp() == 0) {
+      if (must_leave(ll.buffer, turn.entry, spins, rank, 0)) came = MUST_LEAVE;
+      else if (ll.buffer.is_masking && is_lost(ll.buffer, turn.entry, spins, rank)) came = LEFT_OUT;
+    }
+    came = Came(__shfl_sync(ALL_LANES, u32(came), 0));
+    if (came != CAME) return came;
   }
+  if (lane_of_warp() == 0) {
+    end_wait(ll.buffer, spins);
+    raise_own_later(&ll.progress->heard_ns[rank], now_ns());
+  }
+  return CAME;
+}
+
+// All lanes of a warp: until `rank` has told a piece of call `number`. What it told is visible to the warp then.
+__device__ __forceinline__ Came await_piece(const LowLatency& ll, const Turn& turn, u32 rank, const u64* told, u64 number) {
+  Came came = CAME;
+  // SYNC: a piece and its scales are visible before the word that tells it.
+  if (lane_of_warp() == 0) came = wait_for(ll, turn, rank, [&] { return acquire_word(told) == number; });
   came = Came(__shfl_sync(ALL_LANES, u32(came), 0));
-  *word = __shfl_sync(ALL_LANES, seen, 0);
   __syncwarp();
   return came;
 }
@@ -283,10 +313,11 @@ __device__ __forceinline__ bool await_credits(const LowLatency& ll, const Turn& 
   if (goes_on) return true;
   goes_on = true;
   if (threadIdx.x < WARP) {
-    // SYNC: what lay in a half was read before the credit that counts its call.
-    auto at = [&](u32 rank) { return credit_of(ll, ll.buffer.rank, rank); };
     u32 there;
-    goes_on = await_ranks(ll, turn, *present, at, due, &there);
+    // SYNC: what lay in a half was read before the credit that counts its call.
+    goes_on = await_ranks(ll, turn, *present, &there, [&](u32 rank) {
+      return i64(acquire_word(credit_of(ll, ll.buffer.rank, rank)) - due) >= 0;
+    });
     if (threadIdx.x == 0) ranks = there;
   }
   goes_on = __syncthreads_and(goes_on);
@@ -342,17 +373,12 @@ __device__ __forceinline__ bool are_possible(const LowLatency& ll, const Turn& t
 // All lanes of a warp: tells each of `present` which of its experts the token goes to, and `value` with each.
 __device__ __forceinline__ void tell_choices(const LowLatency& ll, const Turn& turn, u32 token, const Choices& choices, u32 value,
                                              u32 present) {
-  const u32 lane = lane_of_warp(), me = ll.buffer.rank;
-  for_ranks(ll, choices.ranks & present, [&](u32 rank) {
+  const u32 lane = lane_of_warp();
+  for_ranks(ll, present, [&](u32 rank) {
     const u64 word = choices.place.rank == rank ? u64(value) << 32 | (choices.place.expert + 1) : 0;
-    if (lane < ll.top_k) store_word(choices_in(ll, rank, turn.sent, me, token) + lane, word);
+    u8* at = choices_in(ll, rank, turn.sent, ll.buffer.rank, token) + lane * PACKET_BYTES;
+    if (lane < ll.top_k) put_word(at, word, turn.sent);
   });
-  __syncwarp();
-  if (lane < RANKS && (present >> lane & 1)) {
-    // SYNC: the choices of a token are visible before the word that tells them.
-    fence_all();
-    store_word(choices_told(ll, lane, turn.sent, me, token), turn.sent << 1 | (choices.ranks >> lane & 1));
-  }
 }
 
 // What a token of a peer selects here: lane k has selection k.
@@ -364,14 +390,13 @@ struct Asked {
 
 // All lanes of a warp.
 __device__ __forceinline__ Came await_choices(const LowLatency& ll, const Turn& turn, u64 number, u32 source, u32 token, Asked* asked) {
-  const u32 lane = lane_of_warp(), me = ll.buffer.rank;
+  const u32 lane = lane_of_warp();
+  const u8* at = choices_in(ll, ll.buffer.rank, number, source, token) + lane * PACKET_BYTES;
   u64 word = 0;
-  // SYNC: the choices of a token are visible before the word that tells them.
-  const Came came = await_word<1>(ll, turn, source, choices_told(ll, me, number, source, token), number, &word);
-  asked->is_any = came == CAME && (word & 1) != 0;
-  const u64 choice = asked->is_any && lane < ll.top_k ? load_word(choices_in(ll, me, number, source, token) + lane) : 0;
-  asked->expert = u32(choice) - 1;
-  asked->value = u32(choice >> 32);
+  const Came came = wait_together(ll, turn, source, [&] { return lane >= ll.top_k || take_word(at, number, &word); });
+  asked->expert = came == CAME ? u32(word) - 1 : NOBODY;
+  asked->value = u32(word >> 32);
+  asked->is_any = __any_sync(ALL_LANES, asked->expert != NOBODY);
   return came;
 }
 
@@ -384,40 +409,39 @@ __device__ __forceinline__ void tell_head(const LowLatency& ll, const Turn& turn
   __shared__ u32 counts[CHUNK];
   if constexpr (COUNTS) {
     const u32 experts = ll.experts_of[rank], selections = ll.tokens * ll.top_k;
-    u32* told = counts_of(ll, rank, turn.sent, ll.buffer.rank);
+    u8* told = counts_of(ll, rank, turn.sent, ll.buffer.rank);
     for (u32 first = 0; first < experts; first += CHUNK) {
-      for (u32 i = threadIdx.x; i < CHUNK && first + i < experts; i += blockDim.x) counts[i] = 0;
+      for (u32 i = threadIdx.x; i < CHUNK && first + i <= experts; i += blockDim.x) counts[i] = 0;
       __syncthreads();
       for (u32 i = threadIdx.x; i < selections; i += blockDim.x) {
         const Place place = find(ll, ll.selections[i]);
         if (place.rank == rank && place.expert - first < CHUNK) atomicAdd(&counts[place.expert - first], 1);
       }
       __syncthreads();
-      for (u32 i = threadIdx.x; i < CHUNK && first + i < experts; i += blockDim.x) told[first + i] = counts[i];
+      for (u32 i = 2 * threadIdx.x; i < CHUNK && first + i < experts; i += 2 * blockDim.x) {
+        put_word(told + u64(first + i) / 2 * PACKET_BYTES, u64(counts[i + 1]) << 32 | counts[i], turn.sent);
+      }
       __syncthreads();
     }
   }
-  if (threadIdx.x == 0) {
-    u64* head = head_of(ll, rank, turn.sent, ll.buffer.rank);
-    store_word(head + 1, ll.tokens);
-    for (u32 i = 0; i < COMPARED / 2; i++) store_word(head + 2 + i, ll.buffer.header[i]);
-    store_word(head + 2 + COMPARED / 2, ll.buffer.header[NUMBERED]);
-    // SYNC: counts and words of a head are visible before its number.
-    fence_all();
-    store_word(head, turn.sent);
+  if (threadIdx.x < HEAD_PACKETS) {
+    const u32 i = threadIdx.x;
+    const u64 word = i == 0 ? ll.tokens : ll.buffer.header[i < HEAD_PACKETS - 1 ? i - 1 : NUMBERED];
+    put_word(head_of(ll, rank, turn.sent, ll.buffer.rank) + i * PACKET_BYTES, word, turn.sent);
   }
 }
 
 // One lane: tells the host that `rank` makes another call than we, and ends all waits of this device.
-__device__ __noinline__ void refuse_call(const LowLatency& ll, const Turn& turn, u32 rank, const u64* theirs) {
+__device__ __noinline__ void refuse_call(const LowLatency& ll, const Turn& turn, u32 rank, const u8* head) {
+  auto theirs = [&](u32 i) { return load_word(reinterpret_cast<const u64*>(head + (1 + i) * PACKET_BYTES)); };
   if (swap_own(&ll.buffer.state->reported, 0, 1) == 0) {
     Report* report = ll.buffer.report;
     for (u32 i = 0; i < COMPARED / 2; i++) {
       store_word(reinterpret_cast<u64*>(report->mine) + i, ll.buffer.header[i]);
-      store_word(reinterpret_cast<u64*>(report->theirs) + i, load_word(theirs + i));
+      store_word(reinterpret_cast<u64*>(report->theirs) + i, theirs(i));
     }
     store_word(reinterpret_cast<u64*>(report->mine) + NUMBERED, ll.buffer.header[NUMBERED]);
-    store_word(reinterpret_cast<u64*>(report->theirs) + NUMBERED, load_word(theirs + COMPARED / 2));
+    store_word(reinterpret_cast<u64*>(report->theirs) + NUMBERED, theirs(COMPARED / 2));
     store_word(&report->peer, rank);
     store_word(&report->epoch, turn.entry.epoch);
     // SYNC: what a report says is visible before its reason.
@@ -439,16 +463,21 @@ __device__ __forceinline__ bool await_heads(const LowLatency& ll, const Turn& tu
   const u32 lane = lane_of_warp(), me = ll.buffer.rank;
   bool goes_on = true;
   if (threadIdx.x < WARP) {
-    // SYNC: counts and words of a head are visible before its number.
-    auto at = [&](u32 rank) { return head_of(ll, me, number, rank); };
     u32 present, tokens = 0;
-    goes_on = await_ranks(ll, turn, ALL_RANKS & ~left_out, at, number, &present);
+    u64 words[HEAD_PACKETS] = {};
+    goes_on = await_ranks(ll, turn, ALL_RANKS & ~left_out, &present, [&](u32 rank) {
+      bool is_there = true;
+#pragma unroll
+      for (u32 i = 0; i < HEAD_PACKETS; i++) {
+        is_there &= take_word(head_of(ll, me, number, rank) + i * PACKET_BYTES, number, &words[i]);
+      }
+      return is_there;
+    });
     if (goes_on && (present >> lane & 1)) {
-      const u64* head = at(lane);
-      const u64 told = load_word(head + 1);
-      tokens = told < ll.capacity ? u32(told) : ll.capacity;
-      for (u32 i = 0; i < COMPARED / 2; i++) goes_on &= load_word(head + 2 + i) == ll.buffer.header[i];
-      if (!goes_on) refuse_call(ll, turn, lane, head + 2);
+      tokens = words[0] < ll.capacity ? u32(words[0]) : ll.capacity;
+#pragma unroll
+      for (u32 i = 0; i < COMPARED / 2; i++) goes_on &= words[1 + i] == ll.buffer.header[i];
+      if (!goes_on) refuse_call(ll, turn, lane, head_of(ll, me, number, lane));
     }
     const u32 most = __reduce_max_sync(ALL_LANES, tokens);
     if (lane < RANKS) heads->tokens[lane] = tokens;

@@ -9,12 +9,11 @@
 
 #include "low_latency.cuh"
 
-// The row of a selection among the results of our experts: lane k has selection k. −1 if there is none, −2 if it is not as it was dispatched.
-__device__ __forceinline__ i32 result_row(const LowLatency& ll, const Asked& asked, u32 source, u32 token) {
+// The row of a selection among the results of our experts, which the dispatch gave `row`: lane k has selection k. −1 if there is none, −2 if it is not as it was dispatched.
+__device__ __forceinline__ i32 result_row(const LowLatency& ll, const Asked& asked, i32 row) {
   if (asked.expert == NOBODY) return -1;
   const u32 rows = block_rows(ll);
   if (asked.expert >= ll.experts_of[ll.buffer.rank]) return -2;
-  const i32 row = ll.slots[place_of(ll, source, token) * ll.top_k + lane_of_warp()];
   const i64 within = i64(row) - i64(asked.expert) * rows;
   return within < 0 || within >= rows ? -2 : row;
 }
@@ -91,7 +90,7 @@ __device__ __forceinline__ bool send_sum(const LowLatency& ll, const Turn& turn,
 
 template <int DTYPE>
 __device__ __forceinline__ bool send_results(const LowLatency& ll, const Turn& turn) {
-  const u32 me = ll.buffer.rank;
+  const u32 lane = lane_of_warp();
   u32 present;
   if (!await_credits(ll, turn, &present)) return false;
   // 1. Heads, by the first blocks, and choices with their weights.
@@ -103,7 +102,6 @@ __device__ __forceinline__ bool send_results(const LowLatency& ll, const Turn& t
     const Choices choices = choices_of(ll, token);
     goes_on = are_possible(ll, turn, token, choices);
     if (!goes_on) break;
-    const u32 lane = lane_of_warp();
     const f32 weight = lane < ll.top_k ? ll.weights[u64(token) * ll.top_k + lane] : 0;
     tell_choices(ll, turn, token, choices, __float_as_uint(weight), present);
   }
@@ -111,12 +109,14 @@ __device__ __forceinline__ bool send_results(const LowLatency& ll, const Turn& t
   __shared__ Heads heads;
   if (!__syncthreads_and(goes_on) || !await_heads(ll, turn, turn.sent, turn.left_out, &heads)) return false;
   for (Walk walk(warp_from_end(), warps_of_grid(), heads.most, RANKS * ll.pieces); walk.goes_on(); walk.next()) {
-    const u32 token = walk.outer, source = peer_behind(me, walk.inner % RANKS), piece = walk.inner / RANKS;
+    const u32 token = walk.outer, source = peer_behind(ll.buffer.rank, walk.inner % RANKS), piece = walk.inner / RANKS;
     if (token >= heads.tokens[source]) continue;
+    // Asked for while the choices are awaited.
+    const i32 given = lane < ll.top_k ? ll.slots[place_of(ll, source, token) * ll.top_k + lane] : -1;
     Asked asked;
     if (await_choices(ll, turn, turn.sent, source, token, &asked) == MUST_LEAVE) return false;
     if (!asked.is_any) continue;
-    const i32 row = result_row(ll, asked, source, token);
+    const i32 row = result_row(ll, asked, given);
     // Compared once for a token, while its rows are under way.
     const i32 named = piece == 0 && row >= 0 ? ll.source_tokens[row] : i32(token);
     const bool is_there = __all_sync(ALL_LANES, row != -2);
@@ -187,8 +187,10 @@ __device__ __forceinline__ bool receive_results(const LowLatency& ll, const Turn
     const u32 ranks = choices_of(ll, token).ranks & ~share.left_out;
     u32 there;
     // SYNC: a piece and its scales are visible before the word that tells it.
-    auto told = [&](u32 rank) { return piece_told(ll, me, turn.received, rank, token, walk.inner / STEPS); };
-    if (!await_ranks(ll, turn, ranks, told, turn.received, &there)) return false;
+    const bool goes_on = await_ranks(ll, turn, ranks, &there, [&](u32 rank) {
+      return acquire_word(piece_told(ll, me, turn.received, rank, token, walk.inner / STEPS)) == turn.received;
+    });
+    if (!goes_on) return false;
     if (at < ll.hidden) add_rows<DTYPE>(ll, turn.received, token, at, there);
   }
   return true;

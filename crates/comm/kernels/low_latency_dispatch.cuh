@@ -112,17 +112,45 @@ __device__ __forceinline__ bool send_tokens(const LowLatency& ll, const Turn& tu
   return true;
 }
 
-// All lanes of a warp: rows of our experts by source, and in all.
-__device__ __forceinline__ void write_ranges(const LowLatency& ll, u64 number, u32 present, u32 expert) {
-  const u32 me = ll.buffer.rank;
-  if (expert >= ll.experts_of[me]) return;
-  u32 rows = 0;
+// All lanes of a warp: until `source` has told how many of its selections are each lane's expert, of those that have one.
+__device__ __noinline__ Came await_count(const LowLatency& ll, const Turn& turn, u64 number, u32 source, u32 expert, u32* count) {
+  return wait_together(ll, turn, source, [&] { return expert == NOBODY || take_count(ll, number, source, expert, count); });
+}
+
+// All lanes of a warp: the selections of each lane's expert by each of `ranks`. Mostly they came with the heads. False if one must leave.
+__device__ __forceinline__ bool await_counts(const LowLatency& ll, const Turn& turn, u64 number, u32 ranks, u32 expert, u32 (&counts)[RANKS]) {
+  bool are_there = true;
+#pragma unroll
   for (u32 source = 0; source < RANKS; source++) {
-    const u32 count = present >> source & 1 ? load_short_word(counts_of(ll, me, number, source) + expert) : 0;
-    ll.ranges[u64(expert) * RANKS + source] = i64(u64(rows) << 32 | count);
-    rows += count;
+    counts[source] = 0;
+    if (expert != NOBODY && (ranks >> source & 1)) are_there &= take_count(ll, number, source, expert, &counts[source]);
+  }
+  if (__all_sync(ALL_LANES, are_there)) return true;
+#pragma unroll
+  for (u32 source = 0; source < RANKS; source++) {
+    if (!(ranks >> source & 1)) continue;
+    u32 count = 0;
+    const Came came = await_count(ll, turn, number, source, expert, &count);
+    if (came == MUST_LEAVE) return false;
+    // Without it, all is received once more.
+    counts[source] = came == CAME && expert != NOBODY ? count : 0;
+  }
+  return true;
+}
+
+// All lanes of a warp: rows of our experts by source, and in all. False if one must leave.
+__device__ __forceinline__ bool write_ranges(const LowLatency& ll, const Turn& turn, u64 number, u32 present, u32 expert) {
+  const bool is_ours = expert < ll.experts_of[ll.buffer.rank];
+  u32 counts[RANKS], rows = 0;
+  if (!await_counts(ll, turn, number, present, is_ours ? expert : NOBODY, counts)) return false;
+  if (!is_ours) return true;
+#pragma unroll
+  for (u32 source = 0; source < RANKS; source++) {
+    ll.ranges[u64(expert) * RANKS + source] = i64(u64(rows) << 32 | counts[source]);
+    rows += counts[source];
   }
   ll.counts[expert] = i32(rows);
+  return true;
 }
 
 // All lanes of a warp: copies a piece to the rows of lanes that have one (an expert that is not NOBODY, and the row in its block).
@@ -194,7 +222,7 @@ __device__ __forceinline__ bool receive_tokens(const LowLatency& ll, const Turn&
   if (!await_heads(ll, turn, number, share.left_out, &heads)) return false;
   // By other warps than those that have the first pieces.
   for (u32 expert = (share.first + share.step / 2) % share.step * WARP; expert < ll.experts_of[me]; expert += share.step * WARP) {
-    write_ranges(ll, number, heads.present, expert + lane);
+    if (!write_ranges(ll, turn, number, heads.present, expert + lane)) return false;
   }
   for (Walk walk(share.first, share.step, heads.most, RANKS * ll.pieces); walk.goes_on(); walk.next()) {
     const u32 token = walk.outer, source = peer_behind(me, walk.inner % RANKS), piece = walk.inner / RANKS;
@@ -203,22 +231,15 @@ __device__ __forceinline__ bool receive_tokens(const LowLatency& ll, const Turn&
     Came came = await_choices(ll, turn, number, source, token, &asked);
     if (came == MUST_LEAVE) return false;
     if (!asked.is_any) continue;
-    // Rows that ranks before the source have there come before; asked for while the piece is awaited.
-    const bool is_ours = asked.expert != NOBODY && asked.expert < ll.experts_of[me];
-    u32 rows_before[RANKS];
-#pragma unroll
-    for (u32 before = 0; before < RANKS; before++) {
-      const bool counts = is_ours && before < source && (heads.present >> before & 1);
-      rows_before[before] = counts ? load_short_word(counts_of(ll, me, number, before) + asked.expert) : 0;
-    }
-    u64 word;
-    // SYNC: a piece and its scales are visible before the word that tells it.
-    came = await_word<0>(ll, turn, source, piece_told(ll, me, number, source, token, piece), number, &word);
+    // Rows that ranks before the source have there come before.
+    const bool is_ours = asked.expert < ll.experts_of[me];
+    u32 counts[RANKS], row = asked.value;
+    if (!await_counts(ll, turn, number, heads.present & ((1u << source) - 1), is_ours ? asked.expert : NOBODY, counts)) return false;
+    came = await_piece(ll, turn, source, piece_told(ll, me, number, source, token, piece), number);
     if (came == MUST_LEAVE) return false;
     if (came == LEFT_OUT) continue;
-    u32 row = asked.value;
 #pragma unroll
-    for (u32 before = 0; before < RANKS; before++) row += rows_before[before];
+    for (u32 before = 0; before < RANKS; before++) row += counts[before];
     const bool is_possible = asked.expert == NOBODY || (is_ours && row < rows);
     if (!is_possible) give_up(ll.buffer, REASON_CHOICE, source, turn.entry.epoch, token, asked.expert, 0);
     if (!__all_sync(ALL_LANES, is_possible)) return false;

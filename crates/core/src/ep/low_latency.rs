@@ -3,11 +3,11 @@
 //! ```text
 //! credits │ half 0 │ half 1
 //!
-//! half    heads │ counts │ choices told │ choices │ pieces told │ scales │ rows
+//! half    heads │ counts │ choices │ pieces told │ scales │ rows
 //! ```
 //! Calls use the halves in turn. In a half each rank has a part of its own of everything, which only it writes: a place for each of its
-//! tokens, whatever becomes of the others. A row is told in *pieces* of [`PIECE`] elements. What tells something is the number of a call,
-//! 64 bits wide, so nothing is ever cleared. The credit of a rank says how many calls it has read here.
+//! tokens, whatever becomes of the others. Heads, counts and choices are packets: 8 bytes of data, and the number of the call that they are
+//! of. A row is told in *pieces* of [`PIECE`] elements, each by a number beside. Numbers are 64 bits wide, so nothing is ever cleared. The credit of a rank says how many calls it has read here.
 //!
 //! 8 ranks with 128 tokens of 7168 bf16 elements each need 2 · 8 · 128 · 14336 bytes for rows: 28 MiB, and 3 % for the rest.
 
@@ -18,8 +18,8 @@ use crate::layout::{Field, LINE};
 
 /// Elements of a row that are told together: what a warp moves at once. A multiple of the elements that share a scale.
 pub const PIECE: usize = 1024;
-/// Words of 64 bits in a head: the number of the call, then what it is.
-pub const HEAD_WORDS: usize = 8;
+/// Bytes of a packet.
+const PACKET: usize = 16;
 /// Bytes from the credit, or the head, of a rank to that of the next one.
 const STRIDE: usize = LINE;
 
@@ -30,13 +30,11 @@ pub struct LowLatencyLayout {
     pub credits: Field,
     /// The halves.
     pub halves: [Field; 2],
-    /// [`HEAD_WORDS`] × `u64` of each rank.
+    /// Packets of each rank.
     pub heads: Field,
-    /// `u32` × ranks × [`LowLatencyLayout::experts`]: selections of each expert of the receiver.
+    /// Packets × ranks × half of [`LowLatencyLayout::experts`]: selections of two experts of the receiver in each.
     pub counts: Field,
-    /// `u64` × ranks × capacity.
-    pub choices_told: Field,
-    /// `u64` × ranks × capacity × top-k: of each selection the expert, and what goes with it.
+    /// Packets × ranks × capacity × top-k: of each selection the expert, and what goes with it.
     pub choices: Field,
     /// `u64` × ranks × capacity × [`LowLatencyLayout::pieces`].
     pub pieces_told: Field,
@@ -64,8 +62,9 @@ impl LowLatencyLayout {
         let ArenaShape { world_size, hidden, element_bytes, capacity, top_k, .. } = *shape;
         let (pieces, scales_of_row) = (hidden.div_ceil(PIECE), blocks(hidden));
         let row_stride = (hidden * element_bytes).next_multiple_of(LINE);
-        let of_token = row_stride + 4 * scales_of_row + 8 * (pieces + MAX_TOP_K + 1);
-        let most = 2 * world_size as u128 * (capacity as u128 * of_token as u128 + 4 * experts as u128);
+        let of_token = row_stride + 4 * scales_of_row + 8 * pieces + PACKET * MAX_TOP_K;
+        let most =
+            2 * world_size as u128 * (capacity as u128 * of_token as u128 + (PACKET * experts) as u128);
         let cap = 1u128 << 40;
         if most > cap {
             let got = u64::try_from(most).unwrap_or(u64::MAX);
@@ -79,9 +78,8 @@ impl LowLatencyLayout {
         };
         let tokens = world_size * capacity;
         let heads = take(world_size * STRIDE);
-        let counts = take(world_size * experts * 4);
-        let choices_told = take(tokens * 8);
-        let choices = take(tokens * top_k * 8);
+        let counts = take(world_size * experts.div_ceil(2) * PACKET);
+        let choices = take(tokens * top_k * PACKET);
         let pieces_told = take(tokens * pieces * 8);
         let scales = take(tokens * scales_of_row * 4);
         let rows = take(tokens * row_stride);
@@ -92,7 +90,6 @@ impl LowLatencyLayout {
             halves,
             heads,
             counts,
-            choices_told,
             choices,
             pieces_told,
             scales,
@@ -111,12 +108,10 @@ impl LowLatencyLayout {
     }
 
     /// What is the same for all shapes, as kernels know it.
-    pub const fn definitions() -> [(&'static str, usize); 3] {
-        [("PIECE", PIECE), ("HEAD_WORDS", HEAD_WORDS), ("PLACE_STRIDE", STRIDE)]
+    pub const fn definitions() -> [(&'static str, usize); 2] {
+        [("PIECE", PIECE), ("PLACE_STRIDE", STRIDE)]
     }
 }
-
-const _: () = assert!(HEAD_WORDS * 8 <= STRIDE);
 
 #[cfg(test)]
 pub(super) mod tests {
@@ -137,9 +132,8 @@ pub(super) mod tests {
         for (hidden, capacity, experts) in [(7168, 128, 36), (8, 1, 1), (1032, 7, 0), (2560, 33, 5)] {
             let shape = ArenaShape { hidden, capacity, ..SHAPE };
             let layout = LowLatencyLayout::new(&shape, experts).unwrap();
-            let LowLatencyLayout { heads, counts, choices_told, choices, pieces_told, scales, rows, .. } =
-                layout;
-            let fields = [heads, counts, choices_told, choices, pieces_told, scales, rows];
+            let LowLatencyLayout { heads, counts, choices, pieces_told, scales, rows, .. } = layout;
+            let fields = [heads, counts, choices, pieces_told, scales, rows];
             for (field, next) in fields.iter().zip(&fields[1..]) {
                 assert!(field.offset.is_multiple_of(LINE) && next.offset >= field.end(), "{fields:?}");
             }

@@ -14,7 +14,7 @@ mod rows;
 
 pub use arena::{ArenaLayout, ArenaShape, CALL_WORDS, CALLS, DataFields, WeightFields};
 pub use device::{DEVICE_LINE, DeviceLayout, MOST_LOCAL_EXPERTS};
-pub use low_latency::{HEAD_WORDS, LowLatencyLayout, PIECE};
+pub use low_latency::{LowLatencyLayout, PIECE};
 pub use placement::Placement;
 pub use routing::{Routing, send_slots, source_prefix};
 pub use rows::{RowSum, is_summed};

@@ -141,7 +141,6 @@ pub(super) struct LowLatencyArgs {
     pub(super) credits_at: u64,
     pub(super) halves: [u64; 2],
     pub(super) counts_at: u64,
-    pub(super) choices_told_at: u64,
     pub(super) choices_at: u64,
     pub(super) pieces_told_at: u64,
     pub(super) scales_at: u64,

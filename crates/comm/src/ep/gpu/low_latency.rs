@@ -81,7 +81,6 @@ impl LowLatency {
             credits_at: at(layout.credits.offset),
             halves: layout.halves.map(|half| at(half.offset)),
             counts_at: layout.counts.offset as u64,
-            choices_told_at: layout.choices_told.offset as u64,
             choices_at: layout.choices.offset as u64,
             pieces_told_at: layout.pieces_told.offset as u64,
             scales_at: layout.scales.offset as u64,
