@@ -143,6 +143,7 @@ const UNSAFE_FILES: &[&str] = &[
     "crates/comm/tests/gpu/message_ends.rs",
     "crates/comm/tests/gpu/messages.rs",
     "crates/comm/tests/gpu/pinned.rs",
+    "crates/comm/tests/gpu/places.rs",
     "crates/comm/tests/gpu/random.rs",
     "crates/comm/tests/gpu/random_more.rs",
     "crates/comm/tests/gpu/recorder.rs",

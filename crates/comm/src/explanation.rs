@@ -454,7 +454,7 @@ mod tests {
             lines[8],
             "  all_to_all: one-shot up to 1 MiB, in lines above 96 KiB, one-shot up to 2368 KiB, then bulk"
         );
-        assert_eq!(lines[9], "forms from: default (measured on 2 and 4 × NVIDIA H200)");
+        assert_eq!(lines[9], "forms from: default (measured on 2, 4 and 8 × NVIDIA H200)");
         let mut copied = GpuRules { engines: true, ..rules };
         copied.table.row_mut(Kind::AllGather).engine_from = 64 << 20;
         let told = OnGpus::new(&copied, Origin::Default).to_string();

@@ -288,12 +288,12 @@ mod tests {
     #[test]
     fn it_is_said_where_forms_come_from() {
         let name = "NVIDIA H200";
-        assert_eq!(said(&forms(name, 8, None)), (Well, "default, measured on 2 and 4 × NVIDIA H200"));
+        assert_eq!(said(&forms(name, 8, None)), (Well, "default, measured on 2, 4 and 8 × NVIDIA H200"));
         let host = Tuning::new("here", [].into());
         let without = forms(name, 8, Some((&host, "a.tune")));
         assert_eq!(
             said(&without),
-            (Well, "default, measured on 2 and 4 × NVIDIA H200; a.tune has none for GPUs")
+            (Well, "default, measured on 2, 4 and 8 × NVIDIA H200; a.tune has none for GPUs")
         );
         let tables = [2, 4].map(|ranks| (ranks, tuning::device::Table::built_in(ranks)));
         let tuned = host.with_gpus(name, tables.into());

@@ -626,7 +626,7 @@ mod tests {
         assert_eq!(form(&rules(8), &sum(8 << 20)), Form::TwoShotLines);
         assert_eq!(form(&rules(4), &sum(256 << 10)), Form::OneShotLines);
         assert_eq!(form(&rules(4), &of(Kind::AllGather, 2 << 20)), Form::OneShotLines);
-        assert_eq!(form(&rules(8), &of(Kind::AllToAll, 1 << 20)), Form::OneShotLines);
+        assert_eq!(form(&rules(8), &of(Kind::AllToAll, 256 << 10)), Form::OneShotLines);
         for barred in [
             Rules { bulk_copies: false, ..rules(4) },
             Rules { link: Link::Host, bulk_copies: false, ..rules(4) },

@@ -18,7 +18,7 @@ pub const WIDE_BLOCKS: usize = 64;
 /// The most vectors of 16 bytes in a tile that a file may ask for; there is room for no more anywhere.
 const MAX_TILE: usize = 1 << 16;
 /// On what the built-in table was measured.
-pub const BUILT_IN_FROM: &str = "2 and 4 × NVIDIA H200";
+pub const BUILT_IN_FROM: &str = "2, 4 and 8 × NVIDIA H200";
 
 /// Where the forms of one operation change, among so many ranks, and their grids.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]

@@ -255,7 +255,7 @@ mod tests {
         // C++ puts what a structure adds into the padding of its base.
         assert_eq!(size_of::<BufferArgs>(), size_of::<crate::gpu::args::Args>() + 4 * 8 + 8);
         assert_eq!(size_of::<DispatchArgs>(), size_of::<BufferArgs>() + 24 + 9 * 8 + 6 * 4);
-        assert_eq!(size_of::<LowLatencyArgs>(), size_of::<BufferArgs>() + 21 * 8 + 14 * 4 + 16 * 4);
+        assert_eq!(size_of::<LowLatencyArgs>(), size_of::<BufferArgs>() + 20 * 8 + 14 * 4 + 16 * 4);
         assert_eq!(sources_hash().len(), 64);
     }
 }

@@ -91,6 +91,12 @@ fn borders(kind: Kind, ranks: usize) -> (usize, usize, Option<usize>) {
     const PAIR: usize = 2_097_152;
     let at = ranks - 2;
     match kind {
+        Kind::AllReduce { .. } if ranks == 8 => (ONE_SHOT[at], TWO_SHOT, Some(67_108_864)),
+        Kind::Broadcast { .. } if ranks == 8 => (ONE_SHOT[at], TWO_SHOT, Some(16_777_216)),
+        Kind::AllGather if ranks == 8 => (524_288, 0, Some(1_048_576)),
+        Kind::Reduce { .. } if ranks == 8 => (524_288, 0, Some(16_777_216)),
+        Kind::Scatter { .. } if ranks == 8 => (262_143, 0, None),
+        Kind::Gather { .. } | Kind::AllToAll if ranks == 8 => (524_287, 0, None),
         Kind::AllReduce { .. } => {
             (ONE_SHOT[at], TWO_SHOT, Some([PAIR, 16_777_216, 16_777_216, 100_663_296][at.min(3)]))
         }
@@ -109,8 +115,19 @@ fn borders(kind: Kind, ranks: usize) -> (usize, usize, Option<usize>) {
     }
 }
 
-/// From which size on an operation goes in lines, one-shot and then two-shot up to which, where data can travel so. Measured among two and
-/// four; else calculated from what a link moves and what a hop takes; one-shot parts end where lines have no more room.
+/// From where on it goes in a ring where there are few blocks.
+fn narrow_ring(kind: Kind, ranks: usize) -> Option<usize> {
+    match kind {
+        Kind::AllReduce { .. } | Kind::ReduceScatter { .. } if ranks == 8 => Some(33_554_432),
+        Kind::Broadcast { .. } if ranks == 8 => Some(2_097_152),
+        Kind::Reduce { .. } if ranks == 8 => Some(4_194_304),
+        Kind::AllReduce { .. } if ranks > 2 => None,
+        _ => borders(kind, ranks).2,
+    }
+}
+
+/// From which size on an operation goes in lines, one-shot and then two-shot up to which, where data can travel so. Measured among two,
+/// four and eight; else calculated from what a link moves and what a hop takes; one-shot parts end where lines have no more room.
 fn lines(kind: Kind, ranks: usize) -> (usize, usize, usize) {
     if ranks == 2 {
         let (one_shot, two_shot) = match kind {
@@ -129,6 +146,11 @@ fn lines(kind: Kind, ranks: usize) -> (usize, usize, usize) {
         }
         Kind::Scatter { .. } if ranks == 4 => return ((256 << 10) + 1, 2_424_832, 0),
         Kind::AllToAll if ranks == 4 => return ((96 << 10) + 1, 2_424_832, 0),
+        Kind::AllReduce { .. } | Kind::Broadcast { .. } if ranks == 8 => {
+            return ((64 << 10) + 1, 256 << 10, 8 << 20);
+        }
+        Kind::ReduceScatter { .. } if ranks == 8 => return (256 << 10, (1 << 20) - 1, 0),
+        Kind::Scatter { .. } | Kind::AllToAll if ranks == 8 => return (112_348, (512 << 10) - 1, 0),
         _ => {}
     }
     let parts = 112 / (ranks - 1) * 65_536;
@@ -149,7 +171,8 @@ fn lines(kind: Kind, ranks: usize) -> (usize, usize, usize) {
 fn sizes(kind: Kind, ranks: usize) -> Vec<usize> {
     let (one, two, ring) = borders(kind, ranks);
     let (lines, one_line, two_lines) = lines(kind, ranks);
-    let borders = [one, two, ring.unwrap_or(0), lines, one_line, two_lines];
+    let rings = [ring, narrow_ring(kind, ranks)].map(|from| from.unwrap_or(0));
+    let borders = [one, two, rings[0], rings[1], lines, one_line, two_lines];
     let around = borders.into_iter().flat_map(|at| [at, at + 1, at.max(2) - 1]);
     let powers = (0..=32).flat_map(|shift| [1usize << shift, (1 << shift) + 1, (3 << shift) / 2]);
     powers.chain(around).filter(|bytes| (1..=4 << 30).contains(bytes)).collect()
@@ -174,19 +197,22 @@ fn without_a_tuning_file_forms_change_where_they_were_measured_to() {
                     bytes if bytes <= two_lines => Some(Form::TwoShotLines),
                     _ => None,
                 };
-                let rings = |is_taken: bool| {
-                    let is_ring = is_taken && ring.is_some_and(|from| bytes >= from);
+                let rings = |ring: Option<usize>| {
+                    let is_ring = ring.is_some_and(|from| bytes >= from);
                     let tiled = if is_ring { Form::Ring } else { Form::Bulk };
                     in_lines.or(packets).unwrap_or(tiled)
                 };
                 let form = |rules: Rules| rules.decide(&question).form;
                 let what = format!("{} of {bytes} bytes among {ranks}", kind.name());
-                assert_eq!(form(rules(ranks)), rings(true), "{what}");
-                // Whoever may have few blocks reduces without a ring, unless there are only two ranks.
-                let few = !matches!(kind, Kind::AllReduce { .. }) || ranks == 2;
+                assert_eq!(form(rules(ranks)), rings(ring), "{what}");
+                let few = narrow_ring(kind, ranks);
                 assert_eq!(form(Rules { most_blocks: 24, ..rules(ranks) }), rings(few), "{what}, narrow");
                 let keeps_order = kind.op().is_none() || ranks == 2;
-                assert_eq!(form(Rules { order: Order::Rank, ..rules(ranks) }), rings(keeps_order), "{what}");
+                assert_eq!(
+                    form(Rules { order: Order::Rank, ..rules(ranks) }),
+                    rings(ring.filter(|_| keeps_order)),
+                    "{what}"
+                );
                 let reaches = Question { is_reachable: true, ..question };
                 let is_direct =
                     matches!(kind, Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::AllGather);
@@ -194,10 +220,12 @@ fn without_a_tuning_file_forms_change_where_they_were_measured_to() {
                 let direct_from = match kind {
                     Kind::AllGather if ranks <= 4 => 1_048_577,
                     Kind::AllGather => 524_289,
+                    _ if ranks == 8 => usize::MAX,
                     _ => 2_097_153,
                 };
                 let staged = in_lines.or(packets).filter(|_| bytes < direct_from);
-                let expected = if is_direct { staged.unwrap_or(Form::Direct) } else { rings(true) };
+                let is_direct = is_direct && direct_from < usize::MAX;
+                let expected = if is_direct { staged.unwrap_or(Form::Direct) } else { rings(ring) };
                 assert_eq!(rules(ranks).decide(&reaches).form, expected, "{what}, in windows");
                 // Where lines are not whole, nothing takes them.
                 let older = Rules { bulk_copies: false, ..rules(ranks) };
