@@ -268,11 +268,10 @@ __device__ __forceinline__ bool await_ranks(const LowLatency& ll, const Turn& tu
   return goes_on;
 }
 
-// All lanes of a warp, together: until `is_ready` for all of them. If that takes a while, they do `before` first.
-template <class Poll, class Before>
-__device__ __forceinline__ Came wait_together(const LowLatency& ll, const Turn& turn, u32 rank, Poll is_ready, Before before) {
+// All lanes of a warp, together: until `is_ready` for all of them.
+template <class Poll>
+__device__ __forceinline__ Came wait_together(const LowLatency& ll, const Turn& turn, u32 rank, Poll is_ready) {
   if (__all_sync(ALL_LANES, is_ready())) return CAME;
-  before();
   u32 spins = 0;
   while (!__all_sync(ALL_LANES, is_ready())) {
     if ((++spins & 63) != 0) continue;
@@ -389,15 +388,12 @@ struct Asked {
   u32 value;
 };
 
-// All lanes of a warp, which do `before` first if they have to wait.
-template <class Before>
-__device__ __forceinline__ Came await_choices(const LowLatency& ll, const Turn& turn, u64 number, u32 source, u32 token, Asked* asked,
-                                              Before before) {
+// All lanes of a warp.
+__device__ __forceinline__ Came await_choices(const LowLatency& ll, const Turn& turn, u64 number, u32 source, u32 token, Asked* asked) {
   const u32 lane = lane_of_warp();
   const u8* at = choices_in(ll, ll.buffer.rank, number, source, token) + lane * PACKET_BYTES;
   u64 word = 0;
-  const Came came = wait_together(
-      ll, turn, source, [&] { return lane >= ll.top_k || take_word(at, number, &word); }, before);
+  const Came came = wait_together(ll, turn, source, [&] { return lane >= ll.top_k || take_word(at, number, &word); });
   asked->expert = came == CAME ? u32(word) - 1 : NOBODY;
   asked->value = u32(word >> 32);
   asked->is_any = __any_sync(ALL_LANES, asked->expert != NOBODY);
@@ -455,37 +451,39 @@ __device__ __noinline__ void refuse_call(const LowLatency& ll, const Turn& turn,
   store_own_word(&ll.buffer.state->poison, 1);
 }
 
-// What the ranks told of a call, as a warp knows it.
+// What the ranks told of a call.
 struct Heads {
-  u32 present;  // ranks, by bits
-  u32 most;     // tokens of a rank
-  u32 told;     // tokens of the rank that is this lane
-
-  __device__ __forceinline__ u32 tokens(u32 rank) const { return __shfl_sync(ALL_LANES, told, rank); }
+  u32 present;        // ranks, by bits
+  u32 most;           // tokens of a rank
+  u32 tokens[RANKS];  // none of those that are not there
 };
 
-// All lanes of a warp: what every rank but `left_out` told of call `number`. Each warp asks for itself, so that none waits for those of
-// its block that are still sending. False if one must leave.
+// All threads of a block: what every rank but `left_out` told of call `number`, in memory that they share. False if one must leave.
 __device__ __forceinline__ bool await_heads(const LowLatency& ll, const Turn& turn, u64 number, u32 left_out, Heads* heads) {
   const u32 lane = lane_of_warp(), me = ll.buffer.rank;
-  u64 words[HEAD_PACKETS] = {};
-  bool goes_on = await_ranks(ll, turn, ALL_RANKS & ~left_out, &heads->present, [&](u32 rank) {
-    bool is_there = true;
+  bool goes_on = true;
+  if (threadIdx.x < WARP) {
+    u32 present, tokens = 0;
+    u64 words[HEAD_PACKETS] = {};
+    goes_on = await_ranks(ll, turn, ALL_RANKS & ~left_out, &present, [&](u32 rank) {
+      bool is_there = true;
 #pragma unroll
-    for (u32 i = 0; i < HEAD_PACKETS; i++) {
-      is_there &= take_word(head_of(ll, me, number, rank) + i * PACKET_BYTES, number, &words[i]);
+      for (u32 i = 0; i < HEAD_PACKETS; i++) {
+        is_there &= take_word(head_of(ll, me, number, rank) + i * PACKET_BYTES, number, &words[i]);
+      }
+      return is_there;
+    });
+    if (goes_on && (present >> lane & 1)) {
+      tokens = words[0] < ll.capacity ? u32(words[0]) : ll.capacity;
+#pragma unroll
+      for (u32 i = 0; i < COMPARED / 2; i++) goes_on &= words[1 + i] == ll.buffer.header[i];
+      if (!goes_on) refuse_call(ll, turn, lane, head_of(ll, me, number, lane));
     }
-    return is_there;
-  });
-  heads->told = 0;
-  if (goes_on && (heads->present >> lane & 1)) {
-    heads->told = words[0] < ll.capacity ? u32(words[0]) : ll.capacity;
-#pragma unroll
-    for (u32 i = 0; i < COMPARED / 2; i++) goes_on &= words[1 + i] == ll.buffer.header[i];
-    if (!goes_on) refuse_call(ll, turn, lane, head_of(ll, me, number, lane));
+    const u32 most = __reduce_max_sync(ALL_LANES, tokens);
+    if (lane < RANKS) heads->tokens[lane] = tokens;
+    if (lane == 0) heads->present = present, heads->most = most;
   }
-  heads->most = __reduce_max_sync(ALL_LANES, heads->told);
-  return __all_sync(ALL_LANES, goes_on);
+  return __syncthreads_and(goes_on);
 }
 
 // Rows. ---------------------------------------------------------------------------------------------------------------------------
@@ -648,12 +646,11 @@ __device__ __forceinline__ void carry_out(const LowLatency& ll, u32 first, Send 
   __shared__ Turn turn;
   take_turn(ll, &turn);
   if (turn.entry.is_poisoned) return;
-  const bool has_sent = !(ll.phases & SENDS) || send(turn);
+  if ((ll.phases & SENDS) && !__syncthreads_and(send(turn))) return;
   Share share = {first, warps_of_grid(), turn.left_out};
   bool is_last = false;
   do {
-    const bool goes_on = has_sent && (!(ll.phases & RECEIVES) || receive(turn, share));
-    if (!__syncthreads_and(goes_on)) return;
+    if ((ll.phases & RECEIVES) && !__syncthreads_and(receive(turn, share))) return;
   } while (close(ll, turn, &share, &is_last));
   leave(ll.buffer);
 }

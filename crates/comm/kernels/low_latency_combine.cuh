@@ -84,11 +84,9 @@ __device__ __forceinline__ bool send_sum(const LowLatency& ll, const Turn& turn,
       }
     }
   }
+  tell_piece(ll, turn, token, piece, 1u << source);
   return true;
 }
-
-// Sums that a warp tells at once, at most.
-constexpr u32 SUMS_AT_ONCE = 4;
 
 template <int DTYPE>
 __device__ __forceinline__ bool send_results(const LowLatency& ll, const Turn& turn) {
@@ -99,49 +97,33 @@ __device__ __forceinline__ bool send_results(const LowLatency& ll, const Turn& t
   for (u32 rank = blockIdx.x; rank < RANKS; rank += gridDim.x) {
     if (present >> rank & 1) tell_head<false>(ll, turn, rank);
   }
+  bool goes_on = true;
   for (u32 token = warp_behind_heads(); token < ll.tokens; token += warps_of_grid()) {
     const Choices choices = choices_of(ll, token);
-    if (!are_possible(ll, turn, token, choices)) return false;
+    goes_on = are_possible(ll, turn, token, choices);
+    if (!goes_on) break;
     const f32 weight = lane < ll.top_k ? ll.weights[u64(token) * ll.top_k + lane] : 0;
     tell_choices(ll, turn, token, choices, __float_as_uint(weight), present);
   }
   // 2. Sums for the tokens of all ranks.
-  Heads heads;
-  if (!await_heads(ll, turn, turn.sent, turn.left_out, &heads)) return false;
-  // Sums that were stored and not told: lane i knows of the i-th. To tell waits until they have arrived, so some are told at once; but nobody
-  // is kept from them while this warp waits for another rank.
-  u64* stored_at = nullptr;
-  u32 stored = 0;
-  auto tell = [&] {
-    __syncwarp();
-    if (lane < stored) {
-      // SYNC: a piece and its scales are visible before the word that tells it.
-      fence_all();
-      store_word(stored_at, turn.sent);
-    }
-    stored = 0;
-  };
+  __shared__ Heads heads;
+  if (!__syncthreads_and(goes_on) || !await_heads(ll, turn, turn.sent, turn.left_out, &heads)) return false;
   for (Walk walk(warp_from_end(), warps_of_grid(), heads.most, RANKS * ll.pieces); walk.goes_on(); walk.next()) {
     const u32 token = walk.outer, source = peer_behind(ll.buffer.rank, walk.inner % RANKS), piece = walk.inner / RANKS;
-    if (token >= heads.tokens(source)) continue;
+    if (token >= heads.tokens[source]) continue;
     // Asked for while the choices are awaited.
     const i32 given = lane < ll.top_k ? ll.slots[place_of(ll, source, token) * ll.top_k + lane] : -1;
     Asked asked;
-    if (await_choices(ll, turn, turn.sent, source, token, &asked, tell) == MUST_LEAVE) return false;
+    if (await_choices(ll, turn, turn.sent, source, token, &asked) == MUST_LEAVE) return false;
     if (!asked.is_any) continue;
     const i32 row = result_row(ll, asked, given);
     // Compared once for a token, while its rows are under way.
     const i32 named = piece == 0 && row >= 0 ? ll.source_tokens[row] : i32(token);
     const bool is_there = __all_sync(ALL_LANES, row != -2);
-    if (is_there && send_sum<DTYPE>(ll, turn, source, token, piece, row, named, __uint_as_float(asked.value))) {
-      if (lane == stored) stored_at = piece_told(ll, source, turn.sent, ll.buffer.rank, token, piece);
-      if (++stored == SUMS_AT_ONCE) tell();
-      continue;
-    }
+    if (is_there && send_sum<DTYPE>(ll, turn, source, token, piece, row, named, __uint_as_float(asked.value))) continue;
     if (row == -2 || named != i32(token)) give_up(ll.buffer, REASON_CHOICE, source, turn.entry.epoch, token, asked.expert, 0);
     return false;
   }
-  tell();
   return true;
 }
 

@@ -114,8 +114,7 @@ __device__ __forceinline__ bool send_tokens(const LowLatency& ll, const Turn& tu
 
 // All lanes of a warp: until `source` has told how many of its selections are each lane's expert, of those that have one.
 __device__ __noinline__ Came await_count(const LowLatency& ll, const Turn& turn, u64 number, u32 source, u32 expert, u32* count) {
-  return wait_together(
-      ll, turn, source, [&] { return expert == NOBODY || take_count(ll, number, source, expert, count); }, [] {});
+  return wait_together(ll, turn, source, [&] { return expert == NOBODY || take_count(ll, number, source, expert, count); });
 }
 
 // All lanes of a warp: the selections of each lane's expert by each of `ranks`. Mostly they came with the heads. False if one must leave.
@@ -214,12 +213,12 @@ __device__ __forceinline__ void place_piece(const LowLatency& ll, u64 number, u3
   });
 }
 
-// All lanes of a warp. False if one must leave.
+// All threads of a block. False from those that must leave.
 template <int DTYPE>
 __device__ __forceinline__ bool receive_tokens(const LowLatency& ll, const Turn& turn, const Share& share) {
   const u32 lane = lane_of_warp(), me = ll.buffer.rank, rows = block_rows(ll);
   const u64 number = turn.received;
-  Heads heads;
+  __shared__ Heads heads;
   if (!await_heads(ll, turn, number, share.left_out, &heads)) return false;
   // By other warps than those that have the first pieces.
   for (u32 expert = (share.first + share.step / 2) % share.step * WARP; expert < ll.experts_of[me]; expert += share.step * WARP) {
@@ -227,9 +226,9 @@ __device__ __forceinline__ bool receive_tokens(const LowLatency& ll, const Turn&
   }
   for (Walk walk(share.first, share.step, heads.most, RANKS * ll.pieces); walk.goes_on(); walk.next()) {
     const u32 token = walk.outer, source = peer_behind(me, walk.inner % RANKS), piece = walk.inner / RANKS;
-    if (token >= heads.tokens(source)) continue;
+    if (token >= heads.tokens[source]) continue;
     Asked asked;
-    Came came = await_choices(ll, turn, number, source, token, &asked, [] {});
+    Came came = await_choices(ll, turn, number, source, token, &asked);
     if (came == MUST_LEAVE) return false;
     if (!asked.is_any) continue;
     // Rows that ranks before the source have there come before.
