@@ -150,16 +150,22 @@ impl Seat {
     #[inline]
     pub(crate) fn tell_made(&self, word: u64) {
         self.page()[REPORT_MADE].store_relaxed(word);
+        if self.speaks_for_all() {
+            self.control.gpu()[REPORT_EACH[0]].store_relaxed(word);
+        }
     }
 
-    /// Tells the other ranks what only our page says: of several devices, the first speaks for all.
-    pub(crate) fn tell_ranks(&self) {
-        if self.seats.is_some() && self.of(self.rank()).start == self.number {
-            let ours = self.page();
-            for (to, from) in REPORT_EACH.into_iter().zip([REPORT_MADE, REPORT_WAITING]) {
-                self.control.gpu()[to].store_relaxed(ours[from].load_relaxed());
-            }
+    /// Tells the other ranks what kernels of all devices wait for, which only our page says; those of the ranks' world tell it themselves.
+    pub(crate) fn tell_waiting(&self) {
+        if self.speaks_for_all() {
+            self.control.gpu()[REPORT_EACH[1]].store_relaxed(self.page()[REPORT_WAITING].load_relaxed());
         }
+    }
+
+    /// Whether this is the first of several devices of a rank.
+    #[inline]
+    fn speaks_for_all(&self) -> bool {
+        self.seats.is_some() && self.of(self.rank()).start == self.number
     }
 
     /// Where our kernels run, as messages tell it.
@@ -318,6 +324,7 @@ fn root_seat(seat: &Seat, kind: Kind) -> Result<usize> {
 
 #[cfg(test)]
 mod tests {
+    use unisono_core::device::layout::HAS_GPU;
     use unisono_core::recorder::GpuWork;
 
     use super::*;
@@ -362,6 +369,15 @@ mod tests {
         let rank = Seat::of_rank(control.clone());
         let alone = ("call #5 on its GPU".to_owned(), "rank 1".to_owned());
         assert_eq!((told(&rank, 1), told(&rank, 9)), (alone.clone(), alone));
+        // The rank's page has what the first seat says, and no other.
+        let first = Seat::of_device(control.clone(), seat.seats.clone().unwrap(), 0).unwrap();
+        for (number, seat) in [&seat, &first, &rank].into_iter().enumerate() {
+            seat.tell_made(HAS_GPU | number as u64);
+            seat.page()[REPORT_WAITING].store_relaxed((number as u64) << 32 | 2);
+            seat.tell_waiting();
+        }
+        assert_eq!(control.made_on_gpu(), [Some(2), Some(1)]);
+        assert_eq!(control.awaited_on_gpu(0), [Some(2), Some(1)]);
         // Each has a page of its own, and what kernels of a seat write there is no report of the rank.
         seat.page()[0].store_release(6);
         assert_eq!((Report::read(seat.page()), Report::read(rank.page())), (Some(Report::Aborted), None));

@@ -57,7 +57,7 @@ impl Watch {
                 } else if let Some(cause) = trouble(&seat, || probe?.is_idle().err()) {
                     control.fail(&cause);
                 }
-                seat.tell_ranks();
+                seat.tell_waiting();
                 let has_more = copies.is_some_and(|stream| copier.look(stream, seat.page()));
                 if failed_at.is_some_and(|moment| !has_more || moment.elapsed() > LAST_COPY) {
                     return Copier::close(seat.page());

@@ -86,8 +86,8 @@ pub const REPORT_MADE: usize = 67;
 pub const HAS_GPU: u64 = 1 << 32;
 /// Set there once a call went into a graph: nobody on the host knows how often it is replayed.
 pub const HAS_CAPTURED: u64 = 1 << 33;
-/// The same in the world of all devices, and what kernels there wait for, as the host of a rank copies both from the page of its first
-/// device into that of the rank.
+/// In the page of a rank with several devices, what its first device has in its own page: [`REPORT_MADE`] of the world of all devices, and
+/// [`REPORT_WAITING`], which the host copies now and then.
 pub const REPORT_EACH: [usize; 2] = [68, 69];
 /// Counted up by whoever wants to read the recorder.
 pub const REPORT_REQUEST: usize = 80;
