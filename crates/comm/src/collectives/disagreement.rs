@@ -10,10 +10,12 @@
 
 use unisono_core::call::{CallHeader, HEADER_WORDS};
 use unisono_core::layout::{CALL_SLOTS, SLOT_CHAIN, SLOT_HEADER};
+#[cfg(feature = "cuda")]
+use unisono_core::recorder::has_made;
 
 use super::engine::{Engine, HISTORY, slot_of};
 #[cfg(feature = "cuda")]
-use super::waiting::{Blocked, On};
+use super::waiting::Blocked;
 use crate::cause::Cause;
 use crate::error::Error;
 #[cfg(feature = "cuda")]
@@ -52,17 +54,18 @@ impl Engine {
     #[cfg(feature = "cuda")]
     #[cold]
     pub(super) fn meets_on_gpu(&self, blocked: Blocked) -> Option<Error> {
-        if matches!(blocked.on, On::News | On::Room) {
+        if blocked.on.is_of_messages() {
             return None;
         }
         let made = self.control.made_on_gpu();
-        let is_late = |peer: &usize| self.control.rank(*peer).slots.standing(self.epoch) < self.epoch;
         let awaited = |peer: usize| {
             let awaited = self.control.awaited_on_gpu(peer);
-            let call = |world: usize| awaited[world].filter(|call| is_behind(made[world], *call));
+            let call = |world: usize| {
+                awaited[world].filter(|call| made[world].is_some_and(|made| !has_made(made, *call)))
+            };
             (0..made.len()).find_map(|world| Some((peer, world, call(world)?)))
         };
-        let (peer, world, number) = self.peers().filter(is_late).find_map(awaited)?;
+        let (peer, world, number) = self.peers().filter(|peer| self.is_late(*peer)).find_map(awaited)?;
         let left = match CallHeader::from_words(&self.current) {
             Some(header) => header.describe(self.epoch - 1, self.rank as u32),
             None => format!("{} on rank {}", self.call_name(), self.rank),
@@ -106,12 +109,6 @@ impl Engine {
             right: describe(&read(at), peer),
         })
     }
-}
-
-/// Whether the latest call that was made, if that is known, comes before `call`. Numbers wrap.
-#[cfg(feature = "cuda")]
-fn is_behind(made: Option<u32>, call: u32) -> bool {
-    made.is_some_and(|made| call.wrapping_sub(made).cast_signed() > 0)
 }
 
 #[cfg(all(test, feature = "cuda"))]

@@ -52,6 +52,13 @@ pub(super) enum On {
     Room,
 }
 
+impl On {
+    /// Whether it is a word of a channel, which messages wait for.
+    pub(super) const fn is_of_messages(self) -> bool {
+        matches!(self, Self::News | Self::Room)
+    }
+}
+
 /// Why a call stops half-way.
 #[derive(Debug)]
 pub(super) enum Halt {
@@ -251,12 +258,15 @@ impl Engine {
         WaitPolicy { patience: Some(patience), warn_after: None, ..self.policy }
     }
 
+    /// Whether `peer` has not begun this call.
+    pub(super) fn is_late(&self, peer: usize) -> bool {
+        self.control.rank(peer).slots.standing(self.epoch) < self.epoch
+    }
+
     /// The ranks that have not begun this call; if all have, or a message is waited for, that one.
     fn missing(&self, blocked: Blocked) -> Vec<String> {
-        let is_message = matches!(blocked.on, On::News | On::Room);
-        let late =
-            |peer: &usize| !is_message && self.control.rank(*peer).slots.standing(self.epoch) < self.epoch;
-        let mut missing: Vec<usize> = self.peers().filter(late).collect();
+        let is_missing = |peer: &usize| !blocked.on.is_of_messages() && self.is_late(*peer);
+        let mut missing: Vec<usize> = self.peers().filter(is_missing).collect();
         missing.sort_unstable();
         if missing.is_empty() {
             missing.push(blocked.peer);
@@ -266,10 +276,7 @@ impl Engine {
 
     /// What this rank does that waits: `all_reduce #812`.
     pub(super) fn during(&self, blocked: Blocked) -> String {
-        match blocked.on {
-            On::News | On::Room => self.message_during(blocked),
-            _ => self.call_name(),
-        }
+        if blocked.on.is_of_messages() { self.message_during(blocked) } else { self.call_name() }
     }
 
     /// The error of the first cause, as who waits so meets it.

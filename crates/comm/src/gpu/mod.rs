@@ -369,7 +369,7 @@ impl Gpu {
     fn count_call(&mut self, is_captured: bool) {
         self.made = match is_captured {
             true => self.made | HAS_CAPTURED,
-            false => self.made & !LOW_HALF | u64::from((self.made as u32).wrapping_add(1)),
+            false => self.made & (HAS_GPU | HAS_CAPTURED) | u64::from((self.made as u32).wrapping_add(1)),
         };
         self.seat.tell_made(self.made);
     }
@@ -520,8 +520,5 @@ const fn launch_word(launch: Launch) -> u64 {
         | (launch.threads as u64) << 20
         | (launch.tile as u64) << 32
 }
-
-/// Of a word.
-const LOW_HALF: u64 = u32::MAX as u64;
 
 const _: () = assert!(HEADER_LAUNCH < call::HEADER_WORDS);

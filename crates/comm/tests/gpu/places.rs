@@ -10,6 +10,7 @@ use unisono::{
     Stream,
 };
 
+use crate::OPERATIONS;
 use crate::case::{Case, Operation};
 use crate::seats::{MOST_BYTES, Tools, on_ranks, prepared};
 use crate::world::{devices, on_threads};
@@ -151,10 +152,6 @@ fn calls_on_all_devices_that_meet_one_on_the_host_are_named() {
 /// meanwhile, whose GPU waits for the call.
 #[test]
 fn a_rank_whose_stream_is_behind_is_waited_for() {
-    let devices = devices();
-    if devices.is_empty() {
-        return;
-    }
     for is_captured in [false, true] {
         on_threads(
             2,
@@ -248,20 +245,8 @@ fn calls_are_counted_as_gpus_count_them() {
     }
     on_ranks(&[vec![0], vec![last]], named, |communicator, tools: &mut Tools| {
         let mut room = Room::new(tools.layout[communicator.rank()][0]);
-        let operations = [
-            Operation::AllReduce,
-            Operation::Broadcast,
-            Operation::AllGather,
-            Operation::Reduce,
-            Operation::ReduceScatter,
-            Operation::Gather,
-            Operation::Scatter,
-            Operation::AllToAll,
-            Operation::AllGatherV,
-            Operation::ReduceScatterV,
-        ];
         for count in [0, 3, 5000, 120_000] {
-            for operation in operations {
+            for operation in OPERATIONS {
                 room.call(&communicator, &Case { operation, count, ..Case::default() }, false).unwrap();
             }
             communicator.on(&room.stream).barrier().unwrap();

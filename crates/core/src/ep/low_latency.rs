@@ -7,7 +7,8 @@
 //! ```
 //! Calls use the halves in turn. In a half each rank has a part of its own of everything, which only it writes: a place for each of its
 //! tokens, whatever becomes of the others. Heads, counts and choices are packets: 8 bytes of data, and the number of the call that they are
-//! of. A row is told in *pieces* of [`PIECE`] elements, each by a number beside. Numbers are 64 bits wide, so nothing is ever cleared. The credit of a rank says how many calls it has read here.
+//! of. A row is told in *pieces* of [`PIECE`] elements, each by a number beside. Numbers are 64 bits wide, so nothing is ever cleared. The
+//! credit of a rank says how many calls it has read here.
 //!
 //! 8 ranks with 128 tokens of 7168 bf16 elements each need 2 · 8 · 128 · 14336 bytes for rows: 28 MiB, and 3 % for the rest.
 

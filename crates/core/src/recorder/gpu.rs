@@ -125,9 +125,9 @@ impl GpuView {
         if word & (HAS_GPU | HAS_CAPTURED) == HAS_GPU { Some(word as u32) } else { None }
     }
 
-    /// Whether its host has made call `number`, if that is known. Numbers wrap.
+    /// Whether its host has made call `number`, if that is known.
     pub fn has_made(&self, number: u32) -> Option<bool> {
-        Some(number.wrapping_sub(self.made?).cast_signed() <= 0)
+        Some(has_made(self.made?, number))
     }
 
     /// The latest call, if that is known.
@@ -140,6 +140,11 @@ impl GpuView {
         let mut messages = self.messages.iter().filter(|_| self.reading != Reading::Earlier);
         messages.find(|message| (message.peer, message.is_sent) == (peer, is_sent))
     }
+}
+
+/// Whether a host whose latest call is `made` has made call `number`. Numbers wrap.
+pub const fn has_made(made: u32, number: u32) -> bool {
+    number.wrapping_sub(made).cast_signed() <= 0
 }
 
 impl Moment {

@@ -23,7 +23,7 @@ mod why;
 mod why_gpu;
 mod words;
 
-pub use gpu::{GpuCall, GpuView, GpuWait, Moment, Reading};
+pub use gpu::{GpuCall, GpuView, GpuWait, Moment, Reading, has_made};
 pub use gpu_message::{GpuMessage, GpuWork, MessageHeader};
 pub use label::{DeviceLabel, JobLabel, Presence, RankLabel, TickSource};
 pub use record::{Clock, ENDED, End, Record, WAITS, Waits, WaitsOn};
