@@ -281,13 +281,16 @@ __device__ __forceinline__ bool meet(const BufferArgs& buffer, const Entry& entr
   if (!is_in) return false;
   bool goes_on = true;
   const u32 peer = threadIdx.x;
+  Entry since = entry;
+  // Who came later than we did may still have to lose its patience with a rank that we have left out: ours with it begins anew.
+  if (buffer.is_masking) since.started_ns = now_ns();
   if (peer < RANKS && peer != buffer.rank && !is_masked(buffer, peer)) {
     // SYNC: what all blocks of a rank stored in a round, and that they read what was there, is visible after its flag.
     fence_all();
     set_flag(buffer, entry, 0, peer, 0, 0);
     const u64* flag = reinterpret_cast<const u64*>(buffer.arenas[buffer.rank] + flag_at(0, 0, peer, 0));
     const u64 due = due_in(entry, 0);
-    const Came came = wait_for_rank<true>(buffer, entry, peer, [&] { return i64(load_word(flag) - due) >= 0; });
+    const Came came = wait_for_rank<true>(buffer, since, peer, [&] { return i64(load_word(flag) - due) >= 0; });
     // SYNC: what all blocks of a rank stored in a round, and that they read what was there, is visible after its flag.
     acquire_word(flag);
     goes_on = came != MUST_LEAVE;

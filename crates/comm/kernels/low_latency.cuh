@@ -241,18 +241,30 @@ __device__ __noinline__ bool is_lost(const BufferArgs& buffer, const Entry& entr
   return true;
 }
 
-// One lane, or several for one rank each: until `is_ready`, or `rank` is left out.
-template <class Poll>
+// One lane, or several for one rank each: until `is_ready`, or `rank` is left out. TOGETHER: all lanes of a warp, until it is for all of them.
+template <bool TOGETHER, class Poll>
 __device__ __forceinline__ Came wait_for(const LowLatency& ll, const Turn& turn, u32 rank, Poll is_ready) {
-  if (is_ready()) return CAME;
+  auto is_there = [&] {
+    const bool is_mine = is_ready();
+    return TOGETHER ? __all_sync(ALL_LANES, is_mine) != 0 : is_mine;
+  };
+  const bool looks = !TOGETHER || lane_of_warp() == 0;
+  if (is_there()) return CAME;
   u32 spins = 0;
-  while (!is_ready()) {
+  while (!is_there()) {
     if ((++spins & 63) != 0) continue;
-    if (must_leave(ll.buffer, turn.entry, spins, rank, 0)) return MUST_LEAVE;
-    if (ll.buffer.is_masking && is_lost(ll.buffer, turn.entry, spins, rank)) return LEFT_OUT;
+    Came came = CAME;
+    if (looks) {
+      if (must_leave(ll.buffer, turn.entry, spins, rank, 0)) came = MUST_LEAVE;
+      else if (ll.buffer.is_masking && is_lost(ll.buffer, turn.entry, spins, rank)) came = LEFT_OUT;
+    }
+    if (TOGETHER) came = Came(__shfl_sync(ALL_LANES, u32(came), 0));
+    if (came != CAME) return came;
   }
-  end_wait(ll.buffer, spins);
-  raise_own_later(&ll.progress->heard_ns[rank], now_ns());
+  if (looks) {
+    end_wait(ll.buffer, spins);
+    raise_own_later(&ll.progress->heard_ns[rank], now_ns());
+  }
   return CAME;
 }
 
@@ -261,40 +273,18 @@ template <class Poll>
 __device__ __forceinline__ bool await_ranks(const LowLatency& ll, const Turn& turn, u32 ranks, u32* there, Poll is_ready) {
   const u32 lane = lane_of_warp();
   Came came = LEFT_OUT;
-  if (lane < RANKS && (ranks >> lane & 1)) came = wait_for(ll, turn, lane, [&] { return is_ready(lane); });
+  if (lane < RANKS && (ranks >> lane & 1)) came = wait_for<false>(ll, turn, lane, [&] { return is_ready(lane); });
   *there = __ballot_sync(ALL_LANES, came == CAME);
   const bool goes_on = __all_sync(ALL_LANES, came != MUST_LEAVE);
   __syncwarp();
   return goes_on;
 }
 
-// All lanes of a warp, together: until `is_ready` for all of them.
-template <class Poll>
-__device__ __forceinline__ Came wait_together(const LowLatency& ll, const Turn& turn, u32 rank, Poll is_ready) {
-  if (__all_sync(ALL_LANES, is_ready())) return CAME;
-  u32 spins = 0;
-  while (!__all_sync(ALL_LANES, is_ready())) {
-    if ((++spins & 63) != 0) continue;
-    Came came = CAME;
-    if (lane_of_warp() == 0) {
-      if (must_leave(ll.buffer, turn.entry, spins, rank, 0)) came = MUST_LEAVE;
-      else if (ll.buffer.is_masking && is_lost(ll.buffer, turn.entry, spins, rank)) came = LEFT_OUT;
-    }
-    came = Came(__shfl_sync(ALL_LANES, u32(came), 0));
-    if (came != CAME) return came;
-  }
-  if (lane_of_warp() == 0) {
-    end_wait(ll.buffer, spins);
-    raise_own_later(&ll.progress->heard_ns[rank], now_ns());
-  }
-  return CAME;
-}
-
 // All lanes of a warp: until `rank` has told a piece of call `number`. What it told is visible to the warp then.
 __device__ __forceinline__ Came await_piece(const LowLatency& ll, const Turn& turn, u32 rank, const u64* told, u64 number) {
   Came came = CAME;
   // SYNC: a piece and its scales are visible before the word that tells it.
-  if (lane_of_warp() == 0) came = wait_for(ll, turn, rank, [&] { return acquire_word(told) == number; });
+  if (lane_of_warp() == 0) came = wait_for<false>(ll, turn, rank, [&] { return acquire_word(told) == number; });
   came = Came(__shfl_sync(ALL_LANES, u32(came), 0));
   __syncwarp();
   return came;
@@ -393,7 +383,7 @@ __device__ __forceinline__ Came await_choices(const LowLatency& ll, const Turn& 
   const u32 lane = lane_of_warp();
   const u8* at = choices_in(ll, ll.buffer.rank, number, source, token) + lane * PACKET_BYTES;
   u64 word = 0;
-  const Came came = wait_together(ll, turn, source, [&] { return lane >= ll.top_k || take_word(at, number, &word); });
+  const Came came = wait_for<true>(ll, turn, source, [&] { return lane >= ll.top_k || take_word(at, number, &word); });
   asked->expert = came == CAME ? u32(word) - 1 : NOBODY;
   asked->value = u32(word >> 32);
   asked->is_any = __any_sync(ALL_LANES, asked->expert != NOBODY);

@@ -114,7 +114,7 @@ __device__ __forceinline__ bool send_tokens(const LowLatency& ll, const Turn& tu
 
 // All lanes of a warp: until `source` has told how many of its selections are each lane's expert, of those that have one.
 __device__ __noinline__ Came await_count(const LowLatency& ll, const Turn& turn, u64 number, u32 source, u32 expert, u32* count) {
-  return wait_together(ll, turn, source, [&] { return expert == NOBODY || take_count(ll, number, source, expert, count); });
+  return wait_for<true>(ll, turn, source, [&] { return expert == NOBODY || take_count(ll, number, source, expert, count); });
 }
 
 // All lanes of a warp: the selections of each lane's expert by each of `ranks`. Mostly they came with the heads. False if one must leave.
