@@ -134,7 +134,7 @@ part_correct() {
     run_modules faults_processes faults 120 gpu_one_sided
     step_beside device-header-threads 60 ./device_header "$((count < 2 ? 2 : count))" 10000
     step_beside device-header-processes 60 ./unisono run -n "$((count < 2 ? 2 : count))" -- ./device_header - "$((count < 2 ? 50 : 10000))"
-    run_modules faults_processes faults 120 gpu_matrix
+    run_modules faults_processes faults 240 gpu_matrix
     run_modules faults_processes faults 120 gpu_seats
     TAIL=40 step_beside library 90 ./library gpu:: --test-threads 1
     wait
