@@ -247,14 +247,19 @@ __device__ void exchange_headers(const Args& args, const Entry& entry) {
   // SYNC: what this device did before the call is visible to peers after our header.
   if (READY) fence_all();
   const u32 lane = threadIdx.x & 31, me = args.rank;
+  u32 mine[3];
+#pragma unroll
+  for (u32 i = 0; i < 3; i++) mine[i] = header_half(args, 3 * lane + i);
+  // Where there are fewer warps than peers, nobody waits before all are told.
+  for (u32 peer = threadIdx.x / 32; peer < RANKS; peer += blockDim.x / 32) {
+    if (peer == me || lane >= HEADER_PACKETS) continue;
+    put_packet(args.arenas[peer] + header_at(entry.epoch, me) + lane * PACKET_BYTES, mine, entry.epoch);
+  }
   bool has_met = true;
   for (u32 peer = threadIdx.x / 32; peer < RANKS; peer += blockDim.x / 32) {
     if (peer == me) record_call(args, entry, lane);
     if (peer == me || lane >= HEADER_PACKETS) continue;
-    u32 mine[3], theirs[3];
-#pragma unroll
-    for (u32 i = 0; i < 3; i++) mine[i] = header_half(args, 3 * lane + i);
-    put_packet(args.arenas[peer] + header_at(entry.epoch, me) + lane * PACKET_BYTES, mine, entry.epoch);
+    u32 theirs[3];
     const u8* at = args.arenas[me] + header_at(entry.epoch, peer) + lane * PACKET_BYTES;
     bool is_there = wait_until(args, entry, peer, [&] { return take_packet(at, theirs, entry.epoch); });
     has_met &= is_there;
@@ -393,6 +398,12 @@ __device__ __forceinline__ Entry enter(const Args& args) {
   return entry;
 }
 
+// Whether peers may not have taken all that the call sends in lines when it is over (units.cuh).
+__device__ __forceinline__ bool fills_an_area(const Args& args) {
+  const u32 form = args.header[HEADER_LAUNCH] & 0xff;
+  return form == ONE_SHOT_LINES || (form == TWO_SHOT_LINES && (args.header[0] & 0xff) == REDUCE_CODE);
+}
+
 // One thread of every block calls this once after `enter`, where it has something to wait for anyhow.
 __device__ __forceinline__ void arrive(const Args& args, const Entry& entry) {
   if (threadIdx.x != 0) return;
@@ -401,7 +412,7 @@ __device__ __forceinline__ void arrive(const Args& args, const Entry& entry) {
   // that waits for all packets that this multiprocessor has under way to peers, just when theirs arrive here.
   if (count_own_now(&args.state->arrivals, 1) == gridDim.x - 1) {
     store_own_word(&args.state->arrivals, 0);
-    if ((args.header[HEADER_LAUNCH] & 0xff) == ONE_SHOT_LINES) store_own_word(&args.state->late, entry.late ^ 1u);
+    if (fills_an_area(args)) store_own_word(&args.state->late, entry.late ^ 1u);
     store_own_word(&args.state->epoch, entry.epoch);
   }
 }

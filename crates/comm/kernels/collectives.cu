@@ -60,6 +60,7 @@ KERNEL(all_reduce_ring, TILE_THREADS, false, (ring<ALL_REDUCE, CALL_DTYPE, CALL_
 #elif PURPOSE == PARTS_OF_SUMS
 KERNEL(reduce_one_shot, 512, false, (one_shot<REDUCE, CALL_DTYPE, CALL_OP>))
 LINES(reduce_one_shot_lines, (one_shot<REDUCE, CALL_DTYPE, CALL_OP, Lines>))
+LINES(reduce_two_shot_lines, (two_shot<REDUCE, CALL_DTYPE, CALL_OP, Lines>))
 KERNEL(reduce_bulk, TILE_THREADS, false, (bulk<REDUCE, CALL_DTYPE, CALL_OP>))
 KERNEL(reduce_ring, TILE_THREADS, false, (ring<REDUCE, CALL_DTYPE, CALL_OP>))
 KERNEL(reduce_scatter_one_shot, 512, false, (one_shot<REDUCE_SCATTER, CALL_DTYPE, CALL_OP>))

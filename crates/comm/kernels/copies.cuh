@@ -17,9 +17,13 @@
 #if BULK_COPIES
 
 // Chains: each has a warp that loads, one that stores, some that fold, and places of its own in shared memory. They take tiles in
-// turn: while one waits for a flag, for the far end of a link, or for a fence, the others go on.
-constexpr u32 CHAINS = FLAG_WAYS, FOLDERS = 6;
-static_assert(CHAINS * (2 + FOLDERS) * 32 == TILE_THREADS, "warps of a block");
+// turn: while one waits for a flag, for the far end of a link, or for a fence, the others go on. A launch gives a block all of a
+// multiprocessor, or half of one: of threads, registers and shared memory.
+constexpr u32 CHAINS = FLAG_WAYS;
+static_assert(TILE_THREADS / 2 % (CHAINS * 32) == 0 && TILE_THREADS / 2 >= CHAINS * 3 * 32, "warps of half a multiprocessor");
+
+// Warps of a chain that fold.
+__device__ __forceinline__ u32 folders() { return blockDim.x / 32 / CHAINS - 2; }
 static_assert(RANKS <= 16, "a warp has a lane for each input and each output");
 
 constexpr u32 MOST_PLACES = 2;
@@ -182,7 +186,7 @@ struct Pipeline {
       const bool comes_slowly = is_slow(input, at, some), goes_slowly = is_slow(output, at, some);
       if (!comes_slowly && !goes_slowly) continue;
       uint4* words = reinterpret_cast<uint4*>(segment(place, k));
-      for (u32 v = thread; v < some; v += FOLDERS * 32) {
+      for (u32 v = thread; v < some; v += folders() * 32) {
         uint4 value = comes_slowly ? load_own(input, at + v) : words[v];
         if (comes_slowly) words[v] = value;
         if (goes_slowly) store_own(output, at + v, value);
@@ -199,7 +203,7 @@ struct Pipeline {
     const bool comes_slowly = is_slow(input, at, some), goes_slowly = is_slow(output, at, some);
     if (!is_folded && !comes_slowly && !goes_slowly) return;
     uint4* words = reinterpret_cast<uint4*>(segment(place, 0));
-    for (u32 v = thread; v < some; v += FOLDERS * 32) {
+    for (u32 v = thread; v < some; v += folders() * 32) {
       auto value = [&](u32 k) { return comes_slowly && k == from ? load_own(input, at + v) : words[k * chunk + v]; };
       const uint4 result = is_folded ? program.fold(t, value) : value(0);
       if (is_folded || comes_slowly) words[v] = result;
@@ -218,7 +222,7 @@ __device__ __forceinline__ bool run_by_copies(const Args& args, const Entry& ent
   if (threadIdx.x % 32 == 0 && role == 0) {
     for (u32 i = 0; i < Line::PLACES; i++) {
       make_barrier(&meeting.full[i], Program::INPUTS);
-      make_barrier(&meeting.ready[i], FOLDERS);
+      make_barrier(&meeting.ready[i], folders());
       make_barrier(&meeting.empty[i], 1);
     }
     fence_barriers();

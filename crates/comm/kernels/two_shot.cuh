@@ -1,7 +1,7 @@
 // Two-shot: rank p owns shard p. Everybody pushes shard p to p, as packets or in lines; p reduces it in rank order and pushes the
-// result to all. A broadcast is the same with the root's shards instead of sums.
+// result to all. A broadcast is the same with the root's shards instead of sums; a reduce pushes sums to the root only.
 //
-// Bytes out of each rank: 2 · S · (n − 1)/n · 4/3 as packets, · 16/15 in lines. Two hops. A thread follows its units through all three
+// Bytes out of each rank: 2 · S · (n − 1)/n · 4/3 as packets, · 16/15 in lines, of a reduce half of that. Two hops. A thread follows its units through all three
 // phases and waits for nobody but the senders of these units. Each stage has places of its own (units.cuh).
 
 #pragma once
@@ -16,7 +16,8 @@ __device__ __forceinline__ bool two_shot(const Args& args, const Entry& entry) {
   const u64 bytes = args.bytes;
   const u32 units = u32((bytes + U::BYTES - 1) / U::BYTES), shard = (units + RANKS - 1) / RANKS;
   const u32 slot_bytes = shard * U::STRIDE, step = u32(U::step());
-  const u64 stage = U::first_stage(entry), second = U::second_stage(entry, slot_bytes);
+  const u64 stage = U::first_stage(entry);
+  const u64 second = KIND == REDUCE ? U::behind_first(entry, slot_bytes) : U::second_stage(entry, slot_bytes);
   const u8* source = args.sources[me];
   u8* target = args.targets[me];
   u8* arena = args.arenas[me];
@@ -48,7 +49,7 @@ __device__ __forceinline__ bool two_shot(const Args& args, const Entry& entry) {
     auto slot = [&](u32 peer) { return arena + stage + U::slot(peer, me) * slot_bytes + i * U::STRIDE; };
     u32 own[U::WORDS], result[U::WORDS];
     if (is_ours && (KIND != BROADCAST || me == args.root)) U::load(source, at, bytes, own);
-    if constexpr (KIND == ALL_REDUCE) {
+    if constexpr (KIND != BROADCAST) {
       u32 all[RANKS][U::WORDS];
       if (!take_units<U>(args, entry, all, slot, [&](int) { return is_ours; })) return false;
       place_own<U::WORDS>(all, own, me);
@@ -61,10 +62,12 @@ __device__ __forceinline__ bool two_shot(const Args& args, const Entry& entry) {
 #pragma unroll
     for (u32 k = 1; k < RANKS; k++) {
       const u32 peer = peer_behind(me, k);
+      if (KIND == REDUCE && peer != args.root) continue;
       U::put(args.arenas[peer] + second + U::slot(me, peer) * slot_bytes + i * U::STRIDE, result, epoch, is_ours);
     }
-    if (is_ours) U::store(target, at, bytes, result);
+    if (is_ours && (KIND != REDUCE || me == args.root)) U::store(target, at, bytes, result);
   }
+  if (KIND == REDUCE && me != args.root) return true;
   // 3. Take the other shards.
   for (u32 turn = u32(U::first()); turn < shard; turn += step) {
     const u32 i = turn + U::nth();

@@ -19,7 +19,8 @@
 // When memory may be used again: packets have two halves for alternate epochs (call.cuh). Lines have two areas, and the word `late` of
 // the state names that into which the calls so far sent what peers take last: they may not have taken it yet, and have taken all of
 // the other area. A one-shot call sends into the other area, which is `late` for the next call. A two-shot call sends its first stage
-// into the other area and its second into `late`, and leaves the word as it is. Let the call be of epoch e:
+// into the other area and its second into `late`, and leaves the word as it is; but a reduce, of which most ranks never hear whether
+// others took their shards, sends both stages into the other area, as a one-shot call. Let the call be of epoch e:
 //
 // - Into the other area: what was there is of a two-shot call's first stage, or older than the call that made the area at hand `late`.
 //   The first has been taken if that call was e − 1, because we completed it: every peer sent us what it made of it. If it was earlier,
@@ -47,9 +48,10 @@ struct Packets {
   static __device__ __forceinline__ u32 nth() { return 0; }
 
   static __device__ __forceinline__ u64 first_stage(const Entry& entry) { return PACKETS_AT + half_of(entry.epoch) * HALF_BYTES; }
-  static __device__ __forceinline__ u64 second_stage(const Entry& entry, u64 slot_bytes) {
+  static __device__ __forceinline__ u64 behind_first(const Entry& entry, u64 slot_bytes) {
     return first_stage(entry) + RANKS * slot_bytes;
   }
+  static __device__ __forceinline__ u64 second_stage(const Entry& entry, u64 slot_bytes) { return behind_first(entry, slot_bytes); }
   static __device__ __forceinline__ u32 slot(u32 source, u32 target) { return source; }
 
   static __device__ __forceinline__ void load(const u8* part, u64 at, u64 bytes, u32* words) {
@@ -105,6 +107,9 @@ struct Lines {
   static __device__ __forceinline__ u32 nth() { return threadIdx.x % 32 / LANES; }
 
   static __device__ __forceinline__ u64 first_stage(const Entry& entry) { return LINES_AT + (entry.late ^ 1u) * LINES_AREA_BYTES; }
+  static __device__ __forceinline__ u64 behind_first(const Entry& entry, u64 slot_bytes) {
+    return first_stage(entry) + (RANKS - 1) * slot_bytes;
+  }
   static __device__ __forceinline__ u64 second_stage(const Entry& entry, u64) { return LINES_AT + entry.late * LINES_AREA_BYTES; }
   // Nobody sends to itself.
   static __device__ __forceinline__ u32 slot(u32 source, u32 target) { return source - (source > target ? 1 : 0); }

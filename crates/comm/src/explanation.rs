@@ -448,7 +448,7 @@ mod tests {
         assert_eq!(
             lines[1],
             "  all_reduce: one-shot up to 256 KiB, two-shot up to 2 MiB, in lines above 64 KiB, one-shot up to 288 KiB, \
-             two-shot up to 8 MiB, then bulk, ring from 16 MiB; in windows direct above 2 MiB"
+             two-shot up to 8 MiB, then bulk, ring from 16 MiB"
         );
         assert_eq!(
             lines[8],

@@ -18,7 +18,7 @@ use super::border::{self, Point};
 /// Blocks of packets and lines, and of direct.
 const FEW_BLOCKS: [usize; 3] = [64, 32, 16];
 /// Blocks of the pipeline by bulk copies.
-const BULK_BLOCKS: [usize; 2] = [64, 48];
+const BULK_BLOCKS: [usize; 3] = [128, 64, 48];
 /// Blocks of a ring: by threads, and by bulk copies.
 const RING_BLOCKS: [usize; 2] = [128, 64];
 /// What a communicator has that is not the first on its device.

@@ -83,7 +83,7 @@ impl Gpu {
             reserved: 0,
         };
         let function = &self.kernels.all_to_all_v().counted[usize::from(launch.form == Form::OneShot)];
-        let shared_bytes = if launch.by_copies { counted_room(self.room_bytes) } else { 0 };
+        let shared_bytes = counted_room(launch.shared_bytes(self.room_bytes));
         let grid = self.grid((launch.blocks * lanes as u32 + 1, launch.threads.max(256)), shared_bytes);
         // SAFETY: the kernel takes `Counted`; what it names lives as long as this communicator, which waits for its kernels before it lets
         // go, and the buffers are valid until the stream has passed, as whoever made the call promised.

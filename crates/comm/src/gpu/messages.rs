@@ -231,7 +231,7 @@ impl Gpu {
             Made::Messages | Made::Parts => self.kernels.messages().of(launch.form, is_collective),
         };
         let blocks = launch.blocks * self.lanes.lanes as u32 + u32::from(is_collective);
-        let shared_bytes = if launch.by_copies { self.room_bytes } else { 0 };
+        let shared_bytes = launch.shared_bytes(self.room_bytes);
         // The block that exchanges headers has a warp for each of some peers.
         let threads = if is_collective { launch.threads.max(256) } else { launch.threads };
         let grid = self.grid((blocks, threads), shared_bytes);

@@ -338,7 +338,7 @@ impl Gpu {
             args.target_bytes =
                 self.windows.place(target, (&mut args.targets, &mut args.header[HEADER_OFFSETS + 1]));
         }
-        let shared_bytes = if launch.by_copies { self.room_bytes } else { 0 };
+        let shared_bytes = launch.shared_bytes(self.room_bytes);
         let grid = self.grid((launch.workers() + 1, launch.threads), shared_bytes);
         let args = match &mut uneven {
             Some(uneven) => (&raw mut *uneven).cast(),

@@ -33,7 +33,7 @@ fn a_tuning_file_decides_forms_and_grids_and_is_told_of() {
     let tuned = |ranks| World::new(ranks, &devices, |builder| builder.tune_file(file));
     let world = tuned(2);
     for (bytes, form, blocks) in
-        [(1000, Form::OneShot, 1), (5000, Form::TwoShot, 1), (6000, Form::Bulk, 3), (8 << 20, Form::Bulk, 9)]
+        [(1000, Form::OneShot, 2), (5000, Form::TwoShot, 3), (6000, Form::Bulk, 3), (8 << 20, Form::Bulk, 9)]
     {
         let launch = world.ranks[1].gpu_choice(SUM, bytes, 4).unwrap();
         assert_eq!((launch.form, launch.blocks), (form, blocks), "{bytes}");

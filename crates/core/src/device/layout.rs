@@ -15,9 +15,10 @@
 //! calls before (kernels/units.cuh), and so two are enough where halves would take four.
 
 use super::select::Form;
-use crate::call;
+use crate::call::{self, Kind};
 use crate::layout::Field;
 use crate::quantised::{GROUP, GROUP_BYTES};
+use crate::reduce_op::ReduceOp;
 
 /// The most ranks whose GPUs share arenas.
 pub const MAX_RANKS: usize = 16;
@@ -360,12 +361,13 @@ impl ArenaLayout {
         self.data_in(self.half_bytes() / (2 * self.ranks), size) * self.ranks
     }
 
-    /// The same two in lines. An area has a slot for each peer.
-    pub const fn lines_capacity(&self, size: usize) -> [usize; 2] {
+    /// The same two in lines, and what a reduce takes in two shots. An area has a slot for each peer; of that, one for each stage.
+    pub const fn lines_capacity(&self, size: usize) -> [usize; 3] {
         let peers = if self.ranks > 1 { self.ranks - 1 } else { 1 };
         let data = if size <= 8 { LINE_DATA } else { WIDE_LINE_DATA };
-        let slot = self.lines_area_bytes() / peers / (UNIT_LINES * LINE_BYTES) * UNIT_LINES * data;
-        [slot, slot * self.ranks]
+        let units = self.lines_area_bytes() / peers / (UNIT_LINES * LINE_BYTES);
+        let slot = units * UNIT_LINES * data;
+        [slot, slot * self.ranks, units / 2 * UNIT_LINES * data * self.ranks]
     }
 
     /// The same two of an all-reduce that is quantised: bytes of elements of `size`, in whole groups.
@@ -399,6 +401,8 @@ impl ArenaLayout {
             ("WIDE_LINE_DATA", WIDE_LINE_DATA),
             ("UNIT_LINES", UNIT_LINES),
             ("ONE_SHOT_LINES", Form::OneShotLines as usize),
+            ("TWO_SHOT_LINES", Form::TwoShotLines as usize),
+            ("REDUCE_CODE", Kind::Reduce { root: 0, op: ReduceOp::Sum }.code() as usize),
             ("FLAG_WAYS", FLAG_WAYS),
             ("RECORDS", RECORDS),
             ("RECORD_BYTES", RECORD_WORDS * 8),
@@ -474,8 +478,10 @@ mod tests {
                     // Units of lines: as many as the largest part or shard has, from each peer, fit into an area.
                     let unit = if size <= 8 { 240 } else { 224 };
                     assert!(unit % size == 0 && UNIT_LANES * 16 == UNIT_LINES * LINE_BYTES);
-                    let [one, two] = layout.lines_capacity(size);
+                    let [one, two, of_reduce] = layout.lines_capacity(size);
                     let shard = two.div_ceil(unit).div_ceil(ranks);
+                    let half = of_reduce.div_ceil(unit).div_ceil(ranks);
+                    assert!(2 * (ranks - 1) * half * 256 <= layout.lines_area_bytes());
                     assert!((ranks - 1) * one.div_ceil(unit) * 256 <= layout.lines_area_bytes());
                     assert!((ranks - 1) * shard * 256 <= layout.lines_area_bytes());
                     assert_eq!(link == Link::Host, [one, two] == [0, 0]);
@@ -517,7 +523,7 @@ mod tests {
         assert!(lines <= 15 << 20 && layout.scratch_end() - lines <= 62 << 20, "{}", layout.scratch_end());
         assert!(layout.total_bytes() <= (64 + 15 + 8 * 10) << 20, "{}", layout.total_bytes());
         let lines = layout.lines_capacity(2);
-        assert!(lines[0] >= 1 << 20 && lines[1] >= 8 << 20, "{lines:?}");
+        assert!(lines[0] >= 1 << 20 && lines[1] >= 8 << 20 && lines[2] >= 4 << 20, "{lines:?}");
         let four = ArenaLayout::new(4, Link::Device).lines_capacity(2);
         assert!(four[0] >= 2 << 20 && four[1] >= 8 << 20, "{four:?}");
         assert_eq!(layout.area_bytes(), 512 << 10);

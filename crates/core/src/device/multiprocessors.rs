@@ -1,9 +1,9 @@
 //! How many multiprocessors the blocks of kernels fill while they wait for other ranks, and how many blocks fit on so many.
 //!
-//! A block for bulk copies takes one, and so does one for lines, for its registers. Of others as many share one as have 1,024 threads together, and the device puts them further
+//! A block for bulk copies takes one, or half of one, and one for lines takes one for its registers. Of others as many share one as have 1,024 threads together, and the device puts them further
 //! apart where there is nothing else to run. In each kernel one block more exchanges headers.
 
-use super::select::{Launch, Rules, TEAM_BLOCKS};
+use super::select::{Launch, PAIRED_THREADS, Rules, TEAM_BLOCKS};
 use super::table::WIDE_BLOCKS;
 
 /// The least that a communicator can work with: a team for rows, and the block that exchanges headers.
@@ -19,7 +19,7 @@ impl Launch {
     /// Multiprocessors that its blocks fill, that which exchanges headers among them.
     pub const fn multiprocessors(&self) -> u32 {
         let blocks = self.blocks + 1;
-        let takes_one = self.by_copies || self.form.is_lines();
+        let takes_one = (self.by_copies && self.threads > PAIRED_THREADS) || self.form.is_lines();
         if takes_one { blocks } else { (blocks * self.threads).div_ceil(1024) }
     }
 }

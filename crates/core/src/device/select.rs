@@ -66,7 +66,9 @@ impl Form {
             Self::TwoShot => {
                 matches!(kind, Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::AllReduceQuantised)
             }
-            Self::TwoShotLines => matches!(kind, Kind::AllReduce { .. } | Kind::Broadcast { .. }),
+            Self::TwoShotLines => {
+                matches!(kind, Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::Reduce { .. })
+            }
             Self::Direct => {
                 matches!(kind, Kind::AllReduce { .. } | Kind::Broadcast { .. } | Kind::AllGather)
             }
@@ -111,7 +113,8 @@ impl fmt::Display for Form {
 pub struct Wish {
     /// The form, taken where it can serve the call.
     pub form: Form,
-    /// Blocks that move data; of copy engines, copies that are under way at once.
+    /// Blocks that move data; of copy engines, copies that are under way at once. With more than [`WIDE_BLOCKS`] threads move the
+    /// data, unless a tile is asked for as well: then bulk copies do, and two blocks share a multiprocessor.
     pub blocks: u32,
     /// Vectors of 16 bytes in a tile, of forms that have tiles; of copy engines, in a chunk.
     pub tile: u32,
@@ -153,7 +156,8 @@ pub struct Launch {
     pub threads: u32,
     /// Vectors of 16 bytes that a block moves in one round, or that a copy engine does; 0 where there are no rounds.
     pub tile: u32,
-    /// Whether bulk copies move the data, and threads only fold it.
+    /// Whether bulk copies move the data, and threads only fold it. A block takes a multiprocessor then, or half of one if it has
+    /// [`PAIRED_THREADS`].
     pub by_copies: bool,
 }
 
@@ -165,13 +169,34 @@ impl Launch {
             _ => self.blocks,
         }
     }
+
+    /// Shared memory of each block, of so much that a multiprocessor has for bulk copies.
+    pub const fn shared_bytes(&self, room: u32) -> u32 {
+        match (self.by_copies, self.threads) {
+            (false, _) => 0,
+            (true, PAIRED_THREADS) => room / 2,
+            _ => room,
+        }
+    }
 }
+
+/// Threads of a block of bulk copies that has a multiprocessor for itself.
+pub const WHOLE_THREADS: u32 = 1024;
+/// Those of one that shares it with another.
+pub const PAIRED_THREADS: u32 = WHOLE_THREADS / 2;
 
 /// Blocks that share a row where rows are normalised, and threads of each. Two of them fit on a multiprocessor.
 pub const TEAM_BLOCKS: u32 = 8;
 /// See [`TEAM_BLOCKS`].
 pub const TEAM_THREADS: u32 = 256;
 
+/// The least threads of a block that moves packets or lines: a warp for the header of each peer, up to eight.
+const fn least_threads(ranks: usize) -> usize {
+    32 * if ranks < 8 { ranks } else { 8 }
+}
+
+/// Packets of a message for which another block is worth meeting it.
+const MESSAGE_SHARE: usize = 171;
 /// The most threads of a block that move packets of messages.
 const PACKET_MOVERS: usize = 480;
 
@@ -287,7 +312,10 @@ impl Rules {
             }
             Form::Engine => self.lanes().is_some(),
             Form::OneShotLines => self.have_lines() && question.bytes <= lines[0],
-            Form::TwoShotLines => self.have_lines() && question.bytes <= lines[1],
+            Form::TwoShotLines => {
+                let most = if matches!(question.kind, Kind::Reduce { .. }) { lines[2] } else { lines[1] };
+                self.have_lines() && question.bytes <= most
+            }
         }
     }
 
@@ -387,28 +415,31 @@ impl Rules {
         let room = if self.crowd > 1 { (CROWDED_BLOCKS / self.crowd).max(1) } else { MAX_BLOCKS };
         let most = (self.most_blocks as usize).min(room);
         if bytes <= self.layout().message_packets_to() {
-            // A packet for each thread, or two where that takes several blocks; and a warp for the header.
+            // A packet for each thread, while there are blocks; and a warp for the header.
             let packets = bytes.div_ceil(PACKET_DATA).max(1);
-            let threads = packets.min(PACKET_MOVERS).next_multiple_of(32) as u32 + 32;
-            let due = packets.div_ceil(2 * PACKET_MOVERS);
-            let all = match self.forced {
-                Some(wish) if wish.blocks > 0 => (wish.blocks as usize).min(room),
-                _ => most,
+            let (all, due) = match self.forced {
+                Some(wish) if wish.blocks > 0 => ((wish.blocks as usize).min(room), usize::MAX),
+                _ => (most, packets.div_ceil(MESSAGE_SHARE)),
             };
-            let blocks = due.min(all / lanes.max(1)).clamp(1, MESSAGE_CHANNELS) as u32;
+            let blocks = due.min(all / lanes.max(1)).clamp(1, MESSAGE_CHANNELS);
+            let threads = packets.div_ceil(blocks).min(PACKET_MOVERS).next_multiple_of(32) as u32 + 32;
+            let blocks = blocks as u32;
             return Launch { form: Form::OneShot, blocks, threads, tile: 0, by_copies: false };
         }
-        let all = match self.forced {
-            Some(wish) if wish.blocks > 0 => (wish.blocks as usize).min(room),
-            _ if self.bulk_copies && !self.is_narrow() => most.div_ceil(2).min(WIDE_BLOCKS),
-            _ => most,
+        let (all, is_paired) = match self.forced {
+            Some(wish) if wish.blocks > 0 => ((wish.blocks as usize).min(room), wish.tile > 0),
+            _ if self.bulk_copies && !self.is_narrow() => (most.div_ceil(2).min(WIDE_BLOCKS), false),
+            _ => (most, false),
         };
         let blocks = (all / lanes.max(1)).min(MESSAGE_CHANNELS);
-        let by_copies = self.bulk_copies && all <= WIDE_BLOCKS && blocks > 0;
+        let by_copies = self.bulk_copies && (all <= WIDE_BLOCKS || is_paired) && blocks > 0;
+        // Chunks of half the size are the faster ones, where there are enough blocks.
+        let is_whole = all <= WIDE_BLOCKS / 2;
         let threads = match blocks {
             // Four of them fit where one is counted.
             0 => 256,
-            _ if by_copies => 1024,
+            _ if by_copies && is_whole => WHOLE_THREADS,
+            _ if by_copies => PAIRED_THREADS,
             _ => 512,
         };
         Launch { form: Form::Bulk, blocks: blocks.max(1) as u32, threads, tile: 0, by_copies }
@@ -434,18 +465,23 @@ impl Rules {
             0 => usual.clamp(1, most),
             asked => (asked as usize).min(room),
         };
-        let by_copies = |blocks: usize| self.bulk_copies && blocks <= WIDE_BLOCKS;
+        // More of them share a multiprocessor, two by two.
+        let by_copies =
+            |blocks: usize, is_paired: bool| self.bulk_copies && (blocks <= WIDE_BLOCKS || is_paired);
         // The most of a form with tiles that goes by threads, unless that leaves so few that it goes by copies.
-        let fits = |usual: usize| match by_copies(usual.min(most)) && !self.is_narrow() {
+        let fits = |usual: usize| match by_copies(usual.min(most), false) && !self.is_narrow() {
             true => most.min(self.most_blocks.div_ceil(2) as usize),
             false => most,
         };
         // Tiles of at most so many vectors as there is room for, in whole lines of 128 bytes.
-        let tiled = |blocks: usize, tile: usize, room: usize| {
+        let tiled = |(blocks, by_copies): (usize, bool), tile: usize, room: usize| {
             let tile = if wish.tile == 0 { tile } else { wish.tile as usize };
             let tile = tile.next_multiple_of(8).min(room - room % 8).max(8) as u32;
-            let by_copies = by_copies(blocks);
-            let threads = if by_copies { 1024 } else { 512 };
+            let threads = match by_copies {
+                true if blocks <= WIDE_BLOCKS && (wish.blocks > 0 || blocks <= whole) => WHOLE_THREADS,
+                true => PAIRED_THREADS,
+                false => 512,
+            };
             Launch { form, blocks: blocks as u32, threads, tile, by_copies }
         };
         let plain = |blocks: usize, threads: usize| {
@@ -463,11 +499,13 @@ impl Rules {
                     (_, Form::TwoShotLines) => shard.div_ceil(UNIT_DATA) * UNIT_LANES,
                     _ => shard.div_ceil(PACKET_DATA),
                 };
-                // One unit for each thread while that takes few blocks.
-                let threads = units.next_multiple_of(32).clamp(256, 512);
                 // Who is alone waits for nobody.
                 let most = if ranks == 1 { MAX_BLOCKS } else { whole.min(row.packet_blocks) };
-                plain(blocks(units.div_ceil(threads), most), threads)
+                // One multiprocessor stores no more than some 45 GB/s to peers: as many blocks as there may be, of a few warps at least.
+                let least = least_threads(ranks);
+                let blocks = blocks(units.div_ceil(least), most);
+                let threads = units.div_ceil(blocks).next_multiple_of(32).clamp(least, 512);
+                plain(blocks, threads)
             }
             Form::Direct => {
                 plain(blocks(shard.div_ceil(16 * threads), whole.min(row.direct_blocks)), threads)
@@ -479,27 +517,35 @@ impl Rules {
                 let lanes =
                     if matches!(question.kind, Kind::Scatter { .. } | Kind::AllToAll) { ranks } else { 1 };
                 let usual = usual.min(team * lanes * shard.div_ceil(16 * threads));
-                let most = if goes_by_copies { whole } else { fits(usual) };
+                let most = match goes_by_copies {
+                    true if usual <= WIDE_BLOCKS => whole,
+                    true => most,
+                    false => fits(usual),
+                };
                 let channels = (blocks(usual, most) / team).max(1);
                 let blocks = channels * team;
+                let is_paired = if wish.blocks > 0 { wish.tile > 0 } else { goes_by_copies };
+                let by_copies = by_copies(blocks, is_paired);
                 let due = shard.div_ceil(16).div_ceil((channels / lanes).max(1));
                 // By copies, some rounds at least, so that the steps overlap.
-                let tile = match by_copies(blocks) {
+                let tile = match by_copies {
                     false => due,
                     true if blocks <= WIDE_BLOCKS / 2 => due.div_ceil(2).min(2 * row.bulk_tile),
                     true => due.div_ceil(2).min(row.bulk_tile),
                 };
                 // Those of one peer have the room of all.
                 let sources = if channels < lanes { 1 } else { lanes };
-                tiled(blocks, tile, sources * layout.area_bytes() / 16 / channels)
+                tiled((blocks, by_copies), tile, sources * layout.area_bytes() / 16 / channels)
             }
             Form::Ring => {
                 let blocks = blocks(row.ring_blocks, fits(row.ring_blocks));
                 let part =
                     if matches!(question.kind, Kind::AllReduce { .. }) { shard } else { question.bytes };
                 let due = part.div_ceil(16).div_ceil(blocks);
-                let usual = if by_copies(blocks) { 2400 } else { 4096 };
-                tiled(blocks, due.min(usual), layout.scratch_half_bytes() / RING_SLOTS / 16 / blocks)
+                let by_copies = by_copies(blocks, wish.tile > 0);
+                let usual = if by_copies { 2400 } else { 4096 };
+                let room = layout.scratch_half_bytes() / RING_SLOTS / 16 / blocks;
+                tiled((blocks, by_copies), due.min(usual), room)
             }
             Form::Engine => {
                 let lanes = self.lanes().unwrap_or(1);
@@ -559,8 +605,8 @@ mod tests {
                         assert!(rules.can(launch.form, &question), "{question:?}");
                         let most_blocks = if ranks == 1 { MAX_BLOCKS as u32 } else { most_blocks };
                         assert!((1..=most_blocks).contains(&launch.blocks), "{question:?} {launch:?}");
-                        // What takes a multiprocessor each takes no more than half of them.
-                        assert!(!launch.by_copies || launch.blocks <= 64);
+                        // What copies in bulk takes no more than half of the multiprocessors.
+                        assert!(!launch.by_copies || launch.multiprocessors() <= 65, "{launch:?}");
                         assert!(bulk_copies || !launch.by_copies);
                         let tiles = launch.blocks as usize * launch.tile as usize * 16;
                         let team = match kind {
@@ -607,14 +653,14 @@ mod tests {
                     // As many threads as one block of a multiprocessor may have, for each that is counted.
                     let least = if bytes <= packets_to { 512 } else { 256 };
                     assert!(all * launch.threads as usize <= (whole * 1024).max(lanes * least), "{launch:?}");
-                    assert!(!launch.by_copies || launch.threads == 1024 && all <= WIDE_BLOCKS);
+                    assert!(!launch.by_copies || (all <= WIDE_BLOCKS && launch.threads >= PAIRED_THREADS));
                 }
             }
         }
         let ring = rules(8).messages(2, 1 << 30);
         assert_eq!((ring.blocks, ring.by_copies), (32, true));
         let small = |bytes: usize| (rules(8).messages(2, bytes).blocks, rules(8).messages(2, bytes).threads);
-        assert_eq!([0, 8192, 64 << 10, 1 << 20].map(small), [(1, 64), (1, 512), (6, 512), (32, 512)]);
+        assert_eq!([0, 8192, 64 << 10, 1 << 20].map(small), [(1, 64), (4, 224), (32, 224), (32, 512)]);
     }
 
     #[test]
@@ -654,13 +700,16 @@ mod tests {
         }
         for ranks in 2..=MAX_RANKS {
             for size in [1, 8, 16] {
-                let [one, two] = rules(ranks).layout().lines_capacity(size);
-                for (text, form, bytes) in
-                    [("one-shot-lines", Form::OneShotLines, one), ("two-shot-lines", Form::TwoShotLines, two)]
-                {
-                    let asked = Rules { forced: text.parse().ok(), ..rules(ranks) };
-                    assert_eq!(asked.decide(&Question { size, ..sum(bytes) }).form, form);
-                    assert_ne!(asked.decide(&Question { size, ..sum(bytes + 1) }).form, form);
+                let [one, two, of_reduce] = rules(ranks).layout().lines_capacity(size);
+                let reduce = Kind::Reduce { op: ReduceOp::Sum, root: 0 };
+                for (kind, form, bytes) in [
+                    (sum(0).kind, Form::OneShotLines, one),
+                    (sum(0).kind, Form::TwoShotLines, two),
+                    (reduce, Form::TwoShotLines, of_reduce),
+                ] {
+                    let asked = Rules { forced: form.name().parse().ok(), ..rules(ranks) };
+                    assert_eq!(asked.decide(&Question { size, kind, ..sum(bytes) }).form, form);
+                    assert_ne!(asked.decide(&Question { size, kind, ..sum(bytes + 1) }).form, form);
                 }
             }
         }

@@ -49,7 +49,7 @@ pub struct Row {
     pub threads_to: usize,
     /// The most blocks of the pipeline where threads move the data.
     pub thread_blocks: usize,
-    /// Its most blocks where bulk copies do.
+    /// Its most blocks where bulk copies do; more than [`WIDE_BLOCKS`] share multiprocessors, two by two.
     pub bulk_blocks: usize,
     /// Vectors of 16 bytes in a tile of the pipeline, by bulk copies; twice as many where few blocks have a lot to do.
     pub bulk_tile: usize,
@@ -83,7 +83,7 @@ const FIELDS: [Field; 16] = [
     ("direct_blocks", Values::UpTo(WIDE_BLOCKS), |row| &mut row.direct_blocks),
     ("threads_to", Values::Bytes, |row| &mut row.threads_to),
     ("thread_blocks", Values::UpTo(MAX_BLOCKS), |row| &mut row.thread_blocks),
-    ("bulk_blocks", Values::UpTo(WIDE_BLOCKS), |row| &mut row.bulk_blocks),
+    ("bulk_blocks", Values::UpTo(MAX_BLOCKS), |row| &mut row.bulk_blocks),
     ("bulk_tile", Values::UpTo(MAX_TILE), |row| &mut row.bulk_tile),
     ("ring_blocks", Values::UpTo(MAX_BLOCKS), |row| &mut row.ring_blocks),
 ];

@@ -97,6 +97,9 @@ fn borders(kind: Kind, ranks: usize) -> (usize, usize, Option<usize>) {
         Kind::Reduce { .. } if ranks == 8 => (524_288, 0, Some(16_777_216)),
         Kind::Scatter { .. } if ranks == 8 => (262_143, 0, None),
         Kind::Gather { .. } | Kind::AllToAll if ranks == 8 => (524_287, 0, None),
+        Kind::AllReduce { .. } if ranks == 4 => (ONE_SHOT[at], TWO_SHOT, Some(16_777_216)),
+        Kind::Broadcast { .. } if ranks == 4 => (ONE_SHOT[at], TWO_SHOT, Some(524_288)),
+        Kind::Reduce { .. } if ranks == 4 => (1_048_576, 0, Some(524_288)),
         Kind::AllReduce { .. } => {
             (ONE_SHOT[at], TWO_SHOT, Some([PAIR, 16_777_216, 16_777_216, 100_663_296][at.min(3)]))
         }
@@ -121,6 +124,8 @@ fn narrow_ring(kind: Kind, ranks: usize) -> Option<usize> {
         Kind::AllReduce { .. } | Kind::ReduceScatter { .. } if ranks == 8 => Some(33_554_432),
         Kind::Broadcast { .. } if ranks == 8 => Some(2_097_152),
         Kind::Reduce { .. } if ranks == 8 => Some(4_194_304),
+        Kind::AllGather | Kind::Reduce { .. } if ranks == 4 => Some(2_097_152),
+        Kind::ReduceScatter { .. } if ranks == 4 => None,
         Kind::AllReduce { .. } if ranks > 2 => None,
         _ => borders(kind, ranks).2,
     }
@@ -141,9 +146,10 @@ fn lines(kind: Kind, ranks: usize) -> (usize, usize, usize) {
     match kind {
         Kind::AllReduce { .. } if ranks == 4 => return ((64 << 10) + 1, 288 << 10, 8 << 20),
         Kind::Broadcast { .. } if ranks == 4 => return ((48 << 10) + 1, 384 << 10, 4 << 20),
-        Kind::AllGather | Kind::Reduce { .. } | Kind::Gather { .. } if ranks == 4 => {
+        Kind::AllGather | Kind::Gather { .. } if ranks == 4 => {
             return ((48 << 10) + 1, 2_424_832, 0);
         }
+        Kind::Reduce { .. } if ranks == 4 => return ((48 << 10) + 1, 896 << 10, 4 << 20),
         Kind::Scatter { .. } if ranks == 4 => return ((256 << 10) + 1, 2_424_832, 0),
         Kind::AllToAll if ranks == 4 => return ((96 << 10) + 1, 2_424_832, 0),
         Kind::AllReduce { .. } | Kind::Broadcast { .. } if ranks == 8 => {
@@ -163,6 +169,14 @@ fn lines(kind: Kind, ranks: usize) -> (usize, usize, usize) {
         (Kind::AllReduce { .. }, _) => (many + 1, one_shot, 7 << 20),
         (Kind::Broadcast { .. }, _) => (many + 1, one_shot, 4 << 20),
         (Kind::Scatter { .. }, _) => (few + 1, parts.min(1 << 20), 0),
+        (Kind::Reduce { .. }, _) => {
+            const ONE_SHOT: [usize; 6] = [1792 << 10, 0, 480 << 10, 352 << 10, 272 << 10, 256 << 10];
+            (
+                few + 1,
+                ONE_SHOT.get(ranks - 3).copied().unwrap_or(192 << 10),
+                if ranks <= 8 { 4 << 20 } else { 3584 << 10 },
+            )
+        }
         _ => (few + 1, parts, 0),
     }
 }
@@ -220,7 +234,7 @@ fn without_a_tuning_file_forms_change_where_they_were_measured_to() {
                 let direct_from = match kind {
                     Kind::AllGather if ranks <= 4 => 1_048_577,
                     Kind::AllGather => 524_289,
-                    _ if ranks == 8 => usize::MAX,
+                    _ if ranks == 4 || ranks == 8 => usize::MAX,
                     _ => 2_097_153,
                 };
                 let staged = in_lines.or(packets).filter(|_| bytes < direct_from);
@@ -242,22 +256,22 @@ fn without_a_tuning_file_grids_are_those_that_were_measured() {
     let by_threads = |ranks| Rules { bulk_copies: false, ..wide(ranks) };
     let narrow = |ranks| Rules { most_blocks: 24, ..rules(ranks) };
     for (rules, kind, bytes, expected) in [
-        (wide(4), all_reduce, 96, (Form::OneShot, 1, 256, 0, false)),
-        (wide(4), all_reduce, 8 << 10, (Form::OneShot, 2, 512, 0, false)),
-        (wide(4), all_reduce, 64 << 10, (Form::OneShot, 11, 512, 0, false)),
-        (by_threads(4), all_reduce, 256 << 10, (Form::OneShot, 43, 512, 0, false)),
-        (wide(4), all_reduce, 256 << 10, (Form::OneShotLines, 35, 512, 0, false)),
-        (wide(4), all_reduce, 512 << 10, (Form::TwoShotLines, 18, 512, 0, false)),
-        (by_threads(4), all_reduce, 1 << 20, (Form::TwoShot, 43, 512, 0, false)),
-        (wide(4), all_reduce, 1 << 20, (Form::TwoShotLines, 35, 512, 0, false)),
+        (wide(4), all_reduce, 96, (Form::OneShot, 1, 128, 0, false)),
+        (wide(4), all_reduce, 8 << 10, (Form::OneShot, 6, 128, 0, false)),
+        (wide(4), all_reduce, 64 << 10, (Form::OneShot, 43, 128, 0, false)),
+        (by_threads(4), all_reduce, 256 << 10, (Form::OneShot, 64, 352, 0, false)),
+        (wide(4), all_reduce, 256 << 10, (Form::OneShotLines, 64, 288, 0, false)),
+        (wide(4), all_reduce, 512 << 10, (Form::TwoShotLines, 64, 160, 0, false)),
+        (by_threads(4), all_reduce, 1 << 20, (Form::TwoShot, 64, 352, 0, false)),
+        (wide(4), all_reduce, 1 << 20, (Form::TwoShotLines, 64, 288, 0, false)),
         (wide(4), all_reduce, 4 << 20, (Form::TwoShotLines, 64, 512, 0, false)),
-        (wide(4), all_reduce, (8 << 20) + 1, (Form::Bulk, 63, 1024, 800, true)),
+        (wide(4), all_reduce, (8 << 20) + 1, (Form::Bulk, 120, 512, 1632, false)),
         (wide(4), all_reduce, 64 << 20, (Form::Ring, 128, 512, 4096, false)),
         (wide(4), Kind::AllGather, 2 << 20, (Form::OneShotLines, 64, 512, 0, false)),
         (wide(4), Kind::AllGather, 4 << 20, (Form::Ring, 128, 512, 2048, false)),
         (by_threads(4), Kind::Scatter { root: 0 }, 1 << 20, (Form::Bulk, 128, 512, 4096, false)),
-        (wide(4), Kind::Scatter { root: 0 }, 16 << 20, (Form::Bulk, 64, 1024, 3200, true)),
-        (wide(4), Kind::AllToAll, 128 << 20, (Form::Bulk, 64, 1024, 3200, true)),
+        (wide(4), Kind::Scatter { root: 0 }, 16 << 20, (Form::Bulk, 128, 512, 1600, true)),
+        (wide(4), Kind::AllToAll, 128 << 20, (Form::Bulk, 128, 512, 1600, true)),
         (by_threads(4), all_reduce, 4 << 20, (Form::Bulk, 120, 512, 1632, false)),
         (by_threads(4), all_reduce, 64 << 20, (Form::Ring, 128, 512, 4096, false)),
         (narrow(4), all_reduce, 64 << 20, (Form::Bulk, 24, 1024, 1600, true)),
@@ -269,7 +283,7 @@ fn without_a_tuning_file_grids_are_those_that_were_measured() {
         assert_eq!(got, expected, "{} of {bytes} bytes, {} blocks at most", kind.name(), rules.most_blocks);
     }
     let reaches = Question { is_reachable: true, ..question(64 << 20) };
-    let direct = wide(4).decide(&reaches);
+    let direct = wide(2).decide(&reaches);
     assert_eq!((direct.form, direct.blocks, direct.threads), (Form::Direct, 64, 512));
 }
 
