@@ -37,7 +37,8 @@ pub struct Settings {
     pub low_latency: bool,
     /// Whether a dead or silent rank is left out ([`Buffer::masked`](super::Buffer::masked)) instead of failing the communicator.
     pub masking: bool,
-    /// How long a rank that lives may be silent in a call; ten times as long in the first one. 10 s by default.
+    /// How long a rank that lives may be silent in a call; ten times as long in the first one. 10 s by default. With masking on GPUs the wait
+    /// at the end of a round has as long again, because who came later than others waits longer for a silent rank than they do.
     pub deadline: Duration,
     /// On GPUs: bytes of memory for outputs that peers write, of each rank; half as many more are for what finds no room there. What is
     /// beyond is refused. `None`: for the rows of one dispatch in which every rank sends 4,096 tokens (or its capacity) to all ranks, 64 MiB
