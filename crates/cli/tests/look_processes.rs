@@ -236,8 +236,12 @@ fn where_there_is_nothing_to_look_at_that_is_said() {
         let output = command(arguments).output().unwrap();
         (output.status.code(), String::from_utf8(output.stderr).unwrap())
     };
-    let own = std::process::id().to_string();
-    assert_eq!(ask(&["why", &own]).1, format!("unisono: process {own} has no communicator.\n"));
+    // Not of this process, whose other tests may have started jobs.
+    let mut stranger = Command::new("sleep").arg("60").spawn().unwrap();
+    let (_, said) = ask(&["why", &stranger.id().to_string()]);
+    let ended = stranger.kill().and_then(|()| stranger.wait());
+    assert_eq!(said, format!("unisono: process {} has no communicator.\n", stranger.id()));
+    assert!(ended.is_ok());
     assert_eq!(ask(&["top", "4294967295"]).1, "unisono: there is no process 4294967295.\n");
     let (code, said) = ask(&["dump", "no-such-job"]);
     assert_eq!(said, "unisono: nothing here is called no-such-job; `unisono top` lists all jobs.\n");
