@@ -401,10 +401,14 @@ impl Rules {
         (rows, self.rows_grid(Form::TwoShot, rows, 0))
     }
 
+    /// The most blocks that one kernel of a rank may have, whatever is asked for.
+    fn room(&self) -> usize {
+        if self.crowd > 1 { (CROWDED_BLOCKS / self.crowd).max(1) } else { MAX_BLOCKS }
+    }
+
     fn rows_grid(&self, form: Form, rows: usize, asked: u32) -> Launch {
-        let room = if self.crowd > 1 { CROWDED_BLOCKS / self.crowd } else { MAX_BLOCKS };
         let most = if asked == 0 { self.most_blocks } else { asked } as usize;
-        let most_teams = (most.min(room) / TEAM_BLOCKS as usize).clamp(1, MAX_TEAMS);
+        let most_teams = (most.min(self.room()) / TEAM_BLOCKS as usize).clamp(1, MAX_TEAMS);
         let teams = rows.clamp(1, most_teams) as u32;
         Launch { form, blocks: teams * TEAM_BLOCKS, threads: TEAM_THREADS, tile: 0, by_copies: false }
     }
@@ -412,7 +416,7 @@ impl Rules {
     /// The grid of messages in so many lanes (a peer and a direction each), the largest of `bytes`; `blocks` are those of a lane. Each
     /// rank's own: ranks need not have the same.
     pub fn messages(&self, lanes: usize, bytes: usize) -> Launch {
-        let room = if self.crowd > 1 { (CROWDED_BLOCKS / self.crowd).max(1) } else { MAX_BLOCKS };
+        let room = self.room();
         let most = (self.most_blocks as usize).min(room);
         if bytes <= self.layout().message_packets_to() {
             // A packet for each thread, while there are blocks; and a warp for the header.
@@ -423,8 +427,7 @@ impl Rules {
             };
             let blocks = due.min(all / lanes.max(1)).clamp(1, MESSAGE_CHANNELS);
             let threads = packets.div_ceil(blocks).min(PACKET_MOVERS).next_multiple_of(32) as u32 + 32;
-            let blocks = blocks as u32;
-            return Launch { form: Form::OneShot, blocks, threads, tile: 0, by_copies: false };
+            return Launch { form: Form::OneShot, blocks: blocks as u32, threads, tile: 0, by_copies: false };
         }
         let (all, is_paired) = match self.forced {
             Some(wish) if wish.blocks > 0 => ((wish.blocks as usize).min(room), wish.tile > 0),
@@ -457,7 +460,7 @@ impl Rules {
             _ => (2, 1),
         };
         let shard = question.bytes.div_ceil(shards);
-        let room = if self.crowd > 1 { (CROWDED_BLOCKS / self.crowd).max(1) } else { MAX_BLOCKS };
+        let room = self.room();
         let most = (self.most_blocks as usize).min(room);
         // Of those that take a multiprocessor each.
         let whole = if self.is_narrow() { most } else { most.div_ceil(2) };
